@@ -1,0 +1,235 @@
+"""What can go wrong, one exception per problem type (RFC 9457), in one tree.
+
+    BatchNormError
+    └── ProblemError                        the service answered with application/problem+json
+        ├── RequestError                    4xx: the call changed nothing
+        │   ├── MalformedBody               400 malformed-body
+        │   ├── Unauthenticated             401 unauthenticated
+        │   ├── Forbidden                   403 forbidden
+        │   ├── NotFound                    404 not-found
+        │   │   └── LayerNotFound           404 layer-not-found
+        │   ├── MethodNotAllowed            405 method-not-allowed
+        │   ├── NotAcceptable               406 not-acceptable
+        │   ├── LayerExists                 409 layer-exists
+        │   ├── TooManyLayers               409 too-many-layers
+        │   ├── VersionMismatch             412 version-mismatch
+        │   ├── PayloadTooLarge             413 payload-too-large
+        │   ├── UnsupportedMediaType        415 unsupported-media-type
+        │   └── InvalidRequest              422 invalid-request
+        │       ├── ShapeMismatch           422 shape-mismatch
+        │       ├── DtypeMismatch           422 dtype-mismatch
+        │       ├── TooFewValues            422 too-few-values
+        │       ├── NonFinite               422 non-finite
+        │       ├── IdempotencyKeyReused    422 idempotency-key-reused
+        │       └── DeviceUnavailable       422 device-unavailable
+        └── ServiceError                    5xx
+            ├── InternalError               500 internal-error
+            ├── NotImplementedProblem       501 not-implemented
+            ├── Overloaded                  503 overloaded
+            └── StoreUnavailable            503 store-unavailable
+
+The service raises these exceptions and writes them as problems; the client reads problems and raises the same
+exceptions. So both sides share one list, and no problem can be left unmapped. A class's docstring is the text
+that `GET /problems/<name>` answers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class BatchNormError(Exception):
+    """Base of everything that this package raises on purpose."""
+
+
+class ProblemError(BatchNormError):
+    """A call that the service refused or could not carry out.
+
+    Attributes:
+        name: the problem type's name, the last part of its `type` URI.
+        status: the HTTP status code.
+        title: the problem type in a few words.
+        detail: what was wrong this time.
+        fields: members that a program can use, such as `field`, `expected` and `got`.
+        request_id: the `X-Request-ID` of the answer, once there is one.
+        retry_after: seconds after which another try makes sense (503 only).
+    """
+
+    name: ClassVar[str]
+    status: ClassVar[int]
+    title: ClassVar[str]
+
+    def __init__(
+        self, detail: str, *, request_id: str | None = None, retry_after: float | None = None, **fields: Any
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.request_id = request_id
+        self.retry_after = retry_after
+        self.fields = fields
+
+    def __str__(self) -> str:
+        return self.detail
+
+
+class RequestError(ProblemError):
+    """A 4xx: the caller has to change something. The call changed nothing."""
+
+
+class ServiceError(ProblemError):
+    """A 5xx: the service has a problem. The outcome may be unknown: repeat the call with the same key."""
+
+
+class MalformedBody(RequestError):
+    """The body is not what its Content-Type says: broken JSON, a .npy or safetensors file whose header lies, ..."""
+
+    name, status, title = "malformed-body", 400, "The body cannot be read"
+
+
+class Unauthenticated(RequestError):
+    """The service asks for a token. Send `Authorization: Bearer <token>`."""
+
+    name, status, title = "unauthenticated", 401, "A token is needed"
+
+
+class Forbidden(RequestError):
+    """The token that was sent may not make this call; a read token allows GET and eval only."""
+
+    name, status, title = "forbidden", 403, "This token may not do that"
+
+
+class NotFound(RequestError):
+    """There is nothing at this path. `/docs` lists every path."""
+
+    name, status, title = "not-found", 404, "No such path"
+
+
+class LayerNotFound(NotFound):
+    """No layer has this name. Create it with `PUT /v1/layers/{name}`."""
+
+    name, status, title = "layer-not-found", 404, "No such layer"
+
+
+class MethodNotAllowed(RequestError):
+    """This path exists, but not with this method; the header `Allow` lists those that do."""
+
+    name, status, title = "method-not-allowed", 405, "Method not allowed"
+
+
+class NotAcceptable(RequestError):
+    """The answer cannot be given in any form that `Accept` admits, such as .npy for a bfloat16 output."""
+
+    name, status, title = "not-acceptable", 406, "No acceptable form of the answer"
+
+
+class LayerExists(RequestError):
+    """A layer with this name exists and was created with another config. Take another name, or delete it first."""
+
+    name, status, title = "layer-exists", 409, "The layer exists with another config"
+
+
+class TooManyLayers(RequestError):
+    """The store holds as many layers as the setting BATCHNORM_MAX_LAYERS allows. Delete some, or raise it."""
+
+    name, status, title = "too-many-layers", 409, "Too many layers"
+
+
+class VersionMismatch(RequestError):
+    """The layer's version is not the one in `If-Match`. Read the layer again, then decide again."""
+
+    name, status, title = "version-mismatch", 412, "The layer has another version"
+
+
+class PayloadTooLarge(RequestError):
+    """The body is larger than the setting BATCHNORM_MAX_BODY_BYTES. Send smaller batches, or raise it."""
+
+    name, status, title = "payload-too-large", 413, "The body is too large"
+
+
+class UnsupportedMediaType(RequestError):
+    """The service does not read this Content-Type here; `expected` lists those that it reads."""
+
+    name, status, title = "unsupported-media-type", 415, "Unsupported media type"
+
+
+class InvalidRequest(RequestError):
+    """A field, parameter, header, tensor or name is unknown, missing or out of range; `field` says which."""
+
+    name, status, title = "invalid-request", 422, "A part of the request is not valid"
+
+
+class ShapeMismatch(InvalidRequest):
+    """A tensor's shape does not fit the layer: wrong rank, wrong number of channels, or ragged lists."""
+
+    name, status, title = "shape-mismatch", 422, "The shape does not fit the layer"
+
+
+class DtypeMismatch(InvalidRequest):
+    """A tensor's dtype does not fit the layer: float16, bfloat16, float32 for float32; float64 for float64."""
+
+    name, status, title = "dtype-mismatch", 422, "The dtype does not fit the layer"
+
+
+class TooFewValues(InvalidRequest):
+    """Batch statistics need more than one value per channel, and a batch that is not empty."""
+
+    name, status, title = "too-few-values", 422, "Too few values per channel"
+
+
+class NonFinite(InvalidRequest):
+    """The batch has NaN or infinity, or its statistics, the folded state or the output overflow their dtype.
+
+    A layer with `non_finite: "allow"` takes such batches as torch does.
+    """
+
+    name, status, title = "non-finite", 422, "Values that are not finite"
+
+
+class IdempotencyKeyReused(InvalidRequest):
+    """This Idempotency-Key was used for another batch. A key names one batch; make a new one for each."""
+
+    name, status, title = "idempotency-key-reused", 422, "The key belongs to another batch"
+
+
+class DeviceUnavailable(InvalidRequest):
+    """The layer's device is not there on this machine; `expected` lists those that are."""
+
+    name, status, title = "device-unavailable", 422, "The device is not available"
+
+
+class InternalError(ServiceError):
+    """Something broke inside the service. Its log has the cause under the request id."""
+
+    name, status, title = "internal-error", 500, "Internal error"
+
+
+class NotImplementedProblem(ServiceError):
+    """This version of the service does not have that yet."""
+
+    name, status, title = "not-implemented", 501, "Not implemented"
+
+
+class Overloaded(ServiceError):
+    """Too many calls are waiting. Nothing was done; try again after the seconds in `Retry-After`."""
+
+    name, status, title = "overloaded", 503, "Overloaded"
+
+
+class StoreUnavailable(ServiceError):
+    """The store does not answer. Whether the call took effect may be unknown: repeat it with the same key."""
+
+    name, status, title = "store-unavailable", 503, "The store is unavailable"
+
+
+def _problems(base: type[ProblemError]) -> dict[str, type[ProblemError]]:
+    """Every class below `base` that has a problem type of its own, by its name."""
+    found: dict[str, type[ProblemError]] = {}
+    for cls in base.__subclasses__():
+        if "name" in vars(cls):
+            found[cls.name] = cls
+        found |= _problems(cls)
+    return found
+
+
+PROBLEMS: dict[str, type[ProblemError]] = _problems(ProblemError)
+"""Every problem type, by its name."""

@@ -1,0 +1,176 @@
+"""The store protocol: what every store does, in words that a conformance suite checks (`tests/store`).
+
+A store is a table of records with compare-and-set. A record is bytes and a stamp. Stamps are compared for equality,
+never by order: a name that was deleted and created again, or a failover that lost an unacknowledged commit, must
+never look like the record someone holds.
+
+A receipt says that a fold was applied. Receipts are written with the record in one transaction, or not at all; they
+expire, and they go when their layer is deleted.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple, Protocol
+
+HEAD_BYTES: Final = 4096
+"""How much of each record a listing carries: room for the header of a safetensors file and its counters."""
+
+
+class Stamp(NamedTuple):
+    """What tells one state of a record from every other.
+
+    Attributes:
+        incarnation: random 63-bit number, new at every create.
+        version: grows with every commit; never repeats for a name, also after delete and create.
+        commit_id: random 63-bit number, new at every commit.
+    """
+
+    incarnation: int
+    version: int
+    commit_id: int
+
+    def next(self) -> Stamp:
+        """The stamp of the commit that follows this one."""
+        return Stamp(self.incarnation, self.version + 1, secrets.randbits(63))
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A layer as the store sees it."""
+
+    stamp: Stamp
+    data: bytes
+
+
+class Receipt(NamedTuple):
+    """A fold that was applied.
+
+    Attributes:
+        key: 16 bytes, the digest of the caller's Idempotency-Key or a random number of the service's.
+        fingerprint: 16 bytes, what the key stands for: a repeat with another fingerprint is another batch.
+        version: of the commit that folded it.
+        batch: the layer's `num_batches_tracked` after this fold.
+    """
+
+    key: bytes
+    fingerprint: bytes
+    version: int
+    batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The record and the receipts are written, durably."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """The record has another stamp than expected. Nothing was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """There is no record of this name. Nothing was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicates:
+    """Some keys have unexpired receipts already: these. Nothing was written."""
+
+    receipts: tuple[Receipt, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unchanged:
+    """The record still has the stamp that the caller holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exists:
+    """A record of this name is there already. Nothing was written."""
+
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class Full:
+    """The store holds as many records as the limit allows. Nothing was written."""
+
+
+class Entry(NamedTuple):
+    """A record as a listing shows it; `head` is the first `HEAD_BYTES` bytes of its data, or all of them."""
+
+    name: str
+    stamp: Stamp
+    head: bytes
+
+
+class StoreError(Exception):
+    """The store did not do what it was asked to; whether it took effect may be unknown."""
+
+
+class StoreRefusedError(Exception):
+    """A store cannot be opened, with the reason in words: a newer file, a file in use, a URL that means nothing."""
+
+
+class Store(Protocol):
+    """A table of records with compare-and-set.
+
+    Every method may raise `StoreError`: the outcome is then unknown, and the caller finds out by `load` (a create) or
+    by repeating the commit with the same receipts (they come back as `Duplicates` if the first try took effect).
+    A method that is cancelled has an unknown outcome too.
+
+    Attributes:
+        exclusive: nobody but this object can write to the store, so that what was read or written through it stays
+            true until the next write through it.
+        url: where the records live, as a person would write it.
+    """
+
+    exclusive: bool
+    url: str
+
+    async def open(self) -> None:
+        """Get ready. Raises `StoreRefusedError` with the reason in words."""
+        ...
+
+    async def close(self) -> None:
+        """Finish what was begun, then let go of every resource. Afterwards every call raises `StoreError`."""
+        ...
+
+    async def ping(self) -> None:
+        """Return when the store answers; raises `StoreError` when it does not."""
+        ...
+
+    async def load(self, name: str, unless: Stamp | None = None) -> Record | Unchanged | Missing:
+        """The record, or `Unchanged` when its stamp equals `unless`, or `Missing`."""
+        ...
+
+    async def create(self, name: str, data: bytes, limit: int) -> Record | Exists | Full:
+        """Write a new record under a new incarnation.
+
+        Its version is larger than any that the name ever had. At most `limit` records are held (a store on many
+        machines may pass it by a few).
+        """
+        ...
+
+    async def commit(
+        self, name: str, expected: Stamp, record: Record | None, receipts: Sequence[Receipt]
+    ) -> Committed | Conflict | Missing | Duplicates:
+        """Replace the record whose stamp is `expected` and add the receipts, together or not at all, durably.
+
+        `record` None leaves the record as it is and adds the receipts only. Which answer comes when more than one
+        fits: Missing before Duplicates before Conflict. `Duplicates` holds every one of the given keys that has an
+        unexpired receipt.
+        """
+        ...
+
+    async def delete(self, name: str, expected: Stamp) -> Committed | Conflict | Missing:
+        """Remove the record whose stamp is `expected`, and its receipts with it, durably."""
+        ...
+
+    async def list(self, prefix: str, after: str, limit: int) -> list[Entry]:
+        """Up to `limit` records whose names start with `prefix` and follow `after`, in the order of their bytes."""
+        ...
