@@ -1,0 +1,59 @@
+"""Between the wire's tensors (`batchnorm_client.tensors`) and torch's, without a copy where there need be none."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import torch
+from batchnorm_client.errors import DtypeMismatch, ShapeMismatch
+from batchnorm_client.tensors import Tensor as WireTensor
+from torch import Tensor
+
+TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
+    name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64", "int64")
+}
+_NAMES: Final = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_ITEM: Final[dict[torch.dtype, torch.dtype]] = {torch.bfloat16: torch.int16}  # numpy has no bfloat16: views its bits
+
+
+def to_torch(tensor: WireTensor) -> Tensor:
+    """The same elements as a CPU tensor of torch; a view when the buffer may be written to, else a copy.
+
+    torch has no read-only tensors, so a view on immutable bytes could break them.
+    """
+    dtype = TORCH_DTYPES[tensor.dtype]
+    if math.prod(tensor.shape) == 0:
+        return torch.empty(tensor.shape, dtype=dtype)
+    buffer = tensor.buffer
+    if memoryview(buffer).readonly:
+        buffer = bytearray(buffer)
+    return torch.frombuffer(buffer, dtype=dtype).view(tensor.shape)
+
+
+def to_wire(tensor: Tensor) -> WireTensor:
+    """The same elements for the wire; a view when the tensor is contiguous and on the CPU, else a copy."""
+    tensor = tensor.detach().cpu().contiguous()
+    bits = tensor.view(_ITEM.get(tensor.dtype, tensor.dtype)).numpy()
+    return WireTensor(_NAMES[tensor.dtype], tuple(tensor.shape), bits.reshape(-1).view("u1").data)
+
+
+def vector(tensor: WireTensor, field: str, dtype: str, size: int) -> Tensor:
+    """A (C,) tensor of the caller's, in memory of its own.
+
+    Raises:
+        DtypeMismatch: another dtype than `dtype`.
+        ShapeMismatch: another shape than (size,).
+    """
+    if tensor.dtype != dtype:
+        raise DtypeMismatch(
+            f"{field} must be {dtype}, got {tensor.dtype}", field=field, expected=dtype, got=tensor.dtype
+        )
+    if tensor.shape != (size,):
+        raise ShapeMismatch(
+            f"{field} must have shape ({size},), got {tensor.shape}",
+            field=field,
+            expected=[size],
+            got=list(tensor.shape),
+        )
+    return to_torch(tensor).clone()

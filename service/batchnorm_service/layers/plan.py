@@ -1,0 +1,76 @@
+"""What one commit of folds will write, and what each of their callers will be told once it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from batchnorm_client.errors import ProblemError
+
+from ..engine.statistics import fold
+from ..store.base import Receipt, Record
+from .changes import Done, Fold, ReplacedError, replay, settle
+from .records import Held, record
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """One commit of folds.
+
+    Attributes:
+        held: the layer after the commit.
+        record: what to write; None when tracking is off, so that nothing but receipts changes.
+        folds: the folds in their order, each with `num_batches_tracked` after it.
+        twins: folds whose key is that of one of `folds`.
+    """
+
+    held: Held
+    record: Record | None
+    folds: tuple[tuple[Fold, int], ...]
+    twins: tuple[Fold, ...]
+
+    @property
+    def receipts(self) -> list[Receipt]:
+        """A receipt for each fold; none for one that changes nothing and whose caller gave no key."""
+        return [
+            self._receipt(waiting, batch)
+            for waiting, batch in self.folds
+            if self.record is not None or waiting.ticket.from_caller
+        ]
+
+    def settle(self) -> None:
+        """Tell every caller that it is written; a twin is told as a repeat is."""
+        first = {waiting.ticket.key: self._receipt(waiting, batch) for waiting, batch in self.folds}
+        for waiting, batch in self.folds:
+            settle(waiting, Done(self.held, self.held.stamp.version, batch, replayed=False))
+        for twin in self.twins:
+            settle(twin, replay(twin.ticket, self.held, first[twin.ticket.key]))
+
+    def _receipt(self, waiting: Fold, batch: int) -> Receipt:
+        return waiting.ticket.receipt(self.held.stamp.version, batch)
+
+
+async def make_plan(held: Held, waiting: Iterable[Fold]) -> Plan:
+    """Fold what waits onto `held`, in order; a fold that is refused is settled at once and left out."""
+    state = held.state
+    folds: list[tuple[Fold, int]] = []
+    twins: list[Fold] = []
+    keys: set[bytes] = set()
+    for one in waiting:
+        if one.incarnation != held.stamp.incarnation:
+            settle(one, ReplacedError())
+        elif one.ticket.key in keys:
+            twins.append(one)
+        else:
+            try:
+                if not state.normalizes_like(one.basis):
+                    one.step, one.basis = await one.compute(state), state
+                state = fold(state, one.step.moments)
+            except ProblemError as error:
+                settle(one, error)
+                continue
+            keys.add(one.ticket.key)
+            folds.append((one, state.num_batches_tracked))
+    changed = state is not held.state
+    after = held.next(state) if changed else held
+    return Plan(after, record(after) if changed else None, tuple(folds), tuple(twins))

@@ -1,0 +1,236 @@
+"""A layer's queue and its one committer: whatever waits is folded in order and committed once (group commit)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+from batchnorm_client.errors import Overloaded, ProblemError, StoreUnavailable
+
+from ..store.base import Committed, Conflict, Duplicates, Missing, Receipt, Record, Stamp, Store, StoreError
+from .changes import Change, Deletion, Done, Fold, Queued, check_version, replay, settle
+from .plan import make_plan
+from .records import record
+from .resident import Resident, layer_not_found
+
+_log = logging.getLogger(__name__)
+_NOWHERE = Stamp(-1, -1, -1)  # no record has it: a commit that expects it writes nothing, but tells of duplicates
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5  # seconds between tries when the store does not answer
+
+
+class Queue:
+    """What waits for one layer's commits, and the task that makes them.
+
+    Nothing is acknowledged before the store said that it is written. A commit whose outcome is unknown is repeated as
+    it was: its receipts come back as duplicates if the first try took effect, so that nothing is folded twice.
+    """
+
+    def __init__(self, resident: Resident, store: Store, length: int, timeout: float) -> None:
+        self._resident = resident
+        self._store = store
+        self._length = length
+        self._timeout = timeout
+        self._waiting: deque[Queued] = deque()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits and nothing is being committed."""
+        return self._task is None
+
+    async def submit(self, queued: Queued) -> Done:
+        """Wait in the queue until the change is durable.
+
+        Raises:
+            Overloaded: the queue is full; nothing was done.
+            StoreUnavailable: the store does not answer; the outcome may be unknown.
+            ReplacedError: the batch was computed for a layer that is no more, and another has its name.
+            ProblemError: what the change itself refuses.
+        """
+        if len(self._waiting) >= self._length:
+            raise Overloaded(
+                f"{self._length} calls are waiting for layer {self._resident.name!r} already", retry_after=1
+            )
+        self._waiting.append(queued)
+        if self._task is None:
+            self._task = asyncio.create_task(self._drain())
+        return await queued.done
+
+    async def drained(self) -> None:
+        """Return when everything that waits has been answered."""
+        while self._task is not None:
+            await asyncio.wait([self._task])
+
+    async def _drain(self) -> None:
+        try:
+            while self._waiting:
+                taken = self._take()
+                try:
+                    await self._process(taken)
+                except ProblemError as error:
+                    _settle_all(taken, error)
+                except Exception as error:
+                    _log.exception("a commit of layer %r failed", self._resident.name)
+                    self._resident.set(None)
+                    _settle_all(taken, error)
+        finally:
+            self._task = None
+
+    def _take(self) -> list[Queued]:
+        """Every fold at the head of the queue, or else the one change there."""
+        taken = [self._waiting.popleft()]
+        if isinstance(taken[0], Fold):
+            while self._waiting and isinstance(self._waiting[0], Fold):
+                taken.append(self._waiting.popleft())
+        return taken
+
+    async def _process(self, taken: list[Queued]) -> None:
+        match taken[0]:
+            case Deletion() as deletion:
+                await self._delete(deletion)
+            case Change() as change:
+                await self._change(change)
+            case Fold():
+                await self._fold([queued for queued in taken if isinstance(queued, Fold)])
+
+    # ---------------------------------------------------------------------------------------------------- folds
+
+    async def _fold(self, folds: list[Fold]) -> None:
+        deadline = self._deadline()
+        while folds := [waiting for waiting in folds if not waiting.done.done()]:
+            held = await self._resident.known()
+            plan = await make_plan(held, folds)
+            if not plan.folds:
+                return
+            match await self._commit(held.stamp, plan.record, plan.receipts, deadline):
+                case Committed():
+                    self._resident.set(plan.held)
+                    plan.settle()
+                    return
+                case Duplicates(receipts):
+                    await self._answer_from_receipts(folds, receipts)
+                case Conflict():
+                    self._lost_race(deadline)
+                case Missing():
+                    raise self._gone()
+
+    async def _answer_from_receipts(self, folds: Iterable[Fold], receipts: Iterable[Receipt]) -> None:
+        by_key = {receipt.key: receipt for receipt in receipts}
+        held = await self._resident.fresh()
+        for waiting in folds:
+            if receipt := by_key.get(waiting.ticket.key):
+                settle(waiting, replay(waiting.ticket, held, receipt))
+
+    # -------------------------------------------------------------------------------------------------- changes
+
+    async def _change(self, change: Change) -> None:
+        deadline = self._deadline()
+        while True:
+            held = await self._resident.fresh()
+            try:
+                check_version(change.if_match, held)
+            except ProblemError:
+                # A repeat comes with the version that its first try has moved on from.
+                if change.ticket.from_caller and await self._replayed(change, deadline):
+                    return
+                raise
+            new = held.next(change.apply(held.state))
+            receipt = change.ticket.receipt(new.stamp.version, new.state.num_batches_tracked)
+            match await self._commit(held.stamp, record(new), [receipt], deadline):
+                case Committed():
+                    self._resident.set(new)
+                    settle(change, Done(new, receipt.version, receipt.batch, replayed=False))
+                    return
+                case Duplicates(receipts):
+                    settle(change, replay(change.ticket, await self._resident.fresh(), receipts[0]))
+                    return
+                case Conflict():
+                    self._lost_race(deadline)
+                case Missing():
+                    raise self._gone()
+
+    async def _replayed(self, change: Change, deadline: float) -> bool:
+        outcome = await self._commit(_NOWHERE, None, [change.ticket.receipt(0, 0)], deadline)
+        if isinstance(outcome, Duplicates):
+            settle(change, replay(change.ticket, await self._resident.fresh(), outcome.receipts[0]))
+        return isinstance(outcome, Duplicates)
+
+    async def _delete(self, deletion: Deletion) -> None:
+        deadline = self._deadline()
+        while True:
+            held = await self._resident.fresh()
+            check_version(deletion.if_match, held)
+            match await self._remove(held.stamp, deadline):
+                case Committed():
+                    self._resident.set(None)
+                    settle(deletion, Done(held, held.stamp.version, held.state.num_batches_tracked, replayed=False))
+                    # Whatever waits behind was meant for the layer that has just gone.
+                    _settle_all(self._waiting, layer_not_found(self._resident.name))
+                    self._waiting.clear()
+                    return
+                case Conflict():
+                    self._lost_race(deadline)
+                case Missing():
+                    raise self._gone()
+
+    # ---------------------------------------------------------------------------------------------------- store
+
+    async def _commit(
+        self, expected: Stamp, new: Record | None, receipts: Sequence[Receipt], deadline: float
+    ) -> Committed | Conflict | Missing | Duplicates:
+        """Commit, and when the outcome is unknown ask by committing the same again: receipts make that harmless."""
+        pause, uncertain = _FIRST_PAUSE, False
+        while True:
+            try:
+                outcome = await self._store.commit(self._resident.name, expected, new, receipts)
+            except StoreError as error:
+                uncertain = True
+                pause = await self._pause(pause, deadline, error)
+                continue
+            if uncertain and isinstance(outcome, Duplicates) and set(outcome.receipts) == set(receipts):
+                return Committed()
+            return outcome
+
+    async def _remove(self, expected: Stamp, deadline: float) -> Committed | Conflict | Missing:
+        """Delete; when the outcome of a try is unknown, finding that incarnation gone is success."""
+        pause, uncertain = _FIRST_PAUSE, False
+        while True:
+            try:
+                outcome = await self._store.delete(self._resident.name, expected)
+                if uncertain and not isinstance(outcome, Committed):
+                    found = await self._store.load(self._resident.name)
+                    if not isinstance(found, Record) or found.stamp.incarnation != expected.incarnation:
+                        return Committed()
+            except StoreError as error:
+                uncertain = True
+                pause = await self._pause(pause, deadline, error)
+                continue
+            return outcome
+
+    async def _pause(self, pause: float, deadline: float, error: StoreError) -> float:
+        """Wait before the next try; returns the pause after that one. Raises `StoreUnavailable` at the deadline."""
+        self._resident.set(None)
+        if asyncio.get_running_loop().time() + pause > deadline:
+            raise StoreUnavailable(f"the store does not answer: {error}", retry_after=1) from error
+        await asyncio.sleep(pause)
+        return min(2 * pause, _LONGEST_PAUSE)
+
+    def _lost_race(self, deadline: float) -> None:
+        """Forget what another process has changed, to load it again; give up at the deadline."""
+        self._resident.set(None)
+        if asyncio.get_running_loop().time() > deadline:
+            raise Overloaded("too many processes change this layer at once; nothing was done", retry_after=1)
+
+    def _gone(self) -> ProblemError:
+        self._resident.set(None)
+        return layer_not_found(self._resident.name)
+
+    def _deadline(self) -> float:
+        return asyncio.get_running_loop().time() + self._timeout
+
+
+def _settle_all(queued: Iterable[Queued], error: Exception) -> None:
+    for waiting in queued:
+        settle(waiting, error)

@@ -1,0 +1,51 @@
+"""Names for folds: what a receipt is filed under, and what tells one batch from another."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from typing import NamedTuple
+
+import xxhash
+from batchnorm_client.tensors import Tensor
+
+from ..store.base import Receipt
+
+KEY_BYTES = 16
+
+
+class Ticket(NamedTuple):
+    """The claim of one change to be made exactly once.
+
+    Attributes:
+        key: 16 bytes, the digest of the caller's Idempotency-Key, or random.
+        fingerprint: 16 bytes, of what the caller asked for.
+        from_caller: whether the caller gave the key. (A change without one has a receipt all the same: it tells what
+            became of a commit whose reply was lost.)
+    """
+
+    key: bytes
+    fingerprint: bytes
+    from_caller: bool
+
+    def receipt(self, version: int, batch: int) -> Receipt:
+        """The receipt to be written with the change."""
+        return Receipt(self.key, self.fingerprint, version, batch)
+
+
+def ticket(key: str | None, operation: str, tensor: Tensor | None = None) -> Ticket:
+    """The ticket of a call; the fingerprint covers operation, dtype, shape and bytes, whatever the form on the wire.
+
+    Args:
+        key: the caller's Idempotency-Key.
+        operation: what the call does, with everything that makes it another call.
+        tensor: the batch.
+    """
+    if key is None:
+        return Ticket(secrets.token_bytes(KEY_BYTES), bytes(KEY_BYTES), from_caller=False)
+    digest = xxhash.xxh3_128(f"{operation}\0".encode())
+    if tensor is not None:
+        digest.update(f"{tensor.dtype}\0{tensor.shape}\0".encode())
+        digest.update(tensor.buffer)
+    name = hashlib.blake2b(key.encode(), digest_size=KEY_BYTES).digest()
+    return Ticket(name, digest.digest(), from_caller=True)

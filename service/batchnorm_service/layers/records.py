@@ -1,0 +1,133 @@
+"""A layer as the store keeps it: one safetensors file, names as in torch's state_dict, the config in its metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Any, Final
+
+from batchnorm_client.contract import LayerConfig, LayerSummary
+from batchnorm_client.tensors import (
+    Tensor,
+    decode_safetensors,
+    decode_safetensors_header,
+    encode_safetensors,
+)
+
+from ..engine.state import COUNTER, LayerState
+from ..engine.tensors import to_torch
+from ..store.base import HEAD_BYTES, Entry, Record, Stamp
+
+FORMAT: Final = "batchnorm-layer/1"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """A committed layer in memory.
+
+    Attributes:
+        stamp: of the record.
+        state: config, tensors and counters.
+        created_config: the config that the layer was made with: a PUT with the same one is no conflict.
+        created_at: when the layer was made.
+        updated_at: when this state was made.
+    """
+
+    stamp: Stamp
+    state: LayerState
+    created_config: LayerConfig
+    created_at: datetime
+    updated_at: datetime
+
+    def next(self, state: LayerState) -> Held:
+        """The same layer with its next state."""
+        return replace(self, stamp=self.stamp.next(), state=state, updated_at=now())
+
+
+def now() -> datetime:
+    """The time, with its zone."""
+    return datetime.now(UTC)
+
+
+def encode(state: LayerState, created_config: LayerConfig, created_at: datetime, updated_at: datetime) -> bytes:
+    """The bytes of a record."""
+    metadata = {
+        "format": FORMAT,
+        "config": _dump(state.config),
+        "created_config": _dump(created_config),
+        "created_at": created_at.isoformat(),
+        "updated_at": updated_at.isoformat(),
+        "samples_tracked": str(state.samples_tracked),
+    }
+    return b"".join(encode_safetensors(state.state_dict(), metadata))
+
+
+def record(held: Held) -> Record:
+    """The record of a layer in memory."""
+    return Record(held.stamp, encode(held.state, held.created_config, held.created_at, held.updated_at))
+
+
+def decode(stored: Record) -> Held:
+    """The layer of a record. Raises `ValueError` when another version of this software wrote it."""
+    tensors, metadata = decode_safetensors(bytearray(stored.data))
+    _check_format(metadata)
+    vectors: dict[str, Any] = {name: to_torch(tensor) for name, tensor in tensors.items() if name != COUNTER}
+    state = LayerState(
+        config=_load(metadata["config"]),
+        weight=vectors.get("weight"),
+        bias=vectors.get("bias"),
+        running_mean=vectors.get("running_mean"),
+        running_var=vectors.get("running_var"),
+        num_batches_tracked=_count(tensors),
+        samples_tracked=int(metadata["samples_tracked"]),
+    )
+    return Held(
+        stamp=stored.stamp,
+        state=state,
+        created_config=_load(metadata["created_config"]),
+        created_at=datetime.fromisoformat(metadata["created_at"]),
+        updated_at=datetime.fromisoformat(metadata["updated_at"]),
+    )
+
+
+def summary(entry: Entry) -> LayerSummary:
+    """A line of a listing, from the first bytes of a record."""
+    header, start = decode_safetensors_header(entry.head)
+    metadata = header["__metadata__"]
+    _check_format(metadata)
+    count = 0
+    if COUNTER in header:
+        begin, end = header[COUNTER]["data_offsets"]
+        count = int.from_bytes(entry.head[start + begin : start + end], "little", signed=True)
+    return LayerSummary(
+        name=entry.name,
+        num_features=_load(metadata["config"]).num_features,
+        version=entry.stamp.version,
+        num_batches_tracked=count,
+        updated_at=datetime.fromisoformat(metadata["updated_at"]),
+    )
+
+
+def _count(tensors: Mapping[str, Tensor]) -> int:
+    return int(to_torch(tensors[COUNTER])) if COUNTER in tensors else 0
+
+
+def _check_format(metadata: Mapping[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"the record's format is {metadata.get('format')!r}, this version reads {FORMAT!r}")
+
+
+@lru_cache(maxsize=4096)
+def _dump(config: LayerConfig) -> str:
+    return json.dumps(config.model_dump(), separators=(",", ":"))
+
+
+@lru_cache(maxsize=4096)
+def _load(text: str) -> LayerConfig:
+    return LayerConfig.model_validate_json(text)
+
+
+assert len(_dump(LayerConfig(num_features=1))) * 2 + 1024 < HEAD_BYTES  # noqa: S101 - a listing reads only the head

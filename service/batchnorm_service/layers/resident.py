@@ -1,0 +1,81 @@
+"""One layer in memory: what was committed last, and how to know that it still is."""
+
+from __future__ import annotations
+
+from batchnorm_client.errors import LayerNotFound, StoreUnavailable
+
+from ..store.base import Missing, Stamp, Store, StoreError, Unchanged
+from .freshness import SharedCheck
+from .records import Held, decode
+
+
+class Resident:
+    """A layer's newest known committed state.
+
+    Attributes:
+        name: of the layer.
+        held: what this process knows of the layer; None when it knows nothing, or a commit's outcome is unknown.
+    """
+
+    def __init__(self, name: str, store: Store) -> None:
+        self.name = name
+        self.held: Held | None = None
+        self._store = store
+        self._changes = 0
+        self._check = SharedCheck(self._load)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody is asking the store about this layer."""
+        return self._check.idle
+
+    def set(self, held: Held | None) -> None:
+        """Note what a commit left, or None when that is not known."""
+        self.held = held
+        self._changes += 1
+
+    async def known(self) -> Held:
+        """A committed state, perhaps not the newest: good where a commit will check it.
+
+        Raises:
+            LayerNotFound: there is no such layer.
+            StoreUnavailable: the store does not answer.
+        """
+        return self.held or await self._check()
+
+    async def fresh(self) -> Held:
+        """The newest committed state: no fold that was acknowledged before this call is missing from it.
+
+        Raises:
+            LayerNotFound: there is no such layer.
+            StoreUnavailable: the store does not answer.
+        """
+        if self._store.exclusive and self.held is not None:
+            return self.held
+        return await self._check()
+
+    async def _load(self) -> Held:
+        asked, changes = self.held, self._changes
+        unless: Stamp | None = asked.stamp if asked else None
+        try:
+            found = await self._store.load(self.name, unless)
+        except StoreError as error:
+            raise StoreUnavailable(f"the store does not answer: {error}", retry_after=1) from error
+        if isinstance(found, Unchanged):
+            assert asked is not None  # noqa: S101 - only a stamp can be unchanged
+            return asked
+        loaded = None if isinstance(found, Missing) else decode(found)
+        # A commit of ours that was acknowledged meanwhile may be newer than what was found: this call may use what it
+        # found, since it asked after it came, but only a later one may say which of the two stays.
+        if changes == self._changes:
+            self.held = loaded
+        if loaded is None:
+            raise layer_not_found(self.name)
+        return loaded
+
+
+def layer_not_found(name: str) -> LayerNotFound:
+    """The error for a name that no layer has."""
+    return LayerNotFound(
+        f"there is no layer {name!r}; create it with PUT /v1/layers/{name}", field="name", expected="a layer", got=name
+    )
