@@ -1,0 +1,32 @@
+# syntax=docker/dockerfile:1
+FROM python:3.11-slim AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+RUN python -m venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH
+WORKDIR /src
+# Dependencies change rarely and weigh most: torch first and pinned, then the rest, each a layer of its own.
+# TORCH takes pip's arguments for another build, such as one for a GPU, or for the CPU only.
+ARG TORCH="torch==2.13.0"
+COPY constraints.txt pyproject.toml ./
+RUN pip install ${TORCH}
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+    print('\n'.join(p['dependencies'] + p['optional-dependencies']['service']))" > requirements.txt \
+    && pip install -c constraints.txt -r requirements.txt
+COPY README.md LICENSE ./
+COPY client client
+COPY service service
+RUN pip install --no-deps .
+
+FROM python:3.11-slim
+RUN useradd --system --uid 10001 --no-create-home batchnorm && install -d -o batchnorm -g batchnorm /data
+COPY --from=build /opt/venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    BATCHNORM_HOST=0.0.0.0 \
+    BATCHNORM_STORE=sqlite:////data/batchnorm.db
+USER batchnorm
+VOLUME /data
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
+    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/readyz', timeout=2)"]
+CMD ["batchnorm-service", "serve"]

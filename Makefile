@@ -1,0 +1,46 @@
+# Everything a person types. Each target sets up what it needs in .venv; a second call finds it there.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+CONSTRAINTS := -c constraints.txt
+
+.PHONY: help run test check demo clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+run: $(VENV)/service.stamp ## start the service on 127.0.0.1:8000
+	@exec $(BIN)/batchnorm-service serve $(ARGS)
+
+test: check ## lint, types, arrows, and every test with coverage
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+check: $(VENV)/dev.stamp ## lint, types and arrows only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=client:service $(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+demo: $(VENV)/dev.stamp ## normalize the digits images through a real server, beside torch
+	$(BIN)/python examples/digits.py
+
+# torch comes first and pinned: a plain `torch`, or a range, would bring gigabytes of CUDA packages.
+$(VENV)/service.stamp: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (once) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install $(CONSTRAINTS) "$$(grep '^torch==' constraints.txt)"
+	@$(PIP) install $(CONSTRAINTS) --editable '.[service]'
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/service.stamp
+	@echo "Setting up what the tests need (once) ..."
+	@$(PIP) install $(CONSTRAINTS) --editable '.[service,torch,demo,dev]'
+	@touch $@
+
+clean: ## remove everything that the targets made
+	rm -rf $(VENV) .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,25 @@
+"""Tensors on the wire: JSON, .npy and safetensors <-> `Tensor`, which numpy and torch view without a copy.
+
+    body --decode(media_type, body, dtypes)--> {name: Tensor} --encode(media_type, tensors, fields)--> pieces
+
+One table, in `codec`, holds each media type with its two directions. Whatever the bytes, `decode` either returns
+tensors whose buffers are as long as their shapes say, or raises a `ProblemError`; it allocates nothing on the word
+of a header.
+"""
+
+from batchnorm_client.tensors.codec import decode, encode, require
+from batchnorm_client.tensors.json import json_list
+from batchnorm_client.tensors.safetensors import decode_safetensors, decode_safetensors_header, encode_safetensors
+from batchnorm_client.tensors.tensor import Tensor, itemsize
+
+__all__ = [
+    "Tensor",
+    "decode",
+    "decode_safetensors",
+    "decode_safetensors_header",
+    "encode",
+    "encode_safetensors",
+    "itemsize",
+    "json_list",
+    "require",
+]
