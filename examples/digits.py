@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 import httpx
 import numpy as np
 import torch
-from batchnorm_client.contract import IDEMPOTENCY_KEY, NPY
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from sklearn.datasets import load_digits
+
+from batchnorm_client.contract import IDEMPOTENCY_KEY, NPY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +40,7 @@ def server(data: Path) -> Iterator[httpx.Client]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "batchnorm_service", "serve", "--port", str(port), "--store", f"sqlite:///{data}"]
-    process = subprocess.Popen([*command, "--log-level", "warning"], stdout=subprocess.DEVNULL)  # noqa: S603
+    process = subprocess.Popen([*command, "--log-level", "warning"], stdout=subprocess.DEVNULL)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
             while not _ready(client):

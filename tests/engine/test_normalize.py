@@ -6,6 +6,10 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
 from batchnorm_client import errors
 from batchnorm_client.contract import LayerConfig, LayerUpdate
 from batchnorm_client.tensors import Tensor
@@ -13,9 +17,6 @@ from batchnorm_service.engine.normalize import check_input, eval_statistics, eva
 from batchnorm_service.engine.state import LayerState, initial_state, replace_tensors, update
 from batchnorm_service.engine.statistics import check_finite, fold
 from batchnorm_service.engine.tensors import to_wire
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import nn
 
 
 def _layer(channels: int, **config: object) -> LayerState:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from batchnorm_client import errors
 from batchnorm_client.contract import LayerConfig, LayerUpdate
 from batchnorm_client.tensors import Tensor
 from batchnorm_service.engine.state import initial_state, replace_tensors, reset, update
 from batchnorm_service.engine.tensors import to_torch, to_wire
-from torch import nn
 
 CONFIG = LayerConfig(num_features=3)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from batchnorm_client import errors
 from batchnorm_client.contract import LayerConfig, LayerUpdate
 from batchnorm_service.engine.normalize import train_step
 from batchnorm_service.engine.state import initial_state, replace_tensors, update
 from batchnorm_service.engine.statistics import Moments, fold
 from batchnorm_service.engine.tensors import to_wire
-from torch import nn
 
 
 def _moments(mean: float, var: float, count: int = 4, correction: int = 1) -> Moments:

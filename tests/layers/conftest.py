@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from batchnorm_client.contract import LayerConfig
 from batchnorm_client.tensors import Tensor
 from batchnorm_service.layers import Layers, LayersOptions, Normalized

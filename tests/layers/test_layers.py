@@ -7,13 +7,13 @@ import asyncio
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from batchnorm_client import errors
 from batchnorm_client.contract import LayerConfig, LayerUpdate
 from batchnorm_client.tensors import Tensor
 from batchnorm_service.store.base import Duplicates, Receipt
 from batchnorm_service.store.memory import MemoryStore
-from torch import nn
-
 from layers.conftest import CONFIG, batch, evaluate, serving, train
 
 pytestmark = pytest.mark.anyio

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from batchnorm_client import errors
 from batchnorm_client.contract import LayerConfig, LayerUpdate
 from batchnorm_service.store.base import StoreError
 from batchnorm_service.store.memory import MemoryStore
-from torch import nn
-
 from layers.conftest import CONFIG, batch, evaluate, serving, train
 
 pytestmark = pytest.mark.anyio
@@ -155,7 +155,7 @@ async def test_every_process_sees_every_acknowledged_fold() -> None:
 
 
 async def test_many_racing_writers_over_a_store_that_loses_replies_count_every_batch_once() -> None:
-    rng = random.Random(7)  # noqa: S311
+    rng = random.Random(7)
     store = Flaky(exclusive=False)
     async with serving(store) as one, serving(store) as other:
         await one.create("a", CONFIG)

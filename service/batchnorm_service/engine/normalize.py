@@ -12,11 +12,12 @@ import math
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from batchnorm_client.contract import INPUT_DTYPES, LayerConfig
 from batchnorm_client.errors import DtypeMismatch, ShapeMismatch, TooFewValues
 from batchnorm_client.tensors import Tensor as WireTensor
-from jaxtyping import Float
-from torch import Tensor
 
 from .state import Channels, LayerState
 from .statistics import Moments, check_finite

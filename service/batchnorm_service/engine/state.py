@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from batchnorm_client.contract import LayerConfig, LayerUpdate
 from batchnorm_client.errors import DtypeMismatch, InvalidRequest, ShapeMismatch
 from batchnorm_client.tensors import Tensor as WireTensor
-from jaxtyping import Float
-from torch import Tensor
 
 from .tensors import TORCH_DTYPES, to_torch, to_wire, vector
 

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from batchnorm_client.errors import NonFinite
 from torch import Tensor
+
+from batchnorm_client.errors import NonFinite
 
 from .state import Channels, LayerState
 

@@ -6,9 +6,10 @@ import math
 from typing import Final
 
 import torch
+from torch import Tensor
+
 from batchnorm_client.errors import DtypeMismatch, ShapeMismatch
 from batchnorm_client.tensors import Tensor as WireTensor
-from torch import Tensor
 
 TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
     name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64", "int64")

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import ParamSpec, TypeVar
 
 import torch
+
 from batchnorm_client.contract import LayerConfig, LayerPage, LayerUpdate
 from batchnorm_client.errors import (
     InvalidRequest,

@@ -7,6 +7,7 @@ import secrets
 from typing import NamedTuple
 
 import xxhash
+
 from batchnorm_client.tensors import Tensor
 
 from ..store.base import Receipt

@@ -121,7 +121,8 @@ class Store(Protocol):
 
     Every method may raise `StoreError`: the outcome is then unknown, and the caller finds out by `load` (a create) or
     by repeating the commit with the same receipts (they come back as `Duplicates` if the first try took effect).
-    A method that is cancelled has an unknown outcome too.
+    A method that is cancelled has an unknown outcome too. Calls on one name that are begun one after the other take
+    effect in that order, so that a load tells what became of a create before it.
 
     Attributes:
         exclusive: nobody but this object can write to the store, so that what was read or written through it stays
@@ -133,7 +134,7 @@ class Store(Protocol):
     url: str
 
     async def open(self) -> None:
-        """Get ready. Raises `StoreRefusedError` with the reason in words."""
+        """Get ready, also after a `close`. Raises `StoreRefusedError` with the reason in words."""
         ...
 
     async def close(self) -> None:
@@ -161,7 +162,7 @@ class Store(Protocol):
     ) -> Committed | Conflict | Missing | Duplicates:
         """Replace the record whose stamp is `expected` and add the receipts, together or not at all, durably.
 
-        `record` None leaves the record as it is and adds the receipts only. Which answer comes when more than one
+        `record` None leaves the record as it is and adds the receipts only; otherwise its stamp is `expected.next()`. Which answer comes when more than one
         fits: Missing before Duplicates before Conflict. `Duplicates` holds every one of the given keys that has an
         unexpired receipt.
         """

@@ -9,12 +9,13 @@ import math
 import numpy as np
 import orjson
 import pytest
-from batchnorm_client.contract import JSON, NPY, SAFETENSORS, TENSOR_MEDIA_TYPES
-from batchnorm_client.errors import InvalidRequest, MalformedBody, ProblemError, UnsupportedMediaType
-from batchnorm_client.tensors import Tensor, decode, decode_safetensors_header, encode, itemsize, require
 from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.numpy import save as save_safetensors
+
+from batchnorm_client.contract import JSON, NPY, SAFETENSORS, TENSOR_MEDIA_TYPES
+from batchnorm_client.errors import InvalidRequest, MalformedBody, ProblemError, UnsupportedMediaType
+from batchnorm_client.tensors import Tensor, decode, decode_safetensors_header, encode, itemsize, require
 
 ARRAY = np.array([[1.5, -2.0, 3.25], [0.0, 1e-30, 7.0]], np.float32)
 

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
 from batchnorm_client.contract import JSON
 from batchnorm_client.errors import InvalidRequest, MalformedBody, ProblemError, ShapeMismatch
 from batchnorm_client.tensors import Tensor, decode, encode, json_list
 from batchnorm_client.tensors import json as codec
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 
 Read = Callable[..., np.ndarray]
 BOTH_WAYS = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -6,11 +6,12 @@ import io
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis.extra import numpy as arrays
+
 from batchnorm_client.contract import JSON, NPY, SAFETENSORS
 from batchnorm_client.errors import DtypeMismatch, MalformedBody, NotAcceptable, UnsupportedMediaType
 from batchnorm_client.tensors import Tensor, decode, encode
-from hypothesis import given
-from hypothesis.extra import numpy as arrays
 
 NAMES = [
     "bool",

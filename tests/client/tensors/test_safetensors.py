@@ -8,6 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from safetensors.numpy import load, save
+
 from batchnorm_client.contract import SAFETENSORS
 from batchnorm_client.errors import DtypeMismatch, MalformedBody
 from batchnorm_client.tensors import (
@@ -19,10 +24,6 @@ from batchnorm_client.tensors import (
     encode_safetensors,
     itemsize,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
-from safetensors.numpy import load, save
 
 CODES = {
     "BOOL": "bool",

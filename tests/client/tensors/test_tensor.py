@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from batchnorm_client.tensors import Tensor, itemsize
 from hypothesis import given
 from hypothesis.extra import numpy as arrays
+
+from batchnorm_client.tensors import Tensor, itemsize
 
 WIDTHS = {
     "bool": 1,

@@ -1,0 +1,146 @@
+"""Records in this process's memory: for tests and for trying the service out. Nothing outlives the process."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from bisect import bisect_left, bisect_right, insort
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from itertools import islice
+
+from batchnorm_service.store.base import (
+    HEAD_BYTES,
+    Committed,
+    Conflict,
+    Duplicates,
+    Entry,
+    Exists,
+    Full,
+    Missing,
+    Receipt,
+    Record,
+    Stamp,
+    StoreError,
+    Unchanged,
+)
+
+_PURGE_STEP = 100
+
+
+class MemoryStore:
+    """A table of records in a dict.
+
+    Two services may share one object in a test (`exclusive=False`): it stays open until each that opened it has closed
+    it. Its records live as long as the object, so that opening it again is a restart that lost nothing.
+
+    Args:
+        receipt_seconds: how long a receipt counts.
+        exclusive: whether the caller promises that it is the only one to use this object.
+        clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self, receipt_seconds: float = 3600.0, exclusive: bool = True, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.exclusive = exclusive
+        self.url = "memory:"
+        self._receipt_seconds = receipt_seconds
+        self._clock = clock
+        self._users = 0
+        self._records: dict[str, Record] = {}
+        self._names: list[str] = []  # sorted: by code points, which is the order of their UTF-8 bytes
+        self._floor = 0  # the largest version of any deleted record
+        # Of all layers together and oldest first, so that purging needs no search. The incarnation makes receipts of
+        # a deleted layer unreachable at once; they leave memory when they expire.
+        self._receipts: OrderedDict[tuple[int, bytes], tuple[float, Receipt]] = OrderedDict()
+
+    async def open(self) -> None:
+        """Get ready; every `open` is paired with one `close`."""
+        self._users += 1
+
+    async def close(self) -> None:
+        """Let go; the records stay for the next `open`."""
+        self._users = max(self._users - 1, 0)
+
+    async def ping(self) -> None:
+        """Raise `StoreError` unless the store is open."""
+        if not self._users:
+            raise StoreError("the memory store is not open")
+
+    async def load(self, name: str, unless: Stamp | None = None) -> Record | Unchanged | Missing:
+        """See `Store.load`."""
+        await self.ping()
+        record = self._records.get(name)
+        if record is None:
+            return Missing()
+        return Unchanged() if record.stamp == unless else record
+
+    async def create(self, name: str, data: bytes, limit: int) -> Record | Exists | Full:
+        """See `Store.create`."""
+        await self.ping()
+        if (present := self._records.get(name)) is not None:
+            return Exists(present)
+        if len(self._records) >= limit:
+            return Full()
+        record = Record(Stamp(secrets.randbits(63), self._floor + 1, secrets.randbits(63)), data)
+        self._records[name] = record
+        insort(self._names, name)
+        return record
+
+    async def commit(
+        self, name: str, expected: Stamp, record: Record | None, receipts: Sequence[Receipt]
+    ) -> Committed | Conflict | Missing | Duplicates:
+        """See `Store.commit`."""
+        await self.ping()
+        present = self._records.get(name)
+        if present is None:
+            return Missing()
+        now = self._clock()
+        incarnation = present.stamp.incarnation
+        if duplicates := self._unexpired(incarnation, receipts, now):
+            return Duplicates(duplicates)
+        if present.stamp != expected:
+            return Conflict()
+        if record is not None:
+            self._records[name] = record
+        for receipt in receipts:
+            self._receipts.pop((incarnation, receipt.key), None)  # an expired one: the new one goes to the end
+            self._receipts[incarnation, receipt.key] = (now + self._receipt_seconds, receipt)
+        self._purge(now, _PURGE_STEP + len(receipts))
+        return Committed()
+
+    async def delete(self, name: str, expected: Stamp) -> Committed | Conflict | Missing:
+        """See `Store.delete`."""
+        await self.ping()
+        present = self._records.get(name)
+        if present is None:
+            return Missing()
+        if present.stamp != expected:
+            return Conflict()
+        del self._records[name]
+        del self._names[bisect_left(self._names, name)]
+        self._floor = max(self._floor, expected.version)
+        return Committed()
+
+    async def list(self, prefix: str, after: str, limit: int) -> list[Entry]:
+        """See `Store.list`."""
+        await self.ping()
+        start = max(bisect_left(self._names, prefix), bisect_right(self._names, after))
+        entries: list[Entry] = []
+        for name in islice(self._names, start, start + max(limit, 0)):
+            if not name.startswith(prefix):
+                break
+            record = self._records[name]
+            entries.append(Entry(name, record.stamp, record.data[:HEAD_BYTES]))
+        return entries
+
+    def _unexpired(self, incarnation: int, receipts: Sequence[Receipt], now: float) -> tuple[Receipt, ...]:
+        found = (self._receipts.get((incarnation, key)) for key in dict.fromkeys(each.key for each in receipts))
+        return tuple(each[1] for each in found if each is not None and each[0] > now)
+
+    def _purge(self, now: float, limit: int) -> None:
+        for _ in range(limit):
+            if not self._receipts or next(iter(self._receipts.values()))[0] > now:
+                return
+            self._receipts.popitem(last=False)

@@ -1,0 +1,126 @@
+"""Records in an SQLite file: the default. An answer always means that it is on disk."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import quote
+
+from batchnorm_service.store.base import (
+    Committed,
+    Conflict,
+    Duplicates,
+    Entry,
+    Exists,
+    Full,
+    Missing,
+    Receipt,
+    Record,
+    Stamp,
+    StoreError,
+    Unchanged,
+)
+from batchnorm_service.store.sqlite_file import open_file
+from batchnorm_service.store.sqlite_table import SqliteTable
+from batchnorm_service.store.sqlite_thread import Job, SqliteThread
+
+T = TypeVar("T")
+
+
+class SqliteStore:
+    """A table of records in an SQLite file.
+
+    The file is in WAL mode with `synchronous=FULL`: a commit that was answered survives a loss of power. Writes that
+    wait at the same moment share one transaction (`SqliteThread`), because a disk flush costs the same for one as for
+    many. After a failed transaction (disk full, say) the next one is tried afresh.
+
+    Args:
+        path: the file; it and its parent directories are made if missing.
+        receipt_seconds: how long a receipt counts, rounded up to a whole second.
+        exclusive: lock the file until `close`, so that no other process can open it. False is for several processes
+            on one file: only the stamps order their commits.
+        clock: seconds since the epoch.
+        busy_seconds: how long a call waits for another process's transaction (`exclusive=False`).
+
+    Attributes:
+        path: the file, absolute and without symbolic links.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        receipt_seconds: float = 3600.0,
+        exclusive: bool = True,
+        *,
+        clock: Callable[[], float] = time.time,
+        busy_seconds: float = 5.0,
+    ) -> None:
+        self.exclusive = exclusive
+        self.path = Path(os.path.realpath(path))
+        self.url = f"sqlite:///{quote(self.path.as_posix(), safe='/:')}"
+        self._table = SqliteTable(receipt_seconds, clock)
+        self._busy_seconds = 0.0 if exclusive else busy_seconds
+        self._thread: SqliteThread | None = None
+
+    @property
+    def transactions(self) -> int:
+        """How many write transactions were committed since `open`: group commit makes it less than the commits."""
+        return 0 if self._thread is None else self._thread.transactions
+
+    async def open(self) -> None:
+        """Open the file or make it. Raises `StoreRefusedError` with the reason in words."""
+        if self._thread is not None and not self._thread.stopped:
+            raise StoreError(f"{self.path} is open already")
+        await self.close()  # one that is still closing holds the lock
+        thread = SqliteThread(self._connect, self._table.purge)
+        opened = thread.start()
+        self._thread = thread
+        try:
+            await asyncio.wrap_future(opened)
+        except BaseException:
+            thread.stop()  # not awaited: refused, there is nothing to wait for; cancelled, nobody does
+            raise
+
+    async def close(self) -> None:
+        """Finish what is queued, copy the log back into the file, and close it."""
+        if self._thread is not None:
+            await asyncio.wrap_future(self._thread.stop())
+
+    async def ping(self) -> None:
+        """Return when the database answers a query."""
+        await self._do("", lambda c: c.execute("SELECT layers FROM meta").fetchone())
+
+    async def load(self, name: str, unless: Stamp | None = None) -> Record | Unchanged | Missing:
+        """See `Store.load`."""
+        return await self._do(name, lambda c: self._table.load(c, name, unless))
+
+    async def create(self, name: str, data: bytes, limit: int) -> Record | Exists | Full:
+        """See `Store.create`."""
+        return await self._do(name, lambda c: self._table.create(c, name, data, limit), writes=True)
+
+    async def commit(
+        self, name: str, expected: Stamp, record: Record | None, receipts: Sequence[Receipt]
+    ) -> Committed | Conflict | Missing | Duplicates:
+        """See `Store.commit`."""
+        return await self._do(name, lambda c: self._table.commit(c, name, expected, record, receipts), writes=True)
+
+    async def delete(self, name: str, expected: Stamp) -> Committed | Conflict | Missing:
+        """See `Store.delete`."""
+        return await self._do(name, lambda c: self._table.delete(c, name, expected), writes=True)
+
+    async def list(self, prefix: str, after: str, limit: int) -> list[Entry]:
+        """See `Store.list`."""
+        return await self._do(None, lambda c: self._table.list(c, prefix, after, limit))
+
+    def _connect(self) -> sqlite3.Connection:
+        return open_file(self.path, exclusive=self.exclusive, busy_seconds=self._busy_seconds)
+
+    async def _do(self, name: str | None, work: Callable[[sqlite3.Connection], T], *, writes: bool = False) -> T:
+        if self._thread is None:
+            raise StoreError("the SQLite store is not open")
+        return await asyncio.wrap_future(self._thread.submit(Job(name, writes, work)))

@@ -1,0 +1,182 @@
+"""What each call of the store protocol does to the tables of an SQLite database, inside a transaction."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import sqlite3
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from batchnorm_service.store.base import (
+    HEAD_BYTES,
+    Committed,
+    Conflict,
+    Duplicates,
+    Entry,
+    Exists,
+    Full,
+    Missing,
+    Receipt,
+    Record,
+    Stamp,
+    Unchanged,
+)
+
+SCHEMA: Final = (
+    # The stamp stands before the data: reading it touches one page, however large the data are.
+    """
+    CREATE TABLE layers (
+        id INTEGER PRIMARY KEY,
+        name TEXT NOT NULL UNIQUE COLLATE BINARY,
+        incarnation INTEGER NOT NULL,
+        version INTEGER NOT NULL,
+        commit_id INTEGER NOT NULL,
+        data BLOB NOT NULL
+    )
+    """,
+    # A receipt belongs to an incarnation, not to a name: deleting a layer is O(1) however many it has, because they
+    # can never match again, and the purge takes them as they expire. `expires` is in whole seconds since the epoch.
+    """
+    CREATE TABLE receipts (
+        incarnation INTEGER NOT NULL,
+        key BLOB NOT NULL,
+        fingerprint BLOB NOT NULL,
+        version INTEGER NOT NULL,
+        batch INTEGER NOT NULL,
+        expires INTEGER NOT NULL,
+        PRIMARY KEY (incarnation, key)
+    ) WITHOUT ROWID
+    """,
+    "CREATE INDEX receipts_by_expiry ON receipts (expires)",
+    # How many layers there are (counting rows would take longer the more there are), and the largest version that
+    # any deleted layer had: a new layer starts above it, so versions never repeat for a name.
+    "CREATE TABLE meta (id INTEGER PRIMARY KEY CHECK (id = 1), layers INTEGER NOT NULL, floor INTEGER NOT NULL)",
+    "INSERT INTO meta (id, layers, floor) VALUES (1, 0, 0)",
+)
+
+_PURGE_STEP: Final = 100
+
+
+class SqliteTable:
+    """The statements.
+
+    Args:
+        receipt_seconds: how long a receipt counts, rounded up to a whole second.
+        clock: seconds since the epoch; a wall clock, because receipts outlive the process.
+    """
+
+    def __init__(self, receipt_seconds: float, clock: Callable[[], float]) -> None:
+        self._receipt_seconds = receipt_seconds
+        self._clock = clock
+
+    def load(self, connection: sqlite3.Connection, name: str, unless: Stamp | None) -> Record | Unchanged | Missing:
+        """See `Store.load`."""
+        if unless is not None and _stamp(connection, name) == unless:
+            return Unchanged()
+        return _record(connection, name) or Missing()
+
+    def create(self, connection: sqlite3.Connection, name: str, data: bytes, limit: int) -> Record | Exists | Full:
+        """See `Store.create`."""
+        if (present := _record(connection, name)) is not None:
+            return Exists(present)
+        layers, floor = connection.execute("SELECT layers, floor FROM meta").fetchone()
+        if layers >= limit:
+            return Full()
+        record = Record(Stamp(secrets.randbits(63), floor + 1, secrets.randbits(63)), data)
+        connection.execute(
+            "INSERT INTO layers (name, incarnation, version, commit_id, data) VALUES (?, ?, ?, ?, ?)",
+            (name, *record.stamp, data),
+        )
+        connection.execute("UPDATE meta SET layers = layers + 1")
+        return record
+
+    def commit(
+        self,
+        connection: sqlite3.Connection,
+        name: str,
+        expected: Stamp,
+        record: Record | None,
+        receipts: Sequence[Receipt],
+    ) -> Committed | Conflict | Missing | Duplicates:
+        """See `Store.commit`."""
+        present = _stamp(connection, name)
+        if present is None:
+            return Missing()
+        now = self._clock()
+        if duplicates := _unexpired(connection, present.incarnation, receipts, now):
+            return Duplicates(duplicates)
+        if present != expected:
+            return Conflict()
+        if record is not None:
+            connection.execute(
+                "UPDATE layers SET incarnation = ?, version = ?, commit_id = ?, data = ? WHERE name = ?",
+                (*record.stamp, record.data, name),
+            )
+        expires = math.ceil(now + self._receipt_seconds)
+        connection.executemany(  # REPLACE: an expired receipt of the same key may not have been purged yet
+            "INSERT OR REPLACE INTO receipts (incarnation, key, fingerprint, version, batch, expires)"
+            " VALUES (?, ?, ?, ?, ?, ?)",
+            ((present.incarnation, *receipt, expires) for receipt in receipts),
+        )
+        return Committed()
+
+    def delete(self, connection: sqlite3.Connection, name: str, expected: Stamp) -> Committed | Conflict | Missing:
+        """See `Store.delete`."""
+        present = _stamp(connection, name)
+        if present is None:
+            return Missing()
+        if present != expected:
+            return Conflict()
+        connection.execute("DELETE FROM layers WHERE name = ?", (name,))
+        connection.execute("UPDATE meta SET layers = layers - 1, floor = max(floor, ?)", (present.version,))
+        return Committed()
+
+    def list(self, connection: sqlite3.Connection, prefix: str, after: str, limit: int) -> list[Entry]:
+        """See `Store.list`."""
+        rows = connection.execute(
+            "SELECT name, incarnation, version, commit_id, id FROM layers"
+            " WHERE name >= ? AND name > ? ORDER BY name LIMIT ?",
+            (prefix, after, max(limit, 0)),  # to SQLite a negative limit is none
+        )
+        entries: list[Entry] = []
+        for name, incarnation, version, commit_id, row in rows:
+            if not name.startswith(prefix):  # the rows are in order, so no later one does
+                break
+            # `substr(data, 1, n)` would read the whole of each blob first.
+            with connection.blobopen("layers", "data", row, readonly=True) as blob:
+                entries.append(Entry(name, Stamp(incarnation, version, commit_id), blob.read(HEAD_BYTES)))
+        return entries
+
+    def purge(self, connection: sqlite3.Connection, changes: int) -> None:
+        """Remove some expired receipts: more than `changes`, so that they go faster than new ones come."""
+        connection.execute(
+            "DELETE FROM receipts WHERE (incarnation, key) IN"
+            " (SELECT incarnation, key FROM receipts WHERE expires <= ? ORDER BY expires LIMIT ?)",
+            (self._clock(), _PURGE_STEP + changes),
+        )
+
+
+def _stamp(connection: sqlite3.Connection, name: str) -> Stamp | None:
+    row = connection.execute("SELECT incarnation, version, commit_id FROM layers WHERE name = ?", (name,)).fetchone()
+    return None if row is None else Stamp(*row)
+
+
+def _record(connection: sqlite3.Connection, name: str) -> Record | None:
+    row = connection.execute(
+        "SELECT incarnation, version, commit_id, data FROM layers WHERE name = ?", (name,)
+    ).fetchone()
+    return None if row is None else Record(Stamp(*row[:3]), row[3])
+
+
+def _unexpired(
+    connection: sqlite3.Connection, incarnation: int, receipts: Sequence[Receipt], now: float
+) -> tuple[Receipt, ...]:
+    found = (
+        connection.execute(
+            "SELECT key, fingerprint, version, batch FROM receipts WHERE incarnation = ? AND key = ? AND expires > ?",
+            (incarnation, key, now),
+        ).fetchone()
+        for key in dict.fromkeys(receipt.key for receipt in receipts)
+    )
+    return tuple(Receipt(*row) for row in found if row is not None)

@@ -1,0 +1,123 @@
+"""What a store brings to the conformance suite: a table that stores are opened on, and a way to let time pass.
+
+A new store joins with one subclass of `Table` and one line in `conftest.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sqlite3
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from batchnorm_service.store.base import Exists, Full, Receipt, Record, Store
+from batchnorm_service.store.memory import MemoryStore
+from batchnorm_service.store.sqlite import SqliteStore
+
+RECEIPT_SECONDS = 3600.0
+LIMIT = 1_000_000
+
+
+class Clock:
+    """A clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 1_700_000_000.25
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Sabotaged(sqlite3.Connection):
+    """A connection on which a test can get in before each statement."""
+
+    before: Callable[[sqlite3.Connection, str], None] | None = None
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> sqlite3.Cursor:  # type: ignore[override]
+        if Sabotaged.before is not None:
+            Sabotaged.before(self, sql)
+        return super().execute(sql, parameters)
+
+
+class Table(ABC):
+    """One table of records.
+
+    Attributes:
+        survives: what is written is there after every store was closed.
+        shared: several stores may be open on it at once.
+    """
+
+    survives = True
+    shared = True
+
+    @abstractmethod
+    def store(self) -> Store:
+        """Return a store on this table, not yet open."""
+
+    @abstractmethod
+    def forward(self, seconds: float) -> None:
+        """Let that much time pass, as receipts see it."""
+
+
+class MemoryTable(Table):
+    def __init__(self, *, exclusive: bool) -> None:
+        self.shared = not exclusive
+        self._clock = Clock()
+        self._store = MemoryStore(RECEIPT_SECONDS, exclusive, self._clock)
+
+    def store(self) -> Store:
+        return self._store
+
+    def forward(self, seconds: float) -> None:
+        self._clock.now += seconds
+
+
+class SqliteTable(Table):
+    def __init__(self, path: Path, *, exclusive: bool) -> None:
+        self.shared = not exclusive
+        self._path = path
+        self._clock = Clock()
+
+    def store(self) -> SqliteStore:
+        return SqliteStore(self._path, RECEIPT_SECONDS, not self.shared, clock=self._clock)
+
+    def forward(self, seconds: float) -> None:
+        self._clock.now += seconds
+
+
+def receipt(version: int = 2, batch: int = 1) -> Receipt:
+    return Receipt(secrets.token_bytes(16), secrets.token_bytes(16), version, batch)
+
+
+def after(record: Record, data: bytes) -> Record:
+    """Return the record that follows."""
+    return Record(record.stamp.next(), data)
+
+
+async def created(store: Store, name: str, data: bytes = b"first") -> Record:
+    answer = await store.create(name, data, LIMIT)
+    assert not isinstance(answer, Exists | Full)
+    return answer
+
+
+async def loaded(store: Store, name: str) -> Record:
+    answer = await store.load(name)
+    assert isinstance(answer, Record)
+    return answer
+
+
+def child(program: str, *arguments: object) -> subprocess.Popen[str]:
+    """Start one of the programs in `programs/`, in a process that imports what this one does."""
+    script = Path(__file__).parent / "programs" / f"{program}.py"
+    return subprocess.Popen(
+        [sys.executable, str(script), *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
