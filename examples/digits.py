@@ -107,8 +107,8 @@ def report(layer: dict, module: torch.nn.BatchNorm2d, train_gap: float, eval_gap
     """Print the service's statistics beside torch's; exit 1 when they differ."""
     rows = {
         "num_batches_tracked": (layer["num_batches_tracked"], int(module.num_batches_tracked)),
-        "running_mean": (layer["running_mean"][0], module.running_mean.item()),
-        "running_var": (layer["running_var"][0], module.running_var.item()),
+        "running_mean": (np.float32(layer["running_mean"][0]), module.running_mean.numpy()[0]),
+        "running_var": (np.float32(layer["running_var"][0]), module.running_var.numpy()[0]),
     }
     table = Table("", "service", "torch", "difference")
     for name, (ours, theirs) in rows.items():
