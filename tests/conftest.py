@@ -1,7 +1,5 @@
 """What every test shares."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -17,9 +15,9 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="session")
-def measured(pytestconfig: pytest.Config) -> Iterator[list[str]]:
+def measured(pytestconfig: pytest.Config) -> list[str]:
     """Lines that a test wants printed at the end of the run: what it measured."""
-    yield pytestconfig.stash.setdefault(_measured, [])
+    return pytestconfig.stash.setdefault(_measured, [])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -11,7 +11,16 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+)
 
 JSON: Final = "application/json"
 MERGE_PATCH_JSON: Final = "application/merge-patch+json"
@@ -31,6 +40,8 @@ KEY_PATTERN: Final = re.compile(r"[\x21-\x7e]{1,200}")
 
 LAYER_NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 """What a layer may be called; torch module paths such as `layer1.0.bn1` fit."""
+
+MAX_FEATURES: Final = 1_048_576
 
 INPUT_DTYPES: Final[dict[str, tuple[str, ...]]] = {
     "float32": ("float16", "bfloat16", "float32"),
@@ -53,7 +64,7 @@ _RANKS: Final[dict[int | None, tuple[int, ...]]] = {1: (2, 3), 2: (4,), 3: (5,)}
 class LayerConfig(Document):
     """What a layer is: BatchNorm's constructor arguments in torch's names, and what a service needs beside them."""
 
-    num_features: int = Field(ge=1, le=1_048_576, description="C, the number of channels")
+    num_features: int = Field(ge=1, le=MAX_FEATURES, description="C, the number of channels")
     eps: float = Field(1e-5, gt=0, allow_inf_nan=False, description="added to the variance before the square root")
     statistics: Literal["moving", "population"] = Field(
         "moving", description="moving: torch's rule; population: exact mean and unbiased variance over all samples seen"
@@ -119,7 +130,8 @@ Element = Annotated[
     float,
     BeforeValidator(_number_or_name, json_schema_input_type=float | Literal["NaN", "Infinity", "-Infinity"]),
 ]
-Vector = list[Element]
+# One wrong element is enough to know: listing a million of them would take seconds and gigabytes.
+Vector = Annotated[list[Element], Field(max_length=MAX_FEATURES), FailFast()]
 
 
 class LayerUpdate(Document):

@@ -1,6 +1,10 @@
 """What can go wrong, one exception per problem type (RFC 9457), in one tree.
 
     BatchNormError
+    ├── NoAnswer                            the service did not answer (client only)
+    │   ├── ConnectionFailed                it cannot be reached, or the connection was cut
+    │   └── TimedOut                        not in time
+    ├── UnexpectedAnswer                    an answer that is not in the contract, such as a proxy's page (client only)
     └── ProblemError                        the service answered with application/problem+json
         ├── RequestError                    4xx: the call changed nothing
         │   ├── MalformedBody               400 malformed-body
@@ -39,7 +43,66 @@ from typing import Any, ClassVar
 
 
 class BatchNormError(Exception):
-    """Base of everything that this package raises on purpose."""
+    """Base of everything that this package raises on purpose.
+
+    Attributes:
+        outcome_unknown: the client gave up, and the call may have taken effect all the same. False for a call that
+            certainly changed nothing, and for one that changes nothing anyway.
+    """
+
+    outcome_unknown: bool = False
+
+
+class NoAnswer(BatchNormError):
+    """No answer came. The exception below it in the chain (`__cause__`) is the HTTP library's.
+
+    Attributes:
+        permanent: another try would end the same way, such as with a certificate that is not trusted.
+    """
+
+    def __init__(self, detail: str, *, outcome_unknown: bool = False, permanent: bool = False) -> None:
+        super().__init__(detail)
+        self.outcome_unknown = outcome_unknown
+        self.permanent = permanent
+
+
+class ConnectionFailed(NoAnswer):
+    """The service cannot be reached, or the connection was cut before the answer was complete."""
+
+
+class TimedOut(NoAnswer):
+    """The service did not answer in time: within the client's timeout, or what its deadline left of that."""
+
+
+class UnexpectedAnswer(BatchNormError):
+    """An answer that is not in the contract: an error page of a proxy, another service, a newer problem type.
+
+    Attributes:
+        status: the HTTP status code.
+        detail: what was unexpected.
+        name: the problem type's name where the answer was a problem that this client does not know, or None.
+        fields: such a problem's members.
+        request_id: the `X-Request-ID` of the answer, if it had one.
+        retry_after: seconds after which another try makes sense, if it said so.
+    """
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        status: int,
+        name: str | None = None,
+        request_id: str | None = None,
+        retry_after: float | None = None,
+        **fields: Any,
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.status = status
+        self.name = name
+        self.request_id = request_id
+        self.retry_after = retry_after
+        self.fields = fields
 
 
 class ProblemError(BatchNormError):

@@ -106,8 +106,8 @@ def _average(running: Channels, batch: Channels, momentum: float) -> Channels:
 def _average_in_float32(running: Channels, batch: Channels, momentum: float, *, fused: bool) -> Channels:
     """The same as torch's kernel for contiguous float32 does it: momentum, both products and the sum are rounded.
 
-    With `fused` the product with the batch is not (torch's compiler makes the variance a fused multiply-add). The product
-    of two float32 is exact in float64, so a sum in float64 gives the same.
+    With `fused` the product with the batch is not: torch's compiler makes the variance a fused multiply-add. The
+    product of two float32 is exact in float64, so a sum in float64 gives the same.
     """
     weight = torch.tensor(momentum, dtype=torch.float32)
     kept = (1 - weight) * running

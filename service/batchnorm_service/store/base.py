@@ -162,9 +162,9 @@ class Store(Protocol):
     ) -> Committed | Conflict | Missing | Duplicates:
         """Replace the record whose stamp is `expected` and add the receipts, together or not at all, durably.
 
-        `record` None leaves the record as it is and adds the receipts only; otherwise its stamp is `expected.next()`. Which answer comes when more than one
-        fits: Missing before Duplicates before Conflict. `Duplicates` holds every one of the given keys that has an
-        unexpired receipt.
+        `record` None leaves the record as it is and adds the receipts only; otherwise its stamp is `expected.next()`.
+        Which answer comes when more than one fits: Missing before Duplicates before Conflict. `Duplicates` holds every
+        one of the given keys that has an unexpired receipt.
         """
         ...
 

@@ -1,0 +1,67 @@
+"""A call as a value, and the answer to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from batchnorm_client.errors import BatchNormError
+from batchnorm_client.tensors.tensor import Buffer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back.
+
+    Attributes:
+        status: the HTTP status code.
+        headers: by names in lower case, or a mapping that does not mind.
+        body: all of it.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    body: Buffer
+
+    @property
+    def media_type(self) -> str:
+        """The Content-Type without parameters."""
+        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+@dataclass(frozen=True, slots=True)
+class Request(Generic[T]):
+    """A call: what to send, how to read the answer, and what may be done when none comes.
+
+    Attributes:
+        method: HTTP's.
+        target: path and query, from the service's root on.
+        read: makes the result of an answer with one of `statuses`. Raises ValueError or LookupError when the answer
+            is not what the contract says.
+        statuses: those that `read` takes; all others are errors.
+        headers: what to send beside what every call sends.
+        pieces: the body, to be sent one after the other.
+        reads: the call changes nothing.
+        repeat_in_doubt: whether the call may be sent again when an earlier try may have taken effect: because it
+            carries a key, sets values, or has a condition that cannot hold twice.
+        settle: tells, when an earlier try may have taken effect, what to send after this error instead; None for
+            the usual way.
+    """
+
+    method: str
+    target: str
+    read: Callable[[Answer], T]
+    statuses: tuple[int, ...] = (200,)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    pieces: Sequence[Buffer] = ()
+    reads: bool = False
+    repeat_in_doubt: bool = True
+    settle: Callable[[BatchNormError], Request[T] | None] | None = None
+
+    @property
+    def size(self) -> int:
+        """The body's length in bytes."""
+        return sum(piece.nbytes if isinstance(piece, memoryview) else len(piece) for piece in self.pieces)

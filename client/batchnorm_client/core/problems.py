@@ -1,0 +1,78 @@
+"""Error answers as exceptions."""
+
+from __future__ import annotations
+
+import re
+import time
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import orjson
+
+from batchnorm_client.contract import JSON, PROBLEM_JSON, REQUEST_ID
+from batchnorm_client.core.exchange import Answer
+from batchnorm_client.errors import PROBLEMS, ProblemError, UnexpectedAnswer
+
+_STANDARD = {"type", "title", "status", "detail", "instance"}
+_SECONDS = re.compile(r"[0-9]{1,9}")
+
+
+def error_of(answer: Answer) -> ProblemError | UnexpectedAnswer:
+    """The exception that an answer other than the expected one stands for."""
+    document = _document(answer)
+    name = str(document.get("type", "")).rpartition("/")[2]
+    request_id = answer.headers.get(REQUEST_ID.lower())
+    fields = {key: value for key, value in document.items() if key not in _STANDARD}
+    error: ProblemError | UnexpectedAnswer
+    if name in PROBLEMS:
+        error = PROBLEMS[name](str(document.get("detail") or PROBLEMS[name].title))
+    else:
+        error = UnexpectedAnswer(_detail(answer, document), status=answer.status, name=name or None)
+    # Not as keyword arguments: members may be called anything.
+    error.fields.update(fields)
+    error.request_id = request_id
+    error.retry_after = _retry_after(answer.headers.get("retry-after", ""), time.time())
+    return error
+
+
+def unreadable(answer: Answer, why: Exception) -> UnexpectedAnswer:
+    """The exception for an answer with the expected status whose body or headers are not what the contract says."""
+    return UnexpectedAnswer(
+        f"the answer cannot be read: {why}",
+        status=answer.status,
+        request_id=answer.headers.get(REQUEST_ID.lower()),
+    )
+
+
+def _document(answer: Answer) -> dict[str, Any]:
+    """The problem document; empty if the answer is none."""
+    if answer.media_type not in {PROBLEM_JSON, JSON}:
+        return {}
+    try:
+        document = orjson.loads(answer.body)
+    except orjson.JSONDecodeError:
+        return {}
+    return document if isinstance(document, dict) and isinstance(document.get("type"), str) else {}
+
+
+def _detail(answer: Answer, document: dict[str, Any]) -> str:
+    for member in ("detail", "title"):
+        if isinstance(document.get(member), str):
+            return f"status {answer.status}: {document[member]}"
+    kind = answer.media_type or "no Content-Type"
+    return f"status {answer.status} ({kind}) is no answer of a batch-normalization service; is something in between?"
+
+
+def _retry_after(value: str, now: float) -> float | None:
+    """Seconds to wait, from Retry-After in either of its forms (RFC 9110, 10.2.3): seconds, or a date."""
+    value = value.strip()
+    if _SECONDS.fullmatch(value):
+        return float(value)
+    try:
+        date = parsedate_to_datetime(value)
+    except (ValueError, IndexError, TypeError, OverflowError):
+        return None
+    if date.tzinfo is None:  # "-0000", or a zone that nobody knows: HTTP dates are GMT
+        date = date.replace(tzinfo=UTC)
+    return max(0.0, date.timestamp() - now)

@@ -1,0 +1,150 @@
+"""When to send a call again, and how long to wait first.
+
+Why not stamina or tenacity: what is sent next is not always the same call (a lost answer to a DELETE is settled by
+looking, not by deleting again), and a deadline has to bound the wait that `Retry-After` asks for and the timeouts of each
+try; theirs is looked at between tries only. What would be left to them is a loop of four lines. Here it is a value
+without a clock or a sleep of its own, so that both clients use the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
+
+from batchnorm_client.core.exchange import Answer, Request
+from batchnorm_client.core.problems import error_of, unreadable
+from batchnorm_client.errors import BatchNormError, NoAnswer, Overloaded, ProblemError, TimedOut, UnexpectedAnswer
+
+T = TypeVar("T")
+
+_log = logging.getLogger("batchnorm_client")
+_GATEWAY: Final = (502, 503, 504)
+_NEVER: Final = {"group-incomplete"}
+"""Problems whose status says "try again", and whose meaning says that it would be another call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """How often a call is sent, and when the client gives up.
+
+    Attributes:
+        attempts: tries in all; 1 turns retries off.
+        deadline: seconds for a call with all its tries and waits; None for no end. Keep it below the service's
+            BATCHNORM_RECEIPT_SECONDS (one hour by default), or a late repeat may count twice.
+        wait_initial: seconds before the second try. Each later wait is twice as long; a random part of up to a half is
+            taken off, so that clients that failed together do not come back together.
+        wait_max: the longest wait that the client chooses itself. `Retry-After` of an answer may ask for more.
+    """
+
+    attempts: int = 10
+    deadline: float | None = 60.0
+    wait_initial: float = 0.1
+    wait_max: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1 or (self.deadline is not None and self.deadline <= 0):
+            raise ValueError("attempts must be at least 1, and the deadline more than 0 seconds")
+        if not 0 <= self.wait_initial <= self.wait_max:
+            raise ValueError("wait_initial must be between 0 and wait_max")
+
+
+class Attempts(Generic[T]):
+    """The tries of one call.
+
+    Args:
+        request: the call.
+        retry: how often, and for how long.
+        clock: seconds, from any start.
+
+    Attributes:
+        request: what to send next.
+        in_doubt: a try failed, and may have taken effect all the same.
+    """
+
+    def __init__(self, request: Request[T], retry: Retry, clock: Callable[[], float] = time.monotonic) -> None:
+        self.request = request
+        self.in_doubt = False
+        self._retry = retry
+        self._clock = clock
+        self._tries = 0
+        self._end = math.inf if retry.deadline is None else clock() + retry.deadline
+
+    def remaining(self) -> float:
+        """Seconds until the deadline; infinite without one.
+
+        Raises:
+            TimedOut: it has passed.
+        """
+        seconds = self._end - self._clock()
+        if seconds <= 0:
+            raise TimedOut(f"no answer within the deadline of {self._retry.deadline:g} s", outcome_unknown=True)
+        return seconds
+
+    def receive(self, answer: Answer) -> T:
+        """The result.
+
+        Raises:
+            ProblemError, UnexpectedAnswer: the answer is an error, or cannot be read.
+        """
+        if answer.status not in self.request.statuses:
+            raise error_of(answer)
+        try:
+            return self.request.read(answer)
+        except (ValueError, LookupError) as why:
+            raise unreadable(answer, why) from why
+
+    def pause(self, error: BatchNormError) -> float:
+        """Seconds to wait before `request` is sent, after a try that ended in `error`.
+
+        Raises:
+            BatchNormError: `error`, when there is no other try; its `outcome_unknown` says what that means.
+        """
+        if not self.request.reads:
+            self.in_doubt = self.in_doubt or _may_be_done(error)
+            error.outcome_unknown = self.in_doubt
+        else:
+            error.outcome_unknown = self.in_doubt
+        self._tries += 1
+        follow_up = self.request.settle(error) if self.in_doubt and self.request.settle else None
+        if follow_up is None and not self._again(error):
+            raise error
+        wait = 0.0 if follow_up else self._wait(error)
+        if self._tries >= self._retry.attempts or self._clock() + wait >= self._end:
+            error.add_note(f"after {self._tries} tries")
+            raise error
+        call = f"{self.request.method} {self.request.target}"
+        _log.info("%s: %s: %s; next try in %.2f s", call, type(error).__name__, error, wait)
+        self.request = follow_up or self.request
+        return wait
+
+    def _again(self, error: BatchNormError) -> bool:
+        return _is_passing(error) and (self.request.repeat_in_doubt or not self.in_doubt)
+
+    def _wait(self, error: BatchNormError) -> float:
+        wait = min(self._retry.wait_max, self._retry.wait_initial * 2.0 ** min(self._tries - 1, 60))
+        wait *= random.uniform(0.5, 1.0)  # noqa: S311 - spreads load, keeps no secret
+        asked = getattr(error, "retry_after", None)
+        return wait if asked is None else wait + float(asked)
+
+
+def _is_passing(error: BatchNormError) -> bool:
+    """Whether another try may end better."""
+    if isinstance(error, NoAnswer):
+        return not error.permanent
+    if isinstance(error, ProblemError | UnexpectedAnswer):
+        return error.status in _GATEWAY and error.name not in _NEVER
+    return False
+
+
+def _may_be_done(error: BatchNormError) -> bool:
+    """Whether a call that ended in this error may have taken effect all the same."""
+    if isinstance(error, NoAnswer):
+        return error.outcome_unknown
+    if isinstance(error, ProblemError):
+        return error.status >= 500 and not isinstance(error, Overloaded)
+    return isinstance(error, UnexpectedAnswer) and not 400 <= error.status < 500

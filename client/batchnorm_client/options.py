@@ -1,0 +1,66 @@
+"""The keyword arguments of calls, typed: what `LayerConfig` and `LayerUpdate` have, each with the service's default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+    Numbers = npt.NDArray[Any] | torch.Tensor | Sequence[float]
+    StateDict = Mapping[str, npt.NDArray[Any] | torch.Tensor | int]
+
+
+class LayerOptions(TypedDict, total=False):
+    """A layer's config beside `num_features`. An option that is left out has torch's default.
+
+    Attributes:
+        eps: added to the variance before the square root; 1e-5.
+        momentum: torch's sense; 0.1. None is the cumulative average; for population statistics nothing else is taken.
+        affine: has weight and bias; True.
+        track_running_stats: keeps running statistics; True.
+        statistics: "moving" (torch's rule) or "population" (exact mean and unbiased variance over all samples seen).
+        dimensions: 1, 2 or 3 for the input ranks of BatchNorm1d, 2d, 3d; None for any rank >= 2.
+        channel_axis: the axis of the channels; 1. -1 for channels last.
+        dtype: of the state, "float32" or "float64".
+        device: where the state lives, "cpu", "cuda" or "cuda:N"; None for the service's default.
+        non_finite: "reject" or "allow" a train batch that has NaN or infinity, or overflows.
+    """
+
+    eps: float
+    momentum: float | None
+    affine: bool
+    track_running_stats: bool
+    statistics: Literal["moving", "population"]
+    dimensions: Literal[1, 2, 3] | None
+    channel_axis: int
+    dtype: Literal["float32", "float64"]
+    device: str | None
+    non_finite: Literal["reject", "allow"]
+
+
+class LayerChanges(TypedDict, total=False):
+    """What `update` may set. What is left out stays as it is.
+
+    Attributes:
+        eps: added to the variance before the square root.
+        momentum: torch's sense; None is the cumulative average.
+        track_running_stats: whether train calls change the running statistics, and eval calls use them.
+        non_finite: "reject" or "allow".
+        weight: gamma, (C,).
+        bias: beta, (C,).
+    """
+
+    eps: float
+    momentum: float | None
+    track_running_stats: bool
+    non_finite: Literal["reject", "allow"]
+    weight: Numbers
+    bias: Numbers
+
+
+What = Literal["running_stats", "parameters", "all"]
+"""What a reset sets back: running statistics, weight and bias, or both."""

@@ -1,0 +1,61 @@
+"""What train and eval answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic
+
+from batchnorm_client.arrays import A
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchStatistics(Generic[A]):
+    """The statistics that a batch was normalized with: its own in train mode, the running ones in eval mode.
+
+    They have the layer's dtype. With them a caller computes the gradient itself.
+
+    Attributes:
+        mean: (C,)
+        var: (C,), biased: divided by the number of values per channel.
+        invstd: (C,), 1 / sqrt(var + eps).
+    """
+
+    mean: A
+    var: A
+    invstd: A
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EvalResult(Generic[A]):
+    """A batch that was normalized with the running statistics.
+
+    Attributes:
+        output: as the input in kind, shape, dtype and device; numpy arrays are writable.
+        version: of the layer's state that was used.
+        num_batches_tracked: of that state.
+        statistics: when they were asked for; None for an empty batch.
+    """
+
+    output: A
+    version: int
+    num_batches_tracked: int
+    statistics: BatchStatistics[A] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainResult(Generic[A]):
+    """A batch that was normalized with its own statistics, which are now in the running ones.
+
+    Attributes:
+        output: as the input in kind, shape, dtype and device; numpy arrays are writable.
+        version: of the commit that folded the batch. Several batches may share one.
+        num_batches_tracked: right after this batch: its place in the order of all.
+        replayed: the batch had been folded before, under the same key; it was not folded again.
+        statistics: when they were asked for.
+    """
+
+    output: A
+    version: int
+    num_batches_tracked: int
+    replayed: bool = False
+    statistics: BatchStatistics[A] | None = None

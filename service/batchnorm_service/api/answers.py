@@ -1,0 +1,78 @@
+"""Answers: a status, headers, and a body in pieces that are sent without joining them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from batchnorm_client.contract import IDEMPOTENT_REPLAY, JSON
+from batchnorm_client.tensors import json_list
+from batchnorm_service.layers import Snapshot
+
+from .conditions import etag
+
+RawHeader = tuple[bytes, bytes]
+Piece = bytes | bytearray | memoryview
+
+JSON_OPTIONS: Final = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_UTC_Z
+REPLAYED: Final[RawHeader] = (IDEMPOTENT_REPLAY.lower().encode(), b"true")
+
+_JOIN_BYTES: Final = 1 << 16
+"""Bodies up to this size are sent as one message: copying them costs less than a second message."""
+
+
+class Answer(Response):
+    """What goes back to the caller: on FastAPI's way as its response, on the short way as it is."""
+
+    def __init__(
+        self, status: int, media_type: str | None, pieces: Sequence[Piece], headers: Iterable[RawHeader] = ()
+    ) -> None:
+        # Response.__init__ would copy and encode what is ready to be sent.
+        self.status_code = status
+        self.pieces = pieces
+        self.size = sum(piece.nbytes if isinstance(piece, memoryview) else len(piece) for piece in pieces)
+        self.background = None
+        self.raw_headers = list(headers)
+        if media_type is not None:
+            self.raw_headers.append((b"content-type", media_type.encode()))
+            self.raw_headers.append((b"content-length", b"%d" % self.size))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        if self.size <= _JOIN_BYTES:
+            await send({"type": "http.response.body", "body": b"".join(self.pieces)})
+            return
+        for piece in self.pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+def json_answer(status: int, value: Any, headers: Iterable[RawHeader] = ()) -> Answer:
+    """A JSON document."""
+    return Answer(status, JSON, [orjson.dumps(value, option=JSON_OPTIONS)], headers)
+
+
+def empty_answer(status: int, headers: Iterable[RawHeader] = ()) -> Answer:
+    """An answer that has no body by definition: 204 or 304."""
+    return Answer(status, None, [], headers)
+
+
+def layer_answer(status: int, layer: Snapshot, headers: Iterable[RawHeader] = ()) -> Answer:
+    """A layer as a contract.Layer; its tensors go from their buffers into the text, not by way of Python numbers."""
+    document: dict[str, Any] = {
+        "name": layer.name,
+        "config": layer.config.model_dump(),
+        "version": layer.version,
+        "num_batches_tracked": layer.num_batches_tracked,
+        "samples_tracked": layer.samples_tracked,
+    }
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        document[name] = json_list(layer.tensors[name]) if name in layer.tensors else None
+    document["created_at"] = layer.created_at
+    document["updated_at"] = layer.updated_at
+    return json_answer(status, document, [(b"etag", etag(layer.version)), *headers])

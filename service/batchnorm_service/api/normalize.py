@@ -1,0 +1,145 @@
+"""The hot calls, train and eval: from headers and a body to an answer, without a router or a framework in between.
+
+`Shell` calls these before FastAPI's router is reached. FastAPI has the same two as routes, for its OpenAPI document
+and its 405; they lead here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.types import Receive
+
+from batchnorm_client.contract import (
+    IDEMPOTENCY_KEY,
+    JSON,
+    NUM_BATCHES_TRACKED,
+    TENSOR_MEDIA_TYPES,
+    VERSION,
+)
+from batchnorm_client.tensors import Tensor, decode, encode
+from batchnorm_service.layers import Layers, Normalized
+
+from .answers import REPLAYED, Answer, RawHeader
+from .bodies import read_body
+from .conditions import etag
+from .headers import Headers, idempotency_key, read_headers
+from .negotiation import FORMS_FOR, accepted, content_type, tensor_form
+from .openapi import LayerNamePath, describe, tensor_body, tensor_response
+from .queries import NormalizeQuery, parse_query
+
+_VERSION: Final = VERSION.lower().encode()
+_BATCHES: Final = NUM_BATCHES_TRACKED.lower().encode()
+
+
+class NormalizeCalls:
+    """Train and eval over HTTP.
+
+    Args:
+        layers: what does the work.
+        max_body_bytes: larger bodies are refused.
+    """
+
+    def __init__(self, layers: Layers, max_body_bytes: int) -> None:
+        self._layers = layers
+        self._max_body_bytes = max_body_bytes
+        self.by_name: Final = {"train": self.train, "eval": self.eval}
+
+    async def train(self, name: str, query: bytes, headers: Headers, receive: Receive) -> Answer:
+        """Normalize a batch with its own statistics and fold them into the layer's."""
+        exchange = _Exchange(query, headers)
+        key = idempotency_key(headers)
+        exchange.body = await read_body(headers, receive, self._max_body_bytes)
+        return exchange.answer(await self._layers.train(name, exchange.read, key, statistics=exchange.statistics))
+
+    async def eval(self, name: str, query: bytes, headers: Headers, receive: Receive) -> Answer:
+        """Normalize a batch with the layer's running statistics."""
+        exchange = _Exchange(query, headers)
+        exchange.body = await read_body(headers, receive, self._max_body_bytes)
+        return exchange.answer(await self._layers.eval(name, exchange.read, statistics=exchange.statistics))
+
+
+class _Exchange:
+    """One request and its answer: what the caller sent, in which form, and in which forms it takes the output."""
+
+    __slots__ = ("_forms", "_media", "body", "statistics")
+
+    def __init__(self, query: bytes, headers: Headers) -> None:
+        self.statistics = bool(query) and parse_query(NormalizeQuery, query).statistics == "true"
+        self.body: bytearray | memoryview = bytearray()
+        self._media = content_type(headers, TENSOR_MEDIA_TYPES)
+        self._forms = accepted(headers.get(b"accept"), FORMS_FOR[self._media])
+
+    def read(self, dtypes: Mapping[str, str]) -> Mapping[str, Tensor]:
+        """The caller's tensors. Refuses a batch whose output no admitted form can carry, while nothing is folded."""
+        tensors = decode(self._media, self.body, dtypes)
+        if "input" in tensors:
+            tensor_form(self._forms, tensors["input"].dtype, self.statistics)
+        return tensors
+
+    def answer(self, done: Normalized) -> Answer:
+        """The output in the best form that the caller takes."""
+        form = tensor_form(self._forms, done.output.dtype, self.statistics)
+        fields: dict[str, Any] = {}
+        if form == JSON:
+            fields = {"version": done.version, "num_batches_tracked": done.num_batches_tracked}
+        headers: list[RawHeader] = [
+            (b"etag", etag(done.version)),
+            (_VERSION, b"%d" % done.version),
+            (_BATCHES, b"%d" % done.num_batches_tracked),
+        ]
+        if done.replayed:
+            headers.append(REPLAYED)
+        return Answer(200, form, encode(form, {"output": done.output, **done.statistics}, fields), headers)
+
+
+def add_normalize_routes(app: FastAPI, calls: NormalizeCalls) -> None:
+    """The two calls as routes of `app`."""
+    problems = (
+        "malformed-body",
+        "layer-not-found",
+        "not-acceptable",
+        "payload-too-large",
+        "unsupported-media-type",
+        "shape-mismatch",
+        "dtype-mismatch",
+        "too-few-values",
+        "non-finite",
+        "device-unavailable",
+    )
+
+    @app.post(
+        "/v1/layers/{name}/train",
+        **describe(
+            "train",
+            "Normalize with the batch's statistics, and fold them into the running ones",
+            query=NormalizeQuery,
+            headers=(IDEMPOTENCY_KEY,),
+            body=tensor_body(TENSOR_MEDIA_TYPES, "input"),
+            answers={200: tensor_response(TENSOR_MEDIA_TYPES, replay=True)},
+            problems=(*problems, "idempotency-key-reused"),
+        ),
+    )
+    async def train(name: LayerNamePath, request: Request) -> Answer:
+        """Answers after the commit: the batch is in the running statistics exactly once per Idempotency-Key."""
+        headers = read_headers(request.scope["headers"])
+        return await calls.train(name, request.scope["query_string"], headers, request.receive)
+
+    @app.post(
+        "/v1/layers/{name}/eval",
+        **describe(
+            "eval",
+            "Normalize with the running statistics",
+            query=NormalizeQuery,
+            body=tensor_body(TENSOR_MEDIA_TYPES, "input"),
+            answers={200: tensor_response(TENSOR_MEDIA_TYPES)},
+            problems=problems,
+        ),
+    )
+    async def eval_(name: LayerNamePath, request: Request) -> Answer:
+        """Uses the newest committed state and changes nothing. A batch may be empty."""
+        headers = read_headers(request.scope["headers"])
+        return await calls.eval(name, request.scope["query_string"], headers, request.receive)

@@ -1,0 +1,257 @@
+"""The OpenAPI document: what FastAPI cannot know of bodies, headers and problems, said once per call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Final
+
+from fastapi import FastAPI, Path
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from batchnorm_client import contract
+from batchnorm_client.errors import PROBLEMS
+
+from .queries import NoQuery, Query
+
+Json = dict[str, Any]
+
+LayerNamePath = Annotated[str, Path(pattern=f"^{contract.LAYER_NAME_PATTERN.pattern}$", description="the layer's name")]
+"""The `{name}` of a route; `Shell` has checked it, the pattern is there to be read."""
+
+_MODELS: Final = (
+    contract.Layer,
+    contract.LayerConfig,
+    contract.LayerPage,
+    contract.LayerUpdate,
+    contract.ProblemDocument,
+    contract.ResetRequest,
+)
+_ALWAYS: Final = (
+    "unauthenticated",
+    "forbidden",
+    "invalid-request",
+    "internal-error",
+    "overloaded",
+    "store-unavailable",
+)
+_TEXT: Final[Json] = {"type": "string"}
+_BINARY: Final[Json] = {"type": "string", "format": "binary"}
+
+_REQUEST_HEADERS: Final[dict[str, Json]] = {
+    contract.IDEMPOTENCY_KEY: {
+        "description": "makes a repeat of the same call harmless, as long as its receipt is kept",
+        "schema": {"type": "string", "pattern": f"^{contract.KEY_PATTERN.pattern}$"},
+    },
+    "If-Match": {"description": 'only at these versions, such as `"7"`', "schema": _TEXT},
+    "If-None-Match": {"description": "304 at these versions", "schema": _TEXT},
+    contract.REQUEST_ID: {
+        "description": "comes back in the answer, and is in the service's log",
+        "schema": {"type": "string", "pattern": f"^{contract.KEY_PATTERN.pattern}$"},
+    },
+}
+_ANSWER_HEADERS: Final[dict[str, Json]] = {
+    contract.REQUEST_ID: {"description": "the caller's, or a new one", "schema": _TEXT},
+    "ETag": {"description": "the layer's version in quotes", "schema": _TEXT},
+    contract.VERSION: {"description": "the layer's version", "schema": {"type": "integer"}},
+    contract.NUM_BATCHES_TRACKED: {"description": "batches folded so far", "schema": {"type": "integer"}},
+    contract.IDEMPOTENT_REPLAY: {
+        "description": "there, and `true`, when the key had been used before",
+        "schema": {"type": "string", "enum": ["true"]},
+    },
+    "Location": {"description": "the new layer", "schema": _TEXT},
+    "Allow": {"description": "the methods that this path has", "schema": _TEXT},
+    "Retry-After": {"description": "seconds after which another try makes sense", "schema": {"type": "integer"}},
+    "WWW-Authenticate": {"description": "Bearer", "schema": _TEXT},
+}
+_PROBLEM_HEADERS: Final[dict[int, tuple[str, ...]]] = {401: ("WWW-Authenticate",), 503: ("Retry-After",)}
+_NESTED: Final[Json] = {
+    "description": "Numbers in nested arrays, one level per axis; three strings for the numbers that JSON lacks.",
+    "anyOf": [
+        {"type": "number"},
+        {"type": "string", "enum": ["NaN", "Infinity", "-Infinity"]},
+        {"type": "array", "items": {"$ref": "#/components/schemas/Tensor"}},
+    ],
+}
+
+
+def describe(
+    operation_id: str,
+    summary: str,
+    *,
+    tag: str = "layers",
+    query: type[Query] = NoQuery,
+    headers: Sequence[str] = (),
+    body: Json | None = None,
+    answers: Mapping[int, Json],
+    problems: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The arguments of a FastAPI route that say what FastAPI cannot see in its function.
+
+    Args:
+        operation_id: a name for generated clients.
+        summary: one line.
+        tag: the group that the documentation shows it in.
+        query: its query parameters.
+        headers: its request headers.
+        body: its request body.
+        answers: by status.
+        problems: names of problem types besides those that every call may answer.
+    """
+    extra: Json = {"parameters": [*_query_parameters(query), *_header_parameters((*headers, contract.REQUEST_ID))]}
+    if body is not None:
+        extra["requestBody"] = body
+    described: dict[int | str, Json] = {status: _with_headers(answer, ()) for status, answer in answers.items()}
+    return {
+        "operation_id": operation_id,
+        "summary": summary,
+        "tags": [tag],
+        "status_code": min(answers),
+        "response_model": None,
+        "responses": {**described, **problem_responses((*problems, *_ALWAYS))},
+        "openapi_extra": extra,
+    }
+
+
+def problem_responses(names: Sequence[str]) -> dict[int | str, Json]:
+    """Those problem types as OpenAPI responses, by status."""
+    responses: dict[int | str, Json] = {}
+    for name in sorted(set(names), key=lambda name: (PROBLEMS[name].status, name)):
+        problem = PROBLEMS[name]
+        response = responses.setdefault(
+            problem.status,
+            _with_headers(
+                {
+                    "description": "",
+                    "content": {contract.PROBLEM_JSON: {"schema": ref("ProblemDocument"), "examples": {}}},
+                },
+                _PROBLEM_HEADERS.get(problem.status, ()),
+            ),
+        )
+        response["description"] += f"{', ' if response['description'] else ''}`{name}`"
+        response["content"][contract.PROBLEM_JSON]["examples"][name] = {
+            "summary": problem.title,
+            "value": {
+                "type": f"/problems/{name}",
+                "title": problem.title,
+                "status": problem.status,
+                "detail": (problem.__doc__ or "").partition("\n")[0],
+                "instance": "/v1/layers/layer1.0.bn1",
+            },
+        }
+    return responses
+
+
+def ref(model: str) -> Json:
+    """A reference to a schema."""
+    return {"$ref": f"#/components/schemas/{model}"}
+
+
+def json_body(model: str, media_types: Sequence[str] = (contract.JSON,), *, required: bool = True) -> Json:
+    """A request body that is a JSON document."""
+    return {"required": required, "content": {media: {"schema": ref(model)} for media in media_types}}
+
+
+def json_response(model: str, description: str, headers: Sequence[str] = ()) -> Json:
+    """An answer that is a JSON document."""
+    return _with_headers({"description": description, "content": {contract.JSON: {"schema": ref(model)}}}, headers)
+
+
+def empty_response(description: str, headers: Sequence[str] = ()) -> Json:
+    """An answer without a body."""
+    return _with_headers({"description": description}, headers)
+
+
+def tensor_content(media_types: Sequence[str], document: Json, names: str) -> Json:
+    """Tensors in each of the forms that they have on the wire."""
+    schemas: dict[str, Json] = {
+        contract.JSON: document,
+        contract.NPY: {**_BINARY, "description": "the bytes of a .npy file"},
+        contract.SAFETENSORS: {**_BINARY, "description": f"a safetensors file: {names}"},
+    }
+    return {media: {"schema": schemas[media]} for media in media_types}
+
+
+def tensor_body(media_types: Sequence[str], *names: str) -> Json:
+    """A request body of the tensors `names`."""
+    document = {
+        "type": "object",
+        "properties": {name: ref("Tensor") for name in names},
+        "required": list(names),
+        "additionalProperties": False,
+    }
+    return {"required": True, "content": tensor_content(media_types, document, ", ".join(names))}
+
+
+def tensors_response(description: str, content: Json, headers: Sequence[str]) -> Json:
+    """An answer that is tensors."""
+    return _with_headers({"description": description, "content": content}, headers)
+
+
+def tensor_response(media_types: Sequence[str], *, replay: bool = False) -> Json:
+    """A normalized batch."""
+    optional = ("batch_mean", "batch_var", "batch_invstd")
+    document = {
+        "type": "object",
+        "properties": {
+            **{name: ref("Tensor") for name in ("output", *optional)},
+            "version": {"type": "integer"},
+            "num_batches_tracked": {"type": "integer"},
+        },
+        "required": ["output", "version", "num_batches_tracked"],
+    }
+    names = f"output, and with statistics=true {', '.join(optional)}"
+    headers = ["ETag", contract.VERSION, contract.NUM_BATCHES_TRACKED]
+    return _with_headers(
+        {
+            "description": "The normalized batch, in the form that Accept names; by default in the request's",
+            "content": tensor_content(media_types, document, names),
+        },
+        [*headers, contract.IDEMPOTENT_REPLAY] if replay else headers,
+    )
+
+
+def openapi_document(app: FastAPI) -> Json:
+    """The whole document of `app`."""
+    document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    _, models = models_json_schema(
+        [(model, "validation") for model in _MODELS], ref_template="#/components/schemas/{model}"
+    )
+    schemas: Json = models["$defs"]
+    schemas["ProblemDocument"]["properties"]["type"]["enum"] = [f"/problems/{name}" for name in PROBLEMS]
+    components = document.setdefault("components", {})
+    components["schemas"] = {**schemas, "Tensor": _NESTED}
+    components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            if path.startswith("/v1/"):
+                operation["security"] = [{}, {"token": []}]
+            operation["responses"]["default"] = {
+                "description": "Any other problem, such as `not-found` and `method-not-allowed`",
+                "headers": {"Allow": _ANSWER_HEADERS["Allow"]},
+                "content": {contract.PROBLEM_JSON: {"schema": ref("ProblemDocument")}},
+            }
+    return document
+
+
+def _with_headers(answer: Json, names: Sequence[str]) -> Json:
+    headers = {name: _ANSWER_HEADERS[name] for name in (contract.REQUEST_ID, *names)}
+    return {**answer, "headers": {**headers, **answer.get("headers", {})}}
+
+
+def _query_parameters(model: type[Query]) -> list[Json]:
+    properties: dict[str, Json] = model.model_json_schema()["properties"] if model.model_fields else {}
+    return [
+        {
+            "name": name,
+            "in": "query",
+            "required": False,
+            "description": schema.pop("description", ""),
+            "schema": schema,
+        }
+        for name, schema in properties.items()
+    ]
+
+
+def _header_parameters(names: Sequence[str]) -> list[Json]:
+    return [{"name": name, "in": "header", "required": False, **_REQUEST_HEADERS[name]} for name in names]

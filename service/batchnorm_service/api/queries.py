@@ -1,0 +1,90 @@
+"""Query parameters: as models, so that what is not known is refused, and OpenAPI has them from one place."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal, TypeVar, cast
+from urllib.parse import parse_qsl
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from batchnorm_client.errors import InvalidRequest
+
+from .documents import invalid
+
+
+class Query(BaseModel):
+    """The base of all query parameters."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NoQuery(Query):
+    """A call without query parameters."""
+
+
+class ListQuery(Query):
+    """Which layers a listing shows."""
+
+    prefix: str = Field("", max_length=200, description="only layers whose names start with this")
+    after: str = Field("", max_length=200, description="only layers after this name: `next` of the page before")
+    limit: int = Field(100, ge=1, le=1000, description="at most so many layers")
+
+
+class NormalizeQuery(Query):
+    """What an answer to train or eval carries besides the output."""
+
+    statistics: Literal["true", "false"] = Field(
+        "false", description="also answer batch_mean, batch_var (biased) and batch_invstd; not in .npy"
+    )
+
+
+class BackwardQuery(Query):
+    """Through which step a gradient goes."""
+
+    mode: Literal["train", "eval"] = Field("train", description="the step that made the output")
+
+
+Q = TypeVar("Q", bound=Query)
+
+
+def parse_query(model: type[Q], query_string: bytes) -> Q:
+    """The query parameters as a `model`.
+
+    Raises:
+        InvalidRequest: a parameter is unknown, repeated or out of range.
+    """
+    if query_string and len(query_string) <= 64:
+        return cast(Q, _parse_cached(model, query_string))  # ?statistics=true comes again and again
+    return _parse(model, query_string) if query_string else model()
+
+
+def _parse(model: type[Q], query_string: bytes) -> Q:
+    try:
+        pairs = parse_qsl(
+            query_string.decode("ascii"),
+            keep_blank_values=True,
+            strict_parsing=True,
+            errors="strict",
+            max_num_fields=50,
+        )
+    except ValueError:
+        raise InvalidRequest(
+            "the query string cannot be read", field="query", expected=list(model.model_fields)
+        ) from None
+    values: dict[str, str] = {}
+    for name, value in pairs:
+        if name in values:
+            raise InvalidRequest(
+                f"{name}: is given more than once",
+                field=name,
+                expected=f"one of {', '.join(model.model_fields) or 'none'}",
+            )
+        values[name] = value
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise invalid(error, model) from None
+
+
+_parse_cached = lru_cache(maxsize=256)(_parse)

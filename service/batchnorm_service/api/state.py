@@ -1,0 +1,82 @@
+"""A layer's tensors, under their names in torch's state_dict."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from starlette.requests import Request
+
+from batchnorm_client.contract import JSON, SAFETENSORS
+from batchnorm_client.tensors import decode, encode
+from batchnorm_service.layers import Layers
+
+from .answers import Answer, layer_answer
+from .bodies import read_body
+from .conditions import etag, if_match
+from .headers import read_headers
+from .negotiation import accepted, content_type
+from .openapi import Json, LayerNamePath, describe, json_response, ref, tensor_content, tensors_response
+from .queries import NoQuery, parse_query
+
+_FORMS = (SAFETENSORS, JSON)
+_NAMES = ("running_mean", "running_var", "num_batches_tracked", "weight", "bias")
+_POPULATION = ("samples_tracked", "population_mean", "population_m2")
+_DOCUMENT: Json = {
+    "type": "object",
+    "properties": {name: ref("Tensor") for name in (*_NAMES, *_POPULATION)},
+    "additionalProperties": False,
+}
+_CONTENT = tensor_content(
+    _FORMS, _DOCUMENT, f"{', '.join(_NAMES)}; of a population layer also {', '.join(_POPULATION)}"
+)
+
+
+def add_state_routes(app: FastAPI, layers: Layers, max_body_bytes: int) -> None:
+    """The calls on a layer's tensors, as routes of `app`."""
+
+    @app.get(
+        "/v1/layers/{name}/state",
+        **describe(
+            "get_state",
+            "A layer's tensors, as torch's state_dict has them",
+            tag="state",
+            answers={200: tensors_response("The tensors", _CONTENT, ("ETag",))},
+            problems=("layer-not-found", "not-acceptable"),
+        ),
+    )
+    async def get_state(name: LayerNamePath, request: Request) -> Answer:
+        """A safetensors file by default."""
+        parse_query(NoQuery, request.scope["query_string"])
+        form = accepted(read_headers(request.scope["headers"]).get(b"accept"), _FORMS)[0]
+        layer = await layers.get(name)
+        return Answer(200, form, encode(form, layer.tensors), [(b"etag", etag(layer.version))])
+
+    @app.put(
+        "/v1/layers/{name}/state",
+        **describe(
+            "replace_state",
+            "Replace some or all of a layer's tensors",
+            tag="state",
+            headers=("If-Match",),
+            body={"required": True, "content": _CONTENT},
+            answers={200: json_response("Layer", "The layer", ("ETag",))},
+            problems=(
+                "malformed-body",
+                "layer-not-found",
+                "version-mismatch",
+                "payload-too-large",
+                "unsupported-media-type",
+                "shape-mismatch",
+                "dtype-mismatch",
+                "non-finite",
+            ),
+        ),
+    )
+    async def replace_state(name: LayerNamePath, request: Request) -> Answer:
+        """Tensors that are left out stay as they are."""
+        parse_query(NoQuery, request.scope["query_string"])
+        headers = read_headers(request.scope["headers"])
+        versions = if_match(headers)
+        form = content_type(headers, _FORMS)
+        body = await read_body(headers, request.receive, max_body_bytes)
+        layer = await layers.replace_state(name, lambda dtypes: decode(form, body, dtypes), versions)
+        return layer_answer(200, layer)

@@ -1,0 +1,63 @@
+"""The target of a request: its path as segments, each decoded, and the layer that it names.
+
+Percent-escapes are decoded here, segment by segment and before routing, because a layer's name may not contain what
+they could smuggle in: `/v1/layers/a%2Fb` names the layer `a/b`, which is a bad name, not another path.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from urllib.parse import quote, unquote
+
+from starlette.types import Scope
+
+from batchnorm_client.contract import LAYER_NAME_PATTERN
+from batchnorm_client.errors import InvalidRequest
+
+
+class Target(NamedTuple):
+    """Where a request goes.
+
+    Attributes:
+        path: in one spelling: unreserved characters are not escaped, all others are.
+        versioned: it is a call of the API, below /v1; the rest (health, docs, problems) is open to everyone.
+        layer: the name in `/v1/layers/{layer}`, not checked yet, or None.
+        call: what follows it, such as `train`; empty when nothing does.
+    """
+
+    path: str
+    versioned: bool
+    layer: str | None
+    call: str
+
+
+def read_target(scope: Scope) -> Target:
+    """The target of an HTTP request's scope."""
+    raw = scope.get("raw_path") or quote(scope["path"]).encode()
+    path = raw.decode("latin-1").removeprefix(scope.get("root_path", ""))
+    segments = path.split("/")
+    if "%" in path or not path.isascii():
+        segments = [unquote(segment) for segment in segments]
+        path = "/".join(quote(segment, safe="!$&'()*+,;=:@") for segment in segments)
+    match segments:
+        case ["", "v1", "layers", layer, *rest] if layer:
+            return Target(path, True, layer, "/".join(rest))
+        case ["", "v1", *_]:
+            return Target(path, True, None, "")
+        case _:
+            return Target(path, False, None, "")
+
+
+def check_layer_name(name: str) -> None:
+    """Refuse what no layer can be called.
+
+    Raises:
+        InvalidRequest: it is no layer name.
+    """
+    if not LAYER_NAME_PATTERN.fullmatch(name):
+        raise InvalidRequest(
+            "a layer name is 1 to 200 letters, digits, dots, underscores and hyphens, the first a letter or digit",
+            field="name",
+            expected=LAYER_NAME_PATTERN.pattern,
+            got=name[:200],
+        )

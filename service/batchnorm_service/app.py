@@ -1,0 +1,71 @@
+"""The one place where the parts are joined: settings, store, layers, HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+import torch
+from fastapi import FastAPI
+from pydantic import SecretStr
+
+from batchnorm_service.api import ApiOptions, Shell, build_api
+from batchnorm_service.api.security import Guard
+from batchnorm_service.layers import Layers, LayersOptions
+from batchnorm_service.settings import Settings
+from batchnorm_service.store.base import Store
+from batchnorm_service.store.urls import store_from_url
+
+
+def create_app(settings: Settings | None = None, store: Store | None = None) -> Shell:
+    """The service as an ASGI application. Its lifespan opens the store and the layers, and closes them.
+
+    Args:
+        settings: by default those of the environment.
+        store: where layers are kept, not open yet; by default the one that `settings.store` names.
+
+    Raises:
+        StoreRefusedError: `settings.store` names no store.
+    """
+    settings = settings or Settings()
+    store = store or store_from_url(settings.store, receipt_seconds=settings.receipt_seconds)
+    torch.set_num_threads(settings.threads)
+    layers = Layers(
+        store,
+        LayersOptions(
+            device=settings.device,
+            max_layers=settings.max_layers,
+            resident_layers=settings.resident_layers,
+            queue_length=settings.queue_length,
+            store_timeout=settings.store_timeout_seconds,
+            inline_bytes=settings.inline_bytes,
+        ),
+    )
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
+        await store.open()
+        try:
+            await layers.open()
+            try:
+                yield
+            finally:
+                await layers.close()
+        finally:
+            await store.close()
+
+    shell = build_api(
+        layers,
+        ApiOptions(
+            max_body_bytes=settings.max_body_bytes,
+            max_concurrent_requests=settings.max_concurrent_requests,
+            guard=Guard(token=_text(settings.token), read_token=_text(settings.read_token)),
+        ),
+        lifespan,
+    )
+    shell.app.state.settings, shell.app.state.store, shell.app.state.layers = settings, store, layers
+    return shell
+
+
+def _text(secret: SecretStr | None) -> str | None:
+    return None if secret is None else secret.get_secret_value()

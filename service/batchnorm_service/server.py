@@ -1,0 +1,117 @@
+"""Running the application under uvicorn: sockets, signals, and a stop that loses nothing and exits 0."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Generator
+
+import uvicorn
+
+from batchnorm_service.api import Shell
+from batchnorm_service.app import create_app
+from batchnorm_service.settings import Settings
+
+BACKLOG = 2048
+KEEP_ALIVE_SECONDS = 75
+"""Longer than clients keep idle connections (httpx: 5 s), so that the client closes first and no request is lost."""
+
+Announce = Callable[[str, Shell], None]
+
+
+class PortUnavailableError(Exception):
+    """The address cannot be listened on, with the reason in words."""
+
+
+class Server(uvicorn.Server):
+    """Uvicorn's server, which leaves signals to `serve` and says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._started = started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to listen."""
+        await super().startup(sockets)
+        self._started()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Do nothing: uvicorn would raise the signal again after its graceful stop, and the exit status be 143."""
+        yield
+
+
+def run(settings: Settings, announce: Announce) -> None:
+    """Serve until SIGTERM or SIGINT; return after everything in flight is answered and committed.
+
+    Args:
+        settings: of the service.
+        announce: is called with the URL and the application once the service listens.
+
+    Raises:
+        PortUnavailableError: the address cannot be listened on.
+        StoreRefusedError: the store cannot be opened.
+        DeviceUnavailable: the default device is not there.
+    """
+    configure_logging(settings)
+    with listen(settings.host, settings.port) as listener:
+        shell = create_app(settings)
+        config = uvicorn.Config(
+            shell,
+            loop="uvloop",
+            http="httptools",
+            ws="none",
+            lifespan="off",  # `serve` runs it: an error there is to reach the caller, not uvicorn's log
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=settings.shutdown_seconds,
+        )
+        url = _url(settings.host, listener.getsockname()[1])
+        server = Server(config, lambda: announce(url, shell))
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            runner.run(_serve(server, shell, listener))
+
+
+async def _serve(server: Server, shell: Shell, listener: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Until the very end, so that a second signal does not kill the process while it commits. A second SIGINT
+        # stops waiting for requests in flight, as uvicorn has it.
+        loop.add_signal_handler(number, server.handle_exit, number, None)
+    async with shell.app.router.lifespan_context(shell.app):
+        if not server.should_exit:
+            await server.serve(sockets=[listener])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        PortUnavailableError: there can be none at this address.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise PortUnavailableError(f"cannot listen on {host} port {port}: {reason}") from error
+
+
+def configure_logging(settings: Settings) -> None:
+    """One line per event on stderr. Uvicorn's own chatter is left to the debug level."""
+    level = settings.log_level.upper()
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    logging.getLogger("uvicorn").setLevel(level if settings.log_level in {"debug", "error"} else "WARNING")
+    logging.getLogger("asyncio").setLevel("WARNING")
+
+
+def _url(host: str, port: int) -> str:
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)  # noqa: S104 - compared, not bound
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"

@@ -1,0 +1,111 @@
+"""Every setting of the service, as environment variables with the prefix BATCHNORM_."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal, Self
+from urllib.parse import quote
+
+import platformdirs
+from pydantic import Field, SecretStr, StringConstraints, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "BATCHNORM_"
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+Device = Annotated[str, StringConstraints(pattern=r"^(cpu|cuda(:(0|[1-9][0-9]{0,2}))?)$")]
+
+
+def default_store() -> str:
+    """An SQLite file in the user's data directory."""
+    path = Path(platformdirs.user_data_dir("batchnorm-service", appauthor=False)) / "layers.db"
+    return f"sqlite:///{quote(str(path.absolute()))}"
+
+
+class Settings(BaseSettings):
+    """What an operator may set. `docs/settings.md` has the same as a table."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, use_attribute_docstrings=True, frozen=True, hide_input_in_errors=True
+    )
+
+    host: str = "127.0.0.1"
+    """The address to listen on; 0.0.0.0 for every IPv4 address of the machine."""
+
+    port: int = Field(8000, ge=0, le=65535)
+    """The TCP port to listen on; 0 for any that is free."""
+
+    store: str = Field(default_factory=default_store)
+    """Where layers are kept, as a URL: `memory:` or `sqlite:////absolute/file.db`."""
+
+    device: Device = "cpu"
+    """Where layers live whose config names no device: `cpu`, `cuda` or `cuda:N`."""
+
+    log_level: LogLevel = "info"
+    """What is logged: `debug` (a line per request), `info`, `warning` or `error`."""
+
+    max_body_bytes: int = Field(64 << 20, ge=1 << 10, le=1 << 40)
+    """The largest request body; larger ones get 413."""
+
+    max_layers: int = Field(1_000_000, ge=1)
+    """How many layers the store may hold; one more gets 409."""
+
+    resident_layers: int = Field(10_000, ge=1)
+    """How many layers stay in memory; others are loaded from the store when they are used."""
+
+    queue_length: int = Field(1024, ge=1)
+    """How many calls may wait for one layer's commits; one more gets 503."""
+
+    receipt_seconds: float = Field(3600, gt=0, allow_inf_nan=False)
+    """How long an Idempotency-Key is remembered. A receipt takes under 100 bytes for each train call."""
+
+    store_timeout_seconds: float = Field(10, gt=0, allow_inf_nan=False)
+    """How long a call waits for a store that does not answer before it gets 503."""
+
+    max_concurrent_requests: int = Field(512, ge=1)
+    """How many calls may run at once; one more gets 503. Times the largest body, it bounds the memory."""
+
+    threads: int = Field(1, ge=1, le=1024)
+    """Torch's intra-op threads. Results depend on their number: keep it the same on every replica."""
+
+    inline_bytes: int = Field(1 << 17, ge=0)
+    """Batches up to this size are computed on the event loop, larger ones in a thread."""
+
+    token: SecretStr | None = None
+    """A bearer token that allows every call; without it the service is open to whoever reaches it."""
+
+    read_token: SecretStr | None = None
+    """A second bearer token, which allows GET and eval only."""
+
+    shutdown_seconds: int = Field(30, ge=0)
+    """How long a stop waits for requests in flight."""
+
+    @model_validator(mode="after")
+    def _tokens_can_be_sent(self) -> Self:
+        for name in ("token", "read_token"):
+            secret: SecretStr | None = getattr(self, name)
+            if secret is not None:
+                text = secret.get_secret_value()
+                if not text or not (text.isascii() and text.isprintable()) or " " in text:
+                    raise ValueError(f"{name} must be printable ASCII without spaces, and not empty")
+        if self.read_token is not None and self.token is None:
+            raise ValueError("read_token needs token: without one the service would be open to all")
+        return self
+
+
+def unknown_variables(names: Iterable[str] | None = None) -> list[str]:
+    """Variables with the prefix that no setting reads, each with the one that may have been meant."""
+    known = [name.upper() for name in Settings.model_fields]
+    unknown = sorted(
+        name
+        for name in (os.environ if names is None else names)
+        if name.upper().startswith(PREFIX) and name.upper().removeprefix(PREFIX) not in known
+    )
+    described = []
+    for name in unknown:
+        near = difflib.get_close_matches(name.upper().removeprefix(PREFIX), known, n=1)
+        described.append(f"{name} (did you mean {PREFIX}{near[0]}?)" if near else name)
+    return described

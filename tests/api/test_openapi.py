@@ -1,0 +1,92 @@
+"""The OpenAPI document has every call of the contract, and says what an answer can be."""
+
+import pytest
+
+from batchnorm_client.contract import JSON, NPY, PROBLEM_JSON, SAFETENSORS
+from batchnorm_client.errors import PROBLEMS
+
+pytestmark = pytest.mark.anyio
+
+CALLS = {
+    "/v1/layers": {"get"},
+    "/v1/layers/{name}": {"put", "get", "patch", "delete"},
+    "/v1/layers/{name}/reset": {"post"},
+    "/v1/layers/{name}/state": {"get", "put"},
+    "/v1/layers/{name}/train": {"post"},
+    "/v1/layers/{name}/eval": {"post"},
+    "/v1/layers/{name}/backward": {"post"},
+    "/v1/layers/{name}/moments": {"post"},
+    "/v1/moments": {"post"},
+    "/healthz": {"get"},
+    "/readyz": {"get"},
+    "/problems": {"get"},
+    "/problems/{problem}": {"get"},
+}
+
+
+@pytest.fixture
+async def document(client):
+    return (await client.get("/openapi.json")).json()
+
+
+def operations(document):
+    return [operation for operations in document["paths"].values() for operation in operations.values()]
+
+
+async def test_every_call_is_there(document):
+    assert {path: set(operations) for path, operations in document["paths"].items()} == CALLS
+
+
+async def test_every_operation_is_described(document):
+    identifiers = [operation["operationId"] for operation in operations(document)]
+    assert len(set(identifiers)) == len(identifiers)
+    for operation in operations(document):
+        assert operation["summary"]
+        assert operation["tags"]
+        assert {"500", "503", "default"} <= set(operation["responses"])
+
+
+async def test_every_problem_is_there(document):
+    examples = set()
+    for operation in operations(document):
+        for status, response in operation["responses"].items():
+            for name, example in response.get("content", {}).get(PROBLEM_JSON, {}).get("examples", {}).items():
+                examples.add(name)
+                assert status == str(PROBLEMS[name].status) == str(example["value"]["status"])
+    # A document of paths that exist has no place for those two, besides the schema and each `default` answer.
+    assert examples | {"not-found", "method-not-allowed"} == set(PROBLEMS)
+    assert set(document["components"]["schemas"]["ProblemDocument"]["properties"]["type"]["enum"]) == {
+        f"/problems/{name}" for name in PROBLEMS
+    }
+
+
+@pytest.mark.parametrize("call", ["train", "eval"])
+async def test_the_hot_calls_have_all_three_forms(document, call):
+    operation = document["paths"][f"/v1/layers/{{name}}/{call}"]["post"]
+    assert set(operation["requestBody"]["content"]) == {JSON, NPY, SAFETENSORS}
+    answer = operation["responses"]["200"]
+    assert set(answer["content"]) == {JSON, NPY, SAFETENSORS}
+    assert all(form["schema"] for form in answer["content"].values())
+    headers = {"X-Request-ID", "ETag", "Batchnorm-Version", "Num-Batches-Tracked"}
+    assert set(answer["headers"]) == headers | ({"Idempotent-Replay"} if call == "train" else set())
+    parameters = {parameter["name"] for parameter in operation["parameters"]}
+    assert parameters == {"name", "statistics", "X-Request-ID"} | ({"Idempotency-Key"} if call == "train" else set())
+
+
+async def test_every_reference_leads_somewhere(document):
+    def walk(node):
+        if isinstance(node, dict):
+            if isinstance(node.get("$ref"), str):
+                assert node["$ref"].removeprefix("#/components/schemas/") in document["components"]["schemas"]
+            node = list(node.values())
+        if isinstance(node, list):
+            for child in node:
+                walk(child)
+
+    walk(document)
+
+
+async def test_the_docs_page_names_the_document(client):
+    answer = await client.get("/docs")
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "openapi.json" in answer.text

@@ -1,0 +1,85 @@
+"""The command line."""
+
+import re
+import shlex
+import socket
+import subprocess
+import sys
+
+import pytest
+
+import batchnorm_service
+
+from .conftest import COMMAND, environment
+
+
+def run(*arguments, **variables):
+    return subprocess.run(
+        arguments, env=environment(**variables), capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_version():
+    for command in ([sys.executable, "-m", "batchnorm_service"], [f"{sys.prefix}/bin/batchnorm-service"]):
+        done = run(*command, "--version")
+        assert (done.returncode, done.stdout.strip()) == (0, batchnorm_service.__version__)
+
+
+def test_without_a_command_it_helps():
+    done = run(sys.executable, "-m", "batchnorm_service")
+    assert done.returncode == 0
+    assert "serve" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "status", "words"),
+    [
+        (["--store", "mysql://localhost"], {}, 1, "mysql"),
+        (["--store", "sqlite:///:memory:"], {}, 1, "memory"),
+        (["--store", "sqlite:////proc/nowhere/layers.db"], {}, 1, "/proc/nowhere"),
+        (["--device", "cuda:77"], {"BATCHNORM_STORE": "memory:"}, 1, "cuda:77"),
+        (["--host", "192.0.2.1", "--store", "memory:"], {}, 1, "192.0.2.1"),
+        (["--host", "no such host", "--store", "memory:"], {}, 1, "no such host"),
+        (["--port", "70000"], {}, 2, "--port"),
+        (["--port", "http"], {}, 2, "--port"),
+        (["--device", "tpu"], {}, 2, "--device"),
+        (["--colour", "red"], {}, 2, "--colour"),
+        ([], {"BATCHNORM_MAX_LAYERS": "many"}, 2, "BATCHNORM_MAX_LAYERS"),
+        ([], {"BATCHNORM_TOKEN": "se cret"}, 2, "token"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(arguments, variables, status, words):
+    done = run(*COMMAND, *arguments, **variables)
+    assert (done.returncode, done.stdout) == (status, ""), done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "se cret" not in done.stderr
+    if "Usage" not in done.stderr:  # that is typer's own form
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_port_in_use():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = run(*COMMAND, "--store", "memory:", "--port", port)
+    assert done.returncode == 1
+    assert port in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("token", [None, "s3cret'quoted"])
+def test_the_printed_lines_work_at_once(start, store, token):
+    variables = {} if token is None else {"BATCHNORM_TOKEN": token}
+    process = start("--store", store, BATCHNORM_PROT="1", **variables)
+    assert store.removeprefix("sqlite:///") in process.output
+    assert f"{process.url}/docs" in process.output
+    assert "BATCHNORM_PROT (did you mean BATCHNORM_PORT?)" in process.output
+    assert token is None or token not in process.output
+    lines = re.findall(r"^ +(curl .*)$", process.output, re.MULTILINE)
+    assert len(lines) == 2
+    for _ in range(2):  # pasting them again is harmless
+        for line in lines:
+            done = run("sh", "-c", line.replace("curl ", "curl --silent --fail ", 1), **variables)
+            assert done.returncode == 0, done
+    assert '"num_batches_tracked":2' in done.stdout
+    assert shlex.split(lines[0])

@@ -1,0 +1,187 @@
+"""A real server and real sockets: stopping, early refusals, bodies in pieces."""
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
+from safetensors.numpy import load, save
+
+from .conftest import environment
+
+HEAD = b"POST /v1/layers/bn/train HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+def create(http, url, name="bn", features=2):
+    http.put(f"{url}/v1/layers/{name}", json={"num_features": features}).raise_for_status()
+    return f"{url}/v1/layers/{name}"
+
+
+def connect(url):
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=30)
+
+
+def read_answer(connection):
+    """Status, headers and body of the next answer on this connection."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += connection.recv(65536) or pytest.fail(f"closed after {data!r}")
+    head, _, body = data.partition(b"\r\n\r\n")
+    status, *lines = head.decode().split("\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in lines)
+    while len(body) < int(headers.get("content-length", 0)):
+        body += connection.recv(65536)
+    return int(status.split()[1]), headers, body
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_answers_what_is_in_flight_and_exits_0(start, store, http, number):
+    process = start("--store", store)
+    layer = create(http, process.url)
+    http.close()
+    body = b'{"input": [[1, 2], [3, 4]]}'
+    with connect(process.url) as connection:
+        connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body[:10])
+        time.sleep(0.2)  # the server has begun to read it
+        process.process.send_signal(number)
+        time.sleep(0.5)  # it stops, and waits
+        assert process.process.poll() is None
+        connection.sendall(body[10:])
+        status, headers, _ = read_answer(connection)
+    assert (status, headers["num-batches-tracked"]) == (200, "1")
+    assert headers["connection"] == "close"
+    assert process.wait() == 0
+    assert "Traceback" not in process.output
+    assert layer.startswith(process.url)
+
+    again = start("--store", store)
+    with connect(again.url) as connection:
+        connection.sendall(b"GET /v1/layers/bn HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b'"num_batches_tracked":1,' in read_answer(connection)[2]
+    assert again.stop() == 0
+
+
+def test_a_stop_under_load_loses_no_answered_batch(start, store, http):
+    process = start("--store", store)
+    layer = create(http, process.url)
+    answered = []
+
+    def train():
+        with httpx.Client(timeout=30) as client:
+            while True:
+                try:
+                    answer = client.post(f"{layer}/train", json={"input": [[1, 2], [3, 4]]})
+                except httpx.TransportError:
+                    return
+                answer.raise_for_status()
+                answered.append(answer.json()["num_batches_tracked"])
+
+    threads = [threading.Thread(target=train) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    assert process.stop() == 0
+    for thread in threads:
+        thread.join()
+    assert len(set(answered)) == len(answered) > 0
+    again = start("--store", store)
+    assert http.get(layer.replace(process.url, again.url)).json()["num_batches_tracked"] >= len(answered)
+
+
+def test_a_stop_does_not_wait_forever(start):
+    process = start("--store", "memory:", BATCHNORM_SHUTDOWN_SECONDS="1")
+    with connect(process.url) as connection:
+        connection.sendall(HEAD + b"Content-Length: 9\r\n\r\n")
+        time.sleep(0.2)
+        assert process.stop() == 0
+        status, headers, body = read_answer(connection)
+    assert status == 503
+    assert headers["retry-after"]
+    assert b"/problems/store-unavailable" in body
+
+
+def test_an_idle_connection_does_not_hold_up_a_stop(start):
+    process = start("--store", "memory:")
+    with connect(process.url) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        status, headers, _ = read_answer(connection)
+        assert (status, "date" in headers, "server" in headers) == (200, True, False)
+        since = time.monotonic()
+        assert process.stop() == 0
+        assert time.monotonic() - since < 5
+
+
+def test_the_connection_is_usable_after_an_early_refusal(start):
+    process = start("--store", "memory:", BATCHNORM_MAX_BODY_BYTES="100000")
+    body = b"x" * 1_000_000
+    with connect(process.url) as connection:
+        for head in (f"Content-Length: {len(body)}\r\n\r\n".encode(), b"Transfer-Encoding: chunked\r\n\r\n"):
+            chunked = b"Transfer" in head
+            connection.sendall(HEAD + head)
+            connection.sendall(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if chunked else body)
+            status, headers, answer = read_answer(connection)
+            assert (status, headers["content-type"]) == (413, "application/problem+json")
+            assert b"payload-too-large" in answer
+            assert headers["x-request-id"]
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert read_answer(connection)[0] == 200
+
+
+def test_a_refusal_before_100_continue_closes_the_connection(start):
+    process = start("--store", "memory:")
+    with connect(process.url) as connection:
+        connection.sendall(HEAD + b"Expect: 100-continue\r\nContent-Length: 99999999999\r\n\r\n")
+        status, headers, _ = read_answer(connection)
+        assert (status, headers["connection"]) == (413, "close")
+        assert connection.recv(1) == b""
+
+
+def test_large_bodies_in_both_directions(start, http):
+    process = start("--store", "memory:")
+    layer = create(http, process.url, features=64)
+    batch = np.random.default_rng(0).normal(5, 2, size=(32768, 64)).astype(np.float32)
+    headers = {"Content-Type": "application/vnd.safetensors"}
+    answer = http.post(f"{layer}/train", content=save({"input": batch}), headers=headers)
+    assert answer.status_code == 200
+    output = load(answer.content)["output"]
+    np.testing.assert_allclose(output, (batch - batch.mean(0)) / batch.std(0), atol=1e-3)
+
+    def chunks():
+        data = save({"input": batch})
+        for start_ in range(0, len(data), 100_000):
+            yield data[start_ : start_ + 100_000]
+
+    again = http.post(f"{layer}/eval", content=chunks(), headers=headers)  # without a Content-Length
+    assert load(again.content)["output"].shape == batch.shape
+
+
+def test_an_unknown_method_is_answered(start, http):
+    process = start("--store", "memory:")
+    assert http.request("PROPFIND", f"{process.url}/v1/layers").status_code == 405
+
+
+def test_the_application_runs_under_plain_uvicorn_too(http, store, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "uvicorn", "--factory", "batchnorm_service.app:create_app", "--port", str(port)],
+        env=environment(BATCHNORM_STORE=store),
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(200):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        create(http, f"http://127.0.0.1:{port}")
+        assert (tmp_path / "layers.db").exists()
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
