@@ -91,6 +91,27 @@ class LayerConfig(Document):
         "reject", description="what a train batch gets that has NaN or infinity, or overflows its dtype"
     )
 
+    half_life: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="population statistics only: after so many newer samples per channel, a sample counts half; "
+        "null = every sample counts the same for ever",
+    )
+    clip: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="outputs are clamped to [-clip, clip]; null = not at all, as in torch",
+    )
+
+    @field_validator("half_life")
+    @classmethod
+    def _half_life_of_population(cls, half_life: float | None, info: ValidationInfo) -> float | None:
+        if half_life is not None and info.data.get("statistics") != "population":
+            raise ValueError("must be null unless statistics is population: moving statistics have a momentum")
+        return half_life
+
     @field_validator("momentum")
     @classmethod
     def _no_momentum_for_population(cls, momentum: float | None, info: ValidationInfo) -> float | None:
@@ -131,16 +152,21 @@ Element = Annotated[
     BeforeValidator(_number_or_name, json_schema_input_type=float | Literal["NaN", "Infinity", "-Infinity"]),
 ]
 # One wrong element is enough to know: listing a million of them would take seconds and gigabytes.
-Vector = Annotated[list[Element], Field(max_length=MAX_FEATURES), FailFast()]
+Vector = Annotated[list[Element], Field(max_length=MAX_FEATURES, fail_fast=True)]
 
 
 class LayerUpdate(Document):
-    """What PATCH may set. A field that is absent stays as it is; `momentum: null` means cumulative."""
+    """What PATCH may set. A field that is absent stays as it is.
+
+    `momentum: null` means cumulative, `half_life: null` that nothing is forgotten, `clip: null` that nothing is clipped.
+    """
 
     eps: float | None = Field(None, gt=0, allow_inf_nan=False)
     momentum: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     track_running_stats: bool | None = None
     non_finite: Literal["reject", "allow"] | None = None
+    half_life: float | None = Field(None, gt=0, allow_inf_nan=False, description="in samples; population only")
+    clip: float | None = Field(None, gt=0, allow_inf_nan=False)
     weight: Vector | None = Field(None, description="gamma, (C,)")
     bias: Vector | None = Field(None, description="beta, (C,)")
 

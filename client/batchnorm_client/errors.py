@@ -16,6 +16,7 @@
         │   ├── NotAcceptable               406 not-acceptable
         │   ├── LayerExists                 409 layer-exists
         │   ├── TooManyLayers               409 too-many-layers
+        │   ├── GroupClosed                 409 group-closed
         │   ├── VersionMismatch             412 version-mismatch
         │   ├── PayloadTooLarge             413 payload-too-large
         │   ├── UnsupportedMediaType        415 unsupported-media-type
@@ -25,12 +26,14 @@
         │       ├── TooFewValues            422 too-few-values
         │       ├── NonFinite               422 non-finite
         │       ├── IdempotencyKeyReused    422 idempotency-key-reused
+        │       ├── GroupMismatch           422 group-mismatch
         │       └── DeviceUnavailable       422 device-unavailable
         └── ServiceError                    5xx
             ├── InternalError               500 internal-error
             ├── NotImplementedProblem       501 not-implemented
             ├── Overloaded                  503 overloaded
-            └── StoreUnavailable            503 store-unavailable
+            ├── StoreUnavailable            503 store-unavailable
+            └── GroupIncomplete             504 group-incomplete
 
 The service raises these exceptions and writes them as problems; the client reads problems and raises the same
 exceptions. So both sides share one list, and no problem can be left unmapped. A class's docstring is the text
@@ -197,6 +200,12 @@ class TooManyLayers(RequestError):
     name, status, title = "too-many-layers", 409, "Too many layers"
 
 
+class GroupClosed(RequestError):
+    """The group has all its members, or gave up waiting for them. Its id stays taken as long as receipts are kept."""
+
+    name, status, title = "group-closed", 409, "The group is closed"
+
+
 class VersionMismatch(RequestError):
     """The layer's version is not the one in `If-Match`. Read the layer again, then decide again."""
 
@@ -254,6 +263,12 @@ class IdempotencyKeyReused(InvalidRequest):
     name, status, title = "idempotency-key-reused", 422, "The key belongs to another batch"
 
 
+class GroupMismatch(InvalidRequest):
+    """The group was opened with another size. All its members must name the same."""
+
+    name, status, title = "group-mismatch", 422, "The group has another size"
+
+
 class DeviceUnavailable(InvalidRequest):
     """The layer's device is not there on this machine; `expected` lists those that are."""
 
@@ -282,6 +297,12 @@ class StoreUnavailable(ServiceError):
     """The store does not answer. Whether the call took effect may be unknown: repeat it with the same key."""
 
     name, status, title = "store-unavailable", 503, "The store is unavailable"
+
+
+class GroupIncomplete(ServiceError):
+    """Not all members of the group came before its deadline. Nothing was folded; begin again with a new group id."""
+
+    name, status, title = "group-incomplete", 504, "The group is incomplete"
 
 
 def _problems(base: type[ProblemError]) -> dict[str, type[ProblemError]]:

@@ -13,9 +13,11 @@ from torch import nn
 from batchnorm_client import errors
 from batchnorm_client.contract import LayerConfig, LayerUpdate
 from batchnorm_client.tensors import Tensor
+from batchnorm_service.engine.moments import check_finite
 from batchnorm_service.engine.normalize import check_input, eval_statistics, eval_step, named_statistics, train_step
-from batchnorm_service.engine.state import LayerState, initial_state, replace_tensors, update
-from batchnorm_service.engine.statistics import check_finite, fold
+from batchnorm_service.engine.state import LayerState, initial_state, update
+from batchnorm_service.engine.state_dict import replace_tensors
+from batchnorm_service.engine.statistics import fold
 from batchnorm_service.engine.tensors import to_wire
 
 

@@ -9,7 +9,8 @@ from torch import nn
 from batchnorm_client import errors
 from batchnorm_client.contract import LayerConfig, LayerUpdate
 from batchnorm_client.tensors import Tensor
-from batchnorm_service.engine.state import initial_state, replace_tensors, reset, update
+from batchnorm_service.engine.state import initial_state, reset, update
+from batchnorm_service.engine.state_dict import dtypes, replace_tensors, state_dict
 from batchnorm_service.engine.tensors import to_torch, to_wire
 
 CONFIG = LayerConfig(num_features=3)
@@ -24,13 +25,13 @@ def _wire(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
 def test_a_new_layer_has_the_state_dict_of_torchs_module(affine: bool, tracks: bool) -> None:
     module = nn.BatchNorm1d(3, affine=affine, track_running_stats=tracks)
     state = initial_state(LayerConfig(num_features=3, affine=affine, track_running_stats=tracks))
-    ours = {name: to_torch(tensor) for name, tensor in state.state_dict().items()}
+    ours = {name: to_torch(tensor) for name, tensor in state_dict(state).items()}
     theirs = module.state_dict()
     assert set(ours) == set(theirs)
     for name, tensor in theirs.items():
         assert torch.equal(ours[name], tensor)
         assert ours[name].dtype == tensor.dtype
-        assert state.dtypes()[name] == str(tensor.dtype).removeprefix("torch.")
+        assert dtypes(state)[name] == str(tensor.dtype).removeprefix("torch.")
 
 
 @pytest.mark.parametrize(
@@ -52,8 +53,8 @@ def test_reset_sets_back_what_it_names_and_nothing_else(what: str, changed: set[
             "num_batches_tracked": Tensor("int64", (), (14).to_bytes(8, "little")),
         },
     )
-    fresh, after = initial_state(CONFIG).state_dict(), reset(trained, what).state_dict()
-    for name, tensor in trained.state_dict().items():
+    fresh, after = state_dict(initial_state(CONFIG)), state_dict(reset(trained, what))
+    for name, tensor in state_dict(trained).items():
         expected = fresh[name] if name in changed else tensor
         assert bytes(after[name].buffer) == bytes(expected.buffer), name
 

@@ -8,9 +8,11 @@ from torch import nn
 
 from batchnorm_client import errors
 from batchnorm_client.contract import LayerConfig, LayerUpdate
+from batchnorm_service.engine.moments import Moments
 from batchnorm_service.engine.normalize import train_step
-from batchnorm_service.engine.state import initial_state, replace_tensors, update
-from batchnorm_service.engine.statistics import Moments, fold
+from batchnorm_service.engine.state import initial_state, update
+from batchnorm_service.engine.state_dict import replace_tensors
+from batchnorm_service.engine.statistics import fold
 from batchnorm_service.engine.tensors import to_wire
 
 

@@ -12,17 +12,14 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from batchnorm_client.contract import INPUT_DTYPES, LayerConfig
-from batchnorm_client.errors import DtypeMismatch, ShapeMismatch, TooFewValues
+from batchnorm_client.errors import DtypeMismatch, ShapeMismatch
 from batchnorm_client.tensors import Tensor as WireTensor
 
-from .state import Channels, LayerState
-from .statistics import Moments, check_finite
-
-Batch = Float[Tensor, "..."]  # rank >= 2: (N, C, *), or (N, *, C) with channel_axis=-1
+from .layout import Batch, channels_back, channels_second, is_dense, on, values_per_channel
+from .moments import Channels, Moments, check_enough, check_finite, exact_moments
+from .state import LayerState
 
 
 class TrainStep(NamedTuple):
@@ -30,12 +27,14 @@ class TrainStep(NamedTuple):
 
     Attributes:
         output: as the input in shape and dtype.
-        moments: of the batch, in the state's dtype, on the CPU.
-        invstd: 1 / sqrt(biased variance + eps), (C,): what a backward pass needs beside the mean.
+        moments: of the batch, on the CPU: what `statistics.fold` takes.
+        mean: (C,), of the batch, in the state's dtype.
+        invstd: (C,), 1 / sqrt(biased variance + eps): what a backward pass needs beside the mean.
     """
 
     output: Batch
     moments: Moments
+    mean: Channels
     invstd: Channels
 
 
@@ -80,15 +79,45 @@ def train_step(state: LayerState, batch: Batch) -> TrainStep:
         batch: a tensor that passed `check_input`, on the layer's device.
 
     Raises:
-        TooFewValues: fewer than two values per channel.
+        TooFewValues: fewer than two values per channel; for population statistics, none.
         NonFinite: NaN, infinity or overflow, and the layer rejects that.
     """
-    count = _enough(state, batch)
-    step = _kernel(state, _channels_second(state.config, batch), count)
-    if state.config.non_finite == "reject":
+    config = state.config
+    count = values_per_channel(config, batch)
+    check_enough(count, least_values(config))
+    moved = channels_second(config, batch)
+    step = _kernel(state, moved, count)
+    if config.statistics == "population":
+        step = step._replace(moments=exact_moments(moved))
+    if config.non_finite == "reject":
         step.moments.check_finite()
-        _check_output(state, step.output, count)
-    return step._replace(output=_channels_back(state.config, step.output))
+        check_output(state, step.output, count)
+    return step._replace(output=_finished(config, step.output))
+
+
+def shard_moments(state: LayerState, batch: Batch) -> Moments:
+    """The moments of one shard of a synchronized batch, in float64; a shard may be empty."""
+    return exact_moments(channels_second(state.config, batch))
+
+
+def normalize_with(state: LayerState, batch: Batch, moments: Moments) -> TrainStep:
+    """Normalize a shard with the statistics of the whole batch that it belongs to.
+
+    Raises:
+        TooFewValues: the whole batch has fewer than two values per channel; for population statistics, none.
+        NonFinite: NaN, infinity or overflow, and the layer rejects that.
+    """
+    config = state.config
+    check_enough(moments.count, least_values(config))
+    mean, var = moments.mean.to(state.dtype), moments.biased_var().to(state.dtype)
+    if config.non_finite == "reject":
+        moments.check_finite()
+        check_finite(var, "the batch's variance", "input")
+    output = _with_statistics(state, channels_second(config, batch), mean, var)
+    if config.non_finite == "reject":
+        check_output(state, output, moments.count)
+    invstd = torch.rsqrt(moments.biased_var() + config.eps).to(state.dtype)
+    return TrainStep(_finished(config, output), moments, mean, invstd)
 
 
 def eval_step(state: LayerState, batch: Batch) -> Batch:
@@ -97,17 +126,14 @@ def eval_step(state: LayerState, batch: Batch) -> Batch:
     Raises:
         TooFewValues: batch statistics of exactly one value per channel. (An empty batch gives an empty output.)
     """
+    moved = channels_second(state.config, batch)
     if batch.numel() == 0:
         return torch.empty_like(batch)
-    moved = _channels_second(state.config, batch)
     if state.running_mean is None or state.running_var is None:
-        output = _kernel(state, moved, _enough(state, batch)).output
+        output = _own_statistics(state, moved).output
     else:
-        weight, bias, mean, var = (
-            _on(batch.device, tensor) for tensor in (state.weight, state.bias, state.running_mean, state.running_var)
-        )
-        output = torch.native_batch_norm(moved, weight, bias, mean, var, False, 0.0, state.config.eps)[0]
-    return _channels_back(state.config, output)
+        output = _with_statistics(state, moved, state.running_mean, state.running_var)
+    return _finished(state.config, output)
 
 
 def eval_statistics(state: LayerState, batch: Batch) -> dict[str, Channels]:
@@ -117,29 +143,32 @@ def eval_statistics(state: LayerState, batch: Batch) -> dict[str, Channels]:
         return {"batch_mean": state.running_mean, "batch_var": state.running_var, "batch_invstd": invstd}
     if batch.numel() == 0:
         return {}
-    return named_statistics(_kernel(state, _channels_second(state.config, batch), _enough(state, batch)))
+    return named_statistics(_own_statistics(state, channels_second(state.config, batch)))
 
 
 def named_statistics(step: TrainStep) -> dict[str, Channels]:
     """The statistics that a batch was normalized with, by their names on the wire."""
-    return {"batch_mean": step.moments.mean, "batch_var": step.moments.biased_var(), "batch_invstd": step.invstd}
+    var = step.moments.biased_var().to(step.mean.dtype)
+    return {"batch_mean": step.mean, "batch_var": var, "batch_invstd": step.invstd}
 
 
-def _enough(state: LayerState, batch: Batch) -> int:
-    count = values_per_channel(state.config, batch)
-    if count < 2:
-        raise TooFewValues(
-            f"batch statistics need more than 1 value per channel, got shape {tuple(batch.shape)}",
-            field="input",
-            expected="> 1",
-            got=count,
-        )
-    return count
+def least_values(config: LayerConfig) -> int:
+    """How many values per channel a training batch needs."""
+    return 1 if config.statistics == "population" else 2
 
 
-def values_per_channel(config: LayerConfig, batch: Batch) -> int:
-    """N*H*W: how many values each channel of the batch has."""
-    return batch.numel() // config.num_features
+def check_output(state: LayerState, output: Batch, count: int) -> None:
+    """Refuse an output that overflowed its dtype; a pass over the output is made only where that is possible.
+
+    |x - mean| / std is at most sqrt(count - 1), so |output| is at most max|weight| * sqrt(count) + max|bias|; the
+    factor 2 covers rounding.
+    """
+    if state.weight is None or state.bias is None:
+        bound = math.sqrt(count)
+    else:
+        bound = float(state.weight.abs().max()) * math.sqrt(count) + float(state.bias.abs().max())
+    if not 2 * bound < torch.finfo(output.dtype).max:
+        check_finite(output, "the output", "input")
 
 
 def _kernel(state: LayerState, moved: Batch, count: int) -> TrainStep:
@@ -157,42 +186,25 @@ def _kernel(state: LayerState, moved: Batch, count: int) -> TrainStep:
     else:
         mean = torch.zeros(state.config.num_features, dtype=state.dtype, device=device)
         var = torch.zeros(state.config.num_features, dtype=state.dtype, device=device)
-        weight, bias = _on(device, state.weight), _on(device, state.bias)
+        weight, bias = on(device, state.weight, state.bias)
         output, _, invstd = torch.native_batch_norm(moved, weight, bias, mean, var, True, 1.0, eps)
-    moments = Moments(count, mean.cpu(), var.cpu(), correction=1, strided=not _is_dense(moved))
-    return TrainStep(output, moments, invstd.cpu())
+    mean = mean.cpu()
+    return TrainStep(output, Moments(count, mean, var.cpu(), 1, strided=not is_dense(moved)), mean, invstd.cpu())
 
 
-def _is_dense(batch: Batch) -> bool:
-    """Whether torch's kernel takes its path for contiguous memory, channels first or last."""
-    return (
-        batch.is_contiguous()
-        or batch.is_contiguous(memory_format=torch.channels_last)
-        or batch.is_contiguous(memory_format=torch.channels_last_3d)
-    )
+def _own_statistics(state: LayerState, moved: Batch) -> TrainStep:
+    count = values_per_channel(state.config, moved)
+    check_enough(count, 2)
+    return _kernel(state, moved, count)
 
 
-def _check_output(state: LayerState, output: Batch, count: int) -> None:
-    """Refuse an output that overflowed its dtype; a pass over the output is made only where that is possible.
-
-    |x - mean| / std is at most sqrt(count - 1), so |output| is at most max|weight| * sqrt(count) + max|bias|; the
-    factor 2 covers rounding.
-    """
-    if state.weight is None or state.bias is None:
-        bound = math.sqrt(count)
-    else:
-        bound = float(state.weight.abs().max()) * math.sqrt(count) + float(state.bias.abs().max())
-    if not 2 * bound < torch.finfo(output.dtype).max:
-        check_finite(output, "the output", "input")
+def _with_statistics(state: LayerState, moved: Batch, mean: Channels, var: Channels) -> Batch:
+    weight, bias, mean_there, var_there = on(moved.device, state.weight, state.bias, mean, var)
+    return torch.native_batch_norm(moved, weight, bias, mean_there, var_there, False, 0.0, state.config.eps)[0]
 
 
-def _channels_second(config: LayerConfig, batch: Batch) -> Batch:
-    return batch if config.channel_axis == 1 else batch.movedim(config.channel_axis, 1)
-
-
-def _channels_back(config: LayerConfig, output: Batch) -> Batch:
-    return output if config.channel_axis == 1 else output.movedim(1, config.channel_axis)
-
-
-def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
+def _finished(config: LayerConfig, output: Batch) -> Batch:
+    """The kernel's output as the caller gets it: clipped if the layer does, channels where the input had them."""
+    if config.clip is not None:
+        output = output.clamp_(-config.clip, config.clip)
+    return channels_back(config, output)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from batchnorm_client.contract import LayerConfig, LayerUpdate
-from batchnorm_client.errors import DtypeMismatch, InvalidRequest, ShapeMismatch
-from batchnorm_client.tensors import Tensor as WireTensor
+from batchnorm_client.errors import InvalidRequest, ShapeMismatch
 
-from .tensors import TORCH_DTYPES, to_torch, to_wire, vector
-
-Channels = Float[Tensor, "C"]
-
-COUNTER: Final = "num_batches_tracked"
+from .moments import Channels
+from .population import Population, empty_population
+from .tensors import TORCH_DTYPES
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +30,8 @@ class LayerState:
         running_var: (C,); unbiased, as in torch; None with running_mean.
         num_batches_tracked: how many batches were folded.
         samples_tracked: how many values per channel were folded (N*H*W each).
+        population: the accumulators that running_mean and running_var are made of; None unless the config's statistics
+            are "population" and the layer was created with running statistics.
     """
 
     config: LayerConfig
@@ -44,6 +41,7 @@ class LayerState:
     running_var: Channels | None
     num_batches_tracked: int = 0
     samples_tracked: int = 0
+    population: Population | None = None
 
     @property
     def tracks(self) -> bool:
@@ -73,17 +71,14 @@ class LayerState:
         }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def state_dict(self) -> dict[str, WireTensor]:
-        """The tensors as they travel and are kept, names as in `nn.BatchNorm*.state_dict()`; 8-byte dtypes first."""
-        tensors = {name: to_wire(tensor) for name, tensor in self.vectors().items()}
-        if self.running_mean is None:
-            return tensors
-        return {COUNTER: _scalar(self.num_batches_tracked), **tensors}
-
-    def dtypes(self) -> dict[str, str]:
-        """The dtype of each tensor of `state_dict`, by name."""
-        dtypes: dict[str, str] = dict.fromkeys(self.vectors(), self.config.dtype)
-        return dtypes if self.running_mean is None else {COUNTER: "int64", **dtypes}
+    def with_population(self, population: Population) -> LayerState:
+        """The same layer with these accumulators, and with the running statistics that follow from them."""
+        return replace(
+            self,
+            population=population,
+            running_mean=population.mean.to(self.dtype),
+            running_var=population.unbiased_var().to(self.dtype),
+        )
 
 
 def initial_state(config: LayerConfig) -> LayerState:
@@ -97,6 +92,7 @@ def initial_state(config: LayerConfig) -> LayerState:
         bias=zeros if config.affine else None,
         running_mean=zeros if tracks else None,
         running_var=ones if tracks else None,
+        population=empty_population(config.num_features) if tracks and config.statistics == "population" else None,
     )
 
 
@@ -116,6 +112,7 @@ def reset(state: LayerState, what: str) -> LayerState:
             state,
             running_mean=fresh.running_mean,
             running_var=fresh.running_var,
+            population=fresh.population,
             num_batches_tracked=0,
             samples_tracked=0,
         )
@@ -150,32 +147,14 @@ def update(state: LayerState, change: LayerUpdate) -> LayerState:
             expected=None,
             got=config["momentum"],
         )
-    return replace(state, config=state.config.model_copy(update=config), **tensors)
-
-
-def replace_tensors(state: LayerState, tensors: Mapping[str, WireTensor]) -> LayerState:
-    """The state with the given tensors instead of its own, names as in `state_dict`.
-
-    Raises:
-        InvalidRequest: no tensor at all, one that the layer does not have, or a value that cannot be.
-        ShapeMismatch, DtypeMismatch: a tensor that is not as the layer's own.
-    """
-    if not tensors:
-        raise InvalidRequest("the state has no tensor", field="state", expected=list(state.dtypes()), got=[])
-    new: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        if name not in state.dtypes():
-            raise InvalidRequest(
-                f"the layer has no tensor {name!r}", field=name, expected=list(state.dtypes()), got=name
-            )
-        new[name] = (
-            _count(tensor, name)
-            if name == COUNTER
-            else vector(tensor, name, state.config.dtype, state.config.num_features)
+    if config.get("half_life") is not None and state.config.statistics != "population":
+        raise InvalidRequest(
+            "half_life must be null unless statistics is population: moving statistics have a momentum",
+            field="half_life",
+            expected=None,
+            got=config["half_life"],
         )
-    if "running_var" in new and bool((new["running_var"] < 0).any()):
-        raise InvalidRequest("running_var must not be negative", field="running_var", expected=">= 0", got="negative")
-    return replace(state, **new)
+    return replace(state, config=state.config.model_copy(update=config), **tensors)
 
 
 def _parameter(state: LayerState, field: str, values: list[float]) -> Tensor:
@@ -195,25 +174,6 @@ def _parameter(state: LayerState, field: str, values: list[float]) -> Tensor:
             f"{field} has a number that does not fit {state.config.dtype}", field=field, expected=state.config.dtype
         )
     return tensor
-
-
-def _count(tensor: WireTensor, field: str) -> int:
-    if tensor.dtype != "int64":
-        raise DtypeMismatch(
-            f"{field} must be int64, got {tensor.dtype}", field=field, expected="int64", got=tensor.dtype
-        )
-    if tensor.shape != ():
-        raise ShapeMismatch(
-            f"{field} must be a scalar, got shape {tensor.shape}", field=field, expected=[], got=list(tensor.shape)
-        )
-    count = int(to_torch(tensor))
-    if count < 0:
-        raise InvalidRequest(f"{field} must not be negative", field=field, expected=">= 0", got=count)
-    return count
-
-
-def _scalar(count: int) -> WireTensor:
-    return WireTensor("int64", (), count.to_bytes(8, "little", signed=True))
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

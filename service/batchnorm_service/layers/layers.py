@@ -19,14 +19,13 @@ from batchnorm_client.contract import LayerConfig, LayerPage, LayerUpdate
 from batchnorm_client.errors import (
     InvalidRequest,
     LayerExists,
-    NotImplementedProblem,
     ProblemError,
     StoreUnavailable,
     TooManyLayers,
 )
 from batchnorm_client.tensors import Tensor
 
-from ..engine import normalize, state
+from ..engine import normalize, state, state_dict
 from ..engine.devices import device
 from ..engine.tensors import to_torch, to_wire
 from ..store.base import Exists, Full, Store, StoreError
@@ -91,8 +90,6 @@ class Layers:
             TooManyLayers: the store holds as many layers as it may.
             DeviceUnavailable: the config names a device that is not there.
         """
-        if config.statistics == "population":
-            raise NotImplementedProblem("population statistics are not implemented yet", field="statistics")
         device(config.device or self._options.device)
         made = records.now()
         data = records.encode(state.initial_state(config), config, made, made)
@@ -139,7 +136,7 @@ class Layers:
         """Replace the tensors that `read` returns."""
 
         def replaced(old: state.LayerState) -> state.LayerState:
-            return state.replace_tensors(old, read(old.dtypes()))
+            return state_dict.replace_tensors(old, read(state_dict.dtypes(old)))
 
         return (await self._change(name, replaced, if_match))[0]
 
@@ -284,7 +281,7 @@ def _snapshot(name: str, held: Held) -> Snapshot:
         updated_at=held.updated_at,
         num_batches_tracked=held.state.num_batches_tracked,
         samples_tracked=held.state.samples_tracked,
-        tensors=held.state.state_dict(),
+        tensors=state_dict.state_dict(held.state),
     )
 
 

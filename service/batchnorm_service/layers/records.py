@@ -7,21 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, Final
+from typing import Final
 
 from batchnorm_client.contract import LayerConfig, LayerSummary
-from batchnorm_client.tensors import (
-    Tensor,
-    decode_safetensors,
-    decode_safetensors_header,
-    encode_safetensors,
-)
+from batchnorm_client.tensors import decode_safetensors, decode_safetensors_header, encode_safetensors
 
-from ..engine.state import COUNTER, LayerState
+from ..engine.state import LayerState
+from ..engine.state_dict import BATCHES, SAMPLES, population_of, scalar, state_dict
 from ..engine.tensors import to_torch
 from ..store.base import HEAD_BYTES, Entry, Record, Stamp
 
 FORMAT: Final = "batchnorm-layer/1"
+_VECTORS: Final = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,9 +57,9 @@ def encode(state: LayerState, created_config: LayerConfig, created_at: datetime,
         "created_config": _dump(created_config),
         "created_at": created_at.isoformat(),
         "updated_at": updated_at.isoformat(),
-        "samples_tracked": str(state.samples_tracked),
+        SAMPLES: str(state.samples_tracked),
     }
-    return b"".join(encode_safetensors(state.state_dict(), metadata))
+    return b"".join(encode_safetensors(state_dict(state), metadata))
 
 
 def record(held: Held) -> Record:
@@ -74,15 +71,20 @@ def decode(stored: Record) -> Held:
     """The layer of a record. Raises `ValueError` when another version of this software wrote it."""
     tensors, metadata = decode_safetensors(bytearray(stored.data))
     _check_format(metadata)
-    vectors: dict[str, Any] = {name: to_torch(tensor) for name, tensor in tensors.items() if name != COUNTER}
+    config, samples = _load(metadata["config"]), int(metadata[SAMPLES])
+    vectors = {name: to_torch(tensors[name]) for name in _VECTORS if name in tensors}
+    population = None
+    if config.statistics == "population" and "running_mean" in vectors:
+        population = population_of(tensors, samples)
     state = LayerState(
-        config=_load(metadata["config"]),
+        config=config,
         weight=vectors.get("weight"),
         bias=vectors.get("bias"),
         running_mean=vectors.get("running_mean"),
         running_var=vectors.get("running_var"),
-        num_batches_tracked=_count(tensors),
-        samples_tracked=int(metadata["samples_tracked"]),
+        num_batches_tracked=scalar(tensors, BATCHES),
+        samples_tracked=samples,
+        population=population,
     )
     return Held(
         stamp=stored.stamp,
@@ -99,8 +101,8 @@ def summary(entry: Entry) -> LayerSummary:
     metadata = header["__metadata__"]
     _check_format(metadata)
     count = 0
-    if COUNTER in header:
-        begin, end = header[COUNTER]["data_offsets"]
+    if BATCHES in header:
+        begin, end = header[BATCHES]["data_offsets"]
         count = int.from_bytes(entry.head[start + begin : start + end], "little", signed=True)
     return LayerSummary(
         name=entry.name,
@@ -109,10 +111,6 @@ def summary(entry: Entry) -> LayerSummary:
         num_batches_tracked=count,
         updated_at=datetime.fromisoformat(metadata["updated_at"]),
     )
-
-
-def _count(tensors: Mapping[str, Tensor]) -> int:
-    return int(to_torch(tensors[COUNTER])) if COUNTER in tensors else 0
 
 
 def _check_format(metadata: Mapping[str, str]) -> None:

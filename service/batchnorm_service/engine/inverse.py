@@ -1,0 +1,47 @@
+"""Undoing what eval mode does, as scikit-learn's `inverse_transform` and VecNormalize's `unnormalize_obs` do."""
+
+from __future__ import annotations
+
+import torch
+
+from batchnorm_client.errors import InvalidRequest
+
+from .layout import Batch, channels_back, channels_second, on, per_channel
+from .state import LayerState
+
+
+def inverse_step(state: LayerState, batch: Batch) -> Batch:
+    """(batch - bias) / weight * sqrt(running_var + eps) + running_mean, in the batch's dtype.
+
+    What `clip` cut off does not come back.
+
+    Raises:
+        InvalidRequest: the layer has no running statistics, or a weight is 0.
+    """
+    if state.running_mean is None or state.running_var is None:
+        raise InvalidRequest(
+            "the layer was created without running statistics: there is nothing to undo",
+            field="track_running_stats",
+            expected=True,
+            got=False,
+        )
+    if state.weight is not None and bool((state.weight == 0).any()):
+        channel = int((state.weight == 0).nonzero()[0])
+        raise InvalidRequest(
+            f"weight is 0 in channel {channel}: every input has the same output there",
+            field="weight",
+            expected="not 0",
+            got=0,
+        )
+    # In float64, on C numbers: the batch itself is multiplied and added to once each.
+    scale = (state.running_var.double() + state.config.eps).sqrt()
+    shift = state.running_mean.double()
+    if state.weight is not None and state.bias is not None:
+        scale = scale / state.weight.double()
+        shift = shift - state.bias.double() * scale
+    moved = channels_second(state.config, batch)
+    scale_there, shift_there = on(moved.device, scale.to(state.dtype), shift.to(state.dtype))
+    assert scale_there is not None  # noqa: S101 - given two lines above
+    assert shift_there is not None  # noqa: S101
+    output = torch.addcmul(per_channel(shift_there, moved), moved.to(state.dtype), per_channel(scale_there, moved))
+    return channels_back(state.config, output.to(batch.dtype))

@@ -1,0 +1,114 @@
+"""`Moments`: count, mean and variance per channel of a batch, all that running statistics need of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from batchnorm_client.errors import NonFinite, TooFewValues
+
+Channels = Float[Tensor, "C"]
+
+_CHUNK: Final = 1 << 17  # elements: what is widened to float64 at a time, so that it stays in the cache
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moments:
+    """Count, mean and variance per channel of one batch.
+
+    Attributes:
+        count: values per channel, N*H*W.
+        mean: (C,).
+        var: (C,).
+        correction: as in `torch.var`: 1 when `var` is unbiased (divided by count - 1), 0 when biased.
+        strided: whether torch computes such a batch with its kernel for inputs that are neither contiguous nor channels
+            last in memory; it rounds running statistics in another way than the other one.
+    """
+
+    count: int
+    mean: Channels
+    var: Channels
+    correction: int
+    strided: bool = False
+
+    def unbiased_var(self) -> Channels:
+        """The variance divided by count - 1: what feeds running_var."""
+        return self.var if self.correction == 1 else self.var * (self.count / (self.count - 1))
+
+    def biased_var(self) -> Channels:
+        """The variance divided by count: what normalizes the batch."""
+        return self.var if self.correction == 0 else self.var * ((self.count - 1) / self.count)
+
+    def m2(self) -> Channels:
+        """The sum of squared distances from the mean."""
+        return self.var * (self.count - self.correction)
+
+    def check_finite(self) -> None:
+        """Raise `NonFinite` when a mean or variance is NaN or infinite."""
+        for name, tensor in (("mean", self.mean), ("variance", self.var)):
+            check_finite(tensor, f"the batch's {name}", "input")
+
+
+def check_finite(tensor: Tensor, what: str, field: str) -> None:
+    """Raise `NonFinite`, naming `field` and the first such channel, when an element is NaN or infinite."""
+    # A sum is finite only if every term is; it can overflow though all are, so only then look at each.
+    if math.isfinite(float(tensor.sum())):
+        return
+    bad = (~tensor.isfinite()).flatten().nonzero()
+    if len(bad):
+        raise NonFinite(
+            f"{what} is not finite in {len(bad)} place(s), first at index {int(bad[0])}; "
+            'a layer with non_finite: "allow" takes such batches',
+            field=field,
+            expected="finite",
+            got=str(float(tensor.flatten()[bad[0]])),
+        )
+
+
+def check_enough(count: int, least: int, field: str = "input") -> None:
+    """Raise `TooFewValues` when a batch has fewer than `least` values per channel."""
+    if count < least:
+        raise TooFewValues(
+            f"batch statistics need at least {least} value(s) per channel, got {count}",
+            field=field,
+            expected=f">= {least}",
+            got=count,
+        )
+
+
+def exact_moments(batch: Float[Tensor, "N C *rest"]) -> Moments:
+    """Count, mean and biased variance in float64, whatever the batch's dtype; on the CPU.
+
+    The batch is widened a piece at a time, and the pieces are merged, so that no second copy of it is made.
+    """
+    channels = batch.shape[1]
+    axes = [axis for axis in range(batch.dim()) if axis != 1]
+    rows = max(1, _CHUNK * batch.shape[0] // max(1, batch.numel()))
+    pieces = []
+    for piece in torch.split(batch, rows):
+        if piece.numel():
+            var, mean = torch.var_mean(piece.double(), axes, correction=0)
+            pieces.append(Moments(piece.numel() // channels, mean.cpu(), var.cpu(), correction=0))
+    return merge(pieces, channels)
+
+
+def merge(parts: Iterable[Moments], channels: int) -> Moments:
+    """The moments of all parts together, in float64 (Chan, Golub & LeVeque 1983, eq. 2.1).
+
+    No part of it subtracts squares of large numbers, so an offset of all samples costs no precision.
+    """
+    count, mean, m2 = 0, torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
+    for part in parts:
+        if part.count:
+            total = count + part.count
+            gap = part.mean.double() - mean
+            mean = mean + gap * (part.count / total)
+            m2 = m2 + part.m2().double() + gap * gap * (count * (part.count / total))
+            count = total
+    return Moments(count, mean, m2 / max(1, count), correction=0)

@@ -1,0 +1,69 @@
+"""Population statistics: the exact mean and unbiased variance of all samples ever folded, or of those not forgotten yet.
+
+Accumulators (sum of weights, mean, M2) in float64, merged by Chan's formula. Without a half-life every sample weighs 1,
+so the order and the grouping of the batches do not matter. With a half-life of h samples, a sample that is followed by n
+newer ones weighs 2^(-n/h): decay by samples, not by calls, so that it does not matter either how samples are split into
+batches (those of one batch are taken as equally old, and share the weight that they would have one by one).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .moments import Channels, Moments
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Population:
+    """The accumulators of a population layer.
+
+    Attributes:
+        mean: (C,) float64, the weighted mean.
+        m2: (C,) float64, the weighted sum of squared distances from the mean.
+        weight: the sum of all weights; the number of samples as long as nothing is forgotten.
+        squares: the sum of all squared weights; the same number as long as nothing is forgotten.
+    """
+
+    mean: Channels
+    m2: Channels
+    weight: float
+    squares: float
+
+    def fold(self, batch: Moments, half_life: float | None) -> Population:
+        """The accumulators after one more batch, older samples decayed."""
+        keep, weight, squares = _weights(batch.count, half_life)
+        old = self.weight * keep
+        total = old + weight
+        gap = batch.mean.double() - self.mean
+        return Population(
+            mean=self.mean + gap * (weight / total),
+            m2=self.m2 * keep + batch.m2().double() * (weight / batch.count) + gap * gap * (old * (weight / total)),
+            weight=total,
+            squares=self.squares * keep**2 + squares,
+        )
+
+    def unbiased_var(self) -> Channels:
+        """M2 / (weight - squares / weight), which is M2 / (n - 1) while every weight is 1; 1 before two samples."""
+        freedom = self.weight - self.squares / self.weight if self.weight else 0.0
+        # One sample has no freedom at all, but for what float64 rounds.
+        return self.m2 / freedom if freedom > 1e-9 * self.weight else torch.ones_like(self.m2)
+
+
+def empty_population(channels: int) -> Population:
+    """Accumulators of nothing."""
+    zeros = torch.zeros(channels, dtype=torch.float64)
+    return Population(zeros, zeros, 0.0, 0.0)
+
+
+def _weights(count: int, half_life: float | None) -> tuple[float, float, float]:
+    """What older samples keep, and the sum and the sum of squares of the weights of `count` new ones."""
+    if half_life is None:
+        return 1.0, float(count), float(count)
+    keep = 2.0 ** (-count / half_life)
+    one = 2.0 ** (-1 / half_life)
+    # Geometric sums 1 + q + q^2 + ... of count terms; for a long half-life q rounds to 1, and the sum is the count.
+    weight = (1 - keep) / (1 - one) if one < 1 else float(count)
+    squares = (1 - keep**2) / (1 - one**2) if one < 1 else float(count)
+    return keep, weight, squares

@@ -1,0 +1,188 @@
+"""Population statistics: numpy over all samples, and scikit-learn, are the oracles."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from batchnorm_client import errors
+from batchnorm_client.contract import LayerConfig, LayerUpdate
+from batchnorm_service.engine.moments import Moments, exact_moments, merge
+from batchnorm_service.engine.normalize import train_step
+from batchnorm_service.engine.state import LayerState, initial_state, reset, update
+from batchnorm_service.engine.state_dict import population_of, replace_tensors, state_dict
+from batchnorm_service.engine.statistics import fold
+from batchnorm_service.engine.tensors import to_torch, to_wire
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.datasets import load_digits, load_wine
+from sklearn.preprocessing import StandardScaler
+
+# What float64 leaves at an offset: the samples themselves are rounded to eps * offset.
+TOLERANCES = [(0.0, 1e-12), (1e4, 1e-11), (1e8, 1e-7)]
+
+
+def _layer(channels: int, **config: object) -> LayerState:
+    return initial_state(LayerConfig(num_features=channels, statistics="population", dtype="float64", **config))
+
+
+def _train(state: LayerState, batches: list[np.ndarray]) -> LayerState:
+    for batch in batches:
+        state = fold(state, train_step(state, torch.from_numpy(np.ascontiguousarray(batch))).moments)
+    return state
+
+
+def _split(samples: np.ndarray, cuts: list[int]) -> list[np.ndarray]:
+    return [piece for piece in np.split(samples, sorted({cut % len(samples) for cut in cuts})) if len(piece)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 400), st.integers(1, 5), st.lists(st.integers(0, 10_000), max_size=30), st.integers(0, 2**32 - 1))
+@pytest.mark.parametrize(("offset", "tolerance"), TOLERANCES)
+def test_any_grouping_gives_numpys_mean_and_unbiased_variance(
+    offset: float, tolerance: float, count: int, channels: int, cuts: list[int], seed: int
+) -> None:
+    count += 50 if offset == 1e8 else 0  # two samples may be so close that float64 leaves nothing of their distance
+    samples = np.random.default_rng(seed).normal(offset, 1.0 + seed % 9, size=(count, channels))
+    state = _train(_layer(channels), _split(samples, cuts))
+    # The oracle works on samples without the offset: numpy's own variance loses digits there too.
+    var = (samples - offset).var(0, ddof=1)
+    assert np.allclose(state.running_var.numpy(), var, rtol=tolerance, atol=0)
+    assert np.allclose(state.running_mean.numpy(), samples.mean(0), rtol=1e-12, atol=1e-12 * (1 + seed % 9))
+    assert state.samples_tracked == count
+
+
+def test_single_samples_and_uneven_batches_in_any_order_agree() -> None:
+    samples = np.random.default_rng(1).normal(3, 2, size=(300, 4))
+    one_by_one = _train(_layer(4), [samples[i : i + 1] for i in range(300)])
+    backwards = _train(_layer(4), [samples[200:], samples[1:200], samples[:1]])
+    for name in ("running_mean", "running_var"):
+        ours, theirs = getattr(one_by_one, name).numpy(), getattr(backwards, name).numpy()
+        assert np.allclose(ours, theirs, rtol=1e-12, atol=0)
+    assert one_by_one.num_batches_tracked == 300
+
+
+def test_the_variance_stays_one_until_two_values_were_seen() -> None:
+    state = _train(_layer(2), [np.array([[5.0, 7.0]])])
+    assert state.running_mean.tolist() == [5.0, 7.0]
+    assert state.running_var.tolist() == [1.0, 1.0]
+    assert _train(state, [np.array([[7.0, 7.0]])]).running_var.tolist() == [2.0, 0.0]
+
+
+def test_one_value_per_channel_is_normalized_to_the_bias_and_none_is_refused() -> None:
+    state = update(_layer(2), LayerUpdate(bias=[0.5, -0.5]))
+    assert train_step(state, torch.tensor([[3.0, 4.0]], dtype=torch.float64)).output.tolist() == [[0.5, -0.5]]
+    with pytest.raises(errors.TooFewValues):
+        train_step(state, torch.empty(0, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("load", [load_digits, load_wine])
+def test_real_data_batch_by_batch_equals_scikit_learns_scaler(load: object) -> None:
+    data = load().data
+    scaler, state = StandardScaler(), _layer(data.shape[1])
+    for start in range(0, len(data), 37):
+        batch = data[start : start + 37]
+        scaler.partial_fit(batch)
+        state = _train(state, [batch])
+    biased = state.running_var.numpy() * (len(data) - 1) / len(data)
+    assert np.allclose(state.running_mean.numpy(), scaler.mean_, rtol=1e-12, atol=1e-12)
+    assert np.allclose(biased, scaler.var_, rtol=1e-12, atol=1e-12)
+
+
+def test_label_sorted_digits_show_what_cumulative_averaging_misses() -> None:
+    digits = load_digits()
+    data = digits.data[np.argsort(digits.target, kind="stable")]
+    batches = [data[start : start + 64] for start in range(0, len(data), 64)]
+    seen = data.std(0) > 0
+    true = data.var(0, ddof=1)[seen]
+    cumulative = initial_state(LayerConfig(num_features=64, momentum=None, dtype="float64"))
+    wrong = np.abs(_train(cumulative, batches).running_var.numpy()[seen] / true - 1)
+    right = np.abs(_train(_layer(64), batches).running_var.numpy()[seen] / true - 1)
+    assert np.median(wrong) > 0.05
+    assert right.max() < 1e-12
+
+
+def test_float32_batches_are_accumulated_in_float64() -> None:
+    """E[x^2] - E[x]^2 in float32 gave a variance of -4 at an offset of 1e8."""
+    samples = (np.arange(4096, dtype=np.float64).reshape(-1, 1) % 2 * 16 + 1e8).astype(np.float32)
+    state = initial_state(LayerConfig(num_features=1, statistics="population"))
+    state = _train(state, np.split(samples, 8))
+    assert state.running_var.item() == pytest.approx(64 * 4096 / 4095, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_exact_moments_are_those_of_the_whole_batch_whatever_its_size(dtype: torch.dtype) -> None:
+    batch = (torch.randn(700, 3, 5, 40, generator=torch.Generator().manual_seed(3)) + 2).to(dtype)  # several chunks
+    wide = batch.double().movedim(1, 0).reshape(3, -1)
+    moments = exact_moments(batch)
+    assert moments.count == 700 * 5 * 40
+    assert torch.allclose(moments.mean, wide.mean(1), rtol=1e-13)
+    assert torch.allclose(moments.biased_var(), wide.var(1, correction=0), rtol=1e-12)
+
+
+def test_merging_moments_by_hand() -> None:
+    # {1, 3} and {5}: mean 3, squared distances 4 + 0 + 4.
+    def moments(count: int, mean: float, var: float) -> Moments:
+        return Moments(count, torch.tensor([mean]), torch.tensor([var]), correction=0)
+
+    whole = merge([moments(2, 2.0, 1.0), moments(0, 0.0, 0.0), moments(1, 5.0, 0.0)], 1)
+    assert (whole.count, whole.mean.item(), whole.m2().item()) == (3, 3.0, 8.0)
+
+
+def test_with_a_half_life_old_samples_weigh_less_by_samples_not_by_calls() -> None:
+    """One by one, the k-th newest sample weighs 2^(-k/h): numpy's weighted mean is the oracle."""
+    samples = np.random.default_rng(5).normal(2, 3, size=(200, 2))
+    state = _train(_layer(2, half_life=50.0), [samples[i : i + 1] for i in range(200)])
+    weights = 2.0 ** (-np.arange(199, -1, -1) / 50)
+    mean = np.average(samples, axis=0, weights=weights)
+    m2 = (weights[:, None] * (samples - mean) ** 2).sum(0)
+    unbiased = m2 / (weights.sum() - (weights**2).sum() / weights.sum())
+    assert np.allclose(state.running_mean.numpy(), mean, rtol=1e-12)
+    assert np.allclose(state.running_var.numpy(), unbiased, rtol=1e-10)
+    grouped = _train(_layer(2, half_life=50.0), np.split(samples, 20))
+    assert grouped.population.weight == pytest.approx(state.population.weight, rel=1e-12)
+    assert grouped.population.squares == pytest.approx(state.population.squares, rel=1e-12)
+
+
+def test_after_one_half_life_the_past_counts_half() -> None:
+    state = _train(_layer(1, half_life=1000.0), [np.full((100_000, 1), 10.0), np.zeros((1000, 1))])
+    assert state.running_mean.item() == pytest.approx(5.0, rel=1e-6)
+
+
+def test_a_very_long_half_life_forgets_nothing() -> None:
+    samples = np.random.default_rng(6).normal(size=(100, 1))
+    forgetting, keeping = (
+        _train(_layer(1, half_life=1e300), np.split(samples, 4)),
+        _train(_layer(1), np.split(samples, 4)),
+    )
+    assert np.allclose(forgetting.running_var.numpy(), keeping.running_var.numpy(), rtol=1e-12)
+
+
+def test_counts_survive_export_and_import_also_when_some_is_forgotten() -> None:
+    samples = np.random.default_rng(7).normal(size=(90, 3))
+    for config in ({}, {"half_life": 20.0}):
+        whole = _train(_layer(3, **config), np.split(samples, 3))
+        half = _train(_layer(3, **config), np.split(samples, 3)[:2])
+        moved = replace_tensors(_layer(3, **config), state_dict(half))
+        after = _train(moved, np.split(samples, 3)[2:])
+        assert torch.equal(after.running_mean, whole.running_mean)
+        assert torch.equal(after.running_var, whole.running_var)
+        assert after.samples_tracked == 90
+        again = population_of(state_dict(after), after.samples_tracked)
+        assert (again.weight, again.squares) == (after.population.weight, after.population.squares)
+
+
+def test_running_statistics_that_contradict_the_accumulators_are_refused() -> None:
+    state = _train(_layer(2), [np.random.default_rng(8).normal(size=(5, 2))])
+    with pytest.raises(errors.InvalidRequest) as refused:
+        replace_tensors(state, {"running_mean": to_wire(torch.zeros(2, dtype=torch.float64))})
+    assert refused.value.fields["field"] == "running_mean"
+    fewer = {name: tensor for name, tensor in state_dict(state).items() if name != "running_mean"}
+    assert torch.equal(replace_tensors(_layer(2), fewer).running_mean, state.running_mean)
+    assert to_torch(state_dict(state)["samples_tracked"]).item() == 5
+
+
+def test_reset_forgets_the_population() -> None:
+    state = reset(_train(_layer(2), [np.random.default_rng(9).normal(size=(5, 2))]), "running_stats")
+    assert (state.samples_tracked, state.population.weight) == (0, 0.0)
+    assert state.running_var.tolist() == [1.0, 1.0]
