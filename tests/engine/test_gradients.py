@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from batchnorm_client import errors
 from batchnorm_client.contract import LayerConfig
 from batchnorm_service.engine.gradients import backward_step, gradient_sums, merge_sums, shard_backward
@@ -11,7 +13,6 @@ from batchnorm_service.engine.normalize import eval_step
 from batchnorm_service.engine.state import LayerState, initial_state
 from batchnorm_service.engine.state_dict import replace_tensors
 from batchnorm_service.engine.tensors import to_wire
-from torch import nn
 
 
 def _pair(dtype: str, affine: bool, tracks: bool = True) -> tuple[nn.BatchNorm2d, LayerState]:

@@ -28,11 +28,11 @@ async def train(layers: Layers, name: str, array: np.ndarray, key: str | None = 
     def read(_: Mapping[str, str]) -> dict[str, Tensor]:
         return {"input": Tensor.of(array)}
 
-    return await layers.train(name, read, key, **options)
+    return await layers.batches.train(name, read, key, **options)
 
 
 async def evaluate(layers: Layers, name: str, array: np.ndarray) -> Normalized:
-    return await layers.eval(name, lambda _: {"input": Tensor.of(array)})
+    return await layers.batches.eval(name, lambda _: {"input": Tensor.of(array)})
 
 
 @asynccontextmanager

@@ -53,13 +53,15 @@ class NormalizeCalls:
         exchange = _Exchange(query, headers)
         key = idempotency_key(headers)
         exchange.body = await read_body(headers, receive, self._max_body_bytes)
-        return exchange.answer(await self._layers.train(name, exchange.read, key, statistics=exchange.statistics))
+        return exchange.answer(
+            await self._layers.batches.train(name, exchange.read, key, statistics=exchange.statistics)
+        )
 
     async def eval(self, name: str, query: bytes, headers: Headers, receive: Receive) -> Answer:
         """Normalize a batch with the layer's running statistics."""
         exchange = _Exchange(query, headers)
         exchange.body = await read_body(headers, receive, self._max_body_bytes)
-        return exchange.answer(await self._layers.eval(name, exchange.read, statistics=exchange.statistics))
+        return exchange.answer(await self._layers.batches.eval(name, exchange.read, statistics=exchange.statistics))
 
 
 class _Exchange:

@@ -47,7 +47,7 @@ def backward_step(state: LayerState, batch: Batch, grad_output: Batch, *, traini
     """The gradients of a loss that has gradient `grad_output` with respect to the output.
 
     In train mode the batch's statistics are part of the graph, in eval mode the running ones are constants; a layer
-    created without running statistics uses the batch's in both. Where the layer clips, clipped outputs have no gradient.
+    created without running statistics uses the batch's in both. Clipped outputs have no gradient.
 
     Raises:
         TooFewValues: the batch's own statistics of one value per channel.

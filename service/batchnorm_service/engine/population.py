@@ -1,9 +1,9 @@
-"""Population statistics: the exact mean and unbiased variance of all samples ever folded, or of those not forgotten yet.
+"""Population statistics: exact mean and unbiased variance of all samples ever folded, or of those not forgotten yet.
 
-Accumulators (sum of weights, mean, M2) in float64, merged by Chan's formula. Without a half-life every sample weighs 1,
-so the order and the grouping of the batches do not matter. With a half-life of h samples, a sample that is followed by n
-newer ones weighs 2^(-n/h): decay by samples, not by calls, so that it does not matter either how samples are split into
-batches (those of one batch are taken as equally old, and share the weight that they would have one by one).
+Accumulators (sum of weights, mean, M2) in float64, merged by Chan's formula. Without a half-life every sample weighs
+1, so neither the order nor the grouping of the batches matters. With a half-life of h samples, a sample that n newer
+ones follow weighs 2^(-n/h): decay by samples, not by calls, so that it does not matter much either how samples are split
+into batches (those of one batch are taken as equally old, and share the weight that they would have one by one).
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """The only place where a layer's state changes: the cache of resident layers, their fold queues, and the commits."""
 
+from .batches import Batches
+from .groups import GroupCall
 from .layers import Layers
-from .results import LayersOptions, Normalized, Snapshot
+from .results import Differentiated, Folded, LayersOptions, Normalized, Snapshot
 
-__all__ = ["Layers", "LayersOptions", "Normalized", "Snapshot"]
+__all__ = ["Batches", "Differentiated", "Folded", "GroupCall", "Layers", "LayersOptions", "Normalized", "Snapshot"]

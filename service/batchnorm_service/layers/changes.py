@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from batchnorm_client.errors import IdempotencyKeyReused, ProblemError, VersionMismatch
 
-from ..engine.normalize import TrainStep
 from ..engine.state import LayerState
 from ..store.base import Receipt
 from .receipts import Ticket
 from .records import Held
+from .work import Work
 
 IfMatch = frozenset[int] | None
 """Versions that the caller accepts; None accepts any."""
@@ -52,17 +52,25 @@ class Fold:
     Attributes:
         ticket: the claim to be folded once.
         incarnation: of the layer that the batch was meant for.
-        basis: the state that `step` was computed under.
-        step: output and moments.
-        compute: makes `step` under another weight, bias or config; raises `ProblemError` as the first time.
+        work: its moments, and what depends on the layer's weight, bias and config.
+        payload: what its receipt says beside the numbers.
         done: set once the fold is durable or refused.
     """
 
     ticket: Ticket
     incarnation: int
-    basis: LayerState
-    step: TrainStep
-    compute: Callable[[LayerState], Awaitable[TrainStep]]
+    work: Work
+    payload: bytes = b""
+    done: asyncio.Future[Done] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+@dataclass(slots=True, eq=False)
+class Note:
+    """A receipt and nothing else, for one incarnation of the layer."""
+
+    ticket: Ticket
+    incarnation: int
+    payload: bytes
     done: asyncio.Future[Done] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -74,7 +82,7 @@ class Deletion:
     done: asyncio.Future[Done] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
-Queued = Fold | Change | Deletion
+Queued = Fold | Change | Note | Deletion
 
 
 class ReplacedError(Exception):

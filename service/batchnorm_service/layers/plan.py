@@ -47,7 +47,7 @@ class Plan:
             settle(twin, replay(twin.ticket, self.held, first[twin.ticket.key]))
 
     def _receipt(self, waiting: Fold, batch: int) -> Receipt:
-        return waiting.ticket.receipt(self.held.stamp.version, batch)
+        return waiting.ticket.receipt(self.held.stamp.version, batch, waiting.payload)
 
 
 async def make_plan(held: Held, waiting: Iterable[Fold]) -> Plan:
@@ -63,9 +63,9 @@ async def make_plan(held: Held, waiting: Iterable[Fold]) -> Plan:
             twins.append(one)
         else:
             try:
-                if not state.normalizes_like(one.basis):
-                    one.step, one.basis = await one.compute(state), state
-                state = fold(state, one.step.moments)
+                if not state.normalizes_like(one.work.basis):
+                    await one.work.under(state)
+                state = fold(state, one.work.moments)
             except ProblemError as error:
                 settle(one, error)
                 continue

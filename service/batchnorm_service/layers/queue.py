@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 from batchnorm_client.errors import Overloaded, ProblemError, StoreUnavailable
 
 from ..store.base import Committed, Conflict, Duplicates, Missing, Receipt, Record, Stamp, Store, StoreError
-from .changes import Change, Deletion, Done, Fold, Queued, check_version, replay, settle
+from .changes import Change, Deletion, Done, Fold, Note, Queued, check_version, replay, settle
 from .plan import make_plan
+from .receipts import Ticket
 from .records import record
 from .resident import Resident, layer_not_found
 
@@ -58,6 +59,20 @@ class Queue:
             self._task = asyncio.create_task(self._drain())
         return await queued.done
 
+    async def find(self, ticket: Ticket) -> Receipt | None:
+        """The unexpired receipt of this ticket."""
+        outcome = await self._commit(_NOWHERE, None, [ticket.receipt(0, 0)], self._deadline())
+        match outcome:
+            case Duplicates(receipts):
+                return receipts[0]
+            case Missing():
+                raise self._gone()
+        return None
+
+    async def note(self, ticket: Ticket, incarnation: int, payload: bytes) -> Done:
+        """Write a receipt and nothing else. Raises `LayerNotFound` when that incarnation is gone."""
+        return await self.submit(Note(ticket, incarnation, payload))
+
     async def drained(self) -> None:
         """Return when everything that waits has been answered."""
         while self._task is not None:
@@ -92,6 +107,8 @@ class Queue:
                 await self._delete(deletion)
             case Change() as change:
                 await self._change(change)
+            case Note() as note:
+                await self._note(note)
             case Fold():
                 await self._fold([queued for queued in taken if isinstance(queued, Fold)])
 
@@ -133,7 +150,7 @@ class Queue:
                 check_version(change.if_match, held)
             except ProblemError:
                 # A repeat comes with the version that its first try has moved on from.
-                if change.ticket.from_caller and await self._replayed(change, deadline):
+                if change.ticket.from_caller and await self._replayed(change):
                     return
                 raise
             new = held.next(change.apply(held.state))
@@ -151,11 +168,30 @@ class Queue:
                 case Missing():
                     raise self._gone()
 
-    async def _replayed(self, change: Change, deadline: float) -> bool:
-        outcome = await self._commit(_NOWHERE, None, [change.ticket.receipt(0, 0)], deadline)
-        if isinstance(outcome, Duplicates):
-            settle(change, replay(change.ticket, await self._resident.fresh(), outcome.receipts[0]))
-        return isinstance(outcome, Duplicates)
+    async def _replayed(self, change: Change) -> bool:
+        if (receipt := await self.find(change.ticket)) is None:
+            return False
+        settle(change, replay(change.ticket, await self._resident.fresh(), receipt))
+        return True
+
+    async def _note(self, note: Note) -> None:
+        deadline = self._deadline()
+        while True:
+            held = await self._resident.fresh()
+            if held.stamp.incarnation != note.incarnation:
+                raise layer_not_found(self._resident.name)
+            receipt = note.ticket.receipt(held.stamp.version, held.state.num_batches_tracked, note.payload)
+            match await self._commit(held.stamp, None, [receipt], deadline):
+                case Committed():
+                    settle(note, Done(held, receipt.version, receipt.batch, replayed=False))
+                    return
+                case Duplicates(receipts):
+                    settle(note, replay(note.ticket, held, receipts[0]))
+                    return
+                case Conflict():
+                    self._lost_race(deadline)
+                case Missing():
+                    raise self._gone()
 
     async def _delete(self, deletion: Deletion) -> None:
         deadline = self._deadline()

@@ -29,24 +29,32 @@ class Ticket(NamedTuple):
     fingerprint: bytes
     from_caller: bool
 
-    def receipt(self, version: int, batch: int) -> Receipt:
+    def receipt(self, version: int, batch: int, payload: bytes = b"") -> Receipt:
         """The receipt to be written with the change."""
-        return Receipt(self.key, self.fingerprint, version, batch)
+        return Receipt(self.key, self.fingerprint, version, batch, payload)
 
 
-def ticket(key: str | None, operation: str, tensor: Tensor | None = None) -> Ticket:
-    """The ticket of a call; the fingerprint covers operation, dtype, shape and bytes, whatever the form on the wire.
+def ticket(key: str | None, operation: str, *tensors: Tensor) -> Ticket:
+    """The ticket of a call; the fingerprint covers operation, dtypes, shapes and bytes, whatever the form on the wire.
 
     Args:
         key: the caller's Idempotency-Key.
         operation: what the call does, with everything that makes it another call.
-        tensor: the batch.
+        tensors: the batch.
     """
     if key is None:
         return Ticket(secrets.token_bytes(KEY_BYTES), bytes(KEY_BYTES), from_caller=False)
     digest = xxhash.xxh3_128(f"{operation}\0".encode())
-    if tensor is not None:
+    for tensor in tensors:
         digest.update(f"{tensor.dtype}\0{tensor.shape}\0".encode())
         digest.update(tensor.buffer)
-    name = hashlib.blake2b(key.encode(), digest_size=KEY_BYTES).digest()
-    return Ticket(name, digest.digest(), from_caller=True)
+    return Ticket(_digest(key), digest.digest(), from_caller=True)
+
+
+def group_ticket(operation: str, group: str) -> Ticket:
+    """The ticket of a group as a whole. No caller's key can be the same: keys have no spaces."""
+    return Ticket(_digest(f"group {operation} {group}"), bytes(KEY_BYTES), from_caller=True)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.blake2b(key.encode(), digest_size=KEY_BYTES).digest()

@@ -73,3 +73,37 @@ class Normalized:
     num_batches_tracked: int
     replayed: bool = False
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """Moments that were folded.
+
+    Attributes:
+        version: of the commit that folded them.
+        num_batches_tracked: after them.
+        replayed: they had been folded before, under the same key.
+        count: of all shards of a group; None for moments that are no shard.
+        moments: mean and var (biased), (C,) float64, of all shards of a group.
+    """
+
+    version: int
+    num_batches_tracked: int
+    replayed: bool
+    count: int | None = None
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Differentiated:
+    """A backward pass.
+
+    Attributes:
+        gradients: grad_input, and grad_weight and grad_bias where the layer is affine.
+        version: of the state that was used.
+        replayed: the group had been closed before, and this member had its part in it.
+    """
+
+    gradients: Mapping[str, Tensor]
+    version: int
+    replayed: bool

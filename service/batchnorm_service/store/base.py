@@ -53,12 +53,14 @@ class Receipt(NamedTuple):
         fingerprint: 16 bytes, what the key stands for: a repeat with another fingerprint is another batch.
         version: of the commit that folded it.
         batch: the layer's `num_batches_tracked` after this fold.
+        payload: what else a repeat needs to be told; empty but for the folds of a group.
     """
 
     key: bytes
     fingerprint: bytes
     version: int
     batch: int
+    payload: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

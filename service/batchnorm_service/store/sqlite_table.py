@@ -44,6 +44,7 @@ SCHEMA: Final = (
         fingerprint BLOB NOT NULL,
         version INTEGER NOT NULL,
         batch INTEGER NOT NULL,
+        payload BLOB NOT NULL,
         expires INTEGER NOT NULL,
         PRIMARY KEY (incarnation, key)
     ) WITHOUT ROWID
@@ -115,8 +116,8 @@ class SqliteTable:
             )
         expires = math.ceil(now + self._receipt_seconds)
         connection.executemany(  # REPLACE: an expired receipt of the same key may not have been purged yet
-            "INSERT OR REPLACE INTO receipts (incarnation, key, fingerprint, version, batch, expires)"
-            " VALUES (?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO receipts (incarnation, key, fingerprint, version, batch, payload, expires)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
             ((present.incarnation, *receipt, expires) for receipt in receipts),
         )
         return Committed()
@@ -174,7 +175,8 @@ def _unexpired(
 ) -> tuple[Receipt, ...]:
     found = (
         connection.execute(
-            "SELECT key, fingerprint, version, batch FROM receipts WHERE incarnation = ? AND key = ? AND expires > ?",
+            "SELECT key, fingerprint, version, batch, payload FROM receipts"
+            " WHERE incarnation = ? AND key = ? AND expires > ?",
             (incarnation, key, now),
         ).fetchone()
         for key in dict.fromkeys(receipt.key for receipt in receipts)

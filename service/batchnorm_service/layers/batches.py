@@ -1,0 +1,253 @@
+"""Calls that bring a batch: train, moments, eval, inverse and backward, alone or as a shard of a synchronized batch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeVar
+
+import torch
+
+from batchnorm_client.errors import InvalidRequest, ProblemError, ShapeMismatch
+from batchnorm_client.tensors import Tensor
+
+from ..engine import gradients, normalize
+from ..engine.inverse import inverse_step
+from ..engine.moments import Moments
+from ..engine.posted import MOMENT_DTYPES, posted_moments
+from ..engine.state import LayerState
+from ..engine.tensors import to_wire
+from .changes import Done, Fold, ReplacedError
+from .computing import Computing
+from .groups import GroupCall, Member
+from .receipts import Ticket, ticket
+from .records import Held
+from .resident import Resident, layer_not_found
+from .results import Differentiated, Folded, Normalized
+from .slots import Slot, Slots
+from .synchronized import FoldGroup, GradientGroup, Part
+from .work import BatchWork, PostedWork, Shard, Work
+
+Read = Callable[[Mapping[str, str]], Mapping[str, Tensor]]
+"""Reads the caller's tensors, once it is known which there may be and in which dtype JSON numbers are to be read."""
+
+W = TypeVar("W", bound=Work)
+Prepare = Callable[[Held], Awaitable[tuple[W, Ticket]]]
+"""Does the half of a call that needs no shared state, under a committed state."""
+
+
+class Batches:
+    """Batches for named layers."""
+
+    def __init__(self, slots: Slots, computing: Computing) -> None:
+        self._slots = slots
+        self._computing = computing
+
+    async def train(
+        self, name: str, read: Read, key: str | None, *, statistics: bool = False, group: GroupCall | None = None
+    ) -> Normalized:
+        """Normalize a batch with its own statistics and fold them into the running ones, exactly once per key.
+
+        With a group, the batch is a shard: it is normalized with the statistics of all shards, which are folded once.
+        """
+        with self._slots.use(name) as slot:
+            if group is not None:
+                return await self._train_shard(slot, read, key, group, statistics=statistics)
+
+            async def prepare(held: Held) -> tuple[BatchWork, Ticket]:
+                wire = _input(held.state, read)
+                work = BatchWork(self._computing.batch(held.state, wire), self._computing)
+                await work.under(held.state)
+                return work, ticket(key, "train", wire)
+
+            work, done = await self._fold(slot, prepare)
+            if not done.held.state.normalizes_like(work.basis):  # a repeat, after weight, bias or config changed
+                await work.under(done.held.state)
+            return _normalized(work.step, done, statistics=statistics)
+
+    async def fold_moments(self, name: str, read: Read, key: str | None, *, group: GroupCall | None = None) -> Folded:
+        """Fold the moments of a batch that stayed with the caller; as a shard of a group, those of all shards."""
+        with self._slots.use(name) as slot:
+            if group is not None:
+                return await self._fold_shard_moments(slot, read, key, group)
+
+            async def prepare(held: Held) -> tuple[PostedWork, Ticket]:
+                moments, tensors = posted_moments(held.state.config, read(MOMENT_DTYPES))
+                work = PostedWork(moments)
+                await work.under(held.state)
+                return work, ticket(key, "moments", *tensors)
+
+            _, done = await self._fold(slot, prepare)
+            return Folded(done.version, done.batch, done.replayed)
+
+    async def fold_many(self, reads: Mapping[str, Read], key: str | None) -> dict[str, Folded | ProblemError]:
+        """Fold moments into many layers, each all or nothing."""
+
+        async def one(name: str, read: Read) -> Folded | ProblemError:
+            try:
+                return await self.fold_moments(name, read, key)
+            except ProblemError as error:
+                return error
+
+        return dict(zip(reads, await asyncio.gather(*(one(*item) for item in reads.items())), strict=True))
+
+    async def eval(self, name: str, read: Read, *, statistics: bool = False) -> Normalized:
+        """Normalize a batch with the running statistics. Changes nothing."""
+        held = await self._fresh(name)
+        batch = self._computing.batch(held.state, _input(held.state, read))
+        output = await self._computing.run(batch.nbytes, normalize.eval_step, held.state, batch)
+        named: dict[str, torch.Tensor] = {}
+        if statistics:
+            named = await self._computing.run(batch.nbytes, normalize.eval_statistics, held.state, batch)
+        return _unchanged(held, output, named)
+
+    async def inverse(self, name: str, read: Read) -> Normalized:
+        """Undo eval's normalization of a batch. Changes nothing."""
+        held = await self._fresh(name)
+        batch = self._computing.batch(held.state, _input(held.state, read))
+        return _unchanged(held, await self._computing.run(batch.nbytes, inverse_step, held.state, batch), {})
+
+    async def backward(
+        self, name: str, read: Read, key: str | None, *, training: bool, group: GroupCall | None = None
+    ) -> Differentiated:
+        """The gradients of a batch, or of a shard of a synchronized one. Changes nothing."""
+        with self._slots.use(name) as slot:
+            held = await slot.resident.fresh()
+            layer = held.state
+            wires = _batch_and_gradient(layer, read)
+            batch, grad = (self._computing.batch(layer, wire) for wire in wires)
+            size = batch.nbytes + grad.nbytes
+            if group is None:
+                done = await self._computing.run(
+                    size, gradients.backward_step, layer, batch, grad, training=training
+                )  # fmt: skip
+                return _differentiated(held.stamp.version, done, replayed=False)
+            if not training or layer.config.clip is not None:
+                raise InvalidRequest(
+                    "a group's backward is that of train mode, for a layer that does not clip",
+                    field="group",
+                    expected="mode=train and no clip",
+                )
+            sums = await self._computing.run(size, gradients.gradient_sums, layer, batch, grad)
+            member = Member(ticket(key, f"backward {group.id} {group.size}", *wires), sums)
+            outcome = await slot.groups.join(group, member, GradientGroup(held, slot.queue))
+            done = await self._computing.run(size, gradients.shard_backward, layer, batch, grad, outcome.whole)
+            return _differentiated(outcome.done.version, done, replayed=outcome.done.replayed)
+
+    # ----------------------------------------------------------------------------------------------------- shards
+
+    async def _train_shard(
+        self, slot: Slot, read: Read, key: str | None, group: GroupCall, *, statistics: bool
+    ) -> Normalized:
+        held = await slot.resident.fresh()
+        wire = _input(held.state, read)
+        batch = self._computing.batch(held.state, wire)
+        moments = await self._computing.run(batch.nbytes, normalize.shard_moments, held.state, batch)
+        part = Part(moments, Shard(batch, self._computing))
+        whole, done = await self._join(slot, held, group, Member(ticket(key, f"train {_name(group)}", wire), part))
+        shard = part.shard
+        assert shard is not None  # noqa: S101 - made three lines above
+        if shard.step is None or done.replayed:
+            await shard.finish(done.held.state, whole)
+        assert shard.step is not None  # noqa: S101 - what finish is for
+        return _normalized(shard.step, done, statistics=statistics)
+
+    async def _fold_shard_moments(self, slot: Slot, read: Read, key: str | None, group: GroupCall) -> Folded:
+        held = await slot.resident.fresh()
+        moments, tensors = posted_moments(held.state.config, read(MOMENT_DTYPES), least=0)
+        member = Member(ticket(key, f"moments {_name(group)}", *tensors), Part(moments))
+        whole, done = await self._join(slot, held, group, member)
+        return Folded(done.version, done.batch, done.replayed, whole.count, _to_wire(_moments(whole)))
+
+    async def _join(self, slot: Slot, held: Held, group: GroupCall, member: Member[Part]) -> tuple[Moments, Done]:
+        try:
+            outcome = await slot.groups.join(group, member, FoldGroup(held, slot.queue))
+        except ReplacedError:
+            raise layer_not_found(slot.resident.name) from None  # the group was of a layer that is no more
+        return outcome.whole.moments, outcome.done
+
+    # ---------------------------------------------------------------------------------------------------- helpers
+
+    async def _fresh(self, name: str) -> Held:
+        with self._slots.use(name) as slot:
+            return await slot.resident.fresh()
+
+    async def _fold(self, slot: Slot, prepare: Prepare[W]) -> tuple[W, Done]:
+        while True:
+            held, (work, claim) = await _prepared(slot.resident, prepare)
+            if not (claim.from_caller or held.state.tracks):  # nothing to commit, and `held` is fresh
+                batches = held.state.num_batches_tracked
+                return work, Done(held, held.stamp.version, batches, replayed=False)
+            try:
+                return work, await slot.queue.submit(Fold(claim, held.stamp.incarnation, work))
+            except ReplacedError:
+                continue  # the layer that has this name now decides what becomes of the batch
+
+
+async def _prepared(resident: Resident, prepare: Prepare[W]) -> tuple[Held, tuple[W, Ticket]]:
+    """Work done under a committed state, and under the newest before it is refused or goes uncommitted."""
+    held = await resident.known()
+    if not held.state.tracks:
+        held = await resident.fresh()
+    try:
+        return held, await prepare(held)
+    except ProblemError:
+        newest = await resident.fresh()
+        if newest.stamp == held.stamp:
+            raise
+    return newest, await prepare(newest)
+
+
+def _input(layer: LayerState, read: Read) -> Tensor:
+    (tensor,) = _required(read({"input": layer.config.dtype}), "input")
+    normalize.check_input(layer.config, tensor)
+    return tensor
+
+
+def _batch_and_gradient(layer: LayerState, read: Read) -> tuple[Tensor, Tensor]:
+    names = ("input", "grad_output")
+    batch, grad = _required(read(dict.fromkeys(names, layer.config.dtype)), *names)
+    normalize.check_input(layer.config, batch)
+    normalize.check_input(layer.config, grad, "grad_output")
+    if (batch.shape, batch.dtype) != (grad.shape, grad.dtype):
+        raise ShapeMismatch(
+            f"grad_output must be as input, {batch.dtype} {batch.shape}, got {grad.dtype} {grad.shape}",
+            field="grad_output",
+            expected=list(batch.shape),
+            got=list(grad.shape),
+        )
+    return batch, grad
+
+
+def _required(tensors: Mapping[str, Tensor], *names: str) -> tuple[Tensor, ...]:
+    for name in names:
+        if name not in tensors:
+            raise InvalidRequest(f"the tensor {name} is missing", field=name, expected=list(names), got=list(tensors))
+    return tuple(tensors[name] for name in names)
+
+
+def _name(group: GroupCall) -> str:
+    return f"{group.id} {group.size}"
+
+
+def _moments(whole: Moments) -> dict[str, torch.Tensor]:
+    return {"mean": whole.mean, "var": whole.biased_var()}
+
+
+def _normalized(step: normalize.TrainStep, done: Done, *, statistics: bool) -> Normalized:
+    named = normalize.named_statistics(step) if statistics else {}
+    return Normalized(to_wire(step.output), done.version, done.batch, done.replayed, _to_wire(named))
+
+
+def _unchanged(held: Held, output: torch.Tensor, named: Mapping[str, torch.Tensor]) -> Normalized:
+    version, batches = held.stamp.version, held.state.num_batches_tracked
+    return Normalized(to_wire(output), version, batches, statistics=_to_wire(named))
+
+
+def _differentiated(version: int, done: gradients.Gradients, *, replayed: bool) -> Differentiated:
+    named = {name: tensor for name, tensor in done._asdict().items() if tensor is not None}
+    return Differentiated(_to_wire(named), version, replayed)
+
+
+def _to_wire(tensors: Mapping[str, torch.Tensor]) -> dict[str, Tensor]:
+    return {name: to_wire(tensor) for name, tensor in tensors.items()}

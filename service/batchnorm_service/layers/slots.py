@@ -1,0 +1,74 @@
+"""The resident layers: each with its queue and its open groups, least recently used ones let go."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+
+from ..store.base import Store
+from .groups import Groups
+from .queue import Queue
+from .resident import Resident
+from .results import LayersOptions
+
+
+class Slot:
+    """A resident layer with its queue and groups, and how many calls are using them."""
+
+    def __init__(self, name: str, store: Store, options: LayersOptions) -> None:
+        self.resident = Resident(name, store)
+        self.queue = Queue(self.resident, store, options.queue_length, options.store_timeout)
+        self.groups = Groups(self.resident, self.queue)
+        self.users = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody would miss it."""
+        return self.users == 0 and self.queue.idle and self.resident.idle and self.groups.idle
+
+
+class Slots:
+    """All resident layers, by name."""
+
+    def __init__(self, store: Store, options: LayersOptions) -> None:
+        self._store = store
+        self._options = options
+        self._slots: OrderedDict[str, Slot] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._slots
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[Slot]:
+        """The slot of a layer, kept resident while it is used: its queue must not exist twice."""
+        slot = self._slots.get(name)
+        if slot is None:
+            slot = self._slots[name] = Slot(name, self._store, self._options)
+            self._evict()
+        else:
+            self._slots.move_to_end(name)
+        slot.users += 1
+        try:
+            yield slot
+        finally:
+            slot.users -= 1
+            if slot.resident.held is None and slot.idle:  # a name that no layer has takes no room
+                self._slots.pop(name, None)
+
+    async def drained(self) -> None:
+        """Return when everything that waits in a queue has been answered."""
+        for slot in list(self._slots.values()):
+            await slot.queue.drained()
+
+    def _evict(self) -> None:
+        """Let go of the layers that were used longest ago, but of none in use."""
+        surplus = len(self._slots) - self._options.resident_layers
+        if surplus > 0:
+            idle = (name for name, slot in self._slots.items() if slot.idle)
+            for name in list(islice(idle, surplus)):
+                del self._slots[name]

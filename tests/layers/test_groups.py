@@ -1,0 +1,269 @@
+"""Synchronized batches: shards of any size are normalized as one batch, folded once, and answered again on a retry."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from batchnorm_client import errors
+from batchnorm_client.contract import LayerConfig, LayerUpdate
+from batchnorm_client.tensors import Tensor
+from batchnorm_service.layers import GroupCall, Layers
+from batchnorm_service.store.memory import MemoryStore
+from layers.conftest import CONFIG, batch, serving, train
+
+pytestmark = pytest.mark.anyio
+
+
+async def _fold(layers: Layers, array: np.ndarray, key: str | None = None, **options: Any) -> Any:
+    tensors = {
+        "count": Tensor.of(np.array(len(array), np.int64)),
+        "mean": Tensor.of(array.astype(np.float64).mean(0) if len(array) else np.zeros(3)),
+        "var": Tensor.of(array.astype(np.float64).var(0) if len(array) else np.zeros(3)),
+    }
+    return await layers.batches.fold_moments("a", lambda _: tensors, key, **options)
+
+
+async def _backward(layers: Layers, x: np.ndarray, grad: np.ndarray, key: str | None = None, **options: Any) -> Any:
+    tensors = {"input": Tensor.of(x), "grad_output": Tensor.of(grad)}
+    return await layers.batches.backward("a", lambda _: tensors, key, training=True, **options)
+
+
+@pytest.mark.parametrize("sizes", [[4, 4], [1, 7], [1, 1], [3, 0, 5], [2, 3, 4, 5]])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+async def test_shards_are_normalized_and_folded_as_one_batch(sizes: list[int], dtype: str) -> None:
+    whole = np.concatenate([batch(seed, rows=size) for seed, size in enumerate(sizes)]).astype(dtype)
+    shards = np.split(whole, np.cumsum(sizes)[:-1])
+    async with serving(MemoryStore()) as layers:
+        await layers.create("a", LayerConfig(num_features=3, dtype=dtype))
+        group = GroupCall("g", len(sizes))
+        results = await asyncio.gather(
+            *(train(layers, "a", shard, f"member{i}", group=group, statistics=True) for i, shard in enumerate(shards))
+        )
+        module = nn.BatchNorm1d(3, dtype=getattr(torch, dtype))
+        expected = module(torch.from_numpy(whole)).detach().numpy()
+        tolerance = 1e-5 if dtype == "float32" else 1e-12
+        assert np.allclose(np.concatenate([one.output.numpy() for one in results]), expected, tolerance, tolerance)
+        assert {one.num_batches_tracked for one in results} == {1}
+        assert {one.version for one in results} == {2}
+        layer = await layers.get("a")
+        assert layer.samples_tracked == len(whole)
+        assert np.allclose(layer.tensors["running_mean"].numpy(), module.running_mean.numpy(), tolerance, tolerance)
+        assert np.allclose(layer.tensors["running_var"].numpy(), module.running_var.numpy(), tolerance, tolerance)
+
+
+async def test_moments_and_batches_may_be_members_of_one_group() -> None:
+    whole = batch(1, rows=9)
+    async with serving(MemoryStore()) as layers:
+        await layers.create("a", CONFIG)
+        group = GroupCall("g", 2)
+        trained, folded = await asyncio.gather(
+            train(layers, "a", whole[:4], group=group), _fold(layers, whole[4:], group=group)
+        )
+        assert trained.num_batches_tracked == folded.num_batches_tracked == 1
+        assert folded.count == 9
+        assert np.allclose(folded.moments["mean"].numpy(), whole.astype(float).mean(0), rtol=1e-12)
+        assert np.allclose(folded.moments["var"].numpy(), whole.astype(float).var(0), rtol=1e-12)
+
+
+async def test_a_retry_gets_its_answer_again_also_after_a_restart() -> None:
+    store = MemoryStore()
+    arrays = [batch(1), batch(2, rows=5)]
+    group = GroupCall("g", 2)
+    async with serving(store) as layers:
+        await layers.create("a", CONFIG)
+        first = await asyncio.gather(*(train(layers, "a", x, f"key{i}", group=group) for i, x in enumerate(arrays)))
+    async with serving(store) as layers:
+        again = await train(layers, "a", arrays[1], "key1", group=group)
+        assert again.replayed
+        assert (again.version, again.num_batches_tracked) == (first[1].version, 1)
+        assert bytes(again.output.buffer) == bytes(first[1].output.buffer)
+        assert (await layers.get("a")).num_batches_tracked == 1
+        with pytest.raises(errors.IdempotencyKeyReused):
+            await train(layers, "a", arrays[0], "key1", group=group)
+        with pytest.raises(errors.GroupClosed):
+            await train(layers, "a", arrays[0], "late", group=group)
+        with pytest.raises(errors.GroupMismatch) as refused:
+            await train(layers, "a", arrays[1], "key1", group=GroupCall("g", 3))
+        assert refused.value.fields["expected"] == 2
+
+
+async def test_a_member_that_never_comes_leaves_nothing_folded_and_the_id_taken() -> None:
+    async with serving(MemoryStore()) as layers:
+        made, _ = await layers.create("a", CONFIG)
+        group = GroupCall("g", 3, timeout=0.05)
+        answers = await asyncio.gather(
+            *(train(layers, "a", batch(seed), f"key{seed}", group=group) for seed in range(2)), return_exceptions=True
+        )
+        assert all(isinstance(answer, errors.GroupIncomplete) for answer in answers)
+        assert answers[0].fields["got"] == 2
+        layer = await layers.get("a")
+        assert (layer.version, layer.num_batches_tracked) == (made.version, 0)
+        with pytest.raises(errors.GroupClosed):
+            await train(layers, "a", batch(2), "key2", group=group)
+        with pytest.raises(errors.GroupIncomplete):
+            await train(layers, "a", batch(0), "key0", group=group)
+
+
+async def test_one_too_many_and_another_size_are_refused() -> None:
+    async with serving(MemoryStore()) as layers:
+        await layers.create("a", CONFIG)
+        group = GroupCall("g", 2)
+        first = asyncio.create_task(train(layers, "a", batch(1), "one", group=group))
+        await asyncio.sleep(0.01)
+        with pytest.raises(errors.GroupMismatch):
+            await train(layers, "a", batch(2), "two", group=GroupCall("g", 5))
+        with pytest.raises(errors.IdempotencyKeyReused):
+            await train(layers, "a", batch(2), "one", group=group)
+        twin = asyncio.create_task(train(layers, "a", batch(1), "one", group=group))
+        await asyncio.sleep(0.01)
+        answers = await asyncio.gather(
+            *(train(layers, "a", batch(seed), f"k{seed}", group=group) for seed in (2, 3)), return_exceptions=True
+        )
+        assert sorted(isinstance(answer, errors.GroupClosed) for answer in answers) == [False, True]
+        assert (await first).num_batches_tracked == 1
+        assert (await twin).replayed
+        assert bytes((await twin).output.buffer) == bytes((await first).output.buffer)
+
+
+async def test_a_member_without_a_key_is_withdrawn_when_its_caller_hangs_up() -> None:
+    async with serving(MemoryStore()) as layers:
+        await layers.create("a", CONFIG)
+        group = GroupCall("g", 2)
+        gone = asyncio.create_task(train(layers, "a", batch(1), group=group))
+        await asyncio.sleep(0.01)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        results = await asyncio.gather(*(train(layers, "a", batch(seed), group=group) for seed in (2, 3)))
+        module = nn.BatchNorm1d(3)
+        module(torch.from_numpy(np.concatenate([batch(2), batch(3)])))
+        assert results[0].num_batches_tracked == 1
+        layer = await layers.get("a")
+        assert np.allclose(layer.tensors["running_mean"].numpy(), module.running_mean.numpy(), rtol=1e-6)
+
+
+async def test_too_few_values_counts_the_whole_group() -> None:
+    async with serving(MemoryStore()) as layers:
+        await layers.create("a", CONFIG)
+        answers = await asyncio.gather(
+            *(train(layers, "a", batch(1, rows=rows), group=GroupCall("g", 2)) for rows in (1, 0)),
+            return_exceptions=True,
+        )
+        assert all(isinstance(answer, errors.TooFewValues) for answer in answers)
+        assert (await layers.get("a")).num_batches_tracked == 0
+
+
+async def test_one_bad_shard_refuses_the_whole_and_changes_nothing() -> None:
+    async with serving(MemoryStore()) as layers:
+        made, _ = await layers.create("a", CONFIG)
+        arrays = [batch(1), batch(2) * np.float32("nan")]
+        answers = await asyncio.gather(
+            *(train(layers, "a", x, f"k{i}", group=GroupCall("g", 2)) for i, x in enumerate(arrays)),
+            return_exceptions=True,
+        )
+        assert all(isinstance(answer, errors.NonFinite) for answer in answers)
+        assert (await layers.get("a")).version == made.version
+
+
+async def test_shards_of_a_deleted_layer_do_not_get_into_the_one_that_follows_it() -> None:
+    async with serving(MemoryStore()) as layers:
+        await layers.create("a", CONFIG)
+        group = GroupCall("g", 2, timeout=0.1)
+        first = asyncio.create_task(train(layers, "a", batch(1), "one", group=group))
+        await asyncio.sleep(0.01)
+        await layers.delete("a", None)
+        await layers.create("a", CONFIG)
+        answers = await asyncio.gather(first, train(layers, "a", batch(2), "two", group=group), return_exceptions=True)
+        assert [type(answer) for answer in answers] == [errors.LayerNotFound, errors.GroupIncomplete]
+        assert (await layers.get("a")).num_batches_tracked == 0
+
+
+async def test_a_group_is_normalized_with_the_weight_that_it_was_committed_on() -> None:
+    async with serving(MemoryStore()) as layers:
+        await layers.create("a", CONFIG)
+        group = GroupCall("g", 2)
+        first = asyncio.create_task(train(layers, "a", batch(1), group=group))
+        await asyncio.sleep(0.01)
+        await layers.update("a", LayerUpdate(weight=[2.0, 2.0, 2.0]), None)
+        second = await train(layers, "a", batch(2), group=group)
+        module = nn.BatchNorm1d(3)
+        expected = 2 * module(torch.from_numpy(np.concatenate([batch(1), batch(2)]))).detach().numpy()
+        got = np.concatenate([(await first).output.numpy(), second.output.numpy()])
+        assert np.allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+async def test_gradients_of_shards_are_those_of_the_whole_batch_and_come_again() -> None:
+    x, grad = batch(1, rows=9).astype(np.float64), batch(2, rows=9).astype(np.float64)
+    async with serving(MemoryStore()) as layers:
+        made, _ = await layers.create("a", LayerConfig(num_features=3, dtype="float64"))
+        whole = await _backward(layers, x, grad)
+        group = GroupCall("g", 2)
+        parts = await asyncio.gather(
+            _backward(layers, x[:2], grad[:2], "one", group=group),
+            _backward(layers, x[2:], grad[2:], "two", group=group),
+        )
+        joined = np.concatenate([part.gradients["grad_input"].numpy() for part in parts])
+        assert np.allclose(joined, whole.gradients["grad_input"].numpy(), rtol=1e-9, atol=1e-12)
+        summed = sum(part.gradients["grad_weight"].numpy() for part in parts)
+        assert np.allclose(summed, whole.gradients["grad_weight"].numpy(), rtol=1e-9)
+        again = await _backward(layers, x[2:], grad[2:], "two", group=group)
+        assert again.replayed
+        assert bytes(again.gradients["grad_input"].buffer) == bytes(parts[1].gradients["grad_input"].buffer)
+        assert (await layers.get("a")).version == made.version
+
+
+async def test_a_backward_group_refuses_what_it_cannot_do() -> None:
+    async with serving(MemoryStore()) as layers:
+        await layers.create("a", LayerConfig(num_features=3, clip=5.0))
+        with pytest.raises(errors.InvalidRequest):
+            await _backward(layers, batch(1), batch(2), group=GroupCall("g", 2))
+
+
+async def test_posted_moments_equal_the_batch_that_stayed_away() -> None:
+    async with serving(MemoryStore()) as layers:
+        await layers.create("a", CONFIG)
+        module = nn.BatchNorm1d(3)
+        for seed in range(5):
+            module(torch.from_numpy(batch(seed)))
+            folded = await _fold(layers, batch(seed), f"key{seed}")
+            assert (folded.num_batches_tracked, folded.replayed) == (seed + 1, False)
+            assert (await _fold(layers, batch(seed), f"key{seed}")).replayed
+        layer = await layers.get("a")
+        assert np.allclose(layer.tensors["running_mean"].numpy(), module.running_mean.numpy(), rtol=1e-6)
+        assert np.allclose(layer.tensors["running_var"].numpy(), module.running_var.numpy(), rtol=1e-6)
+        assert layer.samples_tracked == 40
+
+
+async def test_many_layers_at_once_each_all_or_nothing() -> None:
+    async with serving(MemoryStore()) as layers:
+        await layers.create("a", CONFIG)
+        await layers.create("b", LayerConfig(num_features=2))
+
+        def moments(_: Any) -> dict[str, Tensor]:
+            return {
+                "count": Tensor.of(np.array(4, np.int64)),
+                "mean": Tensor.of(np.zeros(3)),
+                "var": Tensor.of(np.ones(3)),
+            }
+
+        answers = await layers.batches.fold_many(dict.fromkeys(["a", "b", "c"], moments), "key")
+        assert answers["a"].num_batches_tracked == 1
+        assert isinstance(answers["b"], errors.ShapeMismatch)
+        assert isinstance(answers["c"], errors.LayerNotFound)
+        again = await layers.batches.fold_many(dict.fromkeys(["a", "b", "c"], moments), "key")
+        assert again["a"].replayed
+        assert (await layers.get("a")).num_batches_tracked == 1
+
+
+async def test_inverse_undoes_eval() -> None:
+    async with serving(MemoryStore()) as layers:
+        await layers.create("a", CONFIG)
+        await train(layers, "a", batch(1))
+        normal = await layers.batches.eval("a", lambda _: {"input": Tensor.of(batch(2))})
+        back = await layers.batches.inverse("a", lambda _: {"input": normal.output})
+        assert np.allclose(back.output.numpy(), batch(2), rtol=1e-5, atol=1e-5)
