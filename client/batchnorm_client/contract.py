@@ -231,3 +231,34 @@ class ProblemDocument(BaseModel):
     status: int
     detail: str
     instance: str
+
+
+class MomentsDocument(Document):
+    """The moments of a batch: what a layer's running statistics need of it."""
+
+    count: int = Field(ge=0, description="values per channel, N*H*W")
+    mean: Vector
+    var: Vector = Field(description="biased: divided by count")
+
+
+class FoldedDocument(Document):
+    """Moments that were folded; the last three are of all shards of a group."""
+
+    version: int
+    num_batches_tracked: int
+    replayed: bool = False
+    count: int | None = None
+    mean: Vector | None = None
+    var: Vector | None = None
+
+
+class ManyMoments(Document):
+    """The moments of many layers."""
+
+    layers: dict[str, MomentsDocument]
+
+
+class ManyFolded(Document):
+    """What became of them: a result or a problem for each layer."""
+
+    layers: dict[str, FoldedDocument | ProblemDocument]

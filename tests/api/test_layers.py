@@ -121,16 +121,3 @@ async def test_reset_with_a_key_is_done_once(client, layer):
     assert again.headers["idempotent-replay"] == "true"
     assert again.json()["version"] == first.json()["version"]
     assert (await client.get(layer)).json()["num_batches_tracked"] == 1
-
-
-@pytest.mark.parametrize(
-    "path", ["/v1/layers/bn/moments", "/v1/layers/bn/backward", "/v1/layers/bn/backward?mode=eval", "/v1/moments"]
-)
-async def test_what_is_missing_says_so(client, path):
-    answer = await client.post(path, json={})
-    assert (answer.status_code, answer.json()["type"]) == (501, "/problems/not-implemented")
-
-
-async def test_population_statistics_say_so(client):
-    answer = await client.put("/v1/layers/bn", json={"num_features": 1, "statistics": "population"})
-    assert (answer.status_code, answer.json()["type"]) == (501, "/problems/not-implemented")

@@ -14,6 +14,7 @@ CALLS = {
     "/v1/layers/{name}/state": {"get", "put"},
     "/v1/layers/{name}/train": {"post"},
     "/v1/layers/{name}/eval": {"post"},
+    "/v1/layers/{name}/inverse": {"post"},
     "/v1/layers/{name}/backward": {"post"},
     "/v1/layers/{name}/moments": {"post"},
     "/v1/moments": {"post"},
@@ -70,7 +71,8 @@ async def test_the_hot_calls_have_all_three_forms(document, call):
     headers = {"X-Request-ID", "ETag", "Batchnorm-Version", "Num-Batches-Tracked"}
     assert set(answer["headers"]) == headers | ({"Idempotent-Replay"} if call == "train" else set())
     parameters = {parameter["name"] for parameter in operation["parameters"]}
-    assert parameters == {"name", "statistics", "X-Request-ID"} | ({"Idempotency-Key"} if call == "train" else set())
+    of_train = {"Idempotency-Key", "group", "size", "timeout"} if call == "train" else set()
+    assert parameters == {"name", "statistics", "X-Request-ID"} | of_train
 
 
 async def test_every_reference_leads_somewhere(document):

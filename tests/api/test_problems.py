@@ -80,8 +80,8 @@ async def test_an_unexpected_error_is_logged_and_not_shown(service, caplog, monk
     async def fail(*_args, **_kwargs):
         raise RuntimeError("the secret of the house")
 
-    for name in ("get", "train"):
-        monkeypatch.setattr(service.layers, name, fail)
+    monkeypatch.setattr(service.layers, "get", fail)
+    monkeypatch.setattr(service.layers.batches, "train", fail)
     with caplog.at_level(logging.ERROR):
         async with service.client() as client:
             method = "POST" if call == "/train" else "GET"

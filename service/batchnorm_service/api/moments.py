@@ -1,68 +1,175 @@
-"""Calls of the contract that this version does not have yet: backward and moments."""
+"""Moments instead of batches: of one layer, and of many layers in one call."""
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Final
 
+import orjson
 from fastapi import FastAPI
 from starlette.requests import Request
 
-from batchnorm_client.contract import IDEMPOTENCY_KEY
-from batchnorm_client.errors import NotImplementedProblem
+from batchnorm_client.contract import IDEMPOTENCY_KEY, JSON, SAFETENSORS
+from batchnorm_client.errors import InvalidRequest, MalformedBody, ProblemError
+from batchnorm_client.tensors import Tensor, decode, decode_safetensors, json_list
+from batchnorm_service.layers import Folded, Layers
 
-from .openapi import LayerNamePath, describe, empty_response
-from .queries import BackwardQuery, NoQuery, parse_query
+from .answers import REPLAYED, Answer, json_answer
+from .bodies import read_body
+from .conditions import etag
+from .hangups import unless_gone
+from .headers import idempotency_key, read_headers
+from .negotiation import content_type
+from .openapi import (
+    Json,
+    LayerNamePath,
+    describe,
+    folded_response,
+    json_body,
+    json_response,
+    tensor_body,
+    tensor_content,
+)
+from .problems import problem_document
+from .queries import MomentsQuery, NoQuery, parse_query
+from .target import check_layer_name
 
-_NOT_YET = {200: empty_response("Not in this version")}
+_FORMS: Final = (JSON, SAFETENSORS)
+_MOMENTS: Final = ("count", "mean", "var")
+_MOST_LAYERS: Final = 10_000
+_PROBLEMS: Final = ("malformed-body", "payload-too-large", "unsupported-media-type")
+_MANY_BODY: Json = {
+    "required": True,
+    "content": json_body("ManyMoments")["content"]
+    | tensor_content((SAFETENSORS,), {}, "count, mean and var of each layer, named {layer}/count and so on"),
+}
+
+Read = Callable[[Mapping[str, str]], Mapping[str, Tensor]]
 
 
-def add_moments_routes(app: FastAPI) -> None:
-    """The calls that are missing, as routes of `app` that say so."""
-
-    @app.post(
-        "/v1/layers/{name}/backward",
-        **describe(
-            "backward",
-            "Gradients of a normalization (not implemented yet)",
-            tag="later",
-            query=BackwardQuery,
-            answers=_NOT_YET,
-            problems=("not-implemented",),
-        ),
-    )
-    async def backward(name: LayerNamePath, request: Request) -> NoReturn:
-        """`input` and `grad_output` in; `grad_input`, `grad_weight` and `grad_bias` out."""
-        parse_query(BackwardQuery, request.scope["query_string"])
-        raise NotImplementedProblem("this version has no backward yet")
+def add_moments_routes(app: FastAPI, layers: Layers, max_body_bytes: int) -> None:
+    """Both calls as routes of `app`."""
 
     @app.post(
         "/v1/layers/{name}/moments",
         **describe(
             "fold_moments",
-            "Fold the moments of a batch that stays with the caller (not implemented yet)",
-            tag="later",
+            "Fold the moments of a batch that stays with the caller",
+            query=MomentsQuery,
             headers=(IDEMPOTENCY_KEY,),
-            answers=_NOT_YET,
-            problems=("not-implemented",),
+            body=tensor_body(_FORMS, *_MOMENTS),
+            answers={200: folded_response()},
+            problems=(
+                *_PROBLEMS,
+                "layer-not-found",
+                "group-closed",
+                "shape-mismatch",
+                "dtype-mismatch",
+                "too-few-values",
+                "non-finite",
+                "idempotency-key-reused",
+                "group-mismatch",
+                "group-incomplete",
+            ),
         ),
     )
-    async def fold_moments(name: LayerNamePath, request: Request) -> NoReturn:
-        """`count`, `mean` and `var` (biased) in; JSON without tensors out."""
-        parse_query(NoQuery, request.scope["query_string"])
-        raise NotImplementedProblem("this version does not take moments yet")
+    async def fold_moments(name: LayerNamePath, request: Request) -> Answer:
+        """`count` is values per channel, `var` is biased. A group's members also get count, mean and var of all."""
+        query = parse_query(MomentsQuery, request.scope["query_string"])
+        headers = read_headers(request.scope["headers"])
+        key = idempotency_key(headers)
+        media = content_type(headers, _FORMS)
+        body = await read_body(headers, request.receive, max_body_bytes)
+        call = layers.batches.fold_moments(name, partial(decode, media, body), key, group=query.group_call)
+        return _answer(await (unless_gone(request.receive, call) if query.group_call else call))
 
     @app.post(
         "/v1/moments",
         **describe(
             "fold_many_moments",
-            "Fold the moments of many layers (not implemented yet)",
-            tag="later",
+            "Fold the moments of many layers",
             headers=(IDEMPOTENCY_KEY,),
-            answers=_NOT_YET,
-            problems=("not-implemented",),
+            body=_MANY_BODY,
+            answers={200: json_response("ManyFolded", "One result or problem for each layer")},
+            problems=_PROBLEMS,
         ),
     )
-    async def fold_many_moments(request: Request) -> NoReturn:
-        """One result or problem for each layer."""
+    async def fold_many_moments(request: Request) -> Answer:
+        """Each layer all or nothing. An Idempotency-Key counts for each layer by itself: a repeat does the rest."""
         parse_query(NoQuery, request.scope["query_string"])
-        raise NotImplementedProblem("this version does not take moments yet")
+        headers = read_headers(request.scope["headers"])
+        key = idempotency_key(headers)
+        media = content_type(headers, _FORMS)
+        body = await read_body(headers, request.receive, max_body_bytes)
+        reads = _many_from_json(body) if media == JSON else _many_from_safetensors(body)
+        good: dict[str, Read] = {}
+        results: dict[str, Any] = {}
+        for name, read in reads.items():
+            try:
+                check_layer_name(name)
+                good[name] = read
+            except ProblemError as error:
+                results[name] = _told(name, error, request.state.request_id)
+        for name, result in (await layers.batches.fold_many(good, key)).items():
+            results[name] = _told(name, result, request.state.request_id)
+        return json_answer(200, {"layers": {name: results[name] for name in reads}})
+
+
+def _answer(done: Folded) -> Answer:
+    document = _document(done)
+    if done.count is not None:
+        document["count"] = done.count
+        document |= {name: json_list(tensor) for name, tensor in done.moments.items()}
+    replayed = [REPLAYED] if done.replayed else []
+    return json_answer(200, document, [(b"etag", etag(done.version)), *replayed])
+
+
+def _document(done: Folded) -> dict[str, Any]:
+    return {"version": done.version, "num_batches_tracked": done.num_batches_tracked}
+
+
+def _told(name: str, result: Folded | ProblemError, request_id: str) -> dict[str, Any]:
+    if isinstance(result, ProblemError):
+        return problem_document(result, f"/v1/layers/{name}/moments", request_id)
+    return _document(result) | {"replayed": result.replayed}
+
+
+def _many_from_json(body: bytes | bytearray | memoryview) -> dict[str, Read]:
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise MalformedBody(f"the body is not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise MalformedBody('the body must be an object {"layers": {name: {"count", "mean", "var"}}}')
+    for field in document:
+        if field != "layers":
+            raise InvalidRequest(f"{field}: is not known; known is layers", field=field, expected=["layers"])
+    layers = document.get("layers")
+    if not isinstance(layers, dict):
+        raise InvalidRequest("layers: must be an object of moments by layer name", field="layers", expected="an object")
+    # Each layer's moments go through the same reader as a call of its own.
+    return {name: partial(decode, JSON, orjson.dumps(moments)) for name, moments in _bounded(layers).items()}
+
+
+def _many_from_safetensors(body: bytes | bytearray | memoryview) -> dict[str, Read]:
+    tensors, _ = decode_safetensors(body)
+    layers: dict[str, dict[str, Tensor]] = {}
+    for path, tensor in tensors.items():
+        layer, _, name = path.rpartition("/")
+        if name not in _MOMENTS:
+            raise InvalidRequest(f"the tensor {path!r} is not known", field=path, expected="{layer}/count, mean or var")
+        layers.setdefault(layer, {})[name] = tensor
+
+    def given(moments: Mapping[str, Tensor], _dtypes: Mapping[str, str]) -> Mapping[str, Tensor]:
+        return moments
+
+    return {name: partial(given, moments) for name, moments in _bounded(layers).items()}
+
+
+def _bounded(layers: dict[str, Any]) -> dict[str, Any]:
+    if len(layers) > _MOST_LAYERS:
+        raise InvalidRequest(
+            f"layers: at most {_MOST_LAYERS} in one call", field="layers", expected=_MOST_LAYERS, got=len(layers)
+        )
+    return layers

@@ -1,6 +1,6 @@
-"""The hot calls, train and eval: from headers and a body to an answer, without a router or a framework in between.
+"""Train and eval, the hot calls, and inverse: from headers and a body to an answer, without a framework in between.
 
-`Shell` calls these before FastAPI's router is reached. FastAPI has the same two as routes, for its OpenAPI document
+`Shell` calls these before FastAPI's router is reached. FastAPI has the same as routes, for its OpenAPI document
 and its 405; they lead here too.
 """
 
@@ -26,10 +26,11 @@ from batchnorm_service.layers import Layers, Normalized
 from .answers import REPLAYED, Answer, RawHeader
 from .bodies import read_body
 from .conditions import etag
+from .hangups import unless_gone
 from .headers import Headers, idempotency_key, read_headers
 from .negotiation import FORMS_FOR, accepted, content_type, tensor_form
 from .openapi import LayerNamePath, describe, tensor_body, tensor_response
-from .queries import NormalizeQuery, parse_query
+from .queries import NoQuery, NormalizeQuery, TrainQuery, parse_query
 
 _VERSION: Final = VERSION.lower().encode()
 _BATCHES: Final = NUM_BATCHES_TRACKED.lower().encode()
@@ -44,24 +45,33 @@ class NormalizeCalls:
     """
 
     def __init__(self, layers: Layers, max_body_bytes: int) -> None:
-        self._layers = layers
+        self._batches = layers.batches
         self._max_body_bytes = max_body_bytes
-        self.by_name: Final = {"train": self.train, "eval": self.eval}
+        self.by_name: Final = {"train": self.train, "eval": self.eval, "inverse": self.inverse}
 
     async def train(self, name: str, query: bytes, headers: Headers, receive: Receive) -> Answer:
         """Normalize a batch with its own statistics and fold them into the layer's."""
-        exchange = _Exchange(query, headers)
+        asked = parse_query(TrainQuery, query)
+        exchange = _Exchange(headers, statistics=asked.statistics == "true")
         key = idempotency_key(headers)
         exchange.body = await read_body(headers, receive, self._max_body_bytes)
-        return exchange.answer(
-            await self._layers.batches.train(name, exchange.read, key, statistics=exchange.statistics)
-        )
+        group = asked.group_call
+        call = self._batches.train(name, exchange.read, key, statistics=exchange.statistics, group=group)
+        return exchange.answer(await (unless_gone(receive, call) if group else call))
 
     async def eval(self, name: str, query: bytes, headers: Headers, receive: Receive) -> Answer:
         """Normalize a batch with the layer's running statistics."""
-        exchange = _Exchange(query, headers)
+        asked = parse_query(NormalizeQuery, query)
+        exchange = _Exchange(headers, statistics=asked.statistics == "true")
         exchange.body = await read_body(headers, receive, self._max_body_bytes)
-        return exchange.answer(await self._layers.batches.eval(name, exchange.read, statistics=exchange.statistics))
+        return exchange.answer(await self._batches.eval(name, exchange.read, statistics=exchange.statistics))
+
+    async def inverse(self, name: str, query: bytes, headers: Headers, receive: Receive) -> Answer:
+        """Undo what eval does to a batch."""
+        parse_query(NoQuery, query)
+        exchange = _Exchange(headers, statistics=False)
+        exchange.body = await read_body(headers, receive, self._max_body_bytes)
+        return exchange.answer(await self._batches.inverse(name, exchange.read))
 
 
 class _Exchange:
@@ -69,8 +79,8 @@ class _Exchange:
 
     __slots__ = ("_forms", "_media", "body", "statistics")
 
-    def __init__(self, query: bytes, headers: Headers) -> None:
-        self.statistics = bool(query) and parse_query(NormalizeQuery, query).statistics == "true"
+    def __init__(self, headers: Headers, *, statistics: bool) -> None:
+        self.statistics = statistics
         self.body: bytearray | memoryview = bytearray()
         self._media = content_type(headers, TENSOR_MEDIA_TYPES)
         self._forms = accepted(headers.get(b"accept"), FORMS_FOR[self._media])
@@ -99,7 +109,7 @@ class _Exchange:
 
 
 def add_normalize_routes(app: FastAPI, calls: NormalizeCalls) -> None:
-    """The two calls as routes of `app`."""
+    """The calls as routes of `app`."""
     problems = (
         "malformed-body",
         "layer-not-found",
@@ -118,11 +128,11 @@ def add_normalize_routes(app: FastAPI, calls: NormalizeCalls) -> None:
         **describe(
             "train",
             "Normalize with the batch's statistics, and fold them into the running ones",
-            query=NormalizeQuery,
+            query=TrainQuery,
             headers=(IDEMPOTENCY_KEY,),
             body=tensor_body(TENSOR_MEDIA_TYPES, "input"),
             answers={200: tensor_response(TENSOR_MEDIA_TYPES, replay=True)},
-            problems=(*problems, "idempotency-key-reused"),
+            problems=(*problems, "idempotency-key-reused", "group-closed", "group-mismatch", "group-incomplete"),
         ),
     )
     async def train(name: LayerNamePath, request: Request) -> Answer:
@@ -145,3 +155,18 @@ def add_normalize_routes(app: FastAPI, calls: NormalizeCalls) -> None:
         """Uses the newest committed state and changes nothing. A batch may be empty."""
         headers = read_headers(request.scope["headers"])
         return await calls.eval(name, request.scope["query_string"], headers, request.receive)
+
+    @app.post(
+        "/v1/layers/{name}/inverse",
+        **describe(
+            "inverse",
+            "Undo eval's normalization",
+            body=tensor_body(TENSOR_MEDIA_TYPES, "input"),
+            answers={200: tensor_response(TENSOR_MEDIA_TYPES)},
+            problems=problems,
+        ),
+    )
+    async def inverse(name: LayerNamePath, request: Request) -> Answer:
+        """As scikit-learn's inverse_transform. What a layer's `clip` cut off does not come back."""
+        headers = read_headers(request.scope["headers"])
+        return await calls.inverse(name, request.scope["query_string"], headers, request.receive)

@@ -24,6 +24,9 @@ _MODELS: Final = (
     contract.LayerConfig,
     contract.LayerPage,
     contract.LayerUpdate,
+    contract.FoldedDocument,
+    contract.ManyFolded,
+    contract.ManyMoments,
     contract.ProblemDocument,
     contract.ResetRequest,
 )
@@ -209,6 +212,12 @@ def tensor_response(media_types: Sequence[str], *, replay: bool = False) -> Json
         },
         [*headers, contract.IDEMPOTENT_REPLAY] if replay else headers,
     )
+
+
+def folded_response() -> Json:
+    """Moments that were folded."""
+    headers = ("ETag", contract.IDEMPOTENT_REPLAY)
+    return json_response("FoldedDocument", "Folded; count, mean and var only for a group", headers)
 
 
 def openapi_document(app: FastAPI) -> Json:

@@ -32,6 +32,14 @@ def problem_answer(error: Exception, path: str, request_id: str) -> Answer:
 
     What is no `ProblemError` is a fault of the service: the log gets the traceback, the caller the request id.
     """
+    document = problem_document(error, path, request_id)
+    problem = _problem(error, path)
+    body = orjson.dumps(document, default=_listed, option=_OPTIONS)
+    return Answer(problem.status, PROBLEM_JSON, [body], _headers(problem))
+
+
+def problem_document(error: Exception, path: str, request_id: str) -> dict[str, Any]:
+    """What is said of an error, on its own or as one of many results."""
     problem = _problem(error, path)
     if isinstance(problem, InternalError):
         log.error("request %s failed", request_id, exc_info=error)
@@ -43,9 +51,7 @@ def problem_answer(error: Exception, path: str, request_id: str) -> Answer:
         "detail": problem.detail,
         "instance": path,
     }
-    document |= {name: value for name, value in problem.fields.items() if name not in document}
-    body = orjson.dumps(document, default=_listed, option=_OPTIONS)
-    return Answer(problem.status, PROBLEM_JSON, [body], _headers(problem))
+    return document | {name: value for name, value in problem.fields.items() if name not in document}
 
 
 def _problem(error: Exception, path: str) -> ProblemError:

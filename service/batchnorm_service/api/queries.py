@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal, TypeVar, cast
+from typing import Final, Literal, TypeVar, cast
 from urllib.parse import parse_qsl
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from batchnorm_client.contract import KEY_PATTERN
 from batchnorm_client.errors import InvalidRequest
+from batchnorm_service.layers import GroupCall
 
 from .documents import invalid
+
+MOST_MEMBERS: Final = 4096
 
 
 class Query(BaseModel):
@@ -39,7 +43,43 @@ class NormalizeQuery(Query):
     )
 
 
-class BackwardQuery(Query):
+class GroupQuery(Query):
+    """Which synchronized batch a call is a shard of."""
+
+    group: str | None = Field(
+        None, pattern=f"^{KEY_PATTERN.pattern}$", description="the id of one synchronized batch; not used twice"
+    )
+    size: int | None = Field(
+        None, ge=1, le=MOST_MEMBERS, validate_default=True, description="how many members the group has"
+    )
+    timeout: float = Field(
+        30.0, gt=0, le=600, allow_inf_nan=False, description="seconds that this member waits for the others"
+    )
+
+    @field_validator("size")
+    @classmethod
+    def _goes_with_group(cls, size: int | None, info: ValidationInfo) -> int | None:
+        if (size is None) != (info.data.get("group") is None):
+            raise ValueError("group and size go together")
+        return size
+
+    @property
+    def group_call(self) -> GroupCall | None:
+        """What `layers` needs to know of the group."""
+        if self.group is None or self.size is None:
+            return None
+        return GroupCall(self.group, self.size, self.timeout)
+
+
+class MomentsQuery(GroupQuery):
+    """What posted moments may be part of."""
+
+
+class TrainQuery(GroupQuery, NormalizeQuery):
+    """What a train call may be part of, and what its answer carries besides the output."""
+
+
+class BackwardQuery(GroupQuery):
     """Through which step a gradient goes."""
 
     mode: Literal["train", "eval"] = Field("train", description="the step that made the output")

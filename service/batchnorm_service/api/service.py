@@ -18,6 +18,7 @@ from batchnorm_service.layers import Layers
 
 from .answers import Answer, empty_answer
 from .bodies import ClientGoneError
+from .gradients import add_gradient_routes
 from .health import add_health_routes
 from .layers import add_layer_routes
 from .moments import add_moments_routes
@@ -69,7 +70,8 @@ def build_api(layers: Layers, options: ApiOptions, lifespan: Lifespan) -> Shell:
     add_layer_routes(app, layers, options.max_body_bytes)
     add_state_routes(app, layers, options.max_body_bytes)
     add_normalize_routes(app, calls)
-    add_moments_routes(app)
+    add_gradient_routes(app, layers, options.max_body_bytes)
+    add_moments_routes(app, layers, options.max_body_bytes)
     add_health_routes(app, layers)
     add_pages(app)
     app.openapi = cache(lambda: openapi_document(app))  # type: ignore[method-assign]

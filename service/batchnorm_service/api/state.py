@@ -19,7 +19,7 @@ from .queries import NoQuery, parse_query
 
 _FORMS = (SAFETENSORS, JSON)
 _NAMES = ("running_mean", "running_var", "num_batches_tracked", "weight", "bias")
-_POPULATION = ("samples_tracked", "population_mean", "population_m2")
+_POPULATION = ("samples_tracked", "population_mean", "population_m2", "population_weights")
 _DOCUMENT: Json = {
     "type": "object",
     "properties": {name: ref("Tensor") for name in (*_NAMES, *_POPULATION)},

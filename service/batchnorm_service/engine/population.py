@@ -2,8 +2,8 @@
 
 Accumulators (sum of weights, mean, M2) in float64, merged by Chan's formula. Without a half-life every sample weighs
 1, so neither the order nor the grouping of the batches matters. With a half-life of h samples, a sample that n newer
-ones follow weighs 2^(-n/h): decay by samples, not by calls, so that it does not matter much either how samples are split
-into batches (those of one batch are taken as equally old, and share the weight that they would have one by one).
+ones follow weighs 2^(-n/h): decay by samples, not by calls, so how samples are split into batches matters little (those
+of one batch are taken as equally old, and share the weight that they would have one by one).
 """
 
 from __future__ import annotations
