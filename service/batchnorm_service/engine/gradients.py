@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .layout import Batch, channels_back, channels_second, on, per_channel, values_per_channel
-from .moments import Channels, Moments, check_enough, merge
-from .normalize import least_values, shard_moments
+from .moments import Channels, Moments, check_enough, exact_moments, merge
+from .normalize import least_values
 from .state import LayerState
 
 
@@ -76,7 +76,7 @@ def backward_step(state: LayerState, batch: Batch, grad_output: Batch, *, traini
 
 def gradient_sums(state: LayerState, batch: Batch, grad_output: Batch) -> GradientSums:
     """What the other members of a group need to know of this shard."""
-    moments = shard_moments(state, batch)
+    moments = exact_moments(channels_second(state.config, batch))
     moved, grad = _wide(state, batch), _wide(state, grad_output)
     axes = [axis for axis in range(moved.dim()) if axis != 1]
     centered = moved - per_channel(moments.mean.to(moved.device), moved)

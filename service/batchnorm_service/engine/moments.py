@@ -55,6 +55,45 @@ class Moments:
             check_finite(tensor, f"the batch's {name}", "input")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Extremes:
+    """The range of a batch, from which the range of its output follows.
+
+    Attributes:
+        low: (C,) float64, the smallest values; infinity where there are none.
+        high: (C,) float64, the largest values; -infinity where there are none.
+        limit: the largest finite number that the output's dtype has.
+    """
+
+    low: Channels
+    high: Channels
+    limit: float
+
+
+def no_extremes(channels: int) -> Extremes:
+    """The range of a batch that is not here, and whose output is nobody's business."""
+    none = torch.full((channels,), math.inf, dtype=torch.float64)
+    return Extremes(none, -none, math.inf)
+
+
+def extremes(batch: Float[Tensor, "N C *rest"]) -> Extremes:
+    """The range of a batch."""
+    if batch.numel() == 0:
+        return no_extremes(batch.shape[1])
+    axes = [axis for axis in range(batch.dim()) if axis != 1]
+    low, high = (bound.double().cpu() for bound in (batch.amin(axes), batch.amax(axes)))
+    return Extremes(low, high, torch.finfo(batch.dtype).max)
+
+
+def merge_extremes(parts: list[Extremes], channels: int) -> Extremes:
+    """The range of all parts together; the narrowest dtype limits it."""
+    whole = no_extremes(channels)
+    for part in parts:
+        low, high = torch.minimum(whole.low, part.low), torch.maximum(whole.high, part.high)
+        whole = Extremes(low, high, min(whole.limit, part.limit))
+    return whole
+
+
 def check_finite(tensor: Tensor, what: str, field: str) -> None:
     """Raise `NonFinite`, naming `field` and the first such channel, when an element is NaN or infinite."""
     # A sum is finite only if every term is; it can overflow though all are, so only then look at each.

@@ -18,8 +18,9 @@ from batchnorm_client.errors import DtypeMismatch, ShapeMismatch
 from batchnorm_client.tensors import Tensor as WireTensor
 
 from .layout import Batch, channels_back, channels_second, is_dense, on, values_per_channel
-from .moments import Channels, Moments, check_enough, check_finite, exact_moments
+from .moments import Channels, Extremes, Moments, check_enough, check_finite, exact_moments, extremes
 from .state import LayerState
+from .tensors import TORCH_DTYPES
 
 
 class TrainStep(NamedTuple):
@@ -91,33 +92,72 @@ def train_step(state: LayerState, batch: Batch) -> TrainStep:
         step = step._replace(moments=exact_moments(moved))
     if config.non_finite == "reject":
         step.moments.check_finite()
-        check_output(state, step.output, count)
-    return step._replace(output=_finished(config, step.output))
+        _check_output(state, step.output, count)
+    return step._replace(output=_finished(config, config.clip, step.output))
 
 
-def shard_moments(state: LayerState, batch: Batch) -> Moments:
-    """The moments of one shard of a synchronized batch, in float64; a shard may be empty."""
-    return exact_moments(channels_second(state.config, batch))
+def shard_moments(state: LayerState, batch: Batch) -> tuple[Moments, Extremes]:
+    """The moments of one shard of a synchronized batch, in float64, and its range; a shard may be empty."""
+    moved = channels_second(state.config, batch)
+    return exact_moments(moved), extremes(moved)
 
 
-def normalize_with(state: LayerState, batch: Batch, moments: Moments) -> TrainStep:
-    """Normalize a shard with the statistics of the whole batch that it belongs to.
+def check_whole(state: LayerState, moments: Moments, ranges: Extremes) -> None:
+    """Refuse a synchronized batch, before any of its shards is normalized.
 
     Raises:
-        TooFewValues: the whole batch has fewer than two values per channel; for population statistics, none.
+        TooFewValues: fewer than two values per channel; for population statistics, none.
         NonFinite: NaN, infinity or overflow, and the layer rejects that.
     """
-    config = state.config
-    check_enough(moments.count, least_values(config))
-    mean, var = moments.mean.to(state.dtype), moments.biased_var().to(state.dtype)
-    if config.non_finite == "reject":
-        moments.check_finite()
-        check_finite(var, "the batch's variance", "input")
-    output = _with_statistics(state, channels_second(config, batch), mean, var)
-    if config.non_finite == "reject":
-        check_output(state, output, moments.count)
-    invstd = torch.rsqrt(moments.biased_var() + config.eps).to(state.dtype)
-    return TrainStep(_finished(config, output), moments, mean, invstd)
+    check_enough(moments.count, least_values(state.config))
+    if state.config.non_finite == "allow":
+        return
+    moments.check_finite()
+    check_finite(moments.biased_var().to(state.dtype), "the batch's variance", "input")
+    scale = torch.rsqrt(moments.biased_var() + state.config.eps)
+    shift = torch.zeros_like(scale)
+    if state.weight is not None and state.bias is not None:
+        scale, shift = scale * state.weight.double(), state.bias.double()
+    for bound in (ranges.low, ranges.high):
+        output = (bound - moments.mean) * scale + shift
+        # An infinite bound is that of no value at all.
+        too_large = bound.isfinite() & ~(output.abs() <= ranges.limit)
+        check_finite(torch.where(too_large, torch.inf, 0.0), "the output", "input")
+
+
+class Frozen(NamedTuple):
+    """What of a layer's state a training output depends on.
+
+    Attributes:
+        weight: (C,) or None.
+        bias: (C,) or None.
+        eps: added to the variance.
+        clip: the output's bound, or None.
+    """
+
+    weight: Channels | None
+    bias: Channels | None
+    eps: float
+    clip: float | None
+
+
+def frozen(state: LayerState) -> Frozen:
+    """The part of the state that a training output depends on."""
+    return Frozen(state.weight, state.bias, state.config.eps, state.config.clip)
+
+
+def normalize_with(config: LayerConfig, part: Frozen, batch: Batch, moments: Moments) -> TrainStep:
+    """Normalize a shard with the statistics of the whole batch that it belongs to."""
+    dtype = TORCH_DTYPES[config.dtype]
+    mean, var = moments.mean.to(dtype), moments.biased_var().to(dtype)
+    output = torch.empty_like(batch)
+    if batch.numel():
+        moved = channels_second(config, batch)
+        weight, bias, mean_there, var_there = on(batch.device, part.weight, part.bias, mean, var)
+        output = torch.native_batch_norm(moved, weight, bias, mean_there, var_there, False, 0.0, part.eps)[0]
+        output = _finished(config, part.clip, output)
+    invstd = torch.rsqrt(moments.biased_var() + part.eps).to(dtype)
+    return TrainStep(output, moments, mean, invstd)
 
 
 def eval_step(state: LayerState, batch: Batch) -> Batch:
@@ -133,7 +173,7 @@ def eval_step(state: LayerState, batch: Batch) -> Batch:
         output = _own_statistics(state, moved).output
     else:
         output = _with_statistics(state, moved, state.running_mean, state.running_var)
-    return _finished(state.config, output)
+    return _finished(state.config, state.config.clip, output)
 
 
 def eval_statistics(state: LayerState, batch: Batch) -> dict[str, Channels]:
@@ -157,7 +197,7 @@ def least_values(config: LayerConfig) -> int:
     return 1 if config.statistics == "population" else 2
 
 
-def check_output(state: LayerState, output: Batch, count: int) -> None:
+def _check_output(state: LayerState, output: Batch, count: int) -> None:
     """Refuse an output that overflowed its dtype; a pass over the output is made only where that is possible.
 
     |x - mean| / std is at most sqrt(count - 1), so |output| is at most max|weight| * sqrt(count) + max|bias|; the
@@ -203,8 +243,8 @@ def _with_statistics(state: LayerState, moved: Batch, mean: Channels, var: Chann
     return torch.native_batch_norm(moved, weight, bias, mean_there, var_there, False, 0.0, state.config.eps)[0]
 
 
-def _finished(config: LayerConfig, output: Batch) -> Batch:
+def _finished(config: LayerConfig, clip: float | None, output: Batch) -> Batch:
     """The kernel's output as the caller gets it: clipped if the layer does, channels where the input had them."""
-    if config.clip is not None:
-        output = output.clamp_(-config.clip, config.clip)
+    if clip is not None:
+        output = output.clamp_(-clip, clip)
     return channels_back(config, output)

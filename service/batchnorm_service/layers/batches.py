@@ -13,24 +13,25 @@ from batchnorm_client.tensors import Tensor
 
 from ..engine import gradients, normalize
 from ..engine.inverse import inverse_step
-from ..engine.moments import Moments
+from ..engine.moments import Moments, no_extremes
 from ..engine.posted import MOMENT_DTYPES, posted_moments
 from ..engine.state import LayerState
 from ..engine.tensors import to_wire
 from .changes import Done, Fold, ReplacedError
 from .computing import Computing
-from .groups import GroupCall, Member
+from .groups import GroupCall, Operation, Outcome
 from .receipts import Ticket, ticket
 from .records import Held
 from .resident import Resident, layer_not_found
 from .results import Differentiated, Folded, Normalized
 from .slots import Slot, Slots
 from .synchronized import FoldGroup, GradientGroup, Part
-from .work import BatchWork, PostedWork, Shard, Work
+from .work import BatchWork, PostedWork, Work
 
 Read = Callable[[Mapping[str, str]], Mapping[str, Tensor]]
 """Reads the caller's tensors, once it is known which there may be and in which dtype JSON numbers are to be read."""
 
+T = TypeVar("T")
 W = TypeVar("W", bound=Work)
 Prepare = Callable[[Held], Awaitable[tuple[W, Ticket]]]
 """Does the half of a call that needs no shared state, under a committed state."""
@@ -129,10 +130,10 @@ class Batches:
                     expected="mode=train and no clip",
                 )
             sums = await self._computing.run(size, gradients.gradient_sums, layer, batch, grad)
-            member = Member(ticket(key, f"backward {group.id} {group.size}", *wires), sums)
-            outcome = await slot.groups.join(group, member, GradientGroup(held, slot.queue))
+            member = ticket(key, f"backward {_name(group)}", *wires)
+            outcome = await _joined(slot, group, member, sums, GradientGroup(held, slot.queue))
             done = await self._computing.run(size, gradients.shard_backward, layer, batch, grad, outcome.whole)
-            return _differentiated(outcome.done.version, done, replayed=outcome.done.replayed)
+            return _differentiated(outcome.version, done, replayed=outcome.replayed)
 
     # ----------------------------------------------------------------------------------------------------- shards
 
@@ -142,29 +143,25 @@ class Batches:
         held = await slot.resident.fresh()
         wire = _input(held.state, read)
         batch = self._computing.batch(held.state, wire)
-        moments = await self._computing.run(batch.nbytes, normalize.shard_moments, held.state, batch)
-        part = Part(moments, Shard(batch, self._computing))
-        whole, done = await self._join(slot, held, group, Member(ticket(key, f"train {_name(group)}", wire), part))
-        shard = part.shard
-        assert shard is not None  # noqa: S101 - made three lines above
-        if shard.step is None or done.replayed:
-            await shard.finish(done.held.state, whole)
-        assert shard.step is not None  # noqa: S101 - what finish is for
-        return _normalized(shard.step, done, statistics=statistics)
+        part = Part(*await self._computing.run(batch.nbytes, normalize.shard_moments, held.state, batch))
+        member = ticket(key, f"train {_name(group)}", wire)
+        outcome = await _joined(slot, group, member, part, FoldGroup(held, slot.queue))
+        whole = outcome.whole
+        assert whole.frozen is not None  # noqa: S101 - what closing a group writes
+        step = await self._computing.run(
+            batch.nbytes, normalize.normalize_with, held.state.config, whole.frozen, batch, whole.moments
+        )
+        named = normalize.named_statistics(step) if statistics else {}
+        return Normalized(to_wire(step.output), outcome.version, outcome.batch, outcome.replayed, _to_wire(named))
 
     async def _fold_shard_moments(self, slot: Slot, read: Read, key: str | None, group: GroupCall) -> Folded:
         held = await slot.resident.fresh()
         moments, tensors = posted_moments(held.state.config, read(MOMENT_DTYPES), least=0)
-        member = Member(ticket(key, f"moments {_name(group)}", *tensors), Part(moments))
-        whole, done = await self._join(slot, held, group, member)
-        return Folded(done.version, done.batch, done.replayed, whole.count, _to_wire(_moments(whole)))
-
-    async def _join(self, slot: Slot, held: Held, group: GroupCall, member: Member[Part]) -> tuple[Moments, Done]:
-        try:
-            outcome = await slot.groups.join(group, member, FoldGroup(held, slot.queue))
-        except ReplacedError:
-            raise layer_not_found(slot.resident.name) from None  # the group was of a layer that is no more
-        return outcome.whole.moments, outcome.done
+        member = ticket(key, f"moments {_name(group)}", *tensors)
+        part = Part(moments, no_extremes(held.state.config.num_features))
+        outcome = await _joined(slot, group, member, part, FoldGroup(held, slot.queue))
+        whole = outcome.whole.moments
+        return Folded(outcome.version, outcome.batch, outcome.replayed, whole.count, _to_wire(_moments(whole)))
 
     # ---------------------------------------------------------------------------------------------------- helpers
 
@@ -182,6 +179,13 @@ class Batches:
                 return work, await slot.queue.submit(Fold(claim, held.stamp.incarnation, work))
             except ReplacedError:
                 continue  # the layer that has this name now decides what becomes of the batch
+
+
+async def _joined(slot: Slot, group: GroupCall, member: Ticket, part: T, operation: Operation[T]) -> Outcome[T]:
+    try:
+        return await slot.groups.join(group, member, part, operation)
+    except ReplacedError:
+        raise layer_not_found(slot.resident.name) from None  # the group was of a layer that is no more
 
 
 async def _prepared(resident: Resident, prepare: Prepare[W]) -> tuple[Held, tuple[W, Ticket]]:

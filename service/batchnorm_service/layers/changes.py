@@ -53,14 +53,12 @@ class Fold:
         ticket: the claim to be folded once.
         incarnation: of the layer that the batch was meant for.
         work: its moments, and what depends on the layer's weight, bias and config.
-        payload: what its receipt says beside the numbers.
         done: set once the fold is durable or refused.
     """
 
     ticket: Ticket
     incarnation: int
     work: Work
-    payload: bytes = b""
     done: asyncio.Future[Done] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 

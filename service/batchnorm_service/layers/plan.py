@@ -47,7 +47,7 @@ class Plan:
             settle(twin, replay(twin.ticket, self.held, first[twin.ticket.key]))
 
     def _receipt(self, waiting: Fold, batch: int) -> Receipt:
-        return waiting.ticket.receipt(self.held.stamp.version, batch, waiting.payload)
+        return waiting.ticket.receipt(self.held.stamp.version, batch, waiting.work.payload)
 
 
 async def make_plan(held: Held, waiting: Iterable[Fold]) -> Plan:

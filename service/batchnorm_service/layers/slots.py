@@ -20,13 +20,13 @@ class Slot:
     def __init__(self, name: str, store: Store, options: LayersOptions) -> None:
         self.resident = Resident(name, store)
         self.queue = Queue(self.resident, store, options.queue_length, options.store_timeout)
-        self.groups = Groups(self.resident, self.queue)
+        self.groups = Groups(name, store, self.queue)
         self.users = 0
 
     @property
     def idle(self) -> bool:
         """Whether nobody would miss it."""
-        return self.users == 0 and self.queue.idle and self.resident.idle and self.groups.idle
+        return self.users == 0 and self.queue.idle and self.resident.idle
 
 
 class Slots:

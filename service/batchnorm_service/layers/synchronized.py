@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
 from batchnorm_client.tensors import Tensor, decode_safetensors, encode_safetensors
 
 from ..engine.gradients import GradientSums, merge_sums
-from ..engine.moments import Moments, merge
+from ..engine.moments import Extremes, Moments, merge, merge_extremes
+from ..engine.normalize import Frozen
 from ..engine.tensors import to_torch, to_wire
-from .changes import Done, Fold
-from .groups import Member, Operation
+from .changes import Fold
 from .queue import Queue
 from .receipts import Ticket
 from .records import Held
-from .work import GroupWork, Shard
+from .work import WholeWork
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """A member's shard, and its moments.
+    """What a shard says of itself, or what all shards say together.
 
     Attributes:
-        moments: of the shard, or of all shards once they are merged.
-        shard: normalizes itself with the whole's statistics.
+        moments: count, mean and variance.
+        extremes: the smallest and largest values, so that an output that would overflow is found before the fold.
+        frozen: of the whole: the weight, bias and eps that every shard is normalized with.
     """
 
-    def __init__(self, moments: Moments, shard: Shard | None = None) -> None:
-        self.moments = moments
-        self.shard = shard
+    moments: Moments
+    extremes: Extremes
+    frozen: Frozen | None = None
 
 
-class FoldGroup(Operation[Part]):
+class FoldGroup:
     """Shards that are normalized together and folded once; some may have stayed with their callers."""
 
     name = "fold"
@@ -41,29 +44,45 @@ class FoldGroup(Operation[Part]):
         self.incarnation = held.stamp.incarnation
         self._held = held
         self._queue = queue
-        self._channels = held.state.config.num_features
 
     def merge(self, parts: list[Part]) -> Part:
         """All shards' moments in one."""
-        return Part(merge((part.moments for part in parts), self._channels))
+        channels = self._held.state.config.num_features
+        moments = merge((part.moments for part in parts), channels)
+        return Part(moments, merge_extremes([part.extremes for part in parts], channels))
 
-    async def commit(self, ticket: Ticket, whole: Part, members: list[Member[Part]], payload: bytes) -> Done:
-        """Normalize every shard, then fold the whole once."""
-        shards = [member.part.shard for member in members if member.part.shard is not None]
-        work = GroupWork(whole.moments, shards)
+    async def close(self, ticket: Ticket, whole: Part, closing: Callable[[bytes], bytes]) -> None:
+        """Fold the whole once, under the state that the commit is made on."""
+
+        def payload(frozen: Frozen) -> bytes:
+            return closing(self.pack(Part(whole.moments, whole.extremes, frozen)))
+
+        work = WholeWork(whole.moments, whole.extremes, payload)
         await work.under(self._held.state)
-        return await self._queue.submit(Fold(ticket, self.incarnation, work, payload))
+        await self._queue.submit(Fold(ticket, self.incarnation, work))
 
-    def pack(self, whole: Part) -> bytes:
-        """Count, mean and variance."""
-        return _pack(whole.moments, {})
+    def pack(self, part: Part) -> bytes:
+        """A safetensors file."""
+        tensors: dict[str, torch.Tensor | None] = {"low": part.extremes.low, "high": part.extremes.high}
+        metadata = {"limit": repr(part.extremes.limit)}
+        if part.frozen is not None:
+            metadata["eps"] = repr(part.frozen.eps)
+            metadata["clip"] = repr(part.frozen.clip)
+            tensors |= {"weight": part.frozen.weight, "bias": part.frozen.bias}
+        return _pack(part.moments, tensors, metadata)
 
-    def unpack(self, totals: bytes) -> Part:
+    def unpack(self, data: bytes) -> Part:
         """The inverse of `pack`."""
-        return Part(_unpack(totals)[0])
+        moments, tensors, metadata = _unpack(data)
+        extremes = Extremes(tensors["low"], tensors["high"], float(metadata["limit"]))
+        frozen = None
+        if "eps" in metadata:
+            clip = None if metadata["clip"] == "None" else float(metadata["clip"])
+            frozen = Frozen(tensors.get("weight"), tensors.get("bias"), float(metadata["eps"]), clip)
+        return Part(moments, extremes, frozen)
 
 
-class GradientGroup(Operation[GradientSums]):
+class GradientGroup:
     """Shards whose gradients are taken together; nothing is folded."""
 
     name = "backward"
@@ -77,29 +96,30 @@ class GradientGroup(Operation[GradientSums]):
         """All shards' sums in one."""
         return merge_sums(parts, self._channels)
 
-    async def commit(
-        self, ticket: Ticket, whole: GradientSums, members: list[Member[GradientSums]], payload: bytes
-    ) -> Done:
-        """Note the sums, so that a member whose answer was lost can have it again."""
-        return await self._queue.note(ticket, self.incarnation, payload)
+    async def close(self, ticket: Ticket, whole: GradientSums, closing: Callable[[bytes], bytes]) -> None:
+        """Note the sums."""
+        await self._queue.note(ticket, self.incarnation, closing(self.pack(whole)))
 
-    def pack(self, whole: GradientSums) -> bytes:
-        """Count, mean, variance and the two sums."""
-        return _pack(whole.moments, {"grad": whole.grad, "grad_centered": whole.grad_centered})
+    def pack(self, part: GradientSums) -> bytes:
+        """A safetensors file."""
+        return _pack(part.moments, {"grad": part.grad, "grad_centered": part.grad_centered}, {})
 
-    def unpack(self, totals: bytes) -> GradientSums:
+    def unpack(self, data: bytes) -> GradientSums:
         """The inverse of `pack`."""
-        moments, sums = _unpack(totals)
-        return GradientSums(moments, to_torch(sums["grad"]), to_torch(sums["grad_centered"]))
+        moments, sums, _ = _unpack(data)
+        return GradientSums(moments, sums["grad"], sums["grad_centered"])
 
 
-def _pack(moments: Moments, sums: Mapping[str, torch.Tensor]) -> bytes:
-    tensors = {"mean": moments.mean, "var": moments.biased_var(), **sums}
+def _pack(moments: Moments, others: Mapping[str, torch.Tensor | None], metadata: Mapping[str, str]) -> bytes:
+    tensors = {"mean": moments.mean, "var": moments.biased_var(), **others}
     wire = {"count": Tensor("int64", (), moments.count.to_bytes(8, "little"))}
-    return b"".join(encode_safetensors(wire | {name: to_wire(tensor) for name, tensor in tensors.items()}))
+    # 8-byte dtypes first, so that every tensor is aligned: only weight and bias may be narrower, and they come last.
+    wire |= {name: to_wire(tensor) for name, tensor in tensors.items() if tensor is not None}
+    return b"".join(encode_safetensors(wire, metadata))
 
 
-def _unpack(totals: bytes) -> tuple[Moments, dict[str, Tensor]]:
-    tensors, _ = decode_safetensors(bytearray(totals))
-    count = int(to_torch(tensors["count"]))
-    return Moments(count, to_torch(tensors["mean"]), to_torch(tensors["var"]), correction=0), tensors
+def _unpack(data: bytes) -> tuple[Moments, dict[str, torch.Tensor], Mapping[str, str]]:
+    wire, metadata = decode_safetensors(bytearray(data))
+    tensors = {name: to_torch(tensor) for name, tensor in wire.items()}
+    moments = Moments(int(tensors["count"]), tensors["mean"], tensors["var"], correction=0)
+    return moments, tensors, metadata

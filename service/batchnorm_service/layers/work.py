@@ -1,14 +1,14 @@
-"""What a fold folds: a batch that is here, moments whose batch stayed with the caller, or a group of both."""
+"""What a fold folds: a batch that is here, moments whose batch stayed with the caller, or the whole of a group."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
-from ..engine.moments import Moments, check_enough
-from ..engine.normalize import TrainStep, least_values, normalize_with, train_step
+from ..engine.moments import Extremes, Moments, check_enough
+from ..engine.normalize import Frozen, TrainStep, check_whole, frozen, least_values, train_step
 from ..engine.state import LayerState
 from .computing import Computing
 
@@ -19,10 +19,12 @@ class Work(Protocol):
     Attributes:
         basis: the state that it was done under.
         moments: what is to be folded.
+        payload: what the fold's receipt says beside the numbers.
     """
 
     basis: LayerState
     moments: Moments
+    payload: bytes
 
     async def under(self, state: LayerState) -> None:
         """Do it under this state. Raises `ProblemError` for what that state refuses."""
@@ -39,6 +41,7 @@ class BatchWork:
     basis: LayerState
     moments: Moments
     step: TrainStep
+    payload = b""
 
     def __init__(self, batch: torch.Tensor, computing: Computing) -> None:
         self._batch = batch
@@ -54,6 +57,7 @@ class PostedWork:
     """Moments that a caller sent."""
 
     basis: LayerState
+    payload = b""
 
     def __init__(self, moments: Moments) -> None:
         self.moments = moments
@@ -66,35 +70,18 @@ class PostedWork:
         self.basis = state
 
 
-class Shard:
-    """One member's part of a synchronized batch.
-
-    Attributes:
-        step: its output under the whole's statistics, once those are known.
-    """
-
-    def __init__(self, batch: torch.Tensor, computing: Computing) -> None:
-        self.step: TrainStep | None = None
-        self._batch = batch
-        self._computing = computing
-
-    async def finish(self, state: LayerState, whole: Moments) -> None:
-        """Normalize the shard with the statistics of the whole batch."""
-        self.step = await self._computing.run(self._batch.nbytes, normalize_with, state, self._batch, whole)
-
-
-class GroupWork:
-    """All shards of a synchronized batch, normalized with the statistics of the whole."""
+class WholeWork:
+    """All shards of a synchronized batch; each will be normalized where it came to."""
 
     basis: LayerState
+    payload: bytes
 
-    def __init__(self, moments: Moments, shards: Sequence[Shard]) -> None:
+    def __init__(self, moments: Moments, extremes: Extremes, payload: Callable[[Frozen], bytes]) -> None:
         self.moments = moments
-        self._shards = shards
+        self._extremes = extremes
+        self._payload = payload
 
     async def under(self, state: LayerState) -> None:
-        """See `Work`. Every shard is normalized before anything is folded: one that overflows refuses the whole."""
-        await PostedWork(self.moments).under(state)
-        for shard in self._shards:
-            await shard.finish(state, self.moments)
-        self.basis = state
+        """See `Work`. An output that would overflow, in whichever shard, refuses the whole."""
+        check_whole(state, self.moments, self._extremes)
+        self.basis, self.payload = state, self._payload(frozen(state))

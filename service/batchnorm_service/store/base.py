@@ -11,8 +11,8 @@ expire, and they go when their layer is deleted.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
 HEAD_BYTES: Final = 4096
@@ -102,6 +102,37 @@ class Full:
     """The store holds as many records as the limit allows. Nothing was written."""
 
 
+class Shard(NamedTuple):
+    """One member's part of a group that has not closed yet.
+
+    Attributes:
+        member: 16 bytes, who brings it.
+        fingerprint: 16 bytes, what the part stands for.
+        part: what the other members need to know of it.
+    """
+
+    member: bytes
+    fingerprint: bytes
+    part: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Gathering:
+    """Who has come to a group so far.
+
+    Attributes:
+        size: how many members it was opened for.
+        members: those that came, with the fingerprints of their parts.
+        parts: all parts, in the order of the members' keys, once the group is complete; empty until then.
+        added: whether this call made its caller a member.
+    """
+
+    size: int
+    members: Mapping[bytes, bytes]
+    parts: tuple[bytes, ...]
+    added: bool = field(default=False, compare=False)
+
+
 class Entry(NamedTuple):
     """A record as a listing shows it; `head` is the first `HEAD_BYTES` bytes of its data, or all of them."""
 
@@ -172,6 +203,19 @@ class Store(Protocol):
 
     async def delete(self, name: str, expected: Stamp) -> Committed | Conflict | Missing:
         """Remove the record whose stamp is `expected`, and its receipts with it, durably."""
+        ...
+
+    async def join(self, name: str, incarnation: int, group: bytes, size: int, shard: Shard) -> Gathering | Missing:
+        """Add a shard to a group of a layer, unless its member is there already or the group has no place for it.
+
+        A group is opened by its first shard; one with another size is not added. Shards are forgotten when receipts
+        are. `Missing` when there is no record of that name and incarnation. A repeat changes nothing, so it also asks
+        who has come.
+        """
+        ...
+
+    async def leave(self, name: str, incarnation: int, group: bytes, member: bytes | None) -> None:
+        """Take a member's shard out of a group again; None takes all of them."""
         ...
 
     async def list(self, prefix: str, after: str, limit: int) -> list[Entry]:

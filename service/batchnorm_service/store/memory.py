@@ -7,6 +7,7 @@ import time
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 
 from batchnorm_service.store.base import (
@@ -17,15 +18,24 @@ from batchnorm_service.store.base import (
     Entry,
     Exists,
     Full,
+    Gathering,
     Missing,
     Receipt,
     Record,
+    Shard,
     Stamp,
     StoreError,
     Unchanged,
 )
 
 _PURGE_STEP = 100
+
+
+@dataclass(slots=True)
+class _Group:
+    size: int
+    expires: float
+    shards: dict[bytes, Shard] = field(default_factory=dict)
 
 
 class MemoryStore:
@@ -51,6 +61,7 @@ class MemoryStore:
         self._records: dict[str, Record] = {}
         self._names: list[str] = []  # sorted: by code points, which is the order of their UTF-8 bytes
         self._floor = 0  # the largest version of any deleted record
+        self._groups: dict[tuple[int, bytes], _Group] = {}
         # Of all layers together and oldest first, so that purging needs no search. The incarnation makes receipts of
         # a deleted layer unreachable at once; they leave memory when they expire.
         self._receipts: OrderedDict[tuple[int, bytes], tuple[float, Receipt]] = OrderedDict()
@@ -122,6 +133,32 @@ class MemoryStore:
         del self._names[bisect_left(self._names, name)]
         self._floor = max(self._floor, expected.version)
         return Committed()
+
+    async def join(self, name: str, incarnation: int, group: bytes, size: int, shard: Shard) -> Gathering | Missing:
+        """See `Store.join`."""
+        await self.ping()
+        present = self._records.get(name)
+        if present is None or present.stamp.incarnation != incarnation:
+            return Missing()
+        now = self._clock()
+        for key in [key for key, group_ in self._groups.items() if group_.expires <= now]:
+            del self._groups[key]
+        found = self._groups.setdefault((incarnation, group), _Group(size, now + self._receipt_seconds))
+        added = found.size == size and shard.member not in found.shards and len(found.shards) < size
+        if added:
+            found.shards[shard.member] = shard
+        shards = [found.shards[member] for member in sorted(found.shards)]
+        parts = tuple(each.part for each in shards) if len(shards) == found.size else ()
+        return Gathering(found.size, {each.member: each.fingerprint for each in shards}, parts, added)
+
+    async def leave(self, name: str, incarnation: int, group: bytes, member: bytes | None) -> None:
+        """See `Store.leave`."""
+        await self.ping()
+        if (found := self._groups.get((incarnation, group))) is not None:
+            if member is not None:
+                found.shards.pop(member, None)
+            if member is None or not found.shards:
+                del self._groups[incarnation, group]
 
     async def list(self, prefix: str, after: str, limit: int) -> list[Entry]:
         """See `Store.list`."""

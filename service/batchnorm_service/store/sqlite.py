@@ -18,9 +18,11 @@ from batchnorm_service.store.base import (
     Entry,
     Exists,
     Full,
+    Gathering,
     Missing,
     Receipt,
     Record,
+    Shard,
     Stamp,
     StoreError,
     Unchanged,
@@ -112,6 +114,14 @@ class SqliteStore:
     async def delete(self, name: str, expected: Stamp) -> Committed | Conflict | Missing:
         """See `Store.delete`."""
         return await self._do(name, lambda c: self._table.delete(c, name, expected), writes=True)
+
+    async def join(self, name: str, incarnation: int, group: bytes, size: int, shard: Shard) -> Gathering | Missing:
+        """See `Store.join`."""
+        return await self._do(name, lambda c: self._table.join(c, name, incarnation, group, size, shard), writes=True)
+
+    async def leave(self, name: str, incarnation: int, group: bytes, member: bytes | None) -> None:
+        """See `Store.leave`."""
+        await self._do(name, lambda c: self._table.leave(c, incarnation, group, member), writes=True)
 
     async def list(self, prefix: str, after: str, limit: int) -> list[Entry]:
         """See `Store.list`."""

@@ -16,9 +16,11 @@ from batchnorm_service.store.base import (
     Entry,
     Exists,
     Full,
+    Gathering,
     Missing,
     Receipt,
     Record,
+    Shard,
     Stamp,
     Unchanged,
 )
@@ -49,6 +51,20 @@ SCHEMA: Final = (
         PRIMARY KEY (incarnation, key)
     ) WITHOUT ROWID
     """,
+    # Shards of groups that have not closed yet; small, few, and gone when their group closes.
+    """
+    CREATE TABLE shards (
+        incarnation INTEGER NOT NULL,
+        grp BLOB NOT NULL,
+        member BLOB NOT NULL,
+        size INTEGER NOT NULL,
+        fingerprint BLOB NOT NULL,
+        part BLOB NOT NULL,
+        expires INTEGER NOT NULL,
+        PRIMARY KEY (incarnation, grp, member)
+    )
+    """,
+    "CREATE INDEX shards_by_expiry ON shards (expires)",
     "CREATE INDEX receipts_by_expiry ON receipts (expires)",
     # How many layers there are (counting rows would take longer the more there are), and the largest version that
     # any deleted layer had: a new layer starts above it, so versions never repeat for a name.
@@ -132,6 +148,44 @@ class SqliteTable:
         connection.execute("DELETE FROM layers WHERE name = ?", (name,))
         connection.execute("UPDATE meta SET layers = layers - 1, floor = max(floor, ?)", (present.version,))
         return Committed()
+
+    def join(
+        self, connection: sqlite3.Connection, name: str, incarnation: int, group: bytes, size: int, shard: Shard
+    ) -> Gathering | Missing:
+        """See `Store.join`."""
+        present = _stamp(connection, name)
+        if present is None or present.incarnation != incarnation:
+            return Missing()
+        now = self._clock()
+        connection.execute("DELETE FROM shards WHERE expires <= ?", (now,))
+        there = (incarnation, group)
+        found = connection.execute(
+            "SELECT member, fingerprint, size FROM shards WHERE incarnation = ? AND grp = ? ORDER BY member", there
+        ).fetchall()
+        members = {member: fingerprint for member, fingerprint, _ in found}
+        opened = found[0][2] if found else size
+        added = opened == size and shard.member not in members and len(members) < size
+        if added:
+            connection.execute(
+                "INSERT INTO shards (incarnation, grp, member, size, fingerprint, part, expires)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (*there, shard.member, size, shard.fingerprint, shard.part, math.ceil(now + self._receipt_seconds)),
+            )
+            members[shard.member] = shard.fingerprint
+        parts: tuple[bytes, ...] = ()
+        if len(members) == opened:
+            rows = connection.execute(
+                "SELECT part FROM shards WHERE incarnation = ? AND grp = ? ORDER BY member", there
+            )
+            parts = tuple(part for (part,) in rows)
+        return Gathering(opened, members, parts, added)
+
+    def leave(self, connection: sqlite3.Connection, incarnation: int, group: bytes, member: bytes | None) -> None:
+        """See `Store.leave`."""
+        connection.execute(
+            "DELETE FROM shards WHERE incarnation = ? AND grp = ? AND member = coalesce(?, member)",
+            (incarnation, group, member),
+        )
 
     def list(self, connection: sqlite3.Connection, prefix: str, after: str, limit: int) -> list[Entry]:
         """See `Store.list`."""
