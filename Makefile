@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CONSTRAINTS := -c constraints.txt
 
-.PHONY: help run test check demo clean
+.PHONY: help run test check demo bench bench-quick bench-gpu example-digits clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 run: $(VENV)/service.stamp ## start the service on 127.0.0.1:8000
 	@exec $(BIN)/batchnorm-service serve $(ARGS)
@@ -29,6 +29,18 @@ check: $(VENV)/dev.stamp ## lint, types and arrows only
 demo: $(VENV)/dev.stamp ## normalize the digits images through a real server, beside torch
 	$(BIN)/python examples/digits.py
 
+bench: .venv-bench/bench.stamp ## measure every row of benchmarks/README.md, other servers too (under 15 minutes)
+	@.venv-bench/bin/python -m benchmarks $(ARGS)
+
+bench-quick: .venv-bench/bench.stamp ## the same without other servers, in two minutes: before and after a change
+	@.venv-bench/bin/python -m benchmarks --quick $(ARGS)
+
+bench-gpu: .venv-bench/bench.stamp ## the engine on a CUDA device, against torch's own module and against copying
+	@.venv-bench/bin/python -m benchmarks.gpu
+
+example-digits: $(VENV)/dev.stamp ## train two nets on digits with remote layers, beside torch; draws docs/digits_training.png
+	$(BIN)/python examples/digits_training.py --plot docs/digits_training.png
+
 # torch comes first and pinned: a plain `torch`, or a range, would bring gigabytes of CUDA packages.
 $(VENV)/service.stamp: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once) ..."
@@ -42,5 +54,13 @@ $(VENV)/dev.stamp: $(VENV)/service.stamp
 	@$(PIP) install $(CONSTRAINTS) --editable '.[service,torch,demo,dev]'
 	@touch $@
 
+# The benchmarks have an environment of their own; other servers get theirs from benchmarks/peers.
+.venv-bench/bench.stamp: pyproject.toml constraints.txt
+	@echo "Setting up .venv-bench (once) ..."
+	@test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	@.venv-bench/bin/python -m pip --disable-pip-version-check --quiet install $(CONSTRAINTS) "$$(grep '^torch==' constraints.txt)"
+	@.venv-bench/bin/python -m pip --disable-pip-version-check --quiet install $(CONSTRAINTS) --editable '.[service]'
+	@touch $@
+
 clean: ## remove everything that the targets made
-	rm -rf $(VENV) .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-bench .venv-bench-* .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache

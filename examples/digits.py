@@ -5,15 +5,7 @@ Run it with `make demo`. It fails when the service's statistics differ from torc
 
 from __future__ import annotations
 
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
-import time
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import httpx
 import numpy as np
@@ -21,45 +13,14 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from server import server
 from sklearn.datasets import load_digits
 
 from batchnorm_client.contract import IDEMPOTENCY_KEY, NPY
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 BATCH_SIZE = 64
 LAYER = "/v1/layers/digits"
 console = Console()
-
-
-@contextmanager
-def server(data: Path) -> Iterator[httpx.Client]:
-    """A service over the given file, on a free port; stopped at the end, which must be clean."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "batchnorm_service", "serve", "--port", str(port), "--store", f"sqlite:///{data}"]
-    process = subprocess.Popen([*command, "--log-level", "warning"], stdout=subprocess.DEVNULL)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
-            while not _ready(client):
-                if process.poll() is not None:
-                    raise SystemExit(f"the server stopped with status {process.returncode}")
-                time.sleep(0.05)
-            yield client
-    finally:
-        process.send_signal(signal.SIGTERM)
-        status = process.wait()
-    if status != 0:
-        raise SystemExit(f"the server should stop with status 0, not {status}")
-
-
-def _ready(client: httpx.Client) -> bool:
-    try:
-        return client.get("/readyz").is_success
-    except httpx.TransportError:
-        return False
 
 
 def normalize(client: httpx.Client, mode: str, batch: np.ndarray, key: str | None = None) -> np.ndarray:
@@ -89,7 +50,7 @@ def main() -> None:
     worst = 0.0
     with tempfile.TemporaryDirectory() as folder:
         for part, first in ((batches[:half], 0), (batches[half:], half)):
-            with server(Path(folder) / "digits.db") as client:
+            with server(f"sqlite:///{folder}/digits.db") as address, httpx.Client(base_url=address) as client:
                 client.put(LAYER, json={"num_features": 1, "dimensions": 2}).raise_for_status()
                 for index, batch in enumerate(track(part, f"train, batches {first + 1} to {first + len(part)}"), first):
                     output = normalize(client, "train", batch, key=f"batch-{index}")

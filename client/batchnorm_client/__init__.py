@@ -1,1 +1,106 @@
-"""The light half of the batch-normalization service: the wire's documents, tensors and problems."""
+"""A client for the batch-normalization service, and the wire's documents, tensors and problems.
+
+    from batchnorm_client import Client
+
+    with Client() as client:
+        layer = client.create_layer("obs", num_features=64)
+        output = layer.train(batch).output
+
+numpy arrays and torch tensors go in, and come out as the same kind, dtype and device. torch is imported by nobody but
+the caller, httpx when the first client is made.
+"""
+
+from batchnorm_client.async_client import AsyncClient, AsyncRemoteLayer
+from batchnorm_client.client import Client, RemoteLayer
+from batchnorm_client.contract import Layer, LayerConfig, LayerSummary
+from batchnorm_client.core import Retry
+from batchnorm_client.errors import (
+    PROBLEMS,
+    BatchNormError,
+    ConnectionFailed,
+    DeviceUnavailable,
+    DtypeMismatch,
+    Forbidden,
+    GroupClosed,
+    GroupIncomplete,
+    GroupMismatch,
+    IdempotencyKeyReused,
+    InternalError,
+    InvalidRequest,
+    LayerExists,
+    LayerNotFound,
+    MalformedBody,
+    MethodNotAllowed,
+    NoAnswer,
+    NonFinite,
+    NotAcceptable,
+    NotFound,
+    NotImplementedProblem,
+    Overloaded,
+    PayloadTooLarge,
+    ProblemError,
+    RequestError,
+    ServiceError,
+    ShapeMismatch,
+    StoreUnavailable,
+    TimedOut,
+    TooFewValues,
+    TooManyLayers,
+    Unauthenticated,
+    UnexpectedAnswer,
+    UnsupportedMediaType,
+    VersionMismatch,
+)
+from batchnorm_client.options import LayerChanges, LayerOptions
+from batchnorm_client.results import BatchStatistics, EvalResult, TrainResult
+
+__all__ = [
+    "PROBLEMS",
+    "AsyncClient",
+    "AsyncRemoteLayer",
+    "BatchNormError",
+    "BatchStatistics",
+    "Client",
+    "ConnectionFailed",
+    "DeviceUnavailable",
+    "DtypeMismatch",
+    "EvalResult",
+    "Forbidden",
+    "GroupClosed",
+    "GroupIncomplete",
+    "GroupMismatch",
+    "IdempotencyKeyReused",
+    "InternalError",
+    "InvalidRequest",
+    "Layer",
+    "LayerChanges",
+    "LayerConfig",
+    "LayerExists",
+    "LayerNotFound",
+    "LayerOptions",
+    "LayerSummary",
+    "MalformedBody",
+    "MethodNotAllowed",
+    "NoAnswer",
+    "NonFinite",
+    "NotAcceptable",
+    "NotFound",
+    "NotImplementedProblem",
+    "Overloaded",
+    "PayloadTooLarge",
+    "ProblemError",
+    "RemoteLayer",
+    "RequestError",
+    "Retry",
+    "ServiceError",
+    "ShapeMismatch",
+    "StoreUnavailable",
+    "TimedOut",
+    "TooFewValues",
+    "TooManyLayers",
+    "TrainResult",
+    "Unauthenticated",
+    "UnexpectedAnswer",
+    "UnsupportedMediaType",
+    "VersionMismatch",
+]

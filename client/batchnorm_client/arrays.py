@@ -6,7 +6,6 @@ torch is not imported here: whoever passes a torch tensor has done so.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
@@ -32,6 +31,8 @@ def to_wire(array: object) -> Tensor:
     Raises:
         TypeError: it is neither, or has a dtype that does not travel.
     """
+    if isinstance(array, Tensor):
+        return array
     if isinstance(array, np.ndarray):
         if isinstance(array, np.ma.MaskedArray):
             raise TypeError("a masked array does not travel: its mask would be lost")
@@ -72,9 +73,6 @@ def to_torch(tensor: Tensor) -> torch.Tensor:
 def to_numpy(tensor: Tensor) -> npt.NDArray[Any]:
     """A numpy array on a tensor's buffer."""
     return tensor.numpy()
-
-
-Restore = Callable[[Tensor], A]
 
 
 def _from_torch(tensor: torch.Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    FailFast,
     Field,
     StringConstraints,
     ValidationInfo,
@@ -158,7 +157,7 @@ Vector = Annotated[list[Element], Field(max_length=MAX_FEATURES, fail_fast=True)
 class LayerUpdate(Document):
     """What PATCH may set. A field that is absent stays as it is.
 
-    `momentum: null` means cumulative, `half_life: null` that nothing is forgotten, `clip: null` that nothing is clipped.
+    `momentum: null` means cumulative; `half_life: null` forgets nothing, `clip: null` clips nothing.
     """
 
     eps: float | None = Field(None, gt=0, allow_inf_nan=False)

@@ -92,20 +92,23 @@ class UnexpectedAnswer(BatchNormError):
     def __init__(
         self,
         detail: str,
-        *,
         status: int,
+        *,
         name: str | None = None,
         request_id: str | None = None,
         retry_after: float | None = None,
         **fields: Any,
     ) -> None:
-        super().__init__(detail)
+        super().__init__(detail, status)  # both, so that it can be pickled
         self.detail = detail
         self.status = status
         self.name = name
         self.request_id = request_id
         self.retry_after = retry_after
         self.fields = fields
+
+    def __str__(self) -> str:
+        return self.detail
 
 
 class ProblemError(BatchNormError):

@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import numpy.typing as npt
 
 if TYPE_CHECKING:
+    import ssl
+
+    import httpx
     import torch
 
     Numbers = npt.NDArray[Any] | torch.Tensor | Sequence[float]
-    StateDict = Mapping[str, npt.NDArray[Any] | torch.Tensor | int]
+    from batchnorm_client.tensors import Tensor
+
+    StateDict = Mapping[str, npt.NDArray[Any] | torch.Tensor | Tensor | int]
 
 
 class LayerOptions(TypedDict, total=False):
@@ -28,6 +33,8 @@ class LayerOptions(TypedDict, total=False):
         dtype: of the state, "float32" or "float64".
         device: where the state lives, "cpu", "cuda" or "cuda:N"; None for the service's default.
         non_finite: "reject" or "allow" a train batch that has NaN or infinity, or overflows.
+        half_life: of population statistics, in samples; None for never forgetting.
+        clip: outputs are clamped to [-clip, clip]; None for not at all.
     """
 
     eps: float
@@ -40,6 +47,8 @@ class LayerOptions(TypedDict, total=False):
     dtype: Literal["float32", "float64"]
     device: str | None
     non_finite: Literal["reject", "allow"]
+    half_life: float | None
+    clip: float | None
 
 
 class LayerChanges(TypedDict, total=False):
@@ -50,6 +59,8 @@ class LayerChanges(TypedDict, total=False):
         momentum: torch's sense; None is the cumulative average.
         track_running_stats: whether train calls change the running statistics, and eval calls use them.
         non_finite: "reject" or "allow".
+        half_life: of population statistics, in samples; None for never forgetting.
+        clip: outputs are clamped to [-clip, clip]; None for not at all.
         weight: gamma, (C,).
         bias: beta, (C,).
     """
@@ -58,8 +69,30 @@ class LayerChanges(TypedDict, total=False):
     momentum: float | None
     track_running_stats: bool
     non_finite: Literal["reject", "allow"]
+    half_life: float | None
+    clip: float | None
     weight: Numbers
     bias: Numbers
+
+
+class HttpOptions(TypedDict, total=False):
+    """Options of the HTTP client that a client makes, under httpx's names.
+
+    Attributes:
+        timeout: seconds, or an `httpx.Timeout`; 30, and 5 to connect.
+        limits: of the connection pool.
+        verify: an SSL context, or False to trust any certificate.
+        cert: a client certificate.
+        proxy: its URL.
+        trust_env: whether the environment's proxies and certificates count; True.
+    """
+
+    timeout: float | httpx.Timeout | None
+    limits: httpx.Limits
+    verify: ssl.SSLContext | str | bool
+    cert: str | tuple[str, str] | tuple[str, str, str]
+    proxy: str | httpx.URL | httpx.Proxy
+    trust_env: bool
 
 
 What = Literal["running_stats", "parameters", "all"]

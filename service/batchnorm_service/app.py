@@ -28,7 +28,7 @@ def create_app(settings: Settings | None = None, store: Store | None = None) -> 
         StoreRefusedError: `settings.store` names no store.
     """
     settings = settings or Settings()
-    store = store or store_from_url(settings.store, receipt_seconds=settings.receipt_seconds)
+    store = store or make_store(settings)
     torch.set_num_threads(settings.threads)
     layers = Layers(
         store,
@@ -39,6 +39,7 @@ def create_app(settings: Settings | None = None, store: Store | None = None) -> 
             queue_length=settings.queue_length,
             store_timeout=settings.store_timeout_seconds,
             inline_bytes=settings.inline_bytes,
+            max_staleness=settings.max_staleness_ms / 1000,
         ),
     )
 
@@ -65,6 +66,19 @@ def create_app(settings: Settings | None = None, store: Store | None = None) -> 
     )
     shell.app.state.settings, shell.app.state.store, shell.app.state.layers = settings, store, layers
     return shell
+
+
+def make_store(settings: Settings) -> Store:
+    """The store that the settings name, not open yet. Raises `StoreRefusedError` when they name none."""
+    return store_from_url(
+        settings.store,
+        receipt_seconds=settings.receipt_seconds,
+        exclusive=settings.workers == 1,
+        connections=settings.store_connections,
+        timeout=settings.store_call_timeout_seconds,
+        wait_replicas=settings.store_wait_replicas,
+        wait_timeout=settings.store_wait_timeout_seconds,
+    )
 
 
 def _text(secret: SecretStr | None) -> str | None:

@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Generator
+from typing import Any
 
 import uvicorn
 
@@ -19,7 +20,8 @@ BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75
 """Longer than clients keep idle connections (httpx: 5 s), so that the client closes first and no request is lost."""
 
-Announce = Callable[[str, Shell], None]
+Announce = Callable[[str, Settings, str], None]
+"""Is told the URL, the settings, and the store's own URL, once the service listens."""
 
 
 class PortUnavailableError(Exception):
@@ -59,24 +61,30 @@ def run(settings: Settings, announce: Announce) -> None:
     configure_logging(settings)
     with listen(settings.host, settings.port) as listener:
         shell = create_app(settings)
-        config = uvicorn.Config(
-            shell,
-            loop="uvloop",
-            http="httptools",
-            ws="none",
-            lifespan="off",  # `serve` runs it: an error there is to reach the caller, not uvicorn's log
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            backlog=BACKLOG,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=settings.shutdown_seconds,
-        )
-        url = _url(settings.host, listener.getsockname()[1])
-        server = Server(config, lambda: announce(url, shell))
+        # `_serve` runs the lifespan: an error there is to reach the caller, not uvicorn's log.
+        config = uvicorn_config(settings, shell, lifespan="off")
+        url = address(settings, listener)
+        server = Server(config, lambda: announce(url, settings, shell.app.state.store.url))
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
             runner.run(_serve(server, shell, listener))
+
+
+def uvicorn_config(settings: Settings, app: Shell | str, **options: Any) -> uvicorn.Config:
+    """How uvicorn serves `app`."""
+    return uvicorn.Config(
+        app,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=settings.shutdown_seconds,
+        **options,
+    )
 
 
 async def _serve(server: Server, shell: Shell, listener: socket.socket) -> None:
@@ -112,6 +120,8 @@ def configure_logging(settings: Settings) -> None:
     logging.getLogger("asyncio").setLevel("WARNING")
 
 
-def _url(host: str, port: int) -> str:
+def address(settings: Settings, listener: socket.socket) -> str:
+    """The URL at which the service can be reached from this machine."""
+    host, port = settings.host, listener.getsockname()[1]
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)  # noqa: S104 - compared, not bound
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"

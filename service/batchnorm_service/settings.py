@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import quote
@@ -65,6 +65,24 @@ class Settings(BaseSettings):
     store_timeout_seconds: float = Field(10, gt=0, allow_inf_nan=False)
     """How long a call waits for a store that does not answer before it gets 503."""
 
+    store_call_timeout_seconds: float = Field(5, gt=0, allow_inf_nan=False)
+    """How long one round trip to a Valkey server may take."""
+
+    store_connections: int = Field(2, ge=1)
+    """Connections to each Valkey server."""
+
+    store_wait_replicas: int = Field(0, ge=0)
+    """How many Valkey replicas must have a change before it is acknowledged; see docs/durability.md."""
+
+    store_wait_timeout_seconds: float = Field(1, gt=0, allow_inf_nan=False)
+    """How long a call waits for those replicas before it gets 503."""
+
+    max_staleness_ms: float = Field(0, ge=0, allow_inf_nan=False)
+    """For how long an answer may rest on an earlier look at a shared store; 0: every call looks."""
+
+    workers: int = Field(1, ge=1, le=1024)
+    """Processes that share the port and the store. Each has a cache of its own: a store in memory cannot serve them."""
+
     max_concurrent_requests: int = Field(512, ge=1)
     """How many calls may run at once; one more gets 503. Times the largest body, it bounds the memory."""
 
@@ -96,9 +114,14 @@ class Settings(BaseSettings):
         return self
 
 
+def export(given: Mapping[str, object]) -> None:
+    """Set flags as environment variables, so that worker processes have them too."""
+    os.environ |= {PREFIX + name.upper(): str(value) for name, value in given.items()}
+
+
 def unknown_variables(names: Iterable[str] | None = None) -> list[str]:
     """Variables with the prefix that no setting reads, each with the one that may have been meant."""
-    known = [name.upper() for name in Settings.model_fields]
+    known = [name.upper() for name in (*Settings.model_fields, "url")]  # the client reads BATCHNORM_URL
     unknown = sorted(
         name
         for name in (os.environ if names is None else names)

@@ -14,8 +14,23 @@ README = Path(__file__).parents[2] / "README.md"
 EXAMPLES = re.findall(r"```sh\n(curl.*?|for .*?|python3.*?)```\n```(\w+)\n(.*?)```", README.read_text(), re.DOTALL)
 
 
+SNIPPETS = re.findall(r"```python\n(.*?)```\n```text\n(.*?)```", README.read_text(), re.DOTALL)
+
+
 def test_the_readme_has_examples() -> None:
     assert len(EXAMPLES) >= 5
+    assert len(SNIPPETS) >= 2
+
+
+def test_the_python_examples_print_what_the_readme_says(start, capsys: pytest.CaptureFixture[str]) -> None:
+    server = start("--store", "memory:")
+    namespace: dict[str, object] = {}
+    try:
+        for code, expected in SNIPPETS:
+            exec(code.replace("http://127.0.0.1:8000", server.url), namespace)
+            assert capsys.readouterr().out == expected, code
+    finally:
+        namespace["client"].close()
 
 
 def test_the_curl_examples_print_what_the_readme_says(start, tmp_path: Path) -> None:

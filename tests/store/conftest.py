@@ -1,19 +1,24 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
 
 import pytest
 
 from batchnorm_service.store.base import Store
-from store.harness import MemoryTable, Sabotaged, SqliteTable, Table
+from store import valkey_servers
+from store.harness import MemoryTable, Sabotaged, SqliteTable, Table, ValkeyTable
 
-TABLES: dict[str, Callable[[Path], Table]] = {
+Fixture = Callable[[str], Any]
+TABLES: dict[str, Callable[[Fixture], Table]] = {
     "memory": lambda _: MemoryTable(exclusive=True),
     "memory-shared": lambda _: MemoryTable(exclusive=False),
-    "sqlite": lambda path: SqliteTable(path / "layers.db", exclusive=True),
-    "sqlite-shared": lambda path: SqliteTable(path / "layers.db", exclusive=False),
+    "sqlite": lambda fixture: SqliteTable(fixture("tmp_path") / "layers.db", exclusive=True),
+    "sqlite-shared": lambda fixture: SqliteTable(fixture("tmp_path") / "layers.db", exclusive=False),
+    "valkey": lambda fixture: ValkeyTable(fixture("valkey_server")),
+    "valkey-cluster": lambda fixture: ValkeyTable(fixture("valkey_cluster")),
+    "valkey-cluster-wait": lambda fixture: ValkeyTable(fixture("valkey_cluster"), wait_replicas=1),
 }
 
 
@@ -22,9 +27,21 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+@pytest.fixture(scope="session")
+def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[valkey_servers.Server]:
+    with valkey_servers.server(tmp_path_factory.mktemp("valkey")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def valkey_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[valkey_servers.Cluster]:
+    with valkey_servers.cluster(tmp_path_factory.mktemp("cluster"), node_timeout=10_000) as cluster:
+        yield cluster
+
+
 @pytest.fixture(params=TABLES)
-def table(request: pytest.FixtureRequest, tmp_path: Path) -> Table:
-    return TABLES[request.param](tmp_path)
+def table(request: pytest.FixtureRequest) -> Table:
+    return TABLES[request.param](request.getfixturevalue)
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ from typing import Any
 from batchnorm_service.store.base import Exists, Full, Receipt, Record, Store
 from batchnorm_service.store.memory import MemoryStore
 from batchnorm_service.store.sqlite import SqliteStore
+from batchnorm_service.store.valkey import ValkeyStore
+from store.valkey_servers import Cluster, Server, flush, let_pass
 
 RECEIPT_SECONDS = 3600.0
 LIMIT = 1_000_000
@@ -90,8 +92,26 @@ class SqliteTable(Table):
         self._clock.now += seconds
 
 
+class ValkeyTable(Table):
+    """The servers' clocks cannot be moved: what would expire later is made to do so earlier."""
+
+    def __init__(self, servers: Server | Cluster, *, wait_replicas: int = 0) -> None:
+        self._url = servers.url
+        self._primaries = servers.primaries() if isinstance(servers, Cluster) else [servers]
+        self._wait_replicas = wait_replicas
+        flush(self._primaries)
+
+    def store(self) -> ValkeyStore:
+        return ValkeyStore(self._url, RECEIPT_SECONDS, timeout=30, wait_replicas=self._wait_replicas, wait_timeout=30)
+
+    def forward(self, seconds: float) -> None:
+        let_pass(self._primaries, seconds)
+
+
 def receipt(version: int = 2, batch: int = 1) -> Receipt:
-    return Receipt(secrets.token_bytes(16), secrets.token_bytes(16), version, batch)
+    return Receipt(
+        secrets.token_bytes(16), secrets.token_bytes(16), version, batch, secrets.token_bytes(version % 3 * 20)
+    )
 
 
 def after(record: Record, data: bytes) -> Record:

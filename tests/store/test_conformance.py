@@ -162,6 +162,16 @@ async def test_duplicates_come_before_a_conflict(store: Store) -> None:
     assert answer == Duplicates((used,)), "a repeat after a lost reply learns that it was applied"
 
 
+@pytest.mark.parametrize("field", Stamp._fields)
+async def test_duplicates_are_told_whatever_stamp_is_expected(store: Store, field: str) -> None:
+    record = await created(store, "a")
+    used = receipt()
+    assert await store.commit("a", record.stamp, None, [used]) == Committed()
+    nowhere = record.stamp._replace(**{field: -1})
+    assert await store.commit("a", nowhere, None, [receipt(), used]) == Duplicates((used,))
+    assert await store.commit("a", nowhere, None, [receipt()]) == Conflict()
+
+
 async def test_missing_comes_before_duplicates(store: Store) -> None:
     first = await created(store, "a")
     used = receipt()

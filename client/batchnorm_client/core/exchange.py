@@ -47,8 +47,8 @@ class Request(Generic[T]):
         reads: the call changes nothing.
         repeat_in_doubt: whether the call may be sent again when an earlier try may have taken effect: because it
             carries a key, sets values, or has a condition that cannot hold twice.
-        settle: tells, when an earlier try may have taken effect, what to send after this error instead; None for
-            the usual way.
+        settle: tells, when an earlier try may have taken effect, what to send after this error instead: a call that
+            only reads, and either finds the result or raises the error that it was made for. None for the usual way.
     """
 
     method: str

@@ -1,9 +1,9 @@
 """When to send a call again, and how long to wait first.
 
 Why not stamina or tenacity: what is sent next is not always the same call (a lost answer to a DELETE is settled by
-looking, not by deleting again), and a deadline has to bound the wait that `Retry-After` asks for and the timeouts of each
-try; theirs is looked at between tries only. What would be left to them is a loop of four lines. Here it is a value
-without a clock or a sleep of its own, so that both clients use the same.
+looking, not by deleting again), and a deadline has to bound the wait that `Retry-After` asks for and the timeouts of
+each try; theirs is looked at between tries only. What would be left to them is a loop of four lines. Here it is a
+value that does not sleep, so that both clients use the same.
 """
 
 from __future__ import annotations
@@ -18,14 +18,23 @@ from typing import Final, Generic, TypeVar
 
 from batchnorm_client.core.exchange import Answer, Request
 from batchnorm_client.core.problems import error_of, unreadable
-from batchnorm_client.errors import BatchNormError, NoAnswer, Overloaded, ProblemError, TimedOut, UnexpectedAnswer
+from batchnorm_client.errors import (
+    BatchNormError,
+    NoAnswer,
+    ProblemError,
+    TimedOut,
+    UnexpectedAnswer,
+)
 
 T = TypeVar("T")
 
 _log = logging.getLogger("batchnorm_client")
 _GATEWAY: Final = (502, 503, 504)
 _NEVER: Final = {"group-incomplete"}
-"""Problems whose status says "try again", and whose meaning says that it would be another call."""
+"""Problems whose status says "try again", while their meaning says that it would have to be another call."""
+
+_NOTHING_DONE: Final = {"overloaded", "not-implemented", "group-incomplete"}
+"""Problems with a status from 500 on that a call has only before it takes effect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +81,7 @@ class Attempts(Generic[T]):
         self._retry = retry
         self._clock = clock
         self._tries = 0
+        self._unsettled: BatchNormError | None = None
         self._end = math.inf if retry.deadline is None else clock() + retry.deadline
 
     def remaining(self) -> float:
@@ -104,14 +114,11 @@ class Attempts(Generic[T]):
         Raises:
             BatchNormError: `error`, when there is no other try; its `outcome_unknown` says what that means.
         """
-        if not self.request.reads:
-            self.in_doubt = self.in_doubt or _may_be_done(error)
-            error.outcome_unknown = self.in_doubt
-        else:
-            error.outcome_unknown = self.in_doubt
+        self.in_doubt |= not self.request.reads and _may_be_done(error)
+        error.outcome_unknown = self.in_doubt
         self._tries += 1
         follow_up = self.request.settle(error) if self.in_doubt and self.request.settle else None
-        if follow_up is None and not self._again(error):
+        if error is self._unsettled or (follow_up is None and not self._again(error)):
             raise error
         wait = 0.0 if follow_up else self._wait(error)
         if self._tries >= self._retry.attempts or self._clock() + wait >= self._end:
@@ -119,7 +126,8 @@ class Attempts(Generic[T]):
             raise error
         call = f"{self.request.method} {self.request.target}"
         _log.info("%s: %s: %s; next try in %.2f s", call, type(error).__name__, error, wait)
-        self.request = follow_up or self.request
+        if follow_up is not None:
+            self.request, self._unsettled = follow_up, error
         return wait
 
     def _again(self, error: BatchNormError) -> bool:
@@ -145,6 +153,6 @@ def _may_be_done(error: BatchNormError) -> bool:
     """Whether a call that ended in this error may have taken effect all the same."""
     if isinstance(error, NoAnswer):
         return error.outcome_unknown
-    if isinstance(error, ProblemError):
-        return error.status >= 500 and not isinstance(error, Overloaded)
-    return isinstance(error, UnexpectedAnswer) and not 400 <= error.status < 500
+    if isinstance(error, ProblemError | UnexpectedAnswer):
+        return not 400 <= error.status < 500 and error.name not in _NOTHING_DONE
+    return False

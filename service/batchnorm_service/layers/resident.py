@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import time
+
 from batchnorm_client.errors import LayerNotFound, StoreUnavailable
 
 from ..store.base import Missing, Stamp, Store, StoreError, Unchanged
@@ -17,10 +20,12 @@ class Resident:
         held: what this process knows of the layer; None when it knows nothing, or a commit's outcome is unknown.
     """
 
-    def __init__(self, name: str, store: Store) -> None:
+    def __init__(self, name: str, store: Store, max_staleness: float = 0.0) -> None:
         self.name = name
         self.held: Held | None = None
         self._store = store
+        self._max_staleness = max_staleness
+        self._asked = -math.inf  # when the newest look at the store began that `held` rests on
         self._changes = 0
         self._check = SharedCheck(self._load)
 
@@ -46,16 +51,18 @@ class Resident:
     async def fresh(self) -> Held:
         """The newest committed state: no fold that was acknowledged before this call is missing from it.
 
+        With `max_staleness`, none that was acknowledged so many seconds earlier.
+
         Raises:
             LayerNotFound: there is no such layer.
             StoreUnavailable: the store does not answer.
         """
-        if self._store.exclusive and self.held is not None:
+        if self.held is not None and (self._store.exclusive or time.monotonic() - self._asked < self._max_staleness):
             return self.held
         return await self._check()
 
     async def _load(self) -> Held:
-        asked, changes = self.held, self._changes
+        asked, changes, began = self.held, self._changes, time.monotonic()
         unless: Stamp | None = asked.stamp if asked else None
         try:
             found = await self._store.load(self.name, unless)
@@ -63,12 +70,14 @@ class Resident:
             raise StoreUnavailable(f"the store does not answer: {error}", retry_after=1) from error
         if isinstance(found, Unchanged):
             assert asked is not None  # noqa: S101 - only a stamp can be unchanged
+            if changes == self._changes:
+                self._asked = began
             return asked
         loaded = None if isinstance(found, Missing) else decode(found)
         # A commit of ours that was acknowledged meanwhile may be newer than what was found: this call may use what it
         # found, since it asked after it came, but only a later one may say which of the two stays.
         if changes == self._changes:
-            self.held = loaded
+            self.held, self._asked = loaded, began
         if loaded is None:
             raise layer_not_found(self.name)
         return loaded

@@ -21,6 +21,7 @@ class LayersOptions:
         queue_length: how many calls may wait for one layer's commits.
         store_timeout: seconds for which a call waits for a store that does not answer.
         inline_bytes: batches up to this size are computed on the event loop, larger ones in a thread.
+        max_staleness: seconds for which a look at a shared store counts; 0: every call looks.
     """
 
     device: str = "cpu"
@@ -29,6 +30,7 @@ class LayersOptions:
     queue_length: int = 1024
     store_timeout: float = 10.0
     inline_bytes: int = 1 << 17
+    max_staleness: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ class Slot:
     """A resident layer with its queue and groups, and how many calls are using them."""
 
     def __init__(self, name: str, store: Store, options: LayersOptions) -> None:
-        self.resident = Resident(name, store)
+        self.resident = Resident(name, store, options.max_staleness)
         self.queue = Queue(self.resident, store, options.queue_length, options.store_timeout)
         self.groups = Groups(name, store, self.queue)
         self.users = 0

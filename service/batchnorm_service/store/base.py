@@ -11,7 +11,7 @@ expire, and they go when their layer is deleted.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
@@ -61,6 +61,20 @@ class Receipt(NamedTuple):
     version: int
     batch: int
     payload: bytes = b""
+
+
+class Lasting(NamedTuple):
+    """A receipt, whose it is, and how long it still counts.
+
+    Attributes:
+        incarnation: of the layer.
+        receipt: as it was written.
+        seconds: until it expires.
+    """
+
+    incarnation: int
+    receipt: Receipt
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +209,8 @@ class Store(Protocol):
     ) -> Committed | Conflict | Missing | Duplicates:
         """Replace the record whose stamp is `expected` and add the receipts, together or not at all, durably.
 
-        `record` None leaves the record as it is and adds the receipts only; otherwise its stamp is `expected.next()`.
+        `record` None leaves the record as it is and adds the receipts only; otherwise its stamp is `expected.next()`,
+        or in a migration one with a larger version yet.
         Which answer comes when more than one fits: Missing before Duplicates before Conflict. `Duplicates` holds every
         one of the given keys that has an unexpired receipt.
         """
@@ -220,4 +235,18 @@ class Store(Protocol):
 
     async def list(self, prefix: str, after: str, limit: int) -> list[Entry]:
         """Up to `limit` records whose names start with `prefix` and follow `after`, in the order of their bytes."""
+        ...
+
+    def receipts(self) -> AsyncIterator[Sequence[Lasting]]:
+        """Every unexpired receipt of every layer, in no order, some at a time; one may come twice.
+
+        Those that are written meanwhile may be among them or not, and so may those of deleted layers.
+        """
+        ...
+
+    async def remember(self, name: str, incarnation: int, receipts: Sequence[Lasting]) -> Committed | Missing:
+        """Add receipts that last as long as they say, durably; one whose key has an unexpired receipt is left out.
+
+        `Missing` when there is no record of that name and incarnation.
+        """
         ...

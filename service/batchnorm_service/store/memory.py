@@ -6,7 +6,7 @@ import secrets
 import time
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -19,6 +19,7 @@ from batchnorm_service.store.base import (
     Exists,
     Full,
     Gathering,
+    Lasting,
     Missing,
     Receipt,
     Record,
@@ -171,6 +172,30 @@ class MemoryStore:
             record = self._records[name]
             entries.append(Entry(name, record.stamp, record.data[:HEAD_BYTES]))
         return entries
+
+    async def receipts(self) -> AsyncIterator[Sequence[Lasting]]:
+        """See `Store.receipts`."""
+        await self.ping()
+        now = self._clock()
+        yield [
+            Lasting(incarnation, receipt, expires - now)
+            for (incarnation, _), (expires, receipt) in self._receipts.items()
+            if expires > now
+        ]
+
+    async def remember(self, name: str, incarnation: int, receipts: Sequence[Lasting]) -> Committed | Missing:
+        """See `Store.remember`."""
+        await self.ping()
+        present = self._records.get(name)
+        if present is None or present.stamp.incarnation != incarnation:
+            return Missing()
+        now = self._clock()
+        for _, receipt, seconds in receipts:
+            if not self._unexpired(incarnation, [receipt], now):
+                # Not in the order of expiry: those behind one that lasts longer leave memory when it does.
+                self._receipts.pop((incarnation, receipt.key), None)
+                self._receipts[incarnation, receipt.key] = (now + seconds, receipt)
+        return Committed()
 
     def _unexpired(self, incarnation: int, receipts: Sequence[Receipt], now: float) -> tuple[Receipt, ...]:
         found = (self._receipts.get((incarnation, key)) for key in dict.fromkeys(each.key for each in receipts))

@@ -6,7 +6,7 @@ import asyncio
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
@@ -19,6 +19,7 @@ from batchnorm_service.store.base import (
     Exists,
     Full,
     Gathering,
+    Lasting,
     Missing,
     Receipt,
     Record,
@@ -32,6 +33,8 @@ from batchnorm_service.store.sqlite_table import SqliteTable
 from batchnorm_service.store.sqlite_thread import Job, SqliteThread
 
 T = TypeVar("T")
+
+_PAGE = 1000
 
 
 class SqliteStore:
@@ -126,6 +129,17 @@ class SqliteStore:
     async def list(self, prefix: str, after: str, limit: int) -> list[Entry]:
         """See `Store.list`."""
         return await self._do(None, lambda c: self._table.list(c, prefix, after, limit))
+
+    async def receipts(self) -> AsyncIterator[Sequence[Lasting]]:
+        """See `Store.receipts`."""
+        after = (-1, b"")
+        while page := await self._do(None, lambda c, after=after: self._table.receipts(c, after, _PAGE)):  # type: ignore[misc]
+            yield page
+            after = (page[-1].incarnation, page[-1].receipt.key)
+
+    async def remember(self, name: str, incarnation: int, receipts: Sequence[Lasting]) -> Committed | Missing:
+        """See `Store.remember`."""
+        return await self._do(name, lambda c: self._table.remember(c, name, incarnation, receipts), writes=True)
 
     def _connect(self) -> sqlite3.Connection:
         return open_file(self.path, exclusive=self.exclusive, busy_seconds=self._busy_seconds)

@@ -17,6 +17,7 @@ from batchnorm_service.store.base import (
     Exists,
     Full,
     Gathering,
+    Lasting,
     Missing,
     Receipt,
     Record,
@@ -73,6 +74,10 @@ SCHEMA: Final = (
 )
 
 _PURGE_STEP: Final = 100
+_INSERT_RECEIPT: Final = (  # REPLACE: an expired receipt of the same key may not have been purged yet
+    "INSERT OR REPLACE INTO receipts (incarnation, key, fingerprint, version, batch, payload, expires)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?)"
+)
 
 
 class SqliteTable:
@@ -131,11 +136,7 @@ class SqliteTable:
                 (*record.stamp, record.data, name),
             )
         expires = math.ceil(now + self._receipt_seconds)
-        connection.executemany(  # REPLACE: an expired receipt of the same key may not have been purged yet
-            "INSERT OR REPLACE INTO receipts (incarnation, key, fingerprint, version, batch, payload, expires)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?)",
-            ((present.incarnation, *receipt, expires) for receipt in receipts),
-        )
+        connection.executemany(_INSERT_RECEIPT, ((present.incarnation, *receipt, expires) for receipt in receipts))
         return Committed()
 
     def delete(self, connection: sqlite3.Connection, name: str, expected: Stamp) -> Committed | Conflict | Missing:
@@ -202,6 +203,37 @@ class SqliteTable:
             with connection.blobopen("layers", "data", row, readonly=True) as blob:
                 entries.append(Entry(name, Stamp(incarnation, version, commit_id), blob.read(HEAD_BYTES)))
         return entries
+
+    def receipts(
+        self, connection: sqlite3.Connection, after: tuple[int, bytes], limit: int
+    ) -> Sequence[Lasting]:
+        """Up to `limit` unexpired receipts that follow an incarnation and key."""
+        now = self._clock()
+        rows = connection.execute(
+            "SELECT incarnation, expires, key, fingerprint, version, batch, payload FROM receipts"
+            " WHERE (incarnation, key) > (?, ?) AND expires > ? ORDER BY incarnation, key LIMIT ?",
+            (*after, now, limit),
+        )
+        return [Lasting(row[0], Receipt(*row[2:]), row[1] - now) for row in rows]
+
+    def remember(
+        self, connection: sqlite3.Connection, name: str, incarnation: int, receipts: Sequence[Lasting]
+    ) -> Committed | Missing:
+        """See `Store.remember`."""
+        present = _stamp(connection, name)
+        if present is None or present.incarnation != incarnation:
+            return Missing()
+        now = self._clock()
+        there = {each.key for each in _unexpired(connection, incarnation, [each.receipt for each in receipts], now)}
+        connection.executemany(
+            _INSERT_RECEIPT,
+            (
+                (incarnation, *receipt, math.ceil(now + seconds))
+                for _, receipt, seconds in receipts
+                if receipt.key not in there
+            ),
+        )
+        return Committed()
 
     def purge(self, connection: sqlite3.Connection, changes: int) -> None:
         """Remove some expired receipts: more than `changes`, so that they go faster than new ones come."""

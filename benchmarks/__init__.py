@@ -1,0 +1,1 @@
+"""Reproducible comparisons: each row of the table is a ratio of two sides that were measured in turns."""

@@ -1,0 +1,181 @@
+"""The client that does not block. What it shares with the one that does is in `core` and `transport`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
+
+import numpy.typing as npt
+
+from batchnorm_client.arrays import A, to_numpy, to_torch
+from batchnorm_client.contract import Layer, LayerSummary
+from batchnorm_client.core import Answer, Attempts, Request, Retry, calls
+from batchnorm_client.errors import BatchNormError, NoAnswer
+from batchnorm_client.options import HttpOptions, LayerChanges, LayerOptions, What
+from batchnorm_client.results import EvalResult, TrainResult
+
+if TYPE_CHECKING:
+    import httpx
+    import torch
+
+    from batchnorm_client.options import StateDict
+
+T = TypeVar("T")
+
+
+class AsyncClient:
+    """A batch-normalization service, from Python that does not block.
+
+        async with AsyncClient("http://127.0.0.1:8000") as client:
+            layer = await client.create_layer("obs", num_features=64)
+            output = (await layer.train(batch)).output
+
+    Arguments, repeats and exceptions are those of `Client`; `http` is an `httpx.AsyncClient`.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        *,
+        token: str | None = None,
+        retry: Retry | None = None,
+        http: httpx.AsyncClient | None = None,
+        **options: Unpack[HttpOptions],
+    ) -> None:
+        import anyio  # noqa: PLC0415 - as httpx, which needs it
+        import httpx  # noqa: PLC0415 - it takes longer to import than this whole package
+
+        from batchnorm_client import transport  # noqa: PLC0415
+
+        self._transport = transport
+        self._sleep = anyio.sleep
+        self._link = transport.Link(base_url, token, http, options)
+        self._own = http is None
+        self._http = httpx.AsyncClient(**self._link.options) if http is None else http
+        self._retry = retry or Retry()
+
+    @property
+    def base_url(self) -> str:
+        """The service's address."""
+        return self._link.base
+
+    async def create_layer(self, name: str, num_features: int, **options: Unpack[LayerOptions]) -> AsyncRemoteLayer:
+        """As `Client.create_layer`."""
+        await self._call(calls.create(name, num_features, options))
+        return self.layer(name)
+
+    def layer(self, name: str) -> AsyncRemoteLayer:
+        """As `Client.layer`; makes no call."""
+        return AsyncRemoteLayer(self, name)
+
+    async def layers(self, prefix: str = "") -> AsyncIterator[LayerSummary]:
+        """As `Client.layers`: `async for layer in client.layers()`."""
+        after: str | None = None
+        while True:
+            page = await self._call(calls.page(prefix, after))
+            for layer in page.layers:
+                yield layer
+            after = page.next
+            if after is None:
+                return
+
+    async def ready(self) -> bool:
+        """As `Client.ready`."""
+        try:
+            return await self._call(calls.ready(), Retry(attempts=1, deadline=self._retry.deadline))
+        except NoAnswer:
+            return False
+
+    async def aclose(self) -> None:
+        """Close the connections, unless the HTTP client was passed in."""
+        if self._own:
+            await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.base_url!r})"
+
+    async def _call(self, request: Request[T], retry: Retry | None = None) -> T:
+        attempts = Attempts(request, retry or self._retry)
+        while True:
+            try:
+                return attempts.receive(await self._send(attempts))
+            except BatchNormError as error:
+                wait = attempts.pause(error)
+            await self._sleep(wait)
+
+    async def _send(self, attempts: Attempts[Any]) -> Answer:
+        with self._transport.our_errors():
+            response = await self._http.send(self._link.outgoing(self._http, attempts.request, attempts), stream=True)
+            try:
+                incoming = self._transport.Incoming(response, attempts.remaining)
+                async for part in response.aiter_bytes():
+                    incoming.add(part)
+            finally:
+                await response.aclose()
+        return incoming.answer()
+
+
+class AsyncRemoteLayer:
+    """A layer of a service: `RemoteLayer` with methods to be awaited.
+
+    Attributes:
+        name: of the layer.
+    """
+
+    def __init__(self, client: AsyncClient, name: str) -> None:
+        calls.layer_path(name)
+        self.name = name
+        self._client = client
+
+    async def train(self, x: A, *, key: str | None = None, statistics: bool = False) -> TrainResult[A]:
+        """As `RemoteLayer.train`. Calls that run at the same time count in the order of their commits."""
+        return await self._client._call(calls.train(self.name, x, key=key, statistics=statistics))
+
+    async def eval(self, x: A, *, statistics: bool = False) -> EvalResult[A]:
+        """As `RemoteLayer.eval`."""
+        return await self._client._call(calls.evaluate(self.name, x, statistics=statistics))
+
+    async def inspect(self) -> Layer:
+        """As `RemoteLayer.inspect`."""
+        return await self._client._call(calls.inspect(self.name))
+
+    async def update(self, *, if_match: int | None = None, **changes: Unpack[LayerChanges]) -> Layer:
+        """As `RemoteLayer.update`."""
+        return await self._client._call(calls.update(self.name, changes, if_match))
+
+    async def reset(
+        self, what: What = "running_stats", *, key: str | None = None, if_match: int | None = None
+    ) -> Layer:
+        """As `RemoteLayer.reset`."""
+        return await self._client._call(calls.reset(self.name, what, key, if_match))
+
+    @overload
+    async def state_dict(self, *, as_torch: Literal[False] = False) -> dict[str, npt.NDArray[Any]]: ...
+    @overload
+    async def state_dict(self, *, as_torch: Literal[True]) -> dict[str, torch.Tensor]: ...
+    async def state_dict(self, *, as_torch: bool = False) -> dict[str, npt.NDArray[Any]] | dict[str, torch.Tensor]:
+        """As `RemoteLayer.state_dict`."""
+        tensors = await self._client._call(calls.state(self.name))
+        if as_torch:
+            return {name: to_torch(tensor) for name, tensor in tensors.items()}
+        return {name: to_numpy(tensor) for name, tensor in tensors.items()}
+
+    async def load_state_dict(self, state_dict: StateDict, *, if_match: int | None = None) -> Layer:
+        """As `RemoteLayer.load_state_dict`."""
+        return await self._client._call(calls.replace_state(self.name, state_dict, if_match))
+
+    async def delete(self, *, if_match: int | None = None) -> None:
+        """As `RemoteLayer.delete`."""
+        await self._client._call(calls.delete(self.name, if_match))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r} at {self._client.base_url})"

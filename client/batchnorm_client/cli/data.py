@@ -1,0 +1,102 @@
+"""Arrays in .npy files, batch by batch: neither the input nor the output is ever in memory as a whole."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from batchnorm_client.cli.service import USAGE, fail
+
+Array = npt.NDArray[Any]
+
+
+class Batches:
+    """An array's rows, some at a time; the file is mapped into memory.
+
+    Args:
+        path: a .npy file.
+        size: rows in a batch.
+        dtype: what each batch is converted to before it is sent; None leaves it.
+        whole: leave out the last rows where they do not fill a batch.
+    """
+
+    def __init__(self, path: Path, size: int, dtype: str | None = None, *, whole: bool = False) -> None:
+        self.path = path
+        self.array = _mapped(path)
+        rows = len(self.array)
+        self.rows = rows - rows % size if whole else rows
+        self.dtype = np.dtype(dtype) if dtype else self.array.dtype
+        self._size = size
+
+    def __len__(self) -> int:
+        return len(range(0, self.rows, self._size))
+
+    def __iter__(self) -> Iterator[tuple[slice, Array]]:
+        for start in range(0, self.rows, self._size):
+            place = slice(start, min(start + self._size, self.rows))
+            yield place, self.array[place].astype(self.dtype, copy=False)
+
+
+def _mapped(path: Path) -> Array:
+    try:
+        with path.open("rb") as file:
+            if file.read(6) != b"\x93NUMPY":
+                fail(f"{path}: not a .npy file", USAGE)
+        array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        fail(f"{path}: {error.strerror or error}", USAGE)
+    except ValueError as error:
+        fail(f"{path}: not a .npy file that can be mapped: {error}", USAGE)
+    if array.ndim < 2:
+        fail(f"{path}: an array of shape {array.shape} is no batch; (N, C) is the least", USAGE)
+    return array
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to. It takes the place of `path` when all went well, and is gone otherwise."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+_WIDE = 60
+"""Narrower terminals see the bar and the count only."""
+
+
+class _Rate(ProgressColumn):
+    """Samples in a second."""
+
+    def render(self, task: Task) -> Text:
+        samples = task.fields["samples"]
+        rate = samples / task.elapsed if task.elapsed else 0
+        return Text(f"{rate:,.0f}/s", "cyan")
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Any]:
+    """A bar on stderr, where that is a terminal: a function to be called with the samples that are done by now."""
+    console = Console(stderr=True)
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn()]
+    if console.width >= _WIDE:
+        columns += [_Rate(), TimeRemainingColumn(compact=True)]
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(label, total=total, samples=0)
+
+        def advance(samples: int) -> None:
+            bar.update(task, advance=1, samples=samples)
+
+        yield advance

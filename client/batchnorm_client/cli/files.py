@@ -1,0 +1,86 @@
+"""Commands that move a layer's tensors to a safetensors file and back: export, import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import orjson
+import typer
+from rich.text import Text
+
+from batchnorm_client.cli.data import written
+from batchnorm_client.cli.output import Json, console, print_document, print_json
+from batchnorm_client.cli.service import USAGE, IfMatch, Name, Token, Url, calling, fail, size
+from batchnorm_client.errors import ProblemError
+from batchnorm_client.tensors import Tensor, decode_safetensors, encode_safetensors, itemsize
+
+_CONFIG = "batchnorm.config"
+"""The metadata entry that keeps the config, so that `import --create` can make the same layer again."""
+
+
+def export(
+    name: Name,
+    file: Annotated[Path, typer.Argument(metavar="FILE.safetensors", help="Is replaced if it exists.")],
+    url: Url = None,
+    token: Token = None,
+    json: Json = False,
+) -> None:
+    """Write a layer's tensors to a safetensors file, named as in torch's `state_dict()`."""
+    with calling(url, token) as client:
+        layer = client.layer(name)
+        config = layer.inspect().config
+        tensors = {key: Tensor.of(array) for key, array in layer.state_dict().items()}
+        wide_first = dict(sorted(tensors.items(), key=lambda item: -itemsize(item[1].dtype)))
+        metadata = {"format": "pt", _CONFIG: config.model_dump_json(exclude_defaults=True, exclude={"device"})}
+        with written(file) as part, part.open("wb") as opened:
+            opened.writelines(encode_safetensors(wide_first, metadata))
+    if json:
+        print_json({"name": name, "file": str(file), "tensors": {key: tensors[key].shape for key in tensors}})
+    else:
+        console().print(Text.assemble((name, "bold cyan"), f": {', '.join(tensors)} written to {file}"))
+
+
+def import_(
+    name: Name,
+    file: Annotated[Path, typer.Argument(metavar="FILE.safetensors", help="From export, or a module's state_dict.")],
+    create: Annotated[
+        bool, typer.Option("--create", help="Create the layer first, as the file says.", show_default=False)
+    ] = False,
+    if_match: IfMatch = None,
+    url: Url = None,
+    token: Token = None,
+    json: Json = False,
+) -> None:
+    """Replace a layer's tensors by those of a safetensors file; those that it lacks stay."""
+    try:
+        tensors, metadata = decode_safetensors(bytearray(file.read_bytes()))
+        options = _config(tensors, metadata) if create else {}
+    except OSError as error:
+        fail(f"{file}: {error.strerror or error}", USAGE)
+    except (ProblemError, ValueError) as error:
+        fail(f"{file}: {error}", USAGE)
+    with calling(url, token) as client:
+        layer = client.create_layer(name, **options) if create else client.layer(name)
+        document = layer.load_state_dict(tensors, if_match=if_match)
+    if json:
+        print_document(document)
+    else:
+        done = f": {', '.join(tensors)} read from {file}; {size(document)}"
+        console().print(Text.assemble((name, "bold cyan"), done))
+
+
+def _config(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Any:
+    """The config of a layer that these tensors fit: that of the file, or torch's defaults."""
+    if _CONFIG in metadata:
+        config: dict[str, Any] = orjson.loads(metadata[_CONFIG])
+        return config
+    some = next((tensor for tensor in tensors.values() if len(tensor.shape) == 1), None)
+    if some is None:
+        raise ValueError("no tensor says how many channels there are")
+    return {
+        "num_features": some.shape[0],
+        "affine": "weight" in tensors,
+        "track_running_stats": "running_mean" in tensors,
+        "dtype": "float64" if some.dtype == "float64" else "float32",
+    }

@@ -1,0 +1,190 @@
+"""What commands print: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from batchnorm_client.contract import Layer, LayerSummary
+
+Vector = npt.NDArray[np.float64]
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.", show_default=False)]
+
+_LEVELS: Final = "▁▂▃▄▅▆▇█"
+_PLAIN_LEVELS: Final = "_.-:=+*#"
+_NARROW: Final = 60
+"""Terminals of fewer columns get a sparkline's range on a line of its own."""
+
+_LABEL: Final = 14
+_RANGE: Final = 24
+
+
+def console() -> Console:
+    """For stdout as it is now: tests and pipes change it."""
+    return Console(highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document. What is not finite becomes a string, as in the contract."""
+    typer.echo(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY).decode())
+
+
+def print_document(layer: Layer) -> None:
+    """A layer as JSON, as the service gives it."""
+    typer.echo(layer.model_dump_json())
+
+
+def layers_table(layers: Iterable[LayerSummary], width: int) -> Table:
+    """One line for each layer; where there is little room, without version and time."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column("layer", style="cyan", overflow="fold", min_width=8)
+    names = ("channels", "batches", "version", "updated")[: 2 if width < _NARROW else 4]
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for layer in layers:
+        counts = [f"{count:,}" for count in (layer.num_features, layer.num_batches_tracked, layer.version)]
+        table.add_row(Text(layer.name), *[*counts, ago(layer.updated_at)][: len(names)])
+    return table
+
+
+def print_layer(layer: Layer, channels: bool, out: Console) -> None:
+    """Everything about a layer; its vectors as sparklines, or channel by channel."""
+    out.print(Text(layer.name, "bold cyan"))
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="dim", no_wrap=True, min_width=_LABEL - 2)
+    facts.add_column(overflow="fold")
+    for label, value in _facts(layer):
+        facts.add_row(label, value)
+    out.print(facts)
+    vectors = _vectors(layer)
+    if not vectors:
+        return
+    out.print()
+    if channels:
+        out.print(_channel_table(vectors))
+        return
+    for label, values in vectors.items():
+        out.print(_sparkline_row(label, values, out))
+
+
+def _facts(layer: Layer) -> Iterable[tuple[str, str]]:
+    config = layer.config
+    ranks = config.input_ranks
+    shape = "any rank from 2 on" if ranks is None else "rank " + " or ".join(map(str, ranks))
+    yield "channels", f"{config.num_features:,} on axis {config.channel_axis}; {shape}"
+    yield "state", config.dtype + (f" on {config.device}" if config.device else "")
+    yield "batches", f"{layer.num_batches_tracked:,}"
+    yield "samples", f"{layer.samples_tracked:,} per channel"
+    yield "version", f"{layer.version:,}"
+    yield "statistics", _statistics(layer)
+    yield "options", _options(layer)
+    for label, moment in (("created", layer.created_at), ("updated", layer.updated_at)):
+        yield label, f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC, {ago(moment)}"
+
+
+def _statistics(layer: Layer) -> str:
+    config = layer.config
+    if config.statistics == "population":
+        rule = "population: exact over all samples"
+    elif config.momentum is None:
+        rule = "moving, cumulative average"
+    else:
+        rule = f"moving, momentum {config.momentum:g}"
+    return rule if config.track_running_stats else f"{rule}; not tracked"
+
+
+def _options(layer: Layer) -> str:
+    config = layer.config.model_dump()
+    options = [f"eps {config['eps']:g}", "affine" if config["affine"] else "not affine"]
+    options.append(f"non-finite batches: {config['non_finite']}")
+    options += [f"{name.replace('_', ' ')} {config[name]:g}" for name in ("half_life", "clip") if config.get(name)]
+    return ", ".join(options)
+
+
+def _vectors(layer: Layer) -> dict[str, Vector]:
+    found = {}
+    if layer.running_mean is not None and layer.running_var is not None:
+        found["running mean"] = np.asarray(layer.running_mean, np.float64)
+        with np.errstate(invalid="ignore"):
+            found["running std"] = np.sqrt(np.asarray(layer.running_var, np.float64))
+    for name, vector in (("weight", layer.weight), ("bias", layer.bias)):
+        if vector is not None:
+            found[name] = np.asarray(vector, np.float64)
+    return found
+
+
+def _channel_table(vectors: dict[str, Vector]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column("channel", justify="right", style="dim")
+    for label in vectors:
+        table.add_column(label, justify="right")
+    for channel, values in enumerate(zip(*vectors.values(), strict=True)):
+        table.add_row(str(channel), *(f"{value:.6g}" for value in values))
+    return table
+
+
+def _sparkline_row(label: str, values: Vector, out: Console) -> Text:
+    narrow = out.width < _NARROW
+    width = max(8, out.width - _LABEL - (0 if narrow else _RANGE))
+    levels = _LEVELS if out.encoding.lower().startswith("utf") else _PLAIN_LEVELS
+    line = Text.assemble((f"{label:{_LABEL}}", "dim"), no_wrap=True)
+    if len(values) > 1 and values.min() == values.max():
+        return line.append(f"{values[0]:.4g} in every channel")
+    line.append(sparkline(values, width, levels), "green")
+    return line.append(f"\n{'':{_LABEL}}" if narrow else "  ").append(_span(values))
+
+
+def sparkline(values: Vector, width: int, levels: str = _LEVELS) -> str:
+    """Values as a line of at most `width` bars; where there are more values, each bar is the mean of neighbours.
+
+    The least value is the lowest bar, the greatest the highest; equal ones stand half high. What is not finite is an x.
+    """
+    array = values
+    if len(array) > width:
+        array = np.array([part.mean() for part in np.array_split(array, width)])
+    finite = array[np.isfinite(array)]
+    if not finite.size:
+        return "x" * len(array)
+    low, high = float(finite.min()), float(finite.max())
+    if low == high:
+        heights = np.full(len(array), len(levels) // 2 - 1, np.float64)
+    else:
+        # Halved first: the difference of two large numbers may overflow.
+        heights = (array / 2 - low / 2) / (high / 2 - low / 2) * (len(levels) - 1)
+    return "".join(
+        levels[round(float(height))] if math.isfinite(value) else "x"
+        for value, height in zip(array, heights, strict=True)
+    )
+
+
+def _span(values: Vector) -> str:
+    finite = values[np.isfinite(values)]
+    strange = len(values) - len(finite)
+    text = ""
+    if finite.size:
+        low, high = f"{finite.min():.4g}", f"{finite.max():.4g}"
+        text = low if low == high else f"{low} to {high}"
+    if strange:
+        text += f"{', ' if text else ''}{strange:,} not finite"
+    return text
+
+
+def ago(moment: datetime) -> str:
+    """How long ago something was, in one unit."""
+    seconds = max(0.0, (datetime.now(UTC) - moment).total_seconds())
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{int(seconds // length):,} {unit} ago"
+    return f"{int(seconds)} s ago"

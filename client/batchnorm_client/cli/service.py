@@ -1,0 +1,129 @@
+"""The service that a command calls, and what its failures mean to a script."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Final, NoReturn
+
+import typer
+
+from batchnorm_client.client import Client
+from batchnorm_client.contract import Layer
+from batchnorm_client.core import Retry
+from batchnorm_client.errors import (
+    BatchNormError,
+    LayerNotFound,
+    NoAnswer,
+    ProblemError,
+    UnexpectedAnswer,
+)
+
+USAGE: Final = 2
+NOT_FOUND: Final = 3
+REFUSED: Final = 4
+SERVICE: Final = 5
+INTERRUPTED: Final = 130
+
+EXIT_CODES: Final = (
+    "[b]Exit status[/b]: 0 done; 1 answered no, a file cannot be written, or a fault of this program; 2 wrong "
+    "arguments or an unreadable file; 3 no such layer; 4 the service refused the call (4xx), which changed nothing; "
+    "5 the service failed (5xx) or cannot be reached; 130 interrupted."
+)
+
+QUICK: Final = Retry(attempts=4)
+"""Somebody waits: half a second of tries is enough to find a service that is not there."""
+
+PATIENT: Final = Retry(attempts=1000, deadline=120)
+"""A long run outlives a restart of the service."""
+
+Url = Annotated[
+    str | None,
+    typer.Option(
+        envvar="BATCHNORM_URL",
+        metavar="URL",
+        help="The service's address; http://127.0.0.1:8000 by default.",
+        rich_help_panel="Service",
+    ),
+]
+Token = Annotated[
+    str | None,
+    typer.Option(
+        envvar="BATCHNORM_TOKEN",
+        metavar="TOKEN",
+        show_envvar=True,
+        help="The service's bearer token, if it asks for one.",
+        rich_help_panel="Service",
+    ),
+]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The layer's name.", show_default=False)]
+IfMatch = Annotated[
+    int | None, typer.Option(metavar="VERSION", help="Do it only if the layer has this version.", show_default=False)
+]
+
+
+@contextmanager
+def calling(url: str | None, token: str | None, retry: Retry = QUICK) -> Iterator[Client]:
+    """A client for the service. What goes wrong becomes one sentence on stderr and an exit status."""
+    try:
+        client = Client(url, token=token or None, retry=retry)
+    except ValueError as error:
+        fail(str(error), USAGE)
+    with client:
+        try:
+            yield client
+        except BatchNormError as error:
+            fail(sentence(error), exit_code(error))
+        except KeyboardInterrupt as interrupt:
+            fail("; ".join(["interrupted", *getattr(interrupt, "__notes__", [])]), INTERRUPTED)
+        except TypeError as error:  # a dtype that does not travel
+            fail(str(error), USAGE)
+        except OSError as error:
+            fail(_file_error(error), 1)
+
+
+def exit_code(error: BatchNormError) -> int:
+    """What this failure means to a script."""
+    if isinstance(error, LayerNotFound):
+        return NOT_FOUND
+    if isinstance(error, ProblemError | UnexpectedAnswer) and 400 <= error.status < 500:
+        return REFUSED
+    return SERVICE
+
+
+def sentence(error: BatchNormError) -> str:
+    """The failure in one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, LayerNotFound):
+        text = text.partition(";")[0]  # what follows names the HTTP call that creates one
+    if isinstance(error, NoAnswer | ProblemError) and error.outcome_unknown:
+        text += "; the call may have taken effect all the same"
+    text = "; ".join([text, *getattr(error, "__notes__", [])])
+    request_id = getattr(error, "request_id", None)
+    if exit_code(error) == SERVICE and request_id:
+        text += f" (request {request_id})"
+    return text
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Say what went wrong, and end with this exit status."""
+    typer.echo(f"batchnorm: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def size(layer: Layer) -> str:
+    """A layer in a few words."""
+    channels = count(layer.config.num_features, "channel")
+    return f"{channels}, {count(layer.num_batches_tracked, 'batch')}, version {layer.version:,}"
+
+
+def count(number: int, noun: str) -> str:
+    """How many of something."""
+    ending = "" if number == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{number:,} {noun}{ending}"
+
+
+def _file_error(error: OSError) -> str:
+    where = f"{Path(error.filename)}: " if isinstance(error.filename, str) else ""
+    return f"{where}{error.strerror or error}"

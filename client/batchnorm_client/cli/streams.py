@@ -1,0 +1,139 @@
+"""Commands that stream a memory-mapped file through a layer, batch by batch: train, eval."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+from uuid import uuid4
+
+import numpy as np
+import typer
+from rich.text import Text
+
+from batchnorm_client.cli.data import Batches, progress, written
+from batchnorm_client.cli.output import Json, console, print_json
+from batchnorm_client.cli.service import PATIENT, Name, Token, Url, calling, count
+from batchnorm_client.contract import Layer
+from batchnorm_client.errors import BatchNormError, DtypeMismatch, IdempotencyKeyReused
+
+Size = Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Samples in a batch.")]
+Cast = Annotated[
+    Literal["float16", "float32", "float64"] | None,
+    typer.Option("--dtype", metavar="DTYPE", help="Convert each batch to float16, float32 or float64."),
+]
+Data = Annotated[Path, typer.Argument(metavar="IN.npy", help="(N, C, ...); is mapped, not loaded.")]
+
+
+def train(
+    name: Name,
+    data: Data,
+    batch_size: Size = 256,
+    dtype: Cast = None,
+    drop_last: Annotated[
+        bool, typer.Option("--drop-last", help="Leave out the last batch where it is smaller.", show_default=False)
+    ] = False,
+    run_id: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID",
+            help="Names this run. Repeated with the same id, file and batch size, no batch counts a second time, as "
+            "long as the service keeps receipts (an hour by default). A new one by default, printed when needed.",
+            show_default=False,
+        ),
+    ] = None,
+    url: Url = None,
+    token: Token = None,
+    json: Json = False,
+) -> None:
+    """Train a layer with a file, batch by batch and in order."""
+    run = run_id or uuid4().hex[:12]
+    batches = Batches(data, batch_size, dtype, whole=drop_last)
+    before = _look(name, url, token)
+    since = time.perf_counter()
+    counts = {"batches": 0, "replayed": 0, "version": before.version, "num_batches_tracked": before.num_batches_tracked}
+    with (
+        calling(url, token, PATIENT) as client,
+        _explained(run, counts, len(batches)),
+        progress(name, len(batches)) as advance,
+    ):
+        layer = client.layer(name)
+        for place, batch in batches:
+            result = layer.train(batch, key=f"{run}:{place.start}")
+            counts["batches"] += 1
+            counts["replayed"] += result.replayed
+            counts |= {"version": result.version, "num_batches_tracked": result.num_batches_tracked}
+            advance(place.stop)
+    seconds = round(time.perf_counter() - since, 3)
+    if json:
+        print_json({"name": name, "run_id": run, "samples": batches.rows, "seconds": seconds, **counts})
+        return
+    again = f", {counts['replayed']:,} of which had counted before" if counts["replayed"] else ""
+    told = f": {count(counts['batches'], 'batch')}{again} ({count(batches.rows, 'sample')}) in {seconds:.1f} s; "
+    now = f"now {count(counts['num_batches_tracked'], 'batch')}, version {counts['version']:,}"
+    console().print(Text.assemble((name, "bold cyan"), told, now))
+
+
+@contextmanager
+def _explained(run: str = "", counts: Mapping[str, int] | None = None, total: int = 0) -> Iterator[None]:
+    """Adds to a failure what to do about it, and to a train run that was cut off how to go on."""
+    try:
+        yield
+    except DtypeMismatch as error:
+        error.add_note("--dtype converts each batch")
+        raise
+    except IdempotencyKeyReused as error:
+        error.add_note("--run-id goes on with the same file and --batch-size only")
+        raise
+    except (BatchNormError, KeyboardInterrupt) as error:
+        if counts:
+            done = f"{counts['batches']:,} of {count(total, 'batch')} are done"
+            error.add_note(f"{done}; --run-id {run} goes on and counts none twice")
+        raise
+
+
+def _look(name: str, url: str | None, token: str | None) -> Layer:
+    """The layer as it is before a long run, or a failure at once."""
+    with calling(url, token) as client:
+        return client.layer(name).inspect()
+
+
+def evaluate(
+    name: Name,
+    data: Data,
+    out: Annotated[Path, typer.Argument(metavar="OUT.npy", help="Appears when it is complete.")],
+    batch_size: Size = 256,
+    dtype: Cast = None,
+    url: Url = None,
+    token: Token = None,
+    json: Json = False,
+) -> None:
+    """Normalize a file with a layer's running statistics, batch by batch, into another file."""
+    batches = Batches(data, batch_size, dtype)
+    versions: list[int] = []
+    _look(name, url, token)
+    with (
+        calling(url, token, PATIENT) as client,
+        _explained(),
+        written(out) as part,
+        progress(name, len(batches)) as advance,
+    ):
+        layer = client.layer(name)
+        target = np.lib.format.open_memmap(part, "w+", batches.dtype, batches.array.shape)
+        for place, batch in batches:
+            result = layer.eval(batch)
+            target[place] = result.output
+            versions = [min([result.version, *versions]), max([result.version, *versions])]
+            advance(place.stop)
+        target.flush()
+    if json:
+        shape = batches.array.shape
+        print_json({"name": name, "file": str(out), "shape": shape, "dtype": batches.dtype.name, "versions": versions})
+        return
+    used = " to ".join(f"{version:,}" for version in dict.fromkeys(versions))
+    told = f": {count(batches.rows, 'sample')} written to {out}" + (f", normalized with version {used}" if used else "")
+    console().print(Text.assemble((name, "bold cyan"), told))
+    if len(set(versions)) > 1:
+        typer.echo("batchnorm: the layer was changed meanwhile; not all samples were normalized alike", err=True)

@@ -1,0 +1,30 @@
+"""Batch normalization modules whose running statistics live in the service.
+
+    from batchnorm_client import Client
+    from batchnorm_client.torch import RemoteBatchNorm2d, convert_batchnorm, revert
+
+    client = Client("http://127.0.0.1:8000")
+    norm = RemoteBatchNorm2d(64, client=client, name="layer1.bn")   # one module, as nn.BatchNorm2d(64)
+    model = convert_batchnorm(model, client, prefix="resnet.")      # or every BatchNorm of a model
+    ...                                                             # train as ever
+    model = revert(model)                                           # back to nn.BatchNorm*, with the service's state
+
+Importing this package imports torch; `batchnorm_client` itself does not.
+"""
+
+from batchnorm_client.torch.convert import convert_batchnorm, revert
+from batchnorm_client.torch.modules import (
+    RemoteBatchNorm,
+    RemoteBatchNorm1d,
+    RemoteBatchNorm2d,
+    RemoteBatchNorm3d,
+)
+
+__all__ = [
+    "RemoteBatchNorm",
+    "RemoteBatchNorm1d",
+    "RemoteBatchNorm2d",
+    "RemoteBatchNorm3d",
+    "convert_batchnorm",
+    "revert",
+]

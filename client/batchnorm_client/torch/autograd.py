@@ -1,0 +1,87 @@
+"""The gradient of a normalization that was computed elsewhere.
+
+    output = (x - mean) * invstd * weight + bias
+
+per channel (Ioffe & Szegedy 2015, section 3). The service returns output, mean and invstd; the backward pass needs
+nothing else from it, and is torch's own kernel, so that gradients are those of `nn.BatchNorm*` bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from batchnorm_client.results import BatchStatistics
+
+Forward = Callable[[Tensor, bool], tuple[Tensor, BatchStatistics[Tensor] | None]]
+"""(input, whether statistics are wanted) -> (output, the statistics it was normalized with)."""
+
+
+def normalize(
+    forward: Forward, x: Tensor, weight: Tensor | None, bias: Tensor | None, *, own: bool, eps: float
+) -> Tensor:
+    """Normalize with `forward`, and let gradients flow back to the input, weight and bias; also twice.
+
+    Args:
+        forward: computes the output, under the same weight, bias and eps. Called once. Statistics are asked for only if
+            a gradient can be needed.
+        x: the input, (N, C, *), not empty.
+        weight: (C,), or None.
+        bias: (C,), or None.
+        own: whether `forward` normalizes with the batch's own statistics, through which gradients flow too, or with the
+            running ones, which are constants.
+        eps: counts in the backward pass for running statistics only.
+
+    Returns:
+        The output, in the input's memory format as torch has it.
+    """
+    tensors = (x, weight, bias)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return cast(Tensor, _Normalize.apply(x, weight, bias, forward, own, eps))  # type: ignore[no-untyped-call]
+    return _formatted(forward(x, False)[0], x)
+
+
+class _Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, forward: Forward, own: bool, eps: float
+    ) -> Tensor:
+        del bias  # its gradient needs no value of it
+        output, statistics = forward(x, True)
+        if statistics is None:
+            raise RuntimeError("an answer without the statistics that it was asked for")
+        mean, spread = statistics.mean, statistics.invstd if own else statistics.var
+        ctx.save_for_backward(x, weight, mean, spread)
+        ctx.own, ctx.eps = own, eps
+        return _formatted(output, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        # Not once_differentiable: torch's kernel has a derivative of its own, so that gradient penalties work.
+        x, weight, mean, spread = ctx.saved_tensors
+        invstd, var = (spread, None) if ctx.own else (None, spread)
+        grads = torch.ops.aten.native_batch_norm_backward(
+            grad_output,
+            x,
+            weight,
+            None if ctx.own else mean,
+            var,
+            mean if ctx.own else None,
+            invstd,
+            ctx.own,
+            ctx.eps,
+            ctx.needs_input_grad[:3],
+        )
+        return (*grads, None, None, None)
+
+
+def _formatted(output: Tensor, x: Tensor) -> Tensor:
+    """The output with channels last in memory where the input has them so, as torch's batch norm returns it."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    wanted = formats.get(x.dim())
+    if wanted is None or x.is_contiguous() or not x.is_contiguous(memory_format=wanted):
+        return output
+    return output.contiguous(memory_format=wanted)

@@ -1,0 +1,259 @@
+"""`nn.BatchNorm1d/2d/3d` as layers of the service."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import batch_norm
+
+from batchnorm_client import Client, Layer, LayerChanges
+from batchnorm_client.results import BatchStatistics
+from batchnorm_client.torch.autograd import normalize
+from batchnorm_client.torch.running import RunningInService
+
+
+class RemoteBatchNorm(RunningInService):
+    """Batch normalization whose running statistics live in the service; use `RemoteBatchNorm1d`, `2d` or `3d`.
+
+    A drop-in for its torch twin: an instance of it, with its constructor arguments, names, `state_dict()` and errors.
+    In train mode the service normalizes the batch and folds its statistics, exactly once, whatever is retried; in eval
+    mode it normalizes with the running statistics of everybody who trains the layer. The backward pass is local.
+
+    **Weight and bias** are parameters here, for any optimizer. Before each use they are sent to the service if their
+    values changed since this module last sent or read them, and so are `eps`, `momentum` and `track_running_stats`. Of
+    several modules on one layer the last to write wins, unnoticed by the others: let one of them train weight and bias,
+    or keep them equal (as gradient averaging does), or use `affine=False`. Modules that only evaluate never write.
+    `pull()` reads what others wrote; `push()` sends without a batch.
+
+    **Running statistics** have no copy here. `running_mean`, `running_var` and `num_batches_tracked` are read from the
+    service at each access, and assigning to them writes there; writing into a tensor that was read (`.zero_()`) changes
+    nothing. They are no buffers: `buffers()` leaves them out, and so do broadcasts of DistributedDataParallel. The
+    module is neither copied nor pickled, because the copy would be the same layer: use `state_dict()` or `revert`.
+
+    Args:
+        num_features: C.
+        eps: added to the variance; more than 0.
+        momentum: torch's sense, 0 to 1; None for the cumulative average.
+        affine: has weight and bias.
+        track_running_stats: keeps running statistics.
+        device: of weight and bias; the service computes where it likes.
+        dtype: torch.float32 or torch.float64. The input of a float32 module may also be float16 or bfloat16.
+        bias: whether an affine module has a bias.
+        client: of the service; not closed here. The layer is created at once; if it exists, its weight, bias, `eps`,
+            `momentum` and `track_running_stats` are adopted.
+        name: of the layer.
+        non_finite: "reject" or "allow" train batches that have NaN or infinity, or overflow. torch's module allows
+            them, and its running statistics stay NaN from then on.
+
+    Attributes:
+        client: as given.
+        layer: the layer's handle.
+
+    Raises:
+        LayerExists: the layer exists, and was created with another config.
+        InvalidRequest: `name` or an argument is not valid.
+        ValueError: `dtype` is neither float32 nor float64, or the layer has a bias and this module should have none.
+        BatchNormError: here and at any use, what `RemoteLayer`'s methods raise.
+    """
+
+    _dimensions: Literal[1, 2, 3]
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        client: Client,
+        name: str,
+        non_finite: Literal["reject", "allow"] = "reject",
+    ) -> None:
+        dtype = dtype or torch.get_default_dtype()
+        if dtype not in {torch.float32, torch.float64}:
+            raise ValueError(f"dtype must be torch.float32 or torch.float64, not {dtype}; inputs may be half precision")
+        super().__init__(num_features, eps, momentum, affine, False, device, dtype, **without_bias(not bias))
+        self._forget_buffers()
+        self.track_running_stats = self._tracks = track_running_stats
+        self.client = client
+        self.state_dtype, self._device = dtype, torch.device("cpu" if device is None else device)
+        self._known: dict[str, Any] = {}  # what the service has, as this module last sent or read it
+        self.layer = client.create_layer(
+            name,
+            num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            dimensions=self._dimensions,
+            dtype="float64" if dtype == torch.float64 else "float32",
+            non_finite=non_finite,
+        )
+        self.pull()
+
+    @property
+    def name(self) -> str:
+        """The layer's name."""
+        return self.layer.name
+
+    def extra_repr(self) -> str:
+        """torch's, and the layer's name."""
+        torchs = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{torchs}, name={self.name!r}"
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        """Normalize a batch: in train mode with its own statistics, which are folded, else with the running ones.
+
+        Args:
+            input: (N, C, *), with the ranks of the torch twin; on the parameters' device.
+
+        Returns:
+            As the input in shape, dtype, device and memory format.
+
+        Raises:
+            ValueError: the rank is wrong, or there is one value per channel where the batch's statistics are needed;
+                both as in torch.
+            RuntimeError: input and parameters are on different devices.
+            TypeError: weight or bias were converted to another dtype.
+            TooFewValues: an empty batch in train mode.
+            ShapeMismatch, DtypeMismatch, NonFinite, PayloadTooLarge: as `RemoteLayer.train` and `eval`.
+        """
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        own = self.training or not self._tracks
+        if own and input.size(1) and input.numel() == input.size(1):
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
+        if self.weight is not None and self.weight.device != input.device:
+            # The backward pass would find it, but after the batch was counted.
+            raise RuntimeError(f"the input is on {input.device}, weight and bias are on {self.weight.device}")
+        if input.numel() == 0 and not self.training:
+            return self._empty(input)
+        self.push()
+        return normalize(self._normalize, input, self.weight, self.bias, own=own, eps=self.eps)
+
+    def _normalize(self, x: Tensor, statistics: bool) -> tuple[Tensor, BatchStatistics[Tensor] | None]:
+        call = self.layer.train if self.training else self.layer.eval
+        result = call(x, statistics=statistics)
+        found = result.statistics
+        if found and not self.affine and not (self._tracks and (self.track_running_stats or not self.training)):
+            # With nothing in float32 beside a half-precision input, torch keeps its statistics in half precision, too.
+            found = BatchStatistics(*(tensor.to(x.dtype) for tensor in (found.mean, found.var, found.invstd)))
+        return result.output, found
+
+    def _empty(self, x: Tensor) -> Tensor:
+        """An empty output with its graph; any statistics do for nothing."""
+        mean = torch.zeros(self.num_features, dtype=self.state_dtype, device=x.device)
+        return batch_norm(x, mean, torch.ones_like(mean), self.weight, self.bias, False, 0.0, self.eps)
+
+    def push(self) -> None:
+        """Send what changed here since the last time: weight, bias, `eps`, `momentum`, `track_running_stats`.
+
+        `forward` does it before each use. Call it after the last optimizer step, for others that evaluate the layer.
+
+        Raises:
+            TypeError: weight or bias were converted to another dtype.
+        """
+        known, mine = self._known, self._options() | self._parameters_to_send()
+        changes = {
+            field: value for field, value in mine.items() if field not in known or not _same(known[field], value)
+        }
+        if changes:
+            self._known = {}  # until it is certain what the service has
+            self.layer.update(**cast(LayerChanges, changes))
+            self._known = known | changes
+
+    def pull(self) -> Layer:
+        """Adopt the service's weight, bias, `eps`, `momentum` and `track_running_stats`; changes made here are lost.
+
+        Parameters are written in place, so that optimizers keep them.
+
+        Returns:
+            The layer as it was read.
+
+        Raises:
+            ValueError: the layer has a bias, and this module was made without.
+        """
+        layer = self.layer.inspect()
+        texts = {"weight": layer.weight, "bias": layer.bias}
+        values = {
+            field: torch.tensor(text, dtype=self.state_dtype) for field, text in texts.items() if text is not None
+        }
+        if self.affine and self._parameters["bias"] is None and values.pop("bias").any():
+            raise ValueError(f"layer {self.name!r} has a bias other than 0, and this module was made with bias=False")
+        with torch.no_grad():
+            for field, value in values.items():
+                parameter = self.get_parameter(field)
+                if not _same(value, parameter):  # an equal one is not touched: a backward pass may still need it
+                    parameter.copy_(value)
+        self.eps, self.momentum = layer.config.eps, layer.config.momentum
+        if self._tracks:
+            self.track_running_stats = layer.config.track_running_stats
+        self._known = self._options() | values
+        return layer
+
+    def send_state(self, state: dict[str, Tensor]) -> None:
+        """Replace tensors of the layer, together with this module's weight and bias, in one call.
+
+        Args:
+            state: running statistics by name, in the layer's dtype.
+
+        Raises:
+            TypeError: weight or bias were converted to another dtype.
+        """
+        parameters = self._parameters_to_send()
+        if not state and not parameters:
+            return
+        known, self._known = self._known, {}  # until it is certain what the service has
+        self.layer.load_state_dict(state | parameters)
+        self._known = known | parameters
+
+    def _options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"eps": self.eps, "momentum": self.momentum}
+        if self._tracks:  # without buffers torch ignores the attribute, and the service refuses the toggle
+            options["track_running_stats"] = self.track_running_stats
+        return options
+
+    def _parameters_to_send(self) -> dict[str, Tensor]:
+        """Copies of weight and bias, on the CPU."""
+        parameters = {field: value.detach() for field, value in self.named_parameters(recurse=False)}
+        for field, value in parameters.items():
+            if value.dtype != self.state_dtype:
+                raise TypeError(
+                    f"{field} is {value.dtype}, but layer {self.name!r} is {self.state_dtype}: leave the parameters of "
+                    f"{type(self).__name__} in its dtype; only its input may be half precision"
+                )
+        return {field: torch.empty_like(value, device="cpu").copy_(value) for field, value in parameters.items()}
+
+
+def without_bias(leave_out: bool) -> dict[str, bool]:
+    """torch's argument for a module without bias, which older versions do not have."""
+    return {"bias": False} if leave_out else {}
+
+
+def _same(known: Any, value: Any) -> bool:
+    if isinstance(known, Tensor):
+        return torch.equal(known, value.to(known))
+    return bool(known == value)
+
+
+class RemoteBatchNorm1d(RemoteBatchNorm, nn.BatchNorm1d):
+    """`nn.BatchNorm1d` as a layer of the service: (N, C) or (N, C, L). Arguments: see `RemoteBatchNorm`."""
+
+    _dimensions = 1
+
+
+class RemoteBatchNorm2d(RemoteBatchNorm, nn.BatchNorm2d):
+    """`nn.BatchNorm2d` as a layer of the service: (N, C, H, W). Arguments: see `RemoteBatchNorm`."""
+
+    _dimensions = 2
+
+
+class RemoteBatchNorm3d(RemoteBatchNorm, nn.BatchNorm3d):
+    """`nn.BatchNorm3d` as a layer of the service: (N, C, D, H, W). Arguments: see `RemoteBatchNorm`."""
+
+    _dimensions = 3

@@ -1,0 +1,143 @@
+"""Running statistics that are read from the service, and written there, under torch's names."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn, SupportsIndex
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm_client import RemoteLayer
+
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+"""What torch keeps in buffers, and the service keeps here."""
+
+
+class RunningInService(_BatchNorm):
+    """A batch normalization module without buffers: what torch keeps there belongs to a layer of the service.
+
+    Attributes:
+        layer: the layer's handle; not there until the module is made.
+        state_dtype: of the layer.
+    """
+
+    layer: RemoteLayer
+    state_dtype: torch.dtype
+    _tracks: bool
+    """Whether the layer was created with running statistics; `track_running_stats` may be toggled later."""
+    _device: torch.device
+    """Where what is read goes, if there are no parameters to follow."""
+
+    def push(self) -> None:
+        """Send what changed here."""
+        raise NotImplementedError
+
+    def send_state(self, state: dict[str, Tensor]) -> None:
+        """Replace tensors of the layer."""
+        raise NotImplementedError
+
+    def _read(self, name: str) -> Tensor | None:
+        if name in self._buffers:  # while a state_dict is loaded
+            return self._buffers[name]
+        if "layer" not in self.__dict__:
+            raise AttributeError(name)  # torch's constructor expects that there is nothing yet
+        return self.read_running().get(name)
+
+    def read_running(self) -> dict[str, Tensor]:
+        """The service's running statistics by name, on the device of the parameters; empty if it keeps none."""
+        if not self._tracks:
+            return {}
+        state = self.layer.state_dict(as_torch=True)
+        return {name: state[name].to(self.state_device) for name in RUNNING}
+
+    @property
+    def state_device(self) -> torch.device:
+        """Where tensors that are read from the service go."""
+        return self._device if self.weight is None else self.weight.device
+
+    def _write(self, name: str, value: Tensor | None) -> None:
+        if value is None or not self._tracks:
+            raise ValueError(f"{name}: whether a layer keeps running statistics is decided when it is created")
+        self.layer.load_state_dict({name: self._typed(name, value)})
+
+    def _typed(self, name: str, value: Tensor) -> Tensor:
+        return value.to(torch.long if name == "num_batches_tracked" else self.state_dtype)
+
+    @property
+    def running_mean(self) -> Tensor | None:
+        """(C,), read from the service; None if the layer keeps none."""
+        return self._read("running_mean")
+
+    @running_mean.setter
+    def running_mean(self, value: Tensor | None) -> None:
+        self._write("running_mean", value)
+
+    @property
+    def running_var(self) -> Tensor | None:
+        """(C,), unbiased, read from the service; None if the layer keeps none."""
+        return self._read("running_var")
+
+    @running_var.setter
+    def running_var(self, value: Tensor | None) -> None:
+        self._write("running_var", value)
+
+    @property
+    def num_batches_tracked(self) -> Tensor | None:
+        """(), int64, of all who train the layer, read from the service; None if the layer keeps none."""
+        return self._read("num_batches_tracked")
+
+    @num_batches_tracked.setter
+    def num_batches_tracked(self, value: Tensor | None) -> None:
+        self._write("num_batches_tracked", value)
+
+    def reset_running_stats(self) -> None:
+        """Set the service's running statistics back, for everybody; as in torch, nothing happens if tracking is off."""
+        if "layer" in self.__dict__ and self.track_running_stats and self._tracks:
+            self.push()  # the service, too, looks at whether tracking is on
+            self.layer.reset("running_stats")
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: tensor for name, tensor in self.read_running().items()})
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As torch's, and then sends what was loaded in one call; nothing, if some of it does not fit.
+
+        Keys that are missing or too many do not stop it: as in torch, what is there is loaded, and the caller hears of
+        the rest. (torch's `strict` comes too late to know: here it is always true.)
+        """
+        complaints = len(error_msgs)
+        running = self.read_running()
+        self._buffers.update(running)  # torch's own code checks and converts into these
+        try:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+            loaded = {name: self._buffers[name] for name in running}
+        finally:
+            self._forget_buffers()
+        if len(error_msgs) == complaints:
+            given = {
+                name: tensor for name, tensor in loaded.items() if prefix + name in state_dict and tensor is not None
+            }
+            self.send_state({name: self._typed(name, tensor) for name, tensor in given.items()})
+
+    def _forget_buffers(self) -> None:
+        for name in RUNNING:
+            self._buffers.pop(name, None)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled: the copy would be the same layer of the service. "
+            "Use state_dict(), which nn.BatchNorm* loads, or batchnorm_client.torch.revert(model)"
+        )

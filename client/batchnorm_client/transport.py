@@ -1,0 +1,205 @@
+"""What both clients do with httpx beside sending: settings, headers, bodies, and its errors as ours.
+
+Imported by a client when it is made and not before: httpx takes longer to import than all the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any, Final
+
+import httpx
+import numpy as np
+
+from batchnorm_client.core import Answer, Attempts, Request
+from batchnorm_client.errors import ConnectionFailed, NoAnswer, TimedOut
+from batchnorm_client.tensors.tensor import Buffer, byte_view
+
+DEFAULT_URL: Final = "http://127.0.0.1:8000"
+TIMEOUT: Final = httpx.Timeout(30, connect=5)
+"""A train call may wait for a disk, a queue, or a large batch's arithmetic; httpx's own 5 seconds are for web pages."""
+
+BLOCK: Final = 1 << 18
+"""Larger bodies are sent in blocks of this size, smaller ones as one. httpcore copies again what a socket did not take
+at once: 25 MB there and back took 44 ms as one piece, 36 ms in blocks; up to 1 MB the two are within the noise."""
+
+_NOT_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
+_PERMANENT: Final = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)
+
+
+class Link:
+    """The way to one service: its address, the headers of every call, and the HTTP client.
+
+    Args:
+        base_url: by default the HTTP client's, if one was passed in that has one; else BATCHNORM_URL; else
+            http://127.0.0.1:8000.
+        token: by default BATCHNORM_TOKEN, unless an HTTP client was passed in.
+        given: the HTTP client that was passed in, which is used as it is.
+        options: httpx's, for a client that is made here.
+
+    Raises:
+        ValueError: the address is no http or https URL, or the token cannot be sent.
+        TypeError: options for an HTTP client that was passed in.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None,
+        token: str | None,
+        given: httpx.Client | httpx.AsyncClient | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        if given is not None and options:
+            raise TypeError(f"{', '.join(options)}: set it on the HTTP client that is passed in")
+        self.options = {"timeout": TIMEOUT, **options}
+        self.base = _base_url(base_url, given)
+        if token is None and given is None:
+            token = os.environ.get("BATCHNORM_TOKEN") or None
+        # A compressed answer would have to be unpacked into another buffer, and floats hardly shrink.
+        self._headers = {"Accept-Encoding": "identity"}
+        if given is None:
+            self._headers["User-Agent"] = f"batchnorm-client/{version('batchnorm-service')}"
+        if token is not None:
+            if not token or not token.isascii() or not token.isprintable() or " " in token:
+                raise ValueError("the token must be printable ASCII without spaces")  # and it is not shown
+            self._headers["Authorization"] = f"Bearer {token}"
+
+    def outgoing(
+        self, http: httpx.Client | httpx.AsyncClient, request: Request[Any], attempts: Attempts[Any]
+    ) -> httpx.Request:
+        """A request for httpx, whose timeouts end at the deadline."""
+        remaining = attempts.remaining()
+        size = request.size
+        joined = b"".join(request.pieces) if size <= BLOCK else None
+        headers = {**self._headers, **request.headers}
+        if joined is None:
+            headers["Content-Length"] = str(size)
+        outgoing = http.build_request(
+            request.method,
+            self.base + request.target,
+            content=joined or None,
+            headers=headers,
+            timeout=_until(http.timeout, remaining),
+        )
+        if joined is None:
+            outgoing.stream = _Blocks(request.pieces, attempts.remaining)
+        return outgoing
+
+
+class _Blocks(httpx.SyncByteStream, httpx.AsyncByteStream):
+    """A body in blocks, which are views of its pieces. Can be sent more than once."""
+
+    def __init__(self, pieces: Any, check: Callable[[], object]) -> None:
+        self._pieces = pieces
+        self._check = check
+
+    def __iter__(self) -> Iterator[Any]:
+        for piece in self._pieces:
+            view = byte_view(piece)
+            for start in range(0, len(view), BLOCK):
+                self._check()
+                yield view[start : start + BLOCK]
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        for block in self:
+            yield block
+
+
+class Incoming:
+    """A body as it arrives, into one buffer that can be written to: results are views of it.
+
+    Args:
+        response: says how long the body will be.
+        check: is called with every part; raises when time is up.
+    """
+
+    def __init__(self, response: httpx.Response, check: Callable[[], object]) -> None:
+        self._response = response
+        self._check = check
+        length = response.headers.get("content-length", "")
+        # Its pages are touched only as they fill: a false length costs nothing.
+        self._buffer = np.empty(int(length), np.uint8).data if length.isdigit() and len(length) < 13 else None
+        self._filled = 0
+        self._rest = bytearray()
+
+    def add(self, part: bytes) -> None:
+        """Take the next part."""
+        self._check()
+        end = self._filled + len(part)
+        if self._buffer is not None and not self._rest and end <= len(self._buffer):
+            self._buffer[self._filled : end] = part
+            self._filled = end
+        else:  # no length was announced, or it was that of a compressed body
+            self._rest += part
+
+    def answer(self) -> Answer:
+        """The answer, once it is complete."""
+        body: Buffer = self._rest
+        if self._buffer is not None:
+            filled = self._buffer[: self._filled]
+            body = bytearray(filled) + self._rest if self._rest else filled
+        return Answer(self._response.status_code, self._response.headers, body)
+
+
+@contextmanager
+def our_errors() -> Iterator[None]:
+    """Httpx's errors as `NoAnswer`."""
+    try:
+        yield
+    except (httpx.TransportError, httpx.DecodingError) as error:
+        raise _no_answer(error) from error
+
+
+def _no_answer(error: httpx.RequestError) -> NoAnswer:
+    unknown = not isinstance(error, _NOT_SENT + _PERMANENT)
+    text = str(error) or type(error).__name__
+    if isinstance(error, httpx.TimeoutException):
+        what = {httpx.ConnectTimeout: "connect", httpx.PoolTimeout: "get a connection from the pool"}
+        did = what.get(type(error), "answer" if isinstance(error, httpx.ReadTimeout) else "take the request")
+        return TimedOut(f"{_address(error)} did not {did} in time", outcome_unknown=unknown)
+    if unknown:
+        return ConnectionFailed(f"the connection to {_address(error)} was cut: {text}", outcome_unknown=True)
+    return ConnectionFailed(f"cannot reach {_address(error)}: {text}", permanent=_is_permanent(error))
+
+
+def _address(error: httpx.RequestError) -> str:
+    url = error.request.url
+    return f"{url.scheme}://{url.netloc.decode('ascii')}"
+
+
+def _is_permanent(error: BaseException | None) -> bool:
+    if isinstance(error, _PERMANENT):
+        return True
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _base_url(base_url: str | None, given: httpx.Client | httpx.AsyncClient | None) -> str:
+    if base_url is None and given is not None and given.base_url.host:
+        base_url = str(given.base_url)
+    if base_url is None:
+        base_url = os.environ.get("BATCHNORM_URL") or DEFAULT_URL
+    try:
+        url = httpx.URL(base_url)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"{base_url!r} is no URL: {error}") from error
+    if url.scheme not in {"http", "https"} or not url.host or url.query or url.fragment:
+        raise ValueError(f"{base_url!r} must be a URL such as {DEFAULT_URL}")
+    return str(url).rstrip("/")
+
+
+def _until(timeout: httpx.Timeout, remaining: float) -> httpx.Timeout:
+    """The timeouts, none longer than what is left until the deadline."""
+    limits = timeout.as_dict()
+    if all(limit is not None and limit <= remaining for limit in limits.values()) or remaining == float("inf"):
+        return timeout
+    return httpx.Timeout(
+        **{name: remaining if limit is None else min(limit, remaining) for name, limit in limits.items()}
+    )

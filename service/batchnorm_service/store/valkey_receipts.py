@@ -1,0 +1,70 @@
+"""All receipts of a Valkey store at once, to move them to another store: nothing that a call of the service needs."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Final
+
+from batchnorm_service.store.base import Committed, Lasting, Missing, StoreError, StoreRefusedError
+from batchnorm_service.store.valkey_address import Node
+from batchnorm_service.store.valkey_calls import Calls
+from batchnorm_service.store.valkey_keys import Keys, bucket_of, pack_number, pack_receipt, unpack_receipt
+from batchnorm_service.store.valkey_link import FAULTS, Command, Dialer, Link, in_words
+from batchnorm_service.store.valkey_scripts import REMEMBER, Answer
+
+_KEYS_AT_ONCE: Final = 1000
+
+
+async def scan(nodes: Sequence[Node], dialer: Dialer, keys: Keys) -> AsyncIterator[Sequence[Lasting]]:
+    """The receipts on all these servers, over connections of their own. Raises `StoreError`."""
+    for node in nodes:
+        try:
+            link = await dialer.dial(node)
+        except StoreRefusedError as error:
+            raise StoreError(str(error)) from error
+        try:
+            cursor = b"0"
+            while True:
+                command = (b"SCAN", cursor, b"MATCH", keys.any_receipt(), b"COUNT", _KEYS_AT_ONCE)
+                ((cursor, found),) = await _ask(link, dialer.timeout, [command])
+                yield await _read(link, dialer.timeout, keys, found)
+                if cursor == b"0":
+                    break
+        except FAULTS as error:
+            raise StoreError(f"{node}: {in_words(error)}") from error
+        finally:
+            await link.drop()
+
+
+async def remember(
+    calls: Calls, keys: Keys, name: str, incarnation: int, receipts: Sequence[Lasting]
+) -> Committed | Missing:
+    """See `Store.remember`."""
+    names = [keys.record(name), *(keys.receipt(name, incarnation, each.receipt.key) for each in receipts)]
+    args: list[bytes | int] = [pack_number(incarnation)]
+    for _, receipt, seconds in receipts:
+        args += [max(math.ceil(1000 * seconds), 1), pack_receipt(receipt)]
+    done = await calls.run(REMEMBER, bucket_of(name), names, args)
+    return Committed() if done == Answer.DONE else Missing()
+
+
+async def _read(link: Link, timeout: float, keys: Keys, found: Sequence[bytes]) -> Sequence[Lasting]:
+    known = [(key, parts) for key in found if (parts := keys.receipt_of(key)) is not None]
+    commands: list[Command] = []
+    for key, _ in known:
+        commands += [(b"GET", key), (b"PTTL", key)]
+    replies = await _ask(link, timeout, commands)
+    return [
+        Lasting(incarnation, unpack_receipt(own, data), milliseconds / 1000)
+        for (_, (incarnation, own)), data, milliseconds in zip(known, replies[::2], replies[1::2], strict=True)
+        if data is not None and milliseconds > 0  # not expired since its key was read
+    ]
+
+
+async def _ask(link: Link, timeout: float, commands: Sequence[Command]) -> list[Any]:
+    async with asyncio.timeout(timeout):
+        if commands:
+            await link.send(commands)
+        return [await link.reply() for _ in commands]

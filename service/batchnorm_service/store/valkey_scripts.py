@@ -1,0 +1,217 @@
+"""The scripts that run in the server: each reads and writes one bucket, atomically.
+
+All begin with `#!lua`, which makes the server refuse a script as a whole when it could not write (out of memory, a
+disk error, too few replicas, a replica instead of a primary) instead of stopping in its middle. Those that only read
+do not say so on purpose: a server that may not write, such as a primary that became a replica, must not answer reads
+either, for they would be stale. A stamp's numbers are compared as bytes, because Lua's have 53 bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from hashlib import sha1
+from string import Template
+from typing import Final
+
+from batchnorm_service.store.base import HEAD_BYTES
+from batchnorm_service.store.valkey_keys import STAMP_BYTES
+
+
+class Answer(IntEnum):
+    """What a script says first. `OTHER`: the record has another incarnation than the receipts' keys are for."""
+
+    MISSING = 0
+    CONFLICT = 1
+    DUPLICATES = 2
+    DONE = 3
+    EXISTS = 4
+    FULL = 5
+    OTHER = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A script of the server's.
+
+    Attributes:
+        source: in Lua.
+        writes: whether it may change anything that somebody relies on.
+        single: whether it reads one record and nothing else.
+        digest: by which the server knows it.
+    """
+
+    source: bytes
+    writes: bool = False
+    single: bool = False
+    digest: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        digest = sha1(self.source, usedforsecurity=False).hexdigest()
+        object.__setattr__(self, "digest", digest.encode())
+
+
+def _script(body: str, *, flags: str = "", writes: bool = False, single: bool = False) -> Script:
+    answers = {answer.name: answer.value for answer in Answer}
+    lua = Template(body.strip()).substitute(answers, STAMP_BYTES=STAMP_BYTES, HEAD_BYTES=HEAD_BYTES)
+    return Script(f"#!lua{flags}\n{lua}\n".encode(), writes, single)
+
+
+_ALLOW_OOM: Final = " flags=allow-oom"  # what needs no more memory goes on when there is none
+
+LOAD: Final = _script(
+    """
+-- KEYS: record. ARGV: a stamp, or nothing.
+local stamp = redis.call('GETRANGE', KEYS[1], 0, $STAMP_BYTES - 1)
+if stamp == '' then return $MISSING end
+if stamp == ARGV[1] then return $DONE end
+return redis.call('GET', KEYS[1])
+""",
+    flags=_ALLOW_OOM,
+    single=True,
+)
+
+HEAD: Final = _script(
+    """
+-- KEYS: record.
+return redis.call('GETRANGE', KEYS[1], 0, $STAMP_BYTES + $HEAD_BYTES - 1)
+""",
+    flags=_ALLOW_OOM,
+    single=True,
+)
+
+NAMES: Final = _script(
+    """
+-- KEYS: names. ARGV: from, to, how many.
+return redis.call('ZRANGE', KEYS[1], ARGV[1], ARGV[2], 'BYLEX', 'LIMIT', 0, ARGV[3])
+""",
+    flags=_ALLOW_OOM,
+)
+
+COUNT: Final = _script(
+    """
+-- KEYS: names.
+return redis.call('ZCARD', KEYS[1])
+""",
+    flags=_ALLOW_OOM,
+)
+
+CREATE: Final = _script(
+    """
+-- KEYS: record, names, floor. ARGV: incarnation, commit id, data, name, whether there is room.
+local present = redis.call('GET', KEYS[1])
+if present then return {$EXISTS, present} end
+if ARGV[5] == '0' then return {$FULL} end
+local high, low = 0, 0
+local floor = redis.call('GET', KEYS[3])
+if floor then high, low = struct.unpack('>I4I4', floor) end
+low = low + 1
+if low == 4294967296 then high, low = high + 1, 0 end
+local version = struct.pack('>I4I4', high, low)
+redis.call('SET', KEYS[1], ARGV[1] .. version .. ARGV[2] .. ARGV[3])
+redis.call('ZADD', KEYS[2], 0, ARGV[4])
+return {$DONE, version}
+""",
+    writes=True,
+)
+
+COMMIT: Final = _script(
+    """
+-- KEYS: record, receipts. ARGV: expected stamp, the incarnation that the receipts' keys are for, their milliseconds,
+-- the new record or nothing, the receipts.
+local stamp = redis.call('GETRANGE', KEYS[1], 0, $STAMP_BYTES - 1)
+if stamp == '' then return {$MISSING} end
+if #KEYS > 1 and string.sub(stamp, 1, 8) ~= ARGV[2] then return {$OTHER, string.sub(stamp, 1, 8)} end
+local found = {$DUPLICATES}
+for i = 2, #KEYS do
+    local receipt = redis.call('GET', KEYS[i])
+    if receipt then
+        found[#found + 1] = i - 2
+        found[#found + 1] = receipt
+    end
+end
+if #found > 1 then return found end
+if stamp ~= ARGV[1] then return {$CONFLICT} end
+if ARGV[4] ~= '' then redis.call('SET', KEYS[1], ARGV[4]) end
+for i = 2, #KEYS do redis.call('SET', KEYS[i], ARGV[3 + i], 'PX', ARGV[3]) end
+return {$DONE}
+""",
+    writes=True,
+)
+
+DELETE: Final = _script(
+    """
+-- KEYS: record, names, floor. ARGV: expected stamp, name.
+local stamp = redis.call('GETRANGE', KEYS[1], 0, $STAMP_BYTES - 1)
+if stamp == '' then return {$MISSING} end
+if stamp ~= ARGV[1] then return {$CONFLICT} end
+local version = string.sub(stamp, 9, 16)
+local high, low = struct.unpack('>I4I4', version)
+local floor = redis.call('GET', KEYS[3])
+local floor_high, floor_low = -1, 0
+if floor then floor_high, floor_low = struct.unpack('>I4I4', floor) end
+if high > floor_high or (high == floor_high and low > floor_low) then redis.call('SET', KEYS[3], version) end
+redis.call('UNLINK', KEYS[1])
+redis.call('ZREM', KEYS[2], ARGV[2])
+return {$DONE}
+""",
+    flags=_ALLOW_OOM,
+    writes=True,
+)
+
+# Not among those that write, the next two neither: a repeat settles what became of them, and what a group comes to is
+# in the receipt that closes it.
+JOIN: Final = _script(
+    """
+-- KEYS: record, fingerprints by member and the group's size, parts by member. ARGV: incarnation, member, size,
+-- fingerprint, part, milliseconds.
+if redis.call('GETRANGE', KEYS[1], 0, 7) ~= ARGV[1] then return {$MISSING} end
+local size = redis.call('HGET', KEYS[2], 'size') or ARGV[3]
+local count = math.max(redis.call('HLEN', KEYS[2]) - 1, 0)
+local added = 0
+if size == ARGV[3] and count < tonumber(size) and redis.call('HEXISTS', KEYS[2], ARGV[2]) == 0 then
+    redis.call('HSET', KEYS[2], ARGV[2], ARGV[4], 'size', size)
+    redis.call('HSET', KEYS[3], ARGV[2], ARGV[5])
+    if count == 0 then
+        redis.call('PEXPIRE', KEYS[2], ARGV[6])
+        redis.call('PEXPIRE', KEYS[3], ARGV[6])
+    end
+    added, count = 1, count + 1
+end
+local parts = {}
+if count == tonumber(size) then parts = redis.call('HGETALL', KEYS[3]) end
+return {$DONE, added, redis.call('HGETALL', KEYS[2]), parts}
+"""
+)
+
+LEAVE: Final = _script(
+    """
+-- KEYS: as those of a group in JOIN. ARGV: member, or nothing for all.
+if ARGV[1] ~= '' then
+    redis.call('HDEL', KEYS[1], ARGV[1])
+    redis.call('HDEL', KEYS[2], ARGV[1])
+end
+if ARGV[1] == '' or redis.call('HLEN', KEYS[1]) < 2 then redis.call('UNLINK', KEYS[1], KEYS[2]) end
+return $DONE
+""",
+    flags=_ALLOW_OOM,
+)
+
+REMEMBER: Final = _script(
+    """
+-- KEYS: record, receipts. ARGV: incarnation, then the milliseconds and the bytes of each receipt.
+if redis.call('GETRANGE', KEYS[1], 0, 7) ~= ARGV[1] then return $MISSING end
+for i = 2, #KEYS do redis.call('SET', KEYS[i], ARGV[2 * i - 1], 'PX', ARGV[2 * i - 2], 'NX') end
+return $DONE
+""",
+    writes=True,
+)
+
+# Whoever comes next notes it again, so no replica need have it.
+SCHEMA: Final = _script(
+    """
+-- KEYS: schema. ARGV: the version to note where there is none.
+redis.call('SET', KEYS[1], ARGV[1], 'NX')
+return redis.call('GET', KEYS[1])
+"""
+)

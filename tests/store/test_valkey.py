@@ -1,0 +1,190 @@
+"""What only the Valkey store does: the layout, long listings, and round trips that calls share."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+
+import pytest
+from valkey.crc import key_slot
+
+from batchnorm_service.store.base import (
+    Committed,
+    Conflict,
+    Duplicates,
+    Full,
+    Record,
+    Unchanged,
+)
+from batchnorm_service.store.valkey import ValkeyStore
+from batchnorm_service.store.valkey_keys import BUCKET_SLOTS, BUCKETS, SLOTS, TAGS, Keys, bucket_of
+from store.harness import LIMIT, RECEIPT_SECONDS, after, created, receipt
+from store.valkey_servers import Server, flush
+
+pytestmark = pytest.mark.anyio
+RIGHTS = [
+    "+@read",
+    "+@write",
+    "+@scripting",
+    "+info",
+    "+select",
+    "+wait",
+    "+cluster|slots",
+    "+client|setname",
+]  # docs/durability.md
+SLOW = 30.0  # seconds that nothing should take
+
+
+@pytest.fixture
+async def opened(anyio_backend: str, valkey_server: Server) -> AsyncIterator[ValkeyStore]:
+    flush([valkey_server])
+    store = ValkeyStore(valkey_server.url, RECEIPT_SECONDS, timeout=SLOW)
+    await store.open()
+    yield store
+    await store.close()
+
+
+# -------------------------------------------------------------------------------------------------------- layout
+
+
+def test_the_layout_never_changes() -> None:
+    """A layer that moved to another bucket would be lost: whoever changes this raises the schema version."""
+    assert [slot * BUCKETS // SLOTS for slot in BUCKET_SLOTS] == list(range(BUCKETS)), "an even share of the slots each"
+    assert hashlib.sha256(b",".join(TAGS)).hexdigest()[:16] == "7b3ec5cd7c4ea157"
+    assert [bucket_of(name) for name in ("a", "net.bn1", "é")] == [67, 112, 62]
+
+
+async def test_all_that_belongs_to_a_layer_is_in_one_hash_slot(opened: ValkeyStore, valkey_server: Server) -> None:
+    names = ["a", "net.{x}bn1", "}{", "é" * 50]
+    for name in names:
+        record = await created(opened, name)
+        await opened.commit(name, record.stamp, None, [receipt(), receipt()])
+    slots: dict[int, list[bytes]] = {}
+    for key in valkey_server.command("KEYS", "*"):
+        slots.setdefault(key_slot(key), []).append(key)
+    keys = Keys("bn")
+    for name in names:
+        slot = slots[BUCKET_SLOTS[bucket_of(name)]]
+        assert keys.record(name) in slot
+        assert keys.names(bucket_of(name)) in slot
+        assert sum(b"}r:" in key for key in slot) == 2
+
+
+async def test_nothing_of_a_deleted_layer_stays_but_what_expires(opened: ValkeyStore, valkey_server: Server) -> None:
+    for _ in range(3):
+        records = {name: await created(opened, name) for name in map(str, range(600))}
+        await asyncio.gather(*(opened.commit(name, each.stamp, None, [receipt()]) for name, each in records.items()))
+        await asyncio.gather(*(opened.delete(name, each.stamp) for name, each in records.items()))
+    lasting = [key for key in valkey_server.command("KEYS", "*") if valkey_server.admin.ttl(key) < 0]
+    assert len(lasting) <= BUCKETS + 1, "a floor for each bucket, and the schema version"
+
+
+async def test_a_receipt_takes_as_many_bytes_as_the_documentation_says(
+    opened: ValkeyStore, valkey_server: Server
+) -> None:
+    record = await created(opened, "a")
+    before = int(valkey_server.info("used_memory"))
+    for _ in range(20):
+        await opened.commit("a", record.stamp, None, [receipt() for _ in range(1000)])
+    each = (int(valkey_server.info("used_memory")) - before) / 20_000
+    assert 100 < each < 250, "about 130 with Valkey 9, 240 with Redis 7.0"
+
+
+# ------------------------------------------------------------------------------------------------------- listing
+
+
+async def test_a_list_of_many_layers_asks_again_where_more_are_than_expected(opened: ValkeyStore) -> None:
+    names = sorted(f"net.{n}" for n in range(3000))
+    # All in one bucket, where a fair share of a page would be less than one.
+    crowded = sorted([name for n in range(30_000) if bucket_of(name := f"crowd.{n}") == 7][:100])
+    await asyncio.gather(*(opened.create(name, b"", LIMIT) for name in (*names, *crowded)))
+    assert [entry.name for entry in await opened.list("crowd.", "", 1000)] == crowded
+    assert [entry.name for entry in await opened.list("", "", 5000)] == crowded + names
+    listed: list[str] = []
+    while page := await opened.list("net.", listed[-1] if listed else "", 700):
+        listed += [entry.name for entry in page]
+    assert listed == names
+
+
+async def test_a_page_is_full_although_layers_are_deleted_while_it_is_read(opened: ValkeyStore) -> None:
+    records = {name: await created(opened, name) for name in (f"n{n:03}" for n in range(200))}
+    page = asyncio.ensure_future(opened.list("", "", 50))
+    await asyncio.sleep(0)  # the names are being read
+    gone = [name for name in records if name < "n040"]
+    await asyncio.gather(*(opened.delete(name, records[name].stamp) for name in gone))
+    names = [entry.name for entry in await page]
+    assert len(names) == 50, "a short page would look like the last one"
+    assert names == sorted(names)
+
+
+async def test_room_that_another_process_made_is_found(opened: ValkeyStore, valkey_server: Server) -> None:
+    other = ValkeyStore(valkey_server.url, timeout=SLOW)
+    await other.open()
+    try:
+        first = await created(opened, "a")
+        await created(opened, "b")
+        assert await opened.create("c", b"", 2) == Full()
+        assert await other.delete("a", first.stamp) == Committed()
+        assert isinstance(await opened.create("c", b"", 2), Record)
+    finally:
+        await other.close()
+
+
+# --------------------------------------------------------------------------------------------------- round trips
+
+
+async def test_calls_that_wait_together_share_round_trips(opened: ValkeyStore, valkey_server: Server) -> None:
+    names = [f"n{n}" for n in range(100)]
+    records = [await created(opened, name) for name in names]
+    before = int(valkey_server.info("total_reads_processed"))
+    answers = await asyncio.gather(
+        *(
+            opened.commit(name, each.stamp, after(each, b"x"), [receipt()])
+            for name, each in zip(names, records, strict=True)
+        )
+    )
+    assert answers == [Committed()] * 100
+    assert int(valkey_server.info("total_reads_processed")) - before < 50
+
+
+async def test_an_unchanged_record_is_not_sent(opened: ValkeyStore, valkey_server: Server) -> None:
+    record = await created(opened, "a", bytes(1 << 20))
+    before = int(valkey_server.info("total_net_output_bytes"))
+    for _ in range(10):
+        assert await opened.load("a", record.stamp) == Unchanged()
+    assert int(valkey_server.info("total_net_output_bytes")) - before < 1 << 17, "INFO's own answers are in it"
+
+
+async def test_cancelled_calls_never_mix_up_the_answers_of_others(opened: ValkeyStore) -> None:
+    records = {f"n{n}": await created(opened, f"n{n}", b"%d" % n) for n in range(50)}
+    for round_ in range(20):
+        loads = [asyncio.ensure_future(opened.load(name)) for name in records]
+        for _ in range(round_ % 5):
+            await asyncio.sleep(0)
+        for load in loads[round_ % 3 :: 3]:
+            load.cancel()
+        await asyncio.gather(*loads, return_exceptions=True)
+        assert [await opened.load(name) for name in list(records)[:3]] == list(records.values())[:3]
+        for load, record in zip(loads, records.values(), strict=True):
+            assert load.cancelled() or load.result() == record
+
+
+async def test_a_script_that_the_server_forgot_is_sent_again(opened: ValkeyStore, valkey_server: Server) -> None:
+    record = await created(opened, "a")
+    for _ in range(3):
+        valkey_server.command("SCRIPT", "FLUSH")
+        record, old, key = after(record, b"next"), record, receipt()
+        assert await opened.commit("a", old.stamp, record, [key]) == Committed()
+        valkey_server.command("SCRIPT", "FLUSH")
+        assert await asyncio.gather(*(opened.load("a", record.stamp) for _ in range(10))) == [Unchanged()] * 10
+
+
+async def test_conflicts_are_told_from_stale_incarnations(opened: ValkeyStore) -> None:
+    first = await created(opened, "a")
+    await opened.delete("a", first.stamp)
+    second = await created(opened, "a")
+    key = receipt()
+    assert await opened.commit("a", second.stamp, None, [key]) == Committed()
+    assert await opened.commit("a", first.stamp, after(first, b"x"), [key]) == Duplicates((key,))
+    assert await opened.commit("a", first.stamp, after(first, b"x"), [receipt()]) == Conflict()
