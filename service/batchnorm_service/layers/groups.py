@@ -8,7 +8,8 @@ it, the receipt decides: a member finds its answer there, also when it comes aga
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final, Generic, Protocol, TypeVar
 
@@ -102,7 +103,7 @@ class Groups:
         self._name = name
         self._store = store
         self._queue = queue
-        self._news: dict[bytes, asyncio.Event] = {}  # set when a member in this process has changed a group
+        self._news: dict[bytes, _News] = {}
 
     async def join(self, call: GroupCall, member: Ticket, part: T, operation: Operation[T]) -> Outcome[T]:
         """Wait until the group is complete and its fold is durable.
@@ -119,28 +120,28 @@ class Groups:
         shard = Shard(member.key, member.fingerprint, operation.pack(part))
         deadline, pause, added = _now() + call.timeout, _FIRST_PAUSE, False
         try:
-            while True:
-                news = self._news.setdefault(name.key, asyncio.Event())
-                if (receipt := await self._queue.find(name)) is not None:
-                    closing = Closing.unpack(receipt.payload)
-                    whole = operation.unpack(_told(closing, call, member))
-                    return Outcome(whole, receipt.version, receipt.batch, replayed=not added)
-                gathering = await self._gather(name, call, shard, operation)
-                _check(gathering, call, member)
-                added = added or gathering.added
-                if gathering.parts:
-                    await self._close(name, gathering, operation)
-                elif _now() >= deadline:
-                    payload = Closing(gathering.size, dict(gathering.members), b"").pack()
-                    await self._queue.note(name, operation.incarnation, payload)
-                else:
-                    await _first(news.wait(), min(pause, max(0.0, deadline - _now())))
-                    pause = min(2 * pause, _LONGEST_PAUSE)
-                    continue
-                self._tell(name)
+            with self._listening(name) as news:
+                while True:
+                    event = news.event
+                    if (receipt := await self._queue.find(name)) is not None:
+                        whole = operation.unpack(_told(Closing.unpack(receipt.payload), call, member))
+                        return Outcome(whole, receipt.version, receipt.batch, replayed=not added)
+                    gathering = await self._gather(name, call, shard, operation)
+                    _check_member(gathering.size, gathering.members, call, member)
+                    added = added or gathering.added
+                    if gathering.parts:
+                        await self._close(name, gathering, operation)
+                    elif _now() >= deadline:
+                        payload = Closing(gathering.size, dict(gathering.members), b"").pack()
+                        await self._queue.note(name, operation.incarnation, payload)
+                    else:
+                        await _first(event.wait(), min(pause, max(0.0, deadline - _now())))
+                        pause = min(2 * pause, _LONGEST_PAUSE)
+                        continue
+                    news.tell()
         except asyncio.CancelledError:
             if not member.from_caller:  # one with a key may come back for its answer
-                await asyncio.shield(self._store.leave(self._name, operation.incarnation, name.key, member.key))
+                await asyncio.shield(self._leave(name, operation, member.key))
             raise
 
     async def _gather(self, name: Ticket, call: GroupCall, shard: Shard, operation: Operation[T]) -> Gathering:
@@ -156,12 +157,35 @@ class Groups:
         whole = operation.merge([operation.unpack(part) for part in gathering.parts])
         members = dict(gathering.members)
         await operation.close(name, whole, lambda totals: Closing(gathering.size, members, totals).pack())
-        # What came is in the receipt now. If this is lost, the shards expire like receipts.
-        await self._store.leave(self._name, operation.incarnation, name.key, None)
+        await self._leave(name, operation, None)  # what came is in the receipt now
 
-    def _tell(self, name: Ticket) -> None:
-        if (news := self._news.pop(name.key, None)) is not None:
-            news.set()
+    async def _leave(self, name: Ticket, operation: Operation[T], member: bytes | None) -> None:
+        with suppress(StoreError):  # shards that stay behind expire like receipts
+            await self._store.leave(self._name, operation.incarnation, name.key, member)
+
+    @contextmanager
+    def _listening(self, name: Ticket) -> Iterator[_News]:
+        news = self._news.setdefault(name.key, _News())
+        news.listeners += 1
+        try:
+            yield news
+        finally:
+            news.listeners -= 1
+            if news.listeners == 0:
+                del self._news[name.key]
+
+
+class _News:
+    """Wakes the members of a group that are in this process, so that they need not wait for their next look."""
+
+    def __init__(self) -> None:
+        self.event = asyncio.Event()
+        self.listeners = 0
+
+    def tell(self) -> None:
+        """The group has closed."""
+        self.event.set()
+        self.event = asyncio.Event()
 
 
 def _told(closing: Closing, call: GroupCall, member: Ticket) -> bytes:
@@ -178,12 +202,8 @@ def _told(closing: Closing, call: GroupCall, member: Ticket) -> bytes:
     return closing.totals
 
 
-def _check(gathering: Gathering, call: GroupCall, member: Ticket) -> None:
-    """Refuse a call that did not become a member."""
-    _check_member(gathering.size, dict(gathering.members), call, member)
-
-
-def _check_member(size: int, members: dict[bytes, bytes], call: GroupCall, member: Ticket) -> None:
+def _check_member(size: int, members: Mapping[bytes, bytes], call: GroupCall, member: Ticket) -> None:
+    """Refuse a call that is none of the group's members."""
     if size != call.size:
         raise GroupMismatch(f"group {call.id!r} has {size} members", field="size", expected=size, got=call.size)
     fingerprint = members.get(member.key)
