@@ -1,4 +1,4 @@
-"""The README's examples are run as they stand; what they print is what it says."""
+"""The examples of the README and of docs/ are run as they stand; what they print is what the page says."""
 
 from __future__ import annotations
 
@@ -11,14 +11,22 @@ from pathlib import Path
 import pytest
 
 README = Path(__file__).parents[2] / "README.md"
-EXAMPLES = re.findall(r"```sh\n(curl.*?|for .*?|python3.*?)```\n```(\w+)\n(.*?)```", README.read_text(), re.DOTALL)
+PAGES = [README, *sorted((README.parent / "docs").glob("*.md"))]
+
+
+def _examples(page: Path) -> list[tuple[str, str, str]]:
+    return re.findall(r"```sh\n(curl.*?|for .*?|python3.*?)```\n```(\w+)\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def _links(page: Path) -> list[str]:
+    return re.findall(r"\]\(([^)#:]+)[^)]*\)", page.read_text())
 
 
 SNIPPETS = re.findall(r"```python\n(.*?)```\n```text\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 def test_the_readme_has_examples() -> None:
-    assert len(EXAMPLES) >= 5
+    assert len(_examples(README)) >= 5
     assert len(SNIPPETS) >= 2
 
 
@@ -33,10 +41,11 @@ def test_the_python_examples_print_what_the_readme_says(start, capsys: pytest.Ca
         namespace["client"].close()
 
 
-def test_the_curl_examples_print_what_the_readme_says(start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", [page for page in PAGES if _examples(page)], ids=lambda page: page.stem)
+def test_the_curl_examples_print_what_the_page_says(page: Path, start, tmp_path: Path) -> None:
     server = start("--store", "memory:")
     address = server.url.removeprefix("http://")
-    for commands, form, expected in EXAMPLES:
+    for commands, form, expected in _examples(page):
         script = commands.replace("127.0.0.1:8000", address).replace("python3", sys.executable)
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
@@ -48,6 +57,7 @@ def test_the_curl_examples_print_what_the_readme_says(start, tmp_path: Path) -> 
             assert done.stdout.strip() == expected.strip(), commands
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\(([^)#:]+)[^)]*\)", README.read_text()))
-def test_what_the_readme_links_to_exists(target: str) -> None:
-    assert (README.parent / target).exists()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_links_to_exists(page: Path) -> None:
+    for target in _links(page):
+        assert (page.parent / target).exists(), target
