@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CONSTRAINTS := -c constraints.txt
 
-.PHONY: help run test check demo bench bench-quick bench-gpu example-digits clean
+.PHONY: help run test check demo bench bench-quick bench-gpu example-digits soak clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -53,6 +53,9 @@ $(VENV)/dev.stamp: $(VENV)/service.stamp
 	@echo "Setting up what the tests need (once) ..."
 	@$(PIP) install $(CONSTRAINTS) --editable '.[service,torch,demo,dev]'
 	@touch $@
+
+soak: $(VENV)/dev.stamp ## 2,000 train calls against workers and replicas that are killed and come back
+	BATCHNORM_TEST_CALLS=2000 $(BIN)/pytest tests/service/test_workers.py $(ARGS)
 
 # The benchmarks have an environment of their own; other servers get theirs from benchmarks/peers.
 .venv-bench/bench.stamp: pyproject.toml constraints.txt

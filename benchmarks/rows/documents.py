@@ -14,11 +14,12 @@ def json(bench: Bench) -> Iterator[Row]:
     """256x256 numbers there and back."""
     body = square()
     ours = Call(bench.service.port, [json_call(bench.layer("square", 256), body)], 4)
-    for name, what, least in (
-        ("plain", "orjson and numpy", 1.6),
-        ("naive", "FastAPI and pydantic's list[list[float]]", 40),
+    for name, path, what, least in (
+        ("plain", "/eval", "orjson and numpy", 1.6),
+        ("naive", "/eval", "FastAPI and pydantic's list[list[float]], a dict as the answer", 40),
+        ("naive", "/eval-typed", "the same with a response model", 40),
     ):
-        theirs = Call(bench.opponent(name).port, [request("/eval", body, "application/json")], 4)
+        theirs = Call(bench.opponent(name).port, [request(path, body, "application/json")], 4)
         bench.warm(ours, theirs)
         pairs = in_turns(bench.pace.rounds, lambda: bench.rate(ours), lambda theirs=theirs: bench.rate(theirs))
         yield ratio(f"eval JSON 256x256, against {what}", Target(least), pairs)

@@ -11,7 +11,7 @@ the caller, httpx when the first client is made.
 """
 
 from batchnorm_client.async_client import AsyncClient, AsyncRemoteLayer
-from batchnorm_client.client import Client, RemoteLayer
+from batchnorm_client.client import Client
 from batchnorm_client.contract import Layer, LayerConfig, LayerSummary
 from batchnorm_client.core import Retry
 from batchnorm_client.errors import (
@@ -51,8 +51,9 @@ from batchnorm_client.errors import (
     UnsupportedMediaType,
     VersionMismatch,
 )
+from batchnorm_client.layer import RemoteLayer
 from batchnorm_client.options import LayerChanges, LayerOptions
-from batchnorm_client.results import BatchStatistics, EvalResult, TrainResult
+from batchnorm_client.results import BatchStatistics, EvalResult, FoldResult, Gradients, TrainResult
 
 __all__ = [
     "PROBLEMS",
@@ -65,7 +66,9 @@ __all__ = [
     "DeviceUnavailable",
     "DtypeMismatch",
     "EvalResult",
+    "FoldResult",
     "Forbidden",
+    "Gradients",
     "GroupClosed",
     "GroupIncomplete",
     "GroupMismatch",

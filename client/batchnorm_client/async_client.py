@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
 
@@ -10,16 +11,19 @@ import numpy.typing as npt
 
 from batchnorm_client.arrays import A, to_numpy, to_torch
 from batchnorm_client.contract import Layer, LayerSummary
-from batchnorm_client.core import Answer, Attempts, Request, Retry, calls
-from batchnorm_client.errors import BatchNormError, NoAnswer
-from batchnorm_client.options import HttpOptions, LayerChanges, LayerOptions, What
-from batchnorm_client.results import EvalResult, TrainResult
+from batchnorm_client.core import Answer, Attempts, Request, Retry, calls, local
+from batchnorm_client.core.shards import Shard
+from batchnorm_client.errors import BatchNormError, NoAnswer, ProblemError
+from batchnorm_client.options import HttpOptions, LayerChanges, LayerOptions, Mode, What
+from batchnorm_client.results import EvalResult, FoldResult, Gradients, TrainResult
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import httpx
     import torch
 
-    from batchnorm_client.options import StateDict
+    from batchnorm_client.options import Moments, Numbers, StateDict
 
 T = TypeVar("T")
 
@@ -43,13 +47,14 @@ class AsyncClient:
         http: httpx.AsyncClient | None = None,
         **options: Unpack[HttpOptions],
     ) -> None:
-        import anyio  # noqa: PLC0415 - as httpx, which needs it
+        import anyio.to_thread  # noqa: PLC0415 - as httpx, which needs it
         import httpx  # noqa: PLC0415 - it takes longer to import than this whole package
 
         from batchnorm_client import transport  # noqa: PLC0415
 
         self._transport = transport
         self._sleep = anyio.sleep
+        self._in_thread = anyio.to_thread.run_sync
         self._link = transport.Link(base_url, token, http, options)
         self._own = http is None
         self._http = httpx.AsyncClient(**self._link.options) if http is None else http
@@ -79,6 +84,12 @@ class AsyncClient:
             after = page.next
             if after is None:
                 return
+
+    async def fold_moments(
+        self, layers: Mapping[str, Moments], *, key: str | None = None
+    ) -> dict[str, FoldResult | ProblemError]:
+        """As `Client.fold_moments`."""
+        return await self._call(calls.fold_many(layers, key=key))
 
     async def ready(self) -> bool:
         """As `Client.ready`."""
@@ -135,14 +146,82 @@ class AsyncRemoteLayer:
         calls.layer_path(name)
         self.name = name
         self._client = client
+        self._held: local.LocalState | None = None
 
-    async def train(self, x: A, *, key: str | None = None, statistics: bool = False) -> TrainResult[A]:
+    async def train(
+        self,
+        x: A,
+        *,
+        key: str | None = None,
+        statistics: bool = False,
+        group: str | None = None,
+        size: int | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - the service's, which answers when it is over
+    ) -> TrainResult[A]:
         """As `RemoteLayer.train`. Calls that run at the same time count in the order of their commits."""
-        return await self._client._call(calls.train(self.name, x, key=key, statistics=statistics))
+        shard = Shard.of(group, size, timeout)
+        return await self._client._call(calls.train(self.name, x, key=key, statistics=statistics, shard=shard))
+
+    async def train_local(
+        self,
+        x: A,
+        *,
+        key: str | None = None,
+        statistics: bool = False,
+        group: str | None = None,
+        size: int | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> TrainResult[A]:
+        """As `RemoteLayer.train_local`; the arithmetic runs in a thread."""
+        state, shard = await self._state(), Shard.of(group, size, timeout)
+        in_thread = self._client._in_thread
+        step = await in_thread(local.train_step, state, x) if shard is None else None
+        moments = await in_thread(local.shard_moments, state, x) if step is None else step.moments
+        done = await self._client._call(calls.fold_moments(self.name, moments, key=key, shard=shard))
+        return await in_thread(partial(local.trained, state, x, step, done, statistics=statistics))
+
+    async def fold_moments(
+        self,
+        count: int,
+        mean: Numbers,
+        var: Numbers,
+        *,
+        key: str | None = None,
+        group: str | None = None,
+        size: int | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> FoldResult:
+        """As `RemoteLayer.fold_moments`."""
+        shard = Shard.of(group, size, timeout)
+        return await self._client._call(calls.fold_moments(self.name, (count, mean, var), key=key, shard=shard))
 
     async def eval(self, x: A, *, statistics: bool = False) -> EvalResult[A]:
         """As `RemoteLayer.eval`."""
         return await self._client._call(calls.evaluate(self.name, x, statistics=statistics))
+
+    async def eval_local(self, x: A, *, statistics: bool = False) -> EvalResult[A]:
+        """As `RemoteLayer.eval_local`; the arithmetic runs in a thread."""
+        state = await self._state()
+        return await self._client._in_thread(partial(local.eval_step, state, x, statistics=statistics))
+
+    async def inverse(self, y: A) -> EvalResult[A]:
+        """As `RemoteLayer.inverse`."""
+        return await self._client._call(calls.inverse(self.name, y))
+
+    async def backward(
+        self,
+        x: A,
+        grad_output: A,
+        mode: Mode = "train",
+        *,
+        key: str | None = None,
+        group: str | None = None,
+        size: int | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> Gradients[A]:
+        """As `RemoteLayer.backward`."""
+        shard = Shard.of(group, size, timeout)
+        return await self._client._call(calls.backward(self.name, x, grad_output, mode=mode, key=key, shard=shard))
 
     async def inspect(self) -> Layer:
         """As `RemoteLayer.inspect`."""
@@ -176,6 +255,10 @@ class AsyncRemoteLayer:
     async def delete(self, *, if_match: int | None = None) -> None:
         """As `RemoteLayer.delete`."""
         await self._client._call(calls.delete(self.name, if_match))
+
+    async def _state(self) -> local.LocalState:
+        self._held = await self._client._call(calls.revalidate(self.name, self._held))
+        return self._held
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r} at {self._client.base_url})"

@@ -5,22 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
-import numpy.typing as npt
-
-from batchnorm_client.arrays import A, to_numpy, to_torch
-from batchnorm_client.contract import Layer, LayerSummary
+from batchnorm_client.contract import LayerSummary
 from batchnorm_client.core import Answer, Attempts, Request, Retry, calls
-from batchnorm_client.errors import BatchNormError, NoAnswer
-from batchnorm_client.options import HttpOptions, LayerChanges, LayerOptions, What
-from batchnorm_client.results import EvalResult, TrainResult
+from batchnorm_client.errors import BatchNormError, NoAnswer, ProblemError
+from batchnorm_client.layer import RemoteLayer
+from batchnorm_client.options import HttpOptions, LayerOptions
+from batchnorm_client.results import FoldResult
 
 if TYPE_CHECKING:
-    import httpx
-    import torch
+    from collections.abc import Mapping
 
-    from batchnorm_client.options import StateDict
+    import httpx
+
+    from batchnorm_client.options import Moments
 
 T = TypeVar("T")
 
@@ -35,14 +34,17 @@ class Client:
     Calls that fail on the way are sent again until they succeed or the deadline is reached, and never count twice:
     train and reset carry a key, by which the service knows a repeat. What is repeated:
 
-        inspect, state_dict, layers, eval   always: they change nothing
-        create_layer, train, reset          always: the service recognizes the repeat
+        inspect, state_dict, layers, eval,
+        eval_local, inverse, backward       always: they change nothing
+        create_layer, train, reset,
+        train_local, fold_moments           always: the service recognizes the repeat
         update                              always: it sets values; with `if_match` no other's update is lost either
         load_state_dict, delete             with `if_match` always; without it only while no try can have taken
                                             effect, after that they raise, with `outcome_unknown` set
 
     Repeated are failures to connect, cut connections, timeouts and the statuses 502, 503 and 504. Waits between tries
-    grow, and respect `Retry-After`.
+    grow, and respect `Retry-After`. A group that stayed incomplete (`GroupIncomplete`) is never tried again: it needs a
+    new id.
 
     Args:
         base_url: of the service, also with a path. By default that of `http` if it has one, else the environment
@@ -90,7 +92,8 @@ class Client:
                 fit.
             num_features: C, the number of channels.
             options: `eps`, `momentum`, `affine`, `track_running_stats`, `statistics`, `dimensions`, `channel_axis`,
-                `dtype`, `device`, `non_finite`; see `LayerOptions`. Those left out have torch's defaults.
+                `dtype`, `device`, `non_finite`, `half_life`, `clip`; see `LayerOptions`. Those left out have torch's
+                defaults.
 
         Raises:
             LayerExists: it exists, and was created with another config.
@@ -117,6 +120,20 @@ class Client:
             after = page.next
             if after is None:
                 return
+
+    def fold_moments(
+        self, layers: Mapping[str, Moments], *, key: str | None = None
+    ) -> dict[str, FoldResult | ProblemError]:
+        """Fold the moments of batches that stayed here into many layers, in one call: each once, or not at all.
+
+        Args:
+            layers: (count, mean, var) by layer name, as `RemoteLayer.fold_moments` takes them.
+            key: names the whole, and counts for each layer by itself: a repeat folds what was not folded yet.
+
+        Returns:
+            What became of each: the result, or the exception that the layer's own call would have raised.
+        """
+        return self._call(calls.fold_many(layers, key=key))
 
     def ready(self) -> bool:
         """Whether the service can work now. Asks once; False also when it cannot be reached."""
@@ -160,132 +177,3 @@ class Client:
             finally:
                 response.close()
         return incoming.answer()
-
-
-class RemoteLayer:
-    """A layer of a service: a handle that holds the name and no state. Made by `Client.layer` and `create_layer`.
-
-    Every method may raise, besides what it says: `LayerNotFound`; `Unauthenticated` and `Forbidden`; `Overloaded`,
-    `StoreUnavailable`, `ConnectionFailed` and `TimedOut` after all tries; `UnexpectedAnswer`.
-
-    Attributes:
-        name: of the layer.
-    """
-
-    def __init__(self, client: Client, name: str) -> None:
-        calls.layer_path(name)
-        self.name = name
-        self._client = client
-
-    def train(self, x: A, *, key: str | None = None, statistics: bool = False) -> TrainResult[A]:
-        """Normalize a batch with its own statistics, and fold these into the running ones. Counts exactly once.
-
-        Args:
-            x: (N, C, *), or with the channels where the layer's `channel_axis` says; a numpy array or a torch tensor.
-                float16, bfloat16 or float32 for a float32 layer, float64 for a float64 layer. Gradients do not flow.
-            key: names this batch: a repeat with the same key and batch counts no second time, whoever sends it, for as
-                long as the service keeps receipts (one hour by default). By default a new one, which makes the
-                client's own tries safe.
-            statistics: also return the batch's mean, biased variance and inverse standard deviation.
-
-        Raises:
-            ShapeMismatch, DtypeMismatch: the batch does not fit the layer.
-            TooFewValues: fewer than two values per channel.
-            NonFinite: NaN, infinity or overflow, unless the layer allows them.
-            IdempotencyKeyReused: the key belongs to another batch.
-            PayloadTooLarge: the batch is larger than the service takes.
-            TypeError: `x` is no array, or has a dtype that does not travel.
-        """
-        return self._client._call(calls.train(self.name, x, key=key, statistics=statistics))
-
-    def eval(self, x: A, *, statistics: bool = False) -> EvalResult[A]:
-        """Normalize a batch with the running statistics (with its own, if the layer keeps none). Changes nothing.
-
-        Args:
-            x: as for `train`; may be empty.
-            statistics: also return the mean, variance and inverse standard deviation that were used.
-
-        Raises:
-            ShapeMismatch, DtypeMismatch, PayloadTooLarge, TypeError: as for `train`.
-            TooFewValues: one value per channel, and the layer keeps no running statistics.
-        """
-        return self._client._call(calls.evaluate(self.name, x, statistics=statistics))
-
-    def inspect(self) -> Layer:
-        """The layer's config, counters and state, as of its newest commit."""
-        return self._client._call(calls.inspect(self.name))
-
-    def update(self, *, if_match: int | None = None, **changes: Unpack[LayerChanges]) -> Layer:
-        """Set `eps`, `momentum` (None: cumulative), `track_running_stats`, `non_finite`, `weight` or `bias`.
-
-        Args:
-            if_match: do it only if the layer has this version.
-            changes: those to set; weight and bias are (C,) arrays, tensors or lists.
-
-        Raises:
-            VersionMismatch: the layer has another version than `if_match`.
-            InvalidRequest, ShapeMismatch, NonFinite: a value does not fit; nothing was set.
-        """
-        return self._client._call(calls.update(self.name, changes, if_match))
-
-    def reset(self, what: What = "running_stats", *, key: str | None = None, if_match: int | None = None) -> Layer:
-        """Set running statistics ("running_stats"), weight and bias ("parameters") or both ("all") back, as torch does.
-
-        Args:
-            what: to set back.
-            key: names this reset, as in `train`.
-            if_match: do it only if the layer has this version.
-
-        Raises:
-            VersionMismatch: the layer has another version than `if_match`.
-            IdempotencyKeyReused: the key belongs to another call.
-        """
-        return self._client._call(calls.reset(self.name, what, key, if_match))
-
-    @overload
-    def state_dict(self, *, as_torch: Literal[False] = False) -> dict[str, npt.NDArray[Any]]: ...
-    @overload
-    def state_dict(self, *, as_torch: Literal[True]) -> dict[str, torch.Tensor]: ...
-    def state_dict(self, *, as_torch: bool = False) -> dict[str, npt.NDArray[Any]] | dict[str, torch.Tensor]:
-        """The layer's tensors, by their names in torch's `nn.BatchNorm*.state_dict()`.
-
-        A population layer also has `samples_tracked`, `population_mean` and `population_m2`.
-
-        Args:
-            as_torch: torch tensors, on the CPU, for `module.load_state_dict`; numpy arrays otherwise.
-        """
-        tensors = self._client._call(calls.state(self.name))
-        if as_torch:
-            return {name: to_torch(tensor) for name, tensor in tensors.items()}
-        return {name: to_numpy(tensor) for name, tensor in tensors.items()}
-
-    def load_state_dict(self, state_dict: StateDict, *, if_match: int | None = None) -> Layer:
-        """Replace the layer's tensors by those given; others stay.
-
-        Args:
-            state_dict: of a torch module or of another layer; numpy arrays or torch tensors.
-            if_match: do it only if the layer has this version. Without it, a call whose answer was lost is not
-                repeated, because batches that others trained since would be undone; it raises, with `outcome_unknown`
-                set.
-
-        Raises:
-            VersionMismatch: the layer has another version than `if_match`.
-            InvalidRequest, ShapeMismatch, DtypeMismatch, NonFinite: a tensor does not fit; nothing was replaced.
-        """
-        return self._client._call(calls.replace_state(self.name, state_dict, if_match))
-
-    def delete(self, *, if_match: int | None = None) -> None:
-        """Delete the layer and its receipts.
-
-        Args:
-            if_match: do it only if the layer has this version. Without it, a call whose answer was lost is not
-                repeated, because another layer may have the name by then; if the layer is not gone, it raises, with
-                `outcome_unknown` set.
-
-        Raises:
-            VersionMismatch: the layer has another version than `if_match`.
-        """
-        self._client._call(calls.delete(self.name, if_match))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name!r} at {self._client.base_url})"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     Numbers = npt.NDArray[Any] | torch.Tensor | Sequence[float]
+    Moments = tuple[int, Numbers, Numbers]
     from batchnorm_client.tensors import Tensor
 
     StateDict = Mapping[str, npt.NDArray[Any] | torch.Tensor | Tensor | int]
@@ -97,3 +98,6 @@ class HttpOptions(TypedDict, total=False):
 
 What = Literal["running_stats", "parameters", "all"]
 """What a reset sets back: running statistics, weight and bias, or both."""
+
+Mode = Literal["train", "eval"]
+"""The step that a gradient goes through."""

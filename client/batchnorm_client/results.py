@@ -1,9 +1,11 @@
-"""What train and eval answer."""
+"""What calls with a batch answer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic
+from typing import Any, Generic
+
+import numpy.typing as npt
 
 from batchnorm_client.arrays import A
 
@@ -59,3 +61,43 @@ class TrainResult(Generic[A]):
     num_batches_tracked: int
     replayed: bool = False
     statistics: BatchStatistics[A] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FoldResult:
+    """Moments that are now in the running statistics.
+
+    Attributes:
+        version: of the commit that folded them.
+        num_batches_tracked: right after them.
+        replayed: they had been folded before, under the same key.
+        count: values per channel of all shards of a group; None for moments that are no shard.
+        mean: (C,) float64, of all shards of a group.
+        var: (C,) float64, biased, of all shards of a group.
+    """
+
+    version: int
+    num_batches_tracked: int
+    replayed: bool = False
+    count: int | None = None
+    mean: npt.NDArray[Any] | None = None
+    var: npt.NDArray[Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gradients(Generic[A]):
+    """What a backward pass gives.
+
+    Attributes:
+        grad_input: as the input in kind, shape, dtype and device.
+        grad_weight: (C,), in the layer's dtype; None unless the layer is affine. Of a shard: its part of the sum.
+        grad_bias: (C,), as grad_weight.
+        version: of the layer's state that was used.
+        replayed: the group had this shard before, under the same key.
+    """
+
+    grad_input: A
+    grad_weight: A | None
+    grad_bias: A | None
+    version: int
+    replayed: bool = False

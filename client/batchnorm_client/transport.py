@@ -83,7 +83,7 @@ class Link:
             self.base + request.target,
             content=joined or None,
             headers=headers,
-            timeout=_until(http.timeout, remaining),
+            timeout=_until(_patient(http.timeout, request.waits), remaining),
         )
         if joined is None:
             outgoing.stream = _Blocks(request.pieces, attempts.remaining)
@@ -193,6 +193,13 @@ def _base_url(base_url: str | None, given: httpx.Client | httpx.AsyncClient | No
     if url.scheme not in {"http", "https"} or not url.host or url.query or url.fragment:
         raise ValueError(f"{base_url!r} must be a URL such as {DEFAULT_URL}")
     return str(url).rstrip("/")
+
+
+def _patient(timeout: httpx.Timeout, waits: float) -> httpx.Timeout:
+    """The timeouts for a call that the service answers later on purpose."""
+    limits = timeout.as_dict()
+    read = limits.pop("read")
+    return timeout if read is None or not waits else httpx.Timeout(**limits, read=read + waits)
 
 
 def _until(timeout: httpx.Timeout, remaining: float) -> httpx.Timeout:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 
 from batchnorm_client.errors import DeviceUnavailable
 from batchnorm_service import __version__
+from batchnorm_service.migration import Progress, Report, SameStoreError, migrate, store_to_move
 from batchnorm_service.server import PortUnavailableError, run
 from batchnorm_service.settings import PREFIX, Settings, export, unknown_variables
-from batchnorm_service.store.base import StoreRefusedError
+from batchnorm_service.store.base import StoreError, StoreRefusedError
 from batchnorm_service.workers import WorkersFailedError, run_workers
 
 log = logging.getLogger(__name__)
@@ -69,6 +76,67 @@ def serve(
             run_workers(settings, _announce)
     except (StoreRefusedError, PortUnavailableError, DeviceUnavailable, WorkersFailedError) as error:
         _fail(str(error), code=1)
+
+
+@app.command("migrate")
+def _migrate(
+    source: Annotated[str, typer.Option("--from", help="The store to copy from.", envvar=f"{PREFIX}MIGRATE_FROM")],
+    target: Annotated[str, typer.Option("--to", help="The store to copy to.", envvar=f"{PREFIX}MIGRATE_TO")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace layers that the target has otherwise.")
+    ] = False,
+) -> None:
+    """Copy all layers and unexpired receipts to another store, and read them back. Stop all services first.
+
+    When it was stopped, the same command goes on. Exit status: 0 all is there, 1 something is not, 2 cannot be done.
+    Passwords in a URL are better given as BATCHNORM_MIGRATE_FROM and BATCHNORM_MIGRATE_TO than as flags.
+    """
+    try:
+        settings = Settings()
+        stores = store_to_move(source, settings, target=False), store_to_move(target, settings, target=True)
+    except ValidationError as error:
+        _fail("; ".join(_refused(details["loc"], details["msg"], {}) for details in error.errors()), code=2)
+    except StoreRefusedError as error:
+        _fail(str(error), code=2)
+    try:
+        with _progress_bar() as progress:
+            report = asyncio.run(migrate(*stores, progress, overwrite=overwrite))
+    except SameStoreError as error:
+        _fail(str(error), code=2)
+    except StoreRefusedError as error:
+        _fail(str(error), code=1)
+    except StoreError as error:
+        _fail(f"{error}; what was copied is there, and the same command goes on", code=1)
+    typer.echo(f"{stores[0].url} -> {stores[1].url}: {_told(report)}")
+    if not report.complete:
+        raise typer.Exit(1)
+
+
+def _told(report: Report) -> str:
+    lines = [
+        f"{report.copied} layers copied, {report.present} were there and equal,"
+        f" {report.receipts} receipts; all read back"
+    ]
+    if report.differing:
+        lines.append(f"left alone, the target has them otherwise (--overwrite): {_named(report.differing)}")
+    if report.changed:
+        lines.append(f"changed meanwhile; stop all services and repeat the command: {_named(report.changed)}")
+    return "\n".join(lines)
+
+
+def _named(names: list[str]) -> str:
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Progress]:
+    """A bar on stderr, if that is a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
+        tasks = {name: bar.add_task(name, total=None, visible=False) for name in ("listing", "layers", "receipts")}
+        yield lambda what, done, total: bar.update(tasks[what], completed=done, total=total, visible=True)
 
 
 def _announce(url: str, settings: Settings, store: str) -> None:

@@ -14,6 +14,7 @@ import uvicorn
 
 from batchnorm_service.api import Shell
 from batchnorm_service.app import create_app
+from batchnorm_service.protocol import Protocol
 from batchnorm_service.settings import Settings
 
 BACKLOG = 2048
@@ -74,7 +75,7 @@ def uvicorn_config(settings: Settings, app: Shell | str, **options: Any) -> uvic
     return uvicorn.Config(
         app,
         loop="uvloop",
-        http="httptools",
+        http=Protocol,
         ws="none",
         log_config=None,
         access_log=False,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import threading
 from collections.abc import Callable
 
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
-from uvicorn.supervisors.multiprocess import Multiprocess, Process
+from uvicorn.supervisors import Multiprocess
 
 from batchnorm_service.api import Shell
 from batchnorm_service.app import create_app, make_store
@@ -46,6 +45,9 @@ def run_workers(settings: Settings, announce: Announce) -> None:
         config = uvicorn_config(
             settings, "batchnorm_service.workers:worker", factory=True, lifespan="on", workers=settings.workers
         )
+        # uvicorn kills a worker that does not answer in time; on a busy machine importing torch alone takes longer than
+        # the few seconds that are its default.
+        config.timeout_worker_healthcheck = _START_SECONDS
         url = address(settings, listener)
         supervisor = Supervisor(config, [listener], lambda: announce(url, settings, store.url))
         supervisor.run()
@@ -59,14 +61,13 @@ class Supervisor(Multiprocess):
     def __init__(self, config: uvicorn.Config, sockets: list[socket.socket], started: Callable[[], None]) -> None:
         super().__init__(config, sockets)
         self._started = started
+        self._told = False
 
-    def init_processes(self) -> None:
-        """Start the workers."""
-        super().init_processes()
-        threading.Thread(target=self._tell, args=(list(self.processes),), daemon=True).start()
-
-    def _tell(self, workers: list[Process]) -> None:
-        if all(worker.wait_until_ready(_START_SECONDS, self.should_exit) for worker in workers):
+    def keep_subprocess_alive(self) -> None:
+        """Called again and again: replace workers that died, and say once when all of them listen."""
+        super().keep_subprocess_alive()
+        if not self._told and all(worker.is_ready(timeout=_START_SECONDS) for worker in self.processes):
+            self._told = True
             self._started()
 
 

@@ -93,6 +93,21 @@ async def test_a_compressed_body_is_415(client, layer):
     check(await client.post(f"{layer}/train", content=b"x", headers=headers), 415, "unsupported-media-type")
 
 
+@pytest.mark.parametrize("body", ["[]", "null", "3", '"text"'])
+async def test_a_config_that_is_no_object_is_malformed(client, body):
+    answer = await client.put("/v1/layers/bn", content=body, headers={"Content-Type": JSON})
+    check(answer, 400, "malformed-body")
+
+
+@pytest.mark.parametrize("call", ["train", "eval"])
+async def test_a_json_batch_without_rows(client, layer, call):
+    answer = await client.post(f"{layer}/{call}", json={"input": []})
+    if call == "train":
+        check(answer, 422, "too-few-values")
+    else:
+        assert answer.json()["output"] == []
+
+
 @pytest.mark.parametrize(
     ("config", "field"),
     [
@@ -109,8 +124,6 @@ async def test_a_compressed_body_is_415(client, layer):
         ({"num_features": 1, "dtype": "float16"}, "dtype"),
         ({"num_features": 1, "device": "tpu"}, "device"),
         ({"num_features": 1, "epsilon": 1}, "epsilon"),
-        ([], "body"),
-        (None, "body"),
     ],
 )
 async def test_a_bad_config_says_which_field(client, config, field):

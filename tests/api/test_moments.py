@@ -66,7 +66,7 @@ async def test_both_forms_are_the_same_batch_to_a_key(client, population):
         ({"count": [3]}, "shape-mismatch", "count"),
         ({"mean": [1.0]}, "shape-mismatch", "mean"),
         ({"var": [1.0, -1.0]}, "invalid-request", "var"),
-        ({"var": [1.0, "NaN"]}, "non-finite", "input"),
+        ({"var": [1.0, "NaN"]}, "non-finite", "var"),
         ({"std": [1.0, 1.0]}, "invalid-request", "std"),
     ],
 )

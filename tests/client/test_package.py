@@ -12,7 +12,16 @@ from batchnorm_client import errors, options
 from batchnorm_client.contract import LayerConfig, LayerUpdate
 
 CLIENTS = {"AsyncClient", "AsyncRemoteLayer", "Client", "RemoteLayer", "Retry"}
-RESULTS = {"BatchStatistics", "EvalResult", "Layer", "LayerConfig", "LayerSummary", "TrainResult"}
+RESULTS = {
+    "BatchStatistics",
+    "EvalResult",
+    "FoldResult",
+    "Gradients",
+    "Layer",
+    "LayerConfig",
+    "LayerSummary",
+    "TrainResult",
+}
 OPTIONS = {"LayerChanges", "LayerOptions"}
 EXCEPTIONS = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
 

@@ -187,3 +187,38 @@ def test_reset_forgets_the_population() -> None:
     state = reset(_train(_layer(2), [np.random.default_rng(9).normal(size=(5, 2))]), "running_stats")
     assert (state.samples_tracked, state.population.weight) == (0, 0.0)
     assert state.running_var.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("half_life", [1e6, 1e12, 1e15, 1e300])
+def test_long_half_lives_weigh_every_sample_as_one(half_life: float) -> None:
+    """1 - 2^(-1/h) has no digits left for a long half-life: 2^(-1/1e15) is 1 to float64."""
+    state = _train(_layer(1, half_life=half_life), [np.array([[1.0], [2.0], [6.0]])])
+    assert state.population.weight == pytest.approx(3, rel=1e-5)
+    assert state.running_var.item() == pytest.approx(7, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "field"),
+    [
+        ({"population_weights": [float("nan"), 0.0]}, "population_weights"),
+        ({"population_weights": [2.0, 100.0]}, "population_weights"),
+        ({"population_weights": [50.0, 50.0]}, "population_weights"),
+        ({"population_m2": [-1.0, 0.0]}, "population_m2"),
+    ],
+)
+def test_accumulators_that_no_samples_have_are_refused(tensors: dict, field: str) -> None:
+    state = _train(_layer(2), [np.random.default_rng(8).normal(size=(5, 2))])
+    wire = {name: to_wire(torch.tensor(value, dtype=torch.float64)) for name, value in tensors.items()}
+    with pytest.raises(errors.InvalidRequest) as refused:
+        replace_tensors(state, wire)
+    assert refused.value.fields["field"] == field
+    nothing = {
+        "samples_tracked": to_wire(torch.tensor(0)),
+        "population_m2": to_wire(torch.ones(2, dtype=torch.float64)),
+    }
+    with pytest.raises(errors.InvalidRequest):
+        replace_tensors(state, nothing)
+    assert _train(replace_tensors(state, {"samples_tracked": to_wire(torch.tensor(0))}), []).running_var.tolist() == [
+        1,
+        1,
+    ]

@@ -318,3 +318,51 @@ async def test_receipts_are_small() -> None:
         await train(layers, "a", batch(1), "k" * 200)
     assert [(len(receipt.key), len(receipt.fingerprint)) for receipt in seen] == [(16, 16)]
     assert Duplicates(tuple(seen)).receipts[0].batch == 1
+
+
+@pytest.mark.parametrize("change", ["policy", "statistics", "weight"])
+async def test_a_repeat_is_answered_also_when_the_layer_would_refuse_the_batch_by_now(change: str) -> None:
+    """It was acknowledged and is counted: telling its sender that it changed nothing would be a lie."""
+    array = batch(1)
+    config = LayerConfig(num_features=3, non_finite="allow" if change == "policy" else "reject")
+    if change == "policy":
+        array[0, 0] = np.nan
+    async with serving(MemoryStore()) as layers:
+        await layers.create("a", config)
+        first = await train(layers, "a", array, "key")
+        if change == "policy":
+            await layers.update("a", LayerUpdate(non_finite="reject"), None)
+        elif change == "weight":
+            await layers.update("a", LayerUpdate(weight=[3e38] * 3, bias=[3e38] * 3), None)
+        else:
+            broken = {"running_mean": Tensor.of(np.full(3, np.nan, np.float32))}
+            await layers.replace_state("a", lambda _: broken, None)
+        again = await train(layers, "a", array, "key")
+        assert (again.replayed, again.version, again.num_batches_tracked) == (True, first.version, 1)
+        if change != "weight":
+            assert np.array_equal(again.output.numpy(), first.output.numpy(), equal_nan=True)
+        with pytest.raises(errors.NonFinite):
+            await train(layers, "a", array, "another key")
+
+
+async def test_counters_that_would_overflow_are_refused_and_the_neighbours_are_folded() -> None:
+    async with serving(MemoryStore()) as layers:
+        await layers.create("a", LayerConfig(num_features=3, statistics="population"))
+
+        async def fold(count: int) -> object:
+            tensors = {
+                "count": Tensor.of(np.array(count, np.int64)),
+                "mean": Tensor.of(np.zeros(3)),
+                "var": Tensor.of(np.ones(3)),
+            }
+            return await layers.batches.fold_moments("a", lambda _: tensors, None)
+
+        answers = await asyncio.gather(*(fold(count) for count in (5, 2**63 - 1, 5)), return_exceptions=True)
+        assert isinstance(answers[1], errors.InvalidRequest)
+        assert answers[1].fields["field"] == "samples_tracked"
+        assert (await layers.get("a")).samples_tracked == 10
+        most = {"num_batches_tracked": Tensor.of(np.array(2**63 - 1, np.int64))}
+        await layers.replace_state("a", lambda _: most, None)
+        with pytest.raises(errors.InvalidRequest) as refused:
+            await fold(5)
+        assert refused.value.fields["field"] == "num_batches_tracked"

@@ -1,5 +1,6 @@
 """A real server and real sockets: stopping, early refusals, bodies in pieces."""
 
+import json
 import signal
 import socket
 import subprocess
@@ -185,3 +186,25 @@ def test_the_application_runs_under_plain_uvicorn_too(http, store, tmp_path):
     finally:
         process.terminate()
         process.wait(timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"garbage\r\n\r\n", 400),
+        (b"GET /healthz HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
+        (b"GET /healthz HTTP/1.1\r\nX-Long: " + b"x" * 200_000, 413),
+    ],
+)
+def test_what_is_no_request_gets_a_problem_with_a_request_id(start, sent, status):
+    """uvicorn answers such in plain text, and keeps reading a header that never ends."""
+    port = int(start("--store", "memory:").url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(sent)
+        answer = b""
+        while part := connection.recv(1 << 16):
+            answer += part
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert b"x-request-id: " in head
+    assert json.loads(body)["status"] == status

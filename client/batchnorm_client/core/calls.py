@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
@@ -23,13 +24,15 @@ from batchnorm_client.contract import (
 from batchnorm_client.core import readers
 from batchnorm_client.core.doubt import is_deleted, is_replaced, is_updated
 from batchnorm_client.core.exchange import Request
-from batchnorm_client.errors import InvalidRequest
-from batchnorm_client.options import LayerChanges, LayerOptions, What
-from batchnorm_client.results import EvalResult, TrainResult
+from batchnorm_client.core.local import LocalState
+from batchnorm_client.core.shards import Shard, waits
+from batchnorm_client.errors import InvalidRequest, ProblemError
+from batchnorm_client.options import LayerChanges, LayerOptions, Mode, What
+from batchnorm_client.results import EvalResult, FoldResult, Gradients, TrainResult
 from batchnorm_client.tensors import Tensor, encode, json_list
 
 if TYPE_CHECKING:
-    from batchnorm_client.options import Numbers, StateDict
+    from batchnorm_client.options import Moments, Numbers, StateDict
 
 _PAGE = 1000
 _WRITE = orjson.OPT_SERIALIZE_NUMPY
@@ -100,7 +103,7 @@ def reset(name: str, what: What, key: str | None, if_match: int | None) -> Reque
         "POST",
         f"{layer_path(name)}/reset",
         readers.layer,
-        headers=_JSON | _key(key) | _if_match(if_match),
+        headers=_JSON | key_header(key) | _if_match(if_match),
         pieces=[orjson.dumps({"what": what})],
     )
 
@@ -129,15 +132,18 @@ def replace_state(name: str, state_dict: StateDict, if_match: int | None) -> Req
     )
 
 
-def train(name: str, batch: A, *, key: str | None, statistics: bool) -> Request[TrainResult[A]]:
+def train(
+    name: str, batch: A, *, key: str | None, statistics: bool, shard: Shard | None = None
+) -> Request[TrainResult[A]]:
     """Normalize with the batch's statistics, and fold them. A key makes every repeat safe."""
     tensor = to_wire(batch)
     return Request(
         "POST",
-        _target(name, "train", statistics),
+        _target(name, "train", statistics=statistics, shard=shard),
         partial(readers.trained, tensor.shape, batch),
-        headers=_TENSORS | _key(key),
+        headers=_TENSORS | key_header(key),
         pieces=encode(SAFETENSORS, {"input": tensor}),
+        waits=waits(shard),
     )
 
 
@@ -146,12 +152,71 @@ def evaluate(name: str, batch: A, *, statistics: bool) -> Request[EvalResult[A]]
     tensor = to_wire(batch)
     return Request(
         "POST",
-        _target(name, "eval", statistics),
+        _target(name, "eval", statistics=statistics),
         partial(readers.evaluated, tensor.shape, batch),
         headers=_TENSORS,
         pieces=encode(SAFETENSORS, {"input": tensor}),
         reads=True,
     )
+
+
+def inverse(name: str, batch: A) -> Request[EvalResult[A]]:
+    """Undo what eval does."""
+    tensor = to_wire(batch)
+    return Request(
+        "POST",
+        _target(name, "inverse"),
+        partial(readers.evaluated, tensor.shape, batch),
+        headers=_TENSORS,
+        pieces=encode(SAFETENSORS, {"input": tensor}),
+        reads=True,
+    )
+
+
+def backward(
+    name: str, batch: A, grad_output: A, *, mode: Mode, key: str | None, shard: Shard | None
+) -> Request[Gradients[A]]:
+    """The gradients of a normalization. As a shard it has a key, by which the group knows a repeat."""
+    tensors = {"input": to_wire(batch), "grad_output": to_wire(grad_output)}
+    return Request(
+        "POST",
+        _target(name, "backward", mode=mode, shard=shard),
+        partial(readers.differentiated, tensors["input"].shape, batch),
+        headers=_TENSORS | (key_header(key) if shard else {}),
+        pieces=encode(SAFETENSORS, tensors),
+        reads=True,
+        waits=waits(shard),
+    )
+
+
+def fold_moments(name: str, moments: Moments, *, key: str | None, shard: Shard | None = None) -> Request[FoldResult]:
+    """Fold the moments of a batch that stays here. A key makes every repeat safe."""
+    return Request(
+        "POST",
+        _target(name, "moments", shard=shard),
+        readers.folded,
+        headers={"Content-Type": SAFETENSORS} | key_header(key),
+        pieces=encode(SAFETENSORS, _moments(moments)),
+        waits=waits(shard),
+    )
+
+
+def fold_many(layers: Mapping[str, Moments], *, key: str | None) -> Request[dict[str, FoldResult | ProblemError]]:
+    """The same for many layers in one call."""
+    tensors = {f"{name}/{part}": one for name, given in layers.items() for part, one in _moments(given).items()}
+    return Request(
+        "POST",
+        "/v1/moments",
+        readers.many_folded,
+        headers={"Content-Type": SAFETENSORS} | key_header(key),
+        pieces=encode(SAFETENSORS, tensors),
+    )
+
+
+def revalidate(name: str, held: LocalState | None) -> Request[LocalState]:
+    """What normalizing here needs of a layer, read again only if it changed."""
+    unless = {} if held is None else {"If-None-Match": f'"{held.version}"'}
+    return Request("GET", layer_path(name), partial(readers.local_state, held), (200, 304), unless, reads=True)
 
 
 def layer_path(name: str) -> str:
@@ -174,11 +239,25 @@ _JSON = {"Content-Type": JSON}
 _TENSORS = {"Content-Type": SAFETENSORS, "Accept": SAFETENSORS}
 
 
-def _target(name: str, call: str, statistics: bool) -> str:
-    return f"{layer_path(name)}/{call}{'?statistics=true' if statistics else ''}"
+def _target(
+    name: str, call: str, *, statistics: bool = False, mode: Mode | None = None, shard: Shard | None = None
+) -> str:
+    query: dict[str, Any] = {"statistics": "true"} if statistics else {}
+    query |= {} if mode is None else {"mode": mode}
+    if shard is not None:
+        query |= {"group": shard.group, "size": shard.size}
+        query |= {} if shard.timeout is None else {"timeout": shard.timeout}
+    return f"{layer_path(name)}/{call}{'?' if query else ''}{urlencode(query)}"
 
 
-def _key(key: str | None) -> dict[str, str]:
+def _moments(moments: Moments) -> dict[str, Tensor]:
+    count, mean, var = moments
+    tensors = {"mean": _vector(mean), "var": _vector(var)}
+    return {"count": Tensor.of(np.array(int(count), np.int64))} | tensors
+
+
+def key_header(key: str | None) -> dict[str, str]:
+    """The header for a caller's key, or for a new one."""
     if key is None:
         key = uuid4().hex
     elif not KEY_PATTERN.fullmatch(key):

@@ -49,6 +49,8 @@ class Request(Generic[T]):
             carries a key, sets values, or has a condition that cannot hold twice.
         settle: tells, when an earlier try may have taken effect, what to send after this error instead: a call that
             only reads, and either finds the result or raises the error that it was made for. None for the usual way.
+        waits: seconds for which the service may hold the answer back on purpose: the read timeout and the deadline are
+            as much later.
     """
 
     method: str
@@ -60,6 +62,7 @@ class Request(Generic[T]):
     reads: bool = False
     repeat_in_doubt: bool = True
     settle: Callable[[BatchNormError], Request[T] | None] | None = None
+    waits: float = 0.0
 
     @property
     def size(self) -> int:

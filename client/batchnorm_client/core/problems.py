@@ -21,19 +21,31 @@ _SECONDS = re.compile(r"[0-9]{1,9}")
 def error_of(answer: Answer) -> ProblemError | UnexpectedAnswer:
     """The exception that an answer other than the expected one stands for."""
     document = _document(answer)
-    name = str(document.get("type", "")).rpartition("/")[2]
     request_id = answer.headers.get(REQUEST_ID.lower())
-    fields = {key: value for key, value in document.items() if key not in _STANDARD}
-    error: ProblemError | UnexpectedAnswer
-    if name in PROBLEMS:
-        error = PROBLEMS[name](str(document.get("detail") or PROBLEMS[name].title))
-    else:
+    error: ProblemError | UnexpectedAnswer | None = problem_of(document, request_id)
+    if error is None:
+        name = str(document.get("type", "")).rpartition("/")[2]
         error = UnexpectedAnswer(_detail(answer, document), status=answer.status, name=name or None)
-    # Not as keyword arguments: members may be called anything.
-    error.fields.update(fields)
-    error.request_id = request_id
+        error.fields.update(_fields(document))
+        error.request_id = request_id
     error.retry_after = _retry_after(answer.headers.get("retry-after", ""), time.time())
     return error
+
+
+def problem_of(document: dict[str, Any], request_id: str | None) -> ProblemError | None:
+    """The exception that a problem document stands for; None if this client does not know its type."""
+    name = str(document.get("type", "")).rpartition("/")[2]
+    if name not in PROBLEMS:
+        return None
+    error = PROBLEMS[name](str(document.get("detail") or PROBLEMS[name].title))
+    # Not as keyword arguments: members may be called anything.
+    error.fields.update(_fields(document))
+    error.request_id = request_id
+    return error
+
+
+def _fields(document: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in document.items() if key not in _STANDARD}
 
 
 def unreadable(answer: Answer, why: Exception) -> UnexpectedAnswer:

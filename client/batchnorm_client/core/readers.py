@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import orjson
+
 from batchnorm_client.arrays import A, from_wire
 from batchnorm_client.contract import (
     IDEMPOTENT_REPLAY,
     JSON,
     NUM_BATCHES_TRACKED,
+    REQUEST_ID,
     SAFETENSORS,
     VERSION,
+    FoldedDocument,
     Layer,
     LayerPage,
 )
 from batchnorm_client.core.exchange import Answer
+from batchnorm_client.core.local import LocalState
+from batchnorm_client.core.problems import problem_of
 from batchnorm_client.errors import ProblemError
-from batchnorm_client.results import BatchStatistics, EvalResult, TrainResult
+from batchnorm_client.results import BatchStatistics, EvalResult, FoldResult, Gradients, TrainResult
 from batchnorm_client.tensors import Tensor, decode_safetensors
 
 _STATISTICS = ("batch_mean", "batch_var", "batch_invstd")
@@ -52,7 +61,7 @@ def trained(shape: tuple[int, ...], batch: A, answer: Answer) -> TrainResult[A]:
         output,
         version=int(answer.headers[VERSION.lower()]),
         num_batches_tracked=int(answer.headers[NUM_BATCHES_TRACKED.lower()]),
-        replayed=answer.headers.get(IDEMPOTENT_REPLAY.lower()) == "true",
+        replayed=_is_replay(answer),
         statistics=statistics,
     )
 
@@ -66,6 +75,61 @@ def evaluated(shape: tuple[int, ...], batch: A, answer: Answer) -> EvalResult[A]
         num_batches_tracked=int(answer.headers[NUM_BATCHES_TRACKED.lower()]),
         statistics=statistics,
     )
+
+
+def differentiated(shape: tuple[int, ...], batch: A, answer: Answer) -> Gradients[A]:
+    """The answer to backward."""
+    found = {name: from_wire(tensor, batch) for name, tensor in tensors(answer).items()}
+    if tuple(found["grad_input"].shape) != shape:
+        raise ValueError(f"grad_input has shape {tuple(found['grad_input'].shape)}, the input {shape}")
+    return Gradients(
+        found["grad_input"],
+        found.get("grad_weight"),
+        found.get("grad_bias"),
+        version=int(answer.headers[VERSION.lower()]),
+        replayed=_is_replay(answer),
+    )
+
+
+def folded(answer: Answer) -> FoldResult:
+    """The answer to moments."""
+    _check_form(answer, JSON)
+    return _folded(orjson.loads(answer.body) | {"replayed": _is_replay(answer)})
+
+
+def many_folded(answer: Answer) -> dict[str, FoldResult | ProblemError]:
+    """The answer to moments of many layers."""
+    _check_form(answer, JSON)
+    request_id = answer.headers.get(REQUEST_ID.lower())
+    results: dict[str, FoldResult | ProblemError] = {}
+    for name, document in orjson.loads(answer.body)["layers"].items():
+        if "type" in document:
+            error = problem_of(document, request_id)
+            if error is None:
+                raise ValueError(f"{document['type']} is no known problem")
+            results[name] = error
+        else:
+            results[name] = _folded(document)
+    return results
+
+
+def local_state(held: LocalState | None, answer: Answer) -> LocalState:
+    """What normalizing here needs; the one that was held, if the service says that it is the newest."""
+    if answer.status == 304:
+        if held is None:
+            raise ValueError("a 304 to a call without a condition")
+        return held
+    return LocalState.of(layer(answer))
+
+
+def _folded(document: dict[str, Any]) -> FoldResult:
+    found = FoldedDocument.model_validate(document, extra="ignore")
+    mean, var = (None if one is None else np.array(one) for one in (found.mean, found.var))
+    return FoldResult(found.version, found.num_batches_tracked, found.replayed, found.count, mean, var)
+
+
+def _is_replay(answer: Answer) -> bool:
+    return answer.headers.get(IDEMPOTENT_REPLAY.lower()) == "true"
 
 
 def _normalized(shape: tuple[int, ...], batch: A, answer: Answer) -> tuple[A, BatchStatistics[A] | None]:

@@ -44,7 +44,8 @@ class Retry:
     Attributes:
         attempts: tries in all; 1 turns retries off.
         deadline: seconds for a call with all its tries and waits; None for no end. Keep it below the service's
-            BATCHNORM_RECEIPT_SECONDS (one hour by default), or a late repeat may count twice.
+            BATCHNORM_RECEIPT_SECONDS (one hour by default), or a late repeat may count twice. A call that waits for
+            the other members of a group has as much longer as it may wait for them.
         wait_initial: seconds before the second try. Each later wait is twice as long; a random part of up to a half is
             taken off, so that clients that failed together do not come back together.
         wait_max: the longest wait that the client chooses itself. `Retry-After` of an answer may ask for more.
@@ -82,7 +83,7 @@ class Attempts(Generic[T]):
         self._clock = clock
         self._tries = 0
         self._unsettled: BatchNormError | None = None
-        self._end = math.inf if retry.deadline is None else clock() + retry.deadline
+        self._end = math.inf if retry.deadline is None else clock() + retry.deadline + request.waits
 
     def remaining(self) -> float:
         """Seconds until the deadline; infinite without one.

@@ -17,7 +17,7 @@ import numpy as np
 import orjson
 
 from batchnorm_client.errors import InvalidRequest, MalformedBody, ShapeMismatch
-from batchnorm_client.tensors.tensor import MAX_RANK, Array, Buffer, Tensor, check_known
+from batchnorm_client.tensors.tensor import MAX_RANK, Array, Buffer, Tensor, byte_view, check_known
 
 simdjson: ModuleType | None
 try:
@@ -49,7 +49,7 @@ def decode_json(body: Buffer, dtypes: Mapping[str, str]) -> dict[str, Tensor]:
         InvalidRequest: a tensor that is not known, an element that is not a number, a number that does not fit.
         ShapeMismatch: ragged lists, or more than 64 dimensions.
     """
-    raw = bytes(body) if isinstance(body, memoryview) else body
+    raw = byte_view(body)
     found = _read_regular(raw, dtypes) if len(raw) >= _SIMDJSON_FROM else None
     if found is None:
         found = _read_any(raw, dtypes)
@@ -90,9 +90,9 @@ def _widened(tensor: Tensor) -> Array:
     return array.astype(np.float32) if tensor.dtype == "float16" else array
 
 
-def _read_regular(raw: bytes | bytearray, dtypes: Mapping[str, str]) -> dict[str, _Values] | None:
+def _read_regular(raw: memoryview, dtypes: Mapping[str, str]) -> dict[str, _Values] | None:
     """The way for big bodies: None where anything is unusual."""
-    if simdjson is None or raw.startswith(_BYTE_ORDER_MARK):
+    if simdjson is None or bytes(raw[:3]) == _BYTE_ORDER_MARK:
         return None
     found: dict[str, _Values] = {}
     lists = 0
@@ -113,7 +113,8 @@ def _read_regular(raw: bytes | bytearray, dtypes: Mapping[str, str]) -> dict[str
         return None
     # What `_list_shape` did not look into are the innermost lists. They have no lists in them if the body has no more
     # brackets than there are lists above; strings were refused, and a bracket in a name only leads to the other way.
-    return found if raw.count(b"[") == lists else None
+    brackets = np.count_nonzero(np.frombuffer(raw, np.uint8) == ord("["))
+    return found if brackets == lists else None
 
 
 def _list_shape(array: Any) -> tuple[tuple[int, ...], int]:
@@ -138,7 +139,7 @@ def _list_shape(array: Any) -> tuple[tuple[int, ...], int]:
             raise ValueError
 
 
-def _read_any(raw: bytes | bytearray, dtypes: Mapping[str, str]) -> dict[str, _Values]:
+def _read_any(raw: memoryview, dtypes: Mapping[str, str]) -> dict[str, _Values]:
     """The way for every body, with the refusals."""
     try:
         document = orjson.loads(raw)

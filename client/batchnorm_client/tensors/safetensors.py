@@ -82,6 +82,12 @@ def decode_safetensors(body: Buffer) -> tuple[dict[str, Tensor], dict[str, str]]
         MalformedBody: the header lies, or is not one; the tensors do not cover the data exactly.
         DtypeMismatch: a dtype of less than a byte.
     """
+    tensors, layout = _view(body)
+    return tensors, dict(layout.metadata)
+
+
+def _view(body: Buffer) -> tuple[dict[str, Tensor], _Layout]:
+    """A file's tensors, and its header."""
     view = byte_view(body)
     text, start = _split(view)
     layout = _cached_layout(text) if len(text) < _MAX_CACHED else _layout(text)
@@ -95,7 +101,7 @@ def decode_safetensors(body: Buffer) -> tuple[dict[str, Tensor], dict[str, str]]
         entry.name: view_tensor(entry.dtype, entry.shape, view[start + entry.begin : start + entry.end])
         for entry in layout.entries
     }
-    return tensors, dict(layout.metadata)
+    return tensors, layout
 
 
 def decode_safetensors_header(head: Buffer) -> tuple[dict[str, Any], int]:
@@ -129,23 +135,38 @@ def encode_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": _CODES[tensor.dtype], "shape": tensor.shape, "data_offsets": (begin, end)}
-    text = orjson.dumps(header)
-    text += b" " * (-len(text) % 8)
-    pieces: list[Buffer] = [len(text).to_bytes(8, "little") + text]
+    pieces: list[Buffer] = [_head(header)]
     return pieces + [tensor.buffer for tensor in tensors.values() if tensor.nbytes]
 
 
 def decode_named(body: Buffer, dtypes: Mapping[str, str]) -> dict[str, Tensor]:
     """The codec table's entry: `decode_safetensors` with the names checked; metadata are not looked at."""
-    tensors, _ = decode_safetensors(body)
+    tensors, _ = _view(body)
     check_known(tensors, dtypes)
     return tensors
 
 
 def encode_named(tensors: Mapping[str, Tensor], _fields: Mapping[str, Any]) -> list[Buffer]:
     """The codec table's entry: `encode_safetensors` with wider dtypes first; fields have no place here."""
+    if len(tensors) == 1:
+        ((name, tensor),) = tensors.items()
+        head = _written_head(name, tensor.dtype, tensor.shape)
+        return [head, tensor.buffer] if tensor.nbytes else [head]
     wide_first = sorted(tensors.items(), key=lambda item: -itemsize(item[1].dtype))
     return encode_safetensors(dict(wide_first))
+
+
+@lru_cache(maxsize=256)
+def _written_head(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
+    """What comes before the data of a file with one tensor: the same again and again."""
+    size = math.prod(shape) * itemsize(dtype)
+    return _head({name: {"dtype": _CODES[dtype], "shape": shape, "data_offsets": (0, size)}})
+
+
+def _head(header: Mapping[str, Any]) -> bytes:
+    text = orjson.dumps(header)
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _split(view: memoryview) -> tuple[bytes, int]:

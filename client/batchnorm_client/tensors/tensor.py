@@ -39,6 +39,9 @@ _ITEMSIZES: Final[dict[str, int]] = {name: dtype.itemsize for name, dtype in NUM
     "float8_e8m0fnu": 1,
 }
 
+_WORDS: Final = {size: np.dtype(f"<u{size}") for size in (1, 2, 4, 8)}
+"""A dtype of each size, that asks for as much alignment."""
+
 
 def itemsize(dtype: str) -> int:
     """The bytes that one element takes.
@@ -115,10 +118,8 @@ def byte_view(body: Buffer) -> memoryview:
 
 def view_tensor(dtype: str, shape: tuple[int, ...], view: memoryview) -> Tensor:
     """A tensor on a part of a body: a copy only where the data lie askew, as torch's kernels want them aligned."""
-    if view.nbytes:
-        address: int = np.frombuffer(view, np.uint8).__array_interface__["data"][0]
-        if address % itemsize(dtype):
-            return Tensor(dtype, shape, bytearray(view))
+    if view.nbytes and not np.frombuffer(view, _WORDS[itemsize(dtype)]).flags.aligned:
+        return Tensor(dtype, shape, bytearray(view))
     return Tensor(dtype, shape, view)
 
 

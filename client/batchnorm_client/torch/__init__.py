@@ -6,19 +6,15 @@
     client = Client("http://127.0.0.1:8000")
     norm = RemoteBatchNorm2d(64, client=client, name="layer1.bn")   # one module, as nn.BatchNorm2d(64)
     model = convert_batchnorm(model, client, prefix="resnet.")      # or every BatchNorm of a model
-    ...                                                             # train as ever
+    ...                                                             # or compute="local": batches stay here
     model = revert(model)                                           # back to nn.BatchNorm*, with the service's state
 
 Importing this package imports torch; `batchnorm_client` itself does not.
 """
 
-from batchnorm_client.torch.convert import convert_batchnorm, revert
-from batchnorm_client.torch.modules import (
-    RemoteBatchNorm,
-    RemoteBatchNorm1d,
-    RemoteBatchNorm2d,
-    RemoteBatchNorm3d,
-)
+from batchnorm_client.torch.convert import convert_batchnorm, flush, revert
+from batchnorm_client.torch.modules import RemoteBatchNorm
+from batchnorm_client.torch.twins import RemoteBatchNorm1d, RemoteBatchNorm2d, RemoteBatchNorm3d
 
 __all__ = [
     "RemoteBatchNorm",
@@ -26,5 +22,6 @@ __all__ = [
     "RemoteBatchNorm2d",
     "RemoteBatchNorm3d",
     "convert_batchnorm",
+    "flush",
     "revert",
 ]

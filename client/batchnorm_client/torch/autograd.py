@@ -9,15 +9,28 @@ nothing else from it, and is torch's own kernel, so that gradients are those of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from batchnorm_client.results import BatchStatistics
+from batchnorm_client.results import BatchStatistics, Gradients
 
 Forward = Callable[[Tensor, bool], tuple[Tensor, BatchStatistics[Tensor] | None]]
 """(input, whether statistics are wanted) -> (output, the statistics it was normalized with)."""
+
+
+class Shard(Protocol):
+    """One synchronized batch, as one of its members sees it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output."""
+        ...
+
+    def backward(self, x: Tensor, grad_output: Tensor) -> Gradients[Tensor]:
+        """The gradients."""
+        ...
 
 
 def normalize(
@@ -76,6 +89,36 @@ class _Normalize(torch.autograd.Function):
             ctx.needs_input_grad[:3],
         )
         return (*grads, None, None, None)
+
+
+def normalize_shard(shard: Shard, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Normalize a shard of a synchronized batch; its gradient is that of the whole batch.
+
+    Args:
+        shard: the calls, under the same weight and bias. All members run the backward pass, or none.
+        x: the shard, (N, C, *); may be empty.
+        weight: (C,), or None; its gradient is the shard's part of the sum, as with `nn.SyncBatchNorm`.
+        bias: (C,), or None; as weight.
+    """
+    return cast(Tensor, _NormalizeShard.apply(x, weight, bias, shard))  # type: ignore[no-untyped-call]
+
+
+class _NormalizeShard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, shard: Shard) -> Tensor:
+        del weight, bias  # the service has them
+        ctx.save_for_backward(x)
+        ctx.shard = shard
+        return _formatted(shard.forward(x), x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        found = ctx.shard.backward(x, grad_output)
+        grads = (found.grad_input, found.grad_weight, found.grad_bias)
+        wanted = zip(grads, ctx.needs_input_grad[:3], strict=True)
+        return (*(grad if needed else None for grad, needed in wanted), None)
 
 
 def _formatted(output: Tensor, x: Tensor) -> Tensor:

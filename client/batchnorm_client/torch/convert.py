@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -12,13 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm_client import Client
 from batchnorm_client.errors import VersionMismatch
-from batchnorm_client.torch.modules import (
-    RemoteBatchNorm,
-    RemoteBatchNorm1d,
-    RemoteBatchNorm2d,
-    RemoteBatchNorm3d,
-    without_bias,
-)
+from batchnorm_client.torch.folding import Folding
+from batchnorm_client.torch.groups import Compute
+from batchnorm_client.torch.modules import RemoteBatchNorm, without_bias
+from batchnorm_client.torch.twins import RemoteBatchNorm1d, RemoteBatchNorm2d, RemoteBatchNorm3d
 
 _REMOTE: dict[type[_BatchNorm], type[RemoteBatchNorm]] = {
     nn.BatchNorm1d: RemoteBatchNorm1d,
@@ -27,8 +24,18 @@ _REMOTE: dict[type[_BatchNorm], type[RemoteBatchNorm]] = {
 }
 
 
+class RemoteOptions(TypedDict, total=False):
+    """What `RemoteBatchNorm` takes and its torch twin does not."""
+
+    non_finite: Literal["reject", "allow"]
+    compute: Compute
+    group: str | None
+    group_size: int | None
+    group_timeout: float | None
+
+
 def convert_batchnorm(
-    module: nn.Module, client: Client, prefix: str = "", *, non_finite: Literal["reject", "allow"] = "reject"
+    module: nn.Module, client: Client, prefix: str = "", **options: Unpack[RemoteOptions]
 ) -> nn.Module:
     """Swap every `nn.BatchNorm1d/2d/3d` of a model for a layer of the service, as `convert_sync_batchnorm` does.
 
@@ -45,7 +52,10 @@ def convert_batchnorm(
         client: of the service.
         prefix: layers are called `prefix` + the module's path, such as "resnet." + "layer1.0.bn1"; a model that is
             itself a batch normalization is called `prefix`.
-        non_finite: as in `RemoteBatchNorm`.
+        options: `non_finite`, `compute`, `group`, `group_size`, `group_timeout`, as in `RemoteBatchNorm`. With
+            `compute="local"` and without a group, one call per training step folds the moments of all layers: after the
+            model's forward pass, or before a layer is evaluated or its running statistics are read, or by `flush`.
+            (A part of the model that is called by itself has nobody to do that for it but those.)
 
     Returns:
         `module`, or what replaces it if it is itself a batch normalization.
@@ -59,10 +69,25 @@ def convert_batchnorm(
     plans = [_Plan(path, found, prefix + path) for path, found in module.named_modules() if _is_local(path, found)]
     for plan in plans:
         client.layer(plan.name)  # refuses names that cannot be
-    remotes = [_create(plan, client, non_finite) for plan in plans]
+    remotes = [_create(plan, client, options) for plan in plans]
     for plan, remote in zip(plans, remotes, strict=True):
         _take_over(plan.module, remote)
-    return _swap(module, {plan.module: remote for plan, remote in zip(plans, remotes, strict=True)})
+    converted = _swap(module, {plan.module: remote for plan, remote in zip(plans, remotes, strict=True)})
+    if remotes and options.get("compute") == "local" and options.get("group") is None:
+        _fold_together(converted, remotes, client)
+    return converted
+
+
+def flush(module: nn.Module) -> None:
+    """Send the moments that wait to be sent together: of a model that was converted with `compute="local"`.
+
+    Raises:
+        ProblemError: of a layer whose moments were refused.
+        BatchNormError: of the call; what may be folded or not waits on, and another flush counts nothing twice.
+    """
+    for found in module.modules():
+        if isinstance(found, RemoteBatchNorm):
+            found.flush()
 
 
 def revert(module: nn.Module) -> nn.Module:
@@ -78,6 +103,14 @@ def revert(module: nn.Module) -> nn.Module:
     """
     remotes = [found for found in module.modules() if isinstance(found, RemoteBatchNorm)]
     return _swap(module, {remote: _twin(remote) for remote in remotes})
+
+
+def _fold_together(root: nn.Module, remotes: list[RemoteBatchNorm], client: Client) -> None:
+    folding = Folding(client)
+    for remote in remotes:
+        remote._folding = folding
+        folding.users.add(remote)
+    folding.attach(root)
 
 
 class _Plan(NamedTuple):
@@ -116,7 +149,7 @@ def _lacks_bias(module: _BatchNorm) -> bool:
     return module.affine and module._parameters["bias"] is None
 
 
-def _create(plan: _Plan, client: Client, non_finite: Literal["reject", "allow"]) -> RemoteBatchNorm:
+def _create(plan: _Plan, client: Client, options: RemoteOptions) -> RemoteBatchNorm:
     """The remote module, whose layer has the module's state if nobody had used it."""
     local = plan.module
     remote = _REMOTE[type(local)](
@@ -129,7 +162,7 @@ def _create(plan: _Plan, client: Client, non_finite: Literal["reject", "allow"])
         bias=not _lacks_bias(local),
         client=client,
         name=plan.name,
-        non_finite=non_finite,
+        **options,
     )
     layer, state = remote.pull(), local.state_dict()
     if layer.updated_at == layer.created_at and state:
@@ -153,6 +186,8 @@ def _take_over(local: _BatchNorm, remote: RemoteBatchNorm) -> None:
 
 def _twin(remote: RemoteBatchNorm) -> _BatchNorm:
     remote.push()
+    if remote._folding is not None:
+        remote._folding.leave(remote)
     state = remote.layer.state_dict(as_torch=True)
     local_class = next(local for local, cls in _REMOTE.items() if isinstance(remote, cls))
     local = local_class(

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import batch_norm
 
 from batchnorm_client import Client, Layer, LayerChanges
+from batchnorm_client.core.local import LocalState, train_step
 from batchnorm_client.results import BatchStatistics
-from batchnorm_client.torch.autograd import normalize
+from batchnorm_client.torch.autograd import normalize, normalize_shard
+from batchnorm_client.torch.groups import Compute, Group, GroupStep
 from batchnorm_client.torch.running import RunningInService
 
 
@@ -32,6 +34,15 @@ class RemoteBatchNorm(RunningInService):
     nothing. They are no buffers: `buffers()` leaves them out, and so do broadcasts of DistributedDataParallel. The
     module is neither copied nor pickled, because the copy would be the same layer: use `state_dict()` or `revert`.
 
+    **With `compute="local"`** the batch stays here: it is normalized by torch's kernel, and a train call sends its
+    moments, 16 bytes per channel; an eval call asks whether the statistics have changed. Training uses weight and bias
+    as they are here and does not send them; eval, `push()` and `revert` do.
+
+    **With a group** several processes, each with a module on the same layer, normalize their shards as one batch, as
+    with `nn.SyncBatchNorm`; the backward pass is then the service's. All of them run the same forward and backward
+    passes in train mode, have equal weight and bias, and add up their gradients (which are sums over shards). Of a
+    member that fails the others hear by `GroupIncomplete`.
+
     Args:
         num_features: C.
         eps: added to the variance; more than 0.
@@ -46,6 +57,10 @@ class RemoteBatchNorm(RunningInService):
         name: of the layer.
         non_finite: "reject" or "allow" train batches that have NaN or infinity, or overflow. torch's module allows
             them, and its running statistics stay NaN from then on.
+        compute: where batches are normalized, "remote" (in the service) or "local".
+        group: names a run of several processes that share their batches, such as a job's id; a new one for each run.
+        group_size: how many processes.
+        group_timeout: seconds to wait for the others; 30 by default.
 
     Attributes:
         client: as given.
@@ -54,7 +69,8 @@ class RemoteBatchNorm(RunningInService):
     Raises:
         LayerExists: the layer exists, and was created with another config.
         InvalidRequest: `name` or an argument is not valid.
-        ValueError: `dtype` is neither float32 nor float64, or the layer has a bias and this module should have none.
+        ValueError: `dtype` is neither float32 nor float64, the layer has a bias and this module should have none, or
+            only one of `group` and `group_size` is given.
         BatchNormError: here and at any use, what `RemoteLayer`'s methods raise.
     """
 
@@ -74,12 +90,19 @@ class RemoteBatchNorm(RunningInService):
         client: Client,
         name: str,
         non_finite: Literal["reject", "allow"] = "reject",
+        compute: Compute = "remote",
+        group: str | None = None,
+        group_size: int | None = None,
+        group_timeout: float | None = None,
     ) -> None:
+        shared = Group.of(group, group_size, group_timeout)
         dtype = dtype or torch.get_default_dtype()
         if dtype not in {torch.float32, torch.float64}:
             raise ValueError(f"dtype must be torch.float32 or torch.float64, not {dtype}; inputs may be half precision")
         super().__init__(num_features, eps, momentum, affine, False, device, dtype, **without_bias(not bias))
         self._forget_buffers()
+        self.compute = compute
+        self._folding = None
         self.track_running_stats = self._tracks = track_running_stats
         self.client = client
         self.state_dtype, self._device = dtype, torch.device("cpu" if device is None else device)
@@ -95,6 +118,7 @@ class RemoteBatchNorm(RunningInService):
             dtype="float64" if dtype == torch.float64 else "float32",
             non_finite=non_finite,
         )
+        self._shared = None if shared is None else GroupStep(self.layer, shared, 0, compute)
         self.pull()
 
     @property
@@ -126,24 +150,48 @@ class RemoteBatchNorm(RunningInService):
         """
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         own = self.training or not self._tracks
-        if own and input.size(1) and input.numel() == input.size(1):
+        shared = self._shared if self.training else None
+        if own and not shared and input.size(1) and input.numel() == input.size(1):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
         if self.weight is not None and self.weight.device != input.device:
             # The backward pass would find it, but after the batch was counted.
             raise RuntimeError(f"the input is on {input.device}, weight and bias are on {self.weight.device}")
         if input.numel() == 0 and not self.training:
             return self._empty(input)
-        self.push()
+        if shared:
+            self._shared = shared.next()
+            self.push()
+            return normalize_shard(shared, input, self.weight, self.bias)
+        if self.training and self.compute == "local":
+            self._send(self._options())
+        else:
+            self.push()
         return normalize(self._normalize, input, self.weight, self.bias, own=own, eps=self.eps)
 
     def _normalize(self, x: Tensor, statistics: bool) -> tuple[Tensor, BatchStatistics[Tensor] | None]:
-        call = self.layer.train if self.training else self.layer.eval
-        result = call(x, statistics=statistics)
-        found = result.statistics
+        output, found = self._local(x, statistics) if self.compute == "local" else self._remote(x, statistics)
         if found and not self.affine and not (self._tracks and (self.track_running_stats or not self.training)):
             # With nothing in float32 beside a half-precision input, torch keeps its statistics in half precision, too.
             found = BatchStatistics(*(tensor.to(x.dtype) for tensor in (found.mean, found.var, found.invstd)))
-        return result.output, found
+        return output, found
+
+    def _remote(self, x: Tensor, statistics: bool) -> tuple[Tensor, BatchStatistics[Tensor] | None]:
+        call = self.layer.train if self.training else self.layer.eval
+        result = call(x, statistics=statistics)
+        return result.output, result.statistics
+
+    def _local(self, x: Tensor, statistics: bool) -> tuple[Tensor, BatchStatistics[Tensor] | None]:
+        if not self.training:
+            result = self.layer.eval_local(x, statistics=statistics)
+            return result.output, result.statistics
+        tracks = self._tracks and self.track_running_stats
+        config = self._config.model_copy(update={"eps": self.eps, "track_running_stats": tracks})
+        step = train_step(LocalState(config, 0, 0, self.weight, self.bias, None, None), x)
+        if tracks and self._folding:
+            self._folding.add(self.name, step.moments)
+        elif tracks:
+            self.layer.fold_moments(*step.moments)
+        return step.output, step.statistics
 
     def _empty(self, x: Tensor) -> Tensor:
         """An empty output with its graph; any statistics do for nothing."""
@@ -158,7 +206,11 @@ class RemoteBatchNorm(RunningInService):
         Raises:
             TypeError: weight or bias were converted to another dtype.
         """
-        known, mine = self._known, self._options() | self._parameters_to_send()
+        self.flush()
+        self._send(self._options() | self._parameters_to_send())
+
+    def _send(self, mine: dict[str, Any]) -> None:
+        known = self._known
         changes = {
             field: value for field, value in mine.items() if field not in known or not _same(known[field], value)
         }
@@ -179,6 +231,7 @@ class RemoteBatchNorm(RunningInService):
             ValueError: the layer has a bias, and this module was made without.
         """
         layer = self.layer.inspect()
+        self._config = layer.config
         texts = {"weight": layer.weight, "bias": layer.bias}
         values = {
             field: torch.tensor(text, dtype=self.state_dtype) for field, text in texts.items() if text is not None
@@ -208,6 +261,7 @@ class RemoteBatchNorm(RunningInService):
         parameters = self._parameters_to_send()
         if not state and not parameters:
             return
+        self.flush()
         known, self._known = self._known, {}  # until it is certain what the service has
         self.layer.load_state_dict(state | parameters)
         self._known = known | parameters
@@ -239,21 +293,3 @@ def _same(known: Any, value: Any) -> bool:
     if isinstance(known, Tensor):
         return torch.equal(known, value.to(known))
     return bool(known == value)
-
-
-class RemoteBatchNorm1d(RemoteBatchNorm, nn.BatchNorm1d):
-    """`nn.BatchNorm1d` as a layer of the service: (N, C) or (N, C, L). Arguments: see `RemoteBatchNorm`."""
-
-    _dimensions = 1
-
-
-class RemoteBatchNorm2d(RemoteBatchNorm, nn.BatchNorm2d):
-    """`nn.BatchNorm2d` as a layer of the service: (N, C, H, W). Arguments: see `RemoteBatchNorm`."""
-
-    _dimensions = 2
-
-
-class RemoteBatchNorm3d(RemoteBatchNorm, nn.BatchNorm3d):
-    """`nn.BatchNorm3d` as a layer of the service: (N, C, D, H, W). Arguments: see `RemoteBatchNorm`."""
-
-    _dimensions = 3

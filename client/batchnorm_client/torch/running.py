@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm_client import RemoteLayer
+from batchnorm_client.torch.folding import Folding
 
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 """What torch keeps in buffers, and the service keeps here."""
@@ -26,6 +27,8 @@ class RunningInService(_BatchNorm):
     state_dtype: torch.dtype
     _tracks: bool
     """Whether the layer was created with running statistics; `track_running_stats` may be toggled later."""
+    _folding: Folding | None
+    """Where moments wait that are sent together with those of other modules."""
     _device: torch.device
     """Where what is read goes, if there are no parameters to follow."""
 
@@ -36,6 +39,11 @@ class RunningInService(_BatchNorm):
     def send_state(self, state: dict[str, Tensor]) -> None:
         """Replace tensors of the layer."""
         raise NotImplementedError
+
+    def flush(self) -> None:
+        """Send moments that wait for those of other modules, theirs included; see `convert_batchnorm`."""
+        if self._folding is not None:
+            self._folding.flush()
 
     def _read(self, name: str) -> Tensor | None:
         if name in self._buffers:  # while a state_dict is loaded
@@ -48,6 +56,7 @@ class RunningInService(_BatchNorm):
         """The service's running statistics by name, on the device of the parameters; empty if it keeps none."""
         if not self._tracks:
             return {}
+        self.flush()
         state = self.layer.state_dict(as_torch=True)
         return {name: state[name].to(self.state_device) for name in RUNNING}
 
@@ -59,6 +68,7 @@ class RunningInService(_BatchNorm):
     def _write(self, name: str, value: Tensor | None) -> None:
         if value is None or not self._tracks:
             raise ValueError(f"{name}: whether a layer keeps running statistics is decided when it is created")
+        self.flush()
         self.layer.load_state_dict({name: self._typed(name, value)})
 
     def _typed(self, name: str, value: Tensor) -> Tensor:

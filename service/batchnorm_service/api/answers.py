@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
@@ -20,6 +21,8 @@ Piece = bytes | bytearray | memoryview
 
 JSON_OPTIONS: Final = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_UTC_Z
 REPLAYED: Final[RawHeader] = (IDEMPOTENT_REPLAY.lower().encode(), b"true")
+
+_INLINE_FEATURES: Final = 1 << 13
 
 _JOIN_BYTES: Final = 1 << 16
 """Bodies up to this size are sent as one message: copying them costs less than a second message."""
@@ -62,8 +65,21 @@ def empty_answer(status: int, headers: Iterable[RawHeader] = ()) -> Answer:
     return Answer(status, None, [], headers)
 
 
-def layer_answer(status: int, layer: Snapshot, headers: Iterable[RawHeader] = ()) -> Answer:
-    """A layer as a contract.Layer; its tensors go from their buffers into the text, not by way of Python numbers."""
+async def layer_answer(
+    status: int, layer: Snapshot, headers: Iterable[RawHeader] = (), *, replayed: bool = False
+) -> Answer:
+    """A layer as a contract.Layer. Writing the numbers of a large one takes long enough to be done in a thread.
+
+    The version of a repeat is the first call's, but the tensors are the present ones: no ETag stands for both.
+    """
+    tags = [REPLAYED] if replayed else [(b"etag", etag(layer.version))]
+    if layer.config.num_features <= _INLINE_FEATURES:
+        return _layer_answer(status, layer, [*tags, *headers])
+    return await asyncio.to_thread(_layer_answer, status, layer, [*tags, *headers])
+
+
+def _layer_answer(status: int, layer: Snapshot, headers: Iterable[RawHeader]) -> Answer:
+    """The tensors go from their buffers into the text, not by way of Python numbers."""
     document: dict[str, Any] = {
         "name": layer.name,
         "config": layer.config.model_dump(),
@@ -75,4 +91,4 @@ def layer_answer(status: int, layer: Snapshot, headers: Iterable[RawHeader] = ()
         document[name] = json_list(layer.tensors[name]) if name in layer.tensors else None
     document["created_at"] = layer.created_at
     document["updated_at"] = layer.updated_at
-    return json_answer(status, document, [(b"etag", etag(layer.version)), *headers])
+    return json_answer(status, document, headers)

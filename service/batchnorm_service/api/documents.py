@@ -55,6 +55,8 @@ def parse_document(model: type[Model], body: bytes | bytearray | memoryview) -> 
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise MalformedBody(f"the body is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise MalformedBody("the body must be a JSON object")
     try:
         return model.model_validate(value)
     except ValidationError as error:

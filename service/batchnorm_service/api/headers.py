@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
+import random
 from collections.abc import Iterable
 
 from batchnorm_client.contract import IDEMPOTENCY_KEY, KEY_PATTERN, REQUEST_ID
@@ -33,7 +33,7 @@ def request_id(headers: Headers) -> str:
         text = given.decode("latin-1")
         if KEY_PATTERN.fullmatch(text):
             return text
-    return uuid.uuid4().hex
+    return f"{random.getrandbits(128):032x}"  # a name, not a secret: os.urandom would be a system call
 
 
 def idempotency_key(headers: Headers) -> str | None:

@@ -16,7 +16,7 @@ from batchnorm_client.contract import (
 )
 from batchnorm_service.layers import Layers
 
-from .answers import REPLAYED, Answer, empty_answer, json_answer, layer_answer
+from .answers import Answer, empty_answer, json_answer, layer_answer
 from .conditions import etag, if_match, none_match_holds
 from .documents import read_document
 from .headers import idempotency_key, read_headers
@@ -65,7 +65,7 @@ def _add_reading(app: FastAPI, layers: Layers) -> None:
         parse_query(NoQuery, request.scope["query_string"])
         layer = await layers.get(name)
         if none_match_holds(read_headers(request.scope["headers"]), layer.version):
-            return layer_answer(200, layer)
+            return await layer_answer(200, layer)
         return empty_answer(304, [(b"etag", etag(layer.version))])
 
 
@@ -89,8 +89,8 @@ def _add_changing(app: FastAPI, layers: Layers, max_body_bytes: int) -> None:
         config = await read_document(request, LayerConfig, max_body_bytes)
         layer, created = await layers.create(name, config)
         if created:
-            return layer_answer(201, layer, [(b"location", f"/v1/layers/{name}".encode())])
-        return layer_answer(200, layer)
+            return await layer_answer(201, layer, [(b"location", f"/v1/layers/{name}".encode())])
+        return await layer_answer(200, layer)
 
     @app.patch(
         "/v1/layers/{name}",
@@ -108,7 +108,7 @@ def _add_changing(app: FastAPI, layers: Layers, max_body_bytes: int) -> None:
         parse_query(NoQuery, request.scope["query_string"])
         versions = if_match(read_headers(request.scope["headers"]))
         update = await read_document(request, LayerUpdate, max_body_bytes, (JSON, MERGE_PATCH_JSON))
-        return layer_answer(200, await layers.update(name, update, versions))
+        return await layer_answer(200, await layers.update(name, update, versions))
 
     @app.delete(
         "/v1/layers/{name}",
@@ -146,4 +146,4 @@ def _add_reset(app: FastAPI, layers: Layers, max_body_bytes: int) -> None:
         key, versions = idempotency_key(headers), if_match(headers)
         asked = await read_document(request, ResetRequest, max_body_bytes, empty=ResetRequest())
         layer, replayed = await layers.reset(name, asked.what, key, versions)
-        return layer_answer(200, layer, [REPLAYED] if replayed else [])
+        return await layer_answer(200, layer, replayed=replayed)

@@ -13,7 +13,7 @@ from .headers import Headers
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # noqa: S105 - RFC 9110's word, not a secret
 _RANGE = re.compile(rf"\s*({_TOKEN})/({_TOKEN})\s*")
-_QUALITY = re.compile(r"\s*q=(0(\.[0-9]{0,3})?|1(\.0{0,3})?)\s*", re.IGNORECASE)
+_QUALITY = re.compile(r"\s*q=(0?\.[0-9]{1,3}|0\.?|1(\.0{0,3})?)\s*", re.IGNORECASE)
 
 FORMS_FOR = {media: (media, *(m for m in TENSOR_MEDIA_TYPES if m != media)) for media in TENSOR_MEDIA_TYPES}
 """The forms that train and eval answer in, by the request's form, which comes first: it is the default."""

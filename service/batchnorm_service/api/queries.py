@@ -94,12 +94,14 @@ def parse_query(model: type[Q], query_string: bytes) -> Q:
     Raises:
         InvalidRequest: a parameter is unknown, repeated or out of range.
     """
-    if query_string and len(query_string) <= 64:
-        return cast(Q, _parse_cached(model, query_string))  # ?statistics=true comes again and again
-    return _parse(model, query_string) if query_string else model()
+    if len(query_string) <= 64:
+        return cast(Q, _parse_cached(model, query_string))  # none, or ?statistics=true, comes again and again
+    return _parse(model, query_string)
 
 
 def _parse(model: type[Q], query_string: bytes) -> Q:
+    if not query_string:
+        return model()
     try:
         pairs = parse_qsl(
             query_string.decode("ascii"),

@@ -9,12 +9,12 @@ from batchnorm_client.contract import JSON, SAFETENSORS
 from batchnorm_client.tensors import decode, encode
 from batchnorm_service.layers import Layers
 
-from .answers import Answer, layer_answer
+from .answers import Answer, empty_answer, layer_answer
 from .bodies import read_body
-from .conditions import etag, if_match
+from .conditions import etag, if_match, none_match_holds
 from .headers import read_headers
 from .negotiation import accepted, content_type
-from .openapi import Json, LayerNamePath, describe, json_response, ref, tensor_content, tensors_response
+from .openapi import Json, LayerNamePath, describe, empty_response, json_response, ref, tensor_content, tensors_response
 from .queries import NoQuery, parse_query
 
 _FORMS = (SAFETENSORS, JSON)
@@ -39,16 +39,24 @@ def add_state_routes(app: FastAPI, layers: Layers, max_body_bytes: int) -> None:
             "get_state",
             "A layer's tensors, as torch's state_dict has them",
             tag="state",
-            answers={200: tensors_response("The tensors", _CONTENT, ("ETag",))},
+            headers=("If-None-Match",),
+            answers={
+                200: tensors_response("The tensors", _CONTENT, ("ETag",)),
+                304: empty_response("As it was", ("ETag",)),
+            },
             problems=("layer-not-found", "not-acceptable"),
         ),
     )
     async def get_state(name: LayerNamePath, request: Request) -> Answer:
         """A safetensors file by default."""
         parse_query(NoQuery, request.scope["query_string"])
-        form = accepted(read_headers(request.scope["headers"]).get(b"accept"), _FORMS)[0]
+        headers = read_headers(request.scope["headers"])
+        form = accepted(headers.get(b"accept"), _FORMS)[0]
         layer = await layers.get(name)
-        return Answer(200, form, encode(form, layer.tensors), [(b"etag", etag(layer.version))])
+        tags = [(b"etag", etag(layer.version)), (b"vary", b"accept")]
+        if not none_match_holds(headers, layer.version):
+            return empty_answer(304, tags)
+        return Answer(200, form, encode(form, layer.tensors), tags)
 
     @app.put(
         "/v1/layers/{name}/state",
@@ -79,4 +87,4 @@ def add_state_routes(app: FastAPI, layers: Layers, max_body_bytes: int) -> None:
         form = content_type(headers, _FORMS)
         body = await read_body(headers, request.receive, max_body_bytes)
         layer = await layers.replace_state(name, lambda dtypes: decode(form, body, dtypes), versions)
-        return layer_answer(200, layer)
+        return await layer_answer(200, layer)

@@ -6,6 +6,7 @@ they could smuggle in: `/v1/layers/a%2Fb` names the layer `a/b`, which is a bad 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 from urllib.parse import quote, unquote
 
@@ -34,7 +35,12 @@ class Target(NamedTuple):
 def read_target(scope: Scope) -> Target:
     """The target of an HTTP request's scope."""
     raw = scope.get("raw_path") or quote(scope["path"]).encode()
-    path = raw.decode("latin-1").removeprefix(scope.get("root_path", ""))
+    return _target(raw, scope.get("root_path", ""))
+
+
+@lru_cache(maxsize=1024)
+def _target(raw: bytes, root: str) -> Target:
+    path = raw.decode("latin-1").removeprefix(root)
     segments = path.split("/")
     if "%" in path or not path.isascii():
         segments = [unquote(segment) for segment in segments]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from batchnorm_client.errors import DeviceUnavailable
@@ -18,9 +20,12 @@ def device(name: str) -> torch.device:
     Raises:
         DeviceUnavailable: it is not there.
     """
-    found = torch.device(name)
+    found = _parsed(name)
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise DeviceUnavailable(
             f"device {name!r} is not available here", field="device", expected=available_devices(), got=name
         )
     return found
+
+
+_parsed = lru_cache(maxsize=64)(torch.device)

@@ -41,5 +41,7 @@ def is_dense(batch: Batch) -> bool:
 
 
 def on(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors on that device; None stays None."""
+    """Tensors of a state, which lives on the CPU, on that device; None stays None."""
+    if device.type == "cpu":
+        return tensors
     return tuple(None if tensor is None else tensor.to(device) for tensor in tensors)

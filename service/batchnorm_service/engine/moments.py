@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -49,10 +50,12 @@ class Moments:
         """The sum of squared distances from the mean."""
         return self.var * (self.count - self.correction)
 
-    def check_finite(self) -> None:
-        """Raise `NonFinite` when a mean or variance is NaN or infinite."""
-        for name, tensor in (("mean", self.mean), ("variance", self.var)):
-            check_finite(tensor, f"the batch's {name}", "input")
+    def check_finite(self, mean_field: str = "input", var_field: str = "input") -> None:
+        """Raise `NonFinite` when a mean or variance is NaN or infinite; the fields are what the caller sent."""
+        if all(map(math.isfinite, sums_of_squares(self.mean, self.var))):
+            return
+        check_finite(self.mean, "the batch's mean", mean_field)
+        check_finite(self.var, "the batch's variance", var_field)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,6 +111,13 @@ def check_finite(tensor: Tensor, what: str, field: str) -> None:
             expected="finite",
             got=str(float(tensor.flatten()[bad[0]])),
         )
+
+
+def sums_of_squares(*vectors: Channels) -> list[float]:
+    """By numpy, because on C numbers an operation of torch's is mostly call; infinity where it overflows."""
+    arrays = [vector.numpy() for vector in vectors]
+    with np.errstate(all="ignore"):
+        return [float(array.dot(array)) for array in arrays]
 
 
 def check_enough(count: int, least: int, field: str = "input") -> None:

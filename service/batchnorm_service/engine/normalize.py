@@ -18,7 +18,16 @@ from batchnorm_client.errors import DtypeMismatch, ShapeMismatch
 from batchnorm_client.tensors import Tensor as WireTensor
 
 from .layout import Batch, channels_back, channels_second, is_dense, on, values_per_channel
-from .moments import Channels, Extremes, Moments, check_enough, check_finite, exact_moments, extremes
+from .moments import (
+    Channels,
+    Extremes,
+    Moments,
+    check_enough,
+    check_finite,
+    exact_moments,
+    extremes,
+    sums_of_squares,
+)
 from .state import LayerState
 from .tensors import TORCH_DTYPES
 
@@ -70,6 +79,15 @@ def check_input(config: LayerConfig, tensor: WireTensor, field: str = "input") -
             expected={"num_features": config.num_features, "channel_axis": axis},
             got=list(shape),
         )
+
+
+def empty_shape(config: LayerConfig) -> tuple[int, ...]:
+    """The shape of a batch without rows, of the smallest rank that the layer takes."""
+    axis = config.channel_axis
+    rank = min(config.input_ranks) if config.input_ranks else max(2, axis + 1 if axis > 0 else 1 - axis)
+    shape = [0] * rank
+    shape[axis] = config.num_features
+    return tuple(shape)
 
 
 def train_step(state: LayerState, batch: Batch) -> TrainStep:
@@ -200,13 +218,14 @@ def least_values(config: LayerConfig) -> int:
 def _check_output(state: LayerState, output: Batch, count: int) -> None:
     """Refuse an output that overflowed its dtype; a pass over the output is made only where that is possible.
 
-    |x - mean| / std is at most sqrt(count - 1), so |output| is at most max|weight| * sqrt(count) + max|bias|; the
-    factor 2 covers rounding.
+    |x - mean| / std is at most sqrt(count - 1), so |output| is at most max|weight| * sqrt(count) + max|bias|. No
+    element is larger than the vector's norm, which is quicker to have; the factor 2 covers rounding.
     """
     if state.weight is None or state.bias is None:
         bound = math.sqrt(count)
     else:
-        bound = float(state.weight.abs().max()) * math.sqrt(count) + float(state.bias.abs().max())
+        weight, bias = sums_of_squares(state.weight, state.bias)
+        bound = math.sqrt(weight * count) + math.sqrt(bias)
     if not 2 * bound < torch.finfo(output.dtype).max:
         check_finite(output, "the output", "input")
 

@@ -8,11 +8,15 @@ of one batch are taken as equally old, and share the weight that they would have
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
 from .moments import Channels, Moments
+
+_TINY: Final = 1e-300  # a rate below it, times any count, forgets nothing that float64 could tell
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,9 +65,8 @@ def _weights(count: int, half_life: float | None) -> tuple[float, float, float]:
     """What older samples keep, and the sum and the sum of squares of the weights of `count` new ones."""
     if half_life is None:
         return 1.0, float(count), float(count)
-    keep = 2.0 ** (-count / half_life)
-    one = 2.0 ** (-1 / half_life)
-    # Geometric sums 1 + q + q^2 + ... of count terms; for a long half-life q rounds to 1, and the sum is the count.
-    weight = (1 - keep) / (1 - one) if one < 1 else float(count)
-    squares = (1 - keep**2) / (1 - one**2) if one < 1 else float(count)
-    return keep, weight, squares
+    rate = math.log(2) / half_life
+    # Geometric sums 1 + q + q^2 + ... of count terms, q = exp(-rate); for a long half-life 1 - q is exact only so.
+    weight = math.expm1(-count * rate) / math.expm1(-rate) if rate > _TINY else float(count)
+    squares = math.expm1(-2 * count * rate) / math.expm1(-2 * rate) if rate > _TINY else float(count)
+    return math.exp(-count * rate), weight, squares

@@ -90,13 +90,18 @@ def scalar(tensors: Mapping[str, WireTensor], name: str) -> int:
 
 
 def _replace_population(state: LayerState, old: Population, new: dict[str, Any]) -> LayerState:
-    given = {name: new.pop(name) for name in (*DERIVED, MEAN, M2, WEIGHTS) if name in new}
+    given: dict[str, Any] = {name: new.pop(name) for name in (*DERIVED, MEAN, M2, WEIGHTS) if name in new}
     samples = new.get(SAMPLES, state.samples_tracked)
     weight, squares = old.weight, old.squares
     if WEIGHTS in given:
         weight, squares = given[WEIGHTS].tolist()
     elif SAMPLES in new:
         weight = squares = float(samples)
+    _check_weights(samples, weight, squares)
+    if samples == 0:
+        given = {MEAN: torch.zeros_like(old.mean), M2: torch.zeros_like(old.m2)} | given
+    if samples < 2 and bool((given.get(M2, old.m2) != 0).any()):
+        raise InvalidRequest(f"{M2} of fewer than two samples is 0", field=M2, expected=0)
     after = replace(state, **new)
     if given.keys() - DERIVED or SAMPLES in new:
         after = after.with_population(Population(given.get(MEAN, old.mean), given.get(M2, old.m2), weight, squares))
@@ -108,6 +113,19 @@ def _replace_population(state: LayerState, old: Population, new: dict[str, Any])
                 expected=f"what follows from {MEAN}, {M2} and {SAMPLES}",
             )
     return after
+
+
+def _check_weights(samples: int, weight: float, squares: float) -> None:
+    """Weights are at most 1 each, so their sum is at most the number of samples, and their squares sum to no more."""
+    more = 1 + 1e-9  # for what adding them up has rounded
+    fits = 0 < squares <= weight * more and weight <= samples * more and weight**2 <= samples * squares * more
+    if not (fits if samples else weight == squares == 0):
+        raise InvalidRequest(
+            f"{WEIGHTS} do not fit {SAMPLES} {samples}",
+            field=WEIGHTS,
+            expected="the sum of the samples' weights, each at most 1, and of their squares",
+            got=[weight, squares],
+        )
 
 
 def _count(tensor: WireTensor, field: str) -> int:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from .moments import Channels, Moments, check_finite
+from batchnorm_client.errors import InvalidRequest
+
+from .moments import Channels, Moments, check_finite, sums_of_squares
 from .state import LayerState
+
+Array = npt.NDArray[Any]
+
+MOST: Final = 2**63 - 1
+"""The largest number that a counter, an int64 tensor, can hold."""
 
 
 def fold(state: LayerState, moments: Moments) -> LayerState:
@@ -21,53 +32,66 @@ def fold(state: LayerState, moments: Moments) -> LayerState:
     are those of all samples (`population`).
 
     Raises:
+        InvalidRequest: a counter would not fit 64 bits any more.
         NonFinite: the folded statistics would not be finite, and the layer rejects that.
     """
     if not state.tracks:
         return state
-    state = _fold_population(state, moments) if state.population is not None else _fold_moving(state, moments)
-    if state.config.non_finite == "reject":
-        for name in ("running_mean", "running_var"):
-            check_finite(getattr(state, name), f"the folded {name}", name)
+    _check_counters(state, moments)
+    folded: dict[str, Any]
+    if state.population is not None:
+        population = state.population.fold(moments, state.config.half_life)
+        mean, var = population.mean.to(state.dtype), population.unbiased_var().to(state.dtype)
+        folded = {"population": population, "running_mean": mean, "running_var": var}
+    else:
+        mean, var = _moving(state, moments)
+        folded = {"running_mean": mean, "running_var": var}
+    if state.config.non_finite == "reject" and not all(map(math.isfinite, sums_of_squares(mean, var))):
+        check_finite(mean, "the folded running_mean", "running_mean")
+        check_finite(var, "the folded running_var", "running_var")
     return replace(
         state,
         num_batches_tracked=state.num_batches_tracked + 1,
         samples_tracked=state.samples_tracked + moments.count,
+        **folded,
     )
 
 
-def _fold_population(state: LayerState, moments: Moments) -> LayerState:
-    assert state.population is not None  # noqa: S101 - the caller asked
-    return state.with_population(state.population.fold(moments, state.config.half_life))
+def _check_counters(state: LayerState, moments: Moments) -> None:
+    for name, count in (
+        ("num_batches_tracked", state.num_batches_tracked + 1),
+        ("samples_tracked", state.samples_tracked + moments.count),
+    ):
+        if count > MOST:
+            raise InvalidRequest(f"{name} would be {count}, over {MOST}", field=name, expected=f"<= {MOST}")
 
 
-def _fold_moving(state: LayerState, moments: Moments) -> LayerState:
+def _moving(state: LayerState, moments: Moments) -> tuple[Channels, Channels]:
+    """The running mean and variance after one more batch.
+
+    In numpy: on C numbers an operation of torch's is mostly call, and every one here is rounded as torch rounds it.
+    """
     assert state.running_mean is not None  # noqa: S101 - what tracks means
     assert state.running_var is not None  # noqa: S101
     momentum = 1 / (state.num_batches_tracked + 1) if state.config.momentum is None else state.config.momentum
-    mean, var = moments.mean.to(state.dtype), moments.unbiased_var().to(state.dtype)
-    if moments.strided or state.dtype == torch.float64:
-        mean = _average(state.running_mean, mean, momentum)
-        var = _average(state.running_var, var, momentum)
-    else:
-        mean = _average_in_float32(state.running_mean, mean, momentum, fused=False)
-        var = _average_in_float32(state.running_var, var, momentum, fused=True)
-    return replace(state, running_mean=mean, running_var=var)
+    old_mean, old_var = state.running_mean.numpy(), state.running_var.numpy()
+    mean = moments.mean.to(state.dtype).numpy()
+    var = moments.unbiased_var().to(state.dtype).numpy()
+    with np.errstate(all="ignore"):  # a layer may allow what is not finite
+        if moments.strided or state.dtype == torch.float64:
+            mean, var = _average(old_mean, mean, momentum), _average(old_var, var, momentum)
+        else:
+            # torch's kernel for contiguous float32: momentum, both products and the sum are rounded. But its compiler
+            # makes the variance a fused multiply-add: the product with the batch is not rounded. The product of two
+            # float32 is exact in float64, so a sum in float64 gives the same.
+            weight = np.float32(momentum)
+            keep = np.float32(1) - weight
+            mean = keep * old_mean + weight * mean
+            var = ((keep * old_var).astype(np.float64) + np.float64(weight) * var.astype(np.float64)).astype(np.float32)
+    return torch.from_numpy(mean), torch.from_numpy(var)
 
 
-def _average(running: Channels, batch: Channels, momentum: float) -> Channels:
+def _average(running: Array, batch: Array, momentum: float) -> Array:
     """(1 - momentum) * running + momentum * batch in float64, rounded once: what torch's strided kernel does."""
-    return ((1 - momentum) * running.double() + momentum * batch.double()).to(running.dtype)
-
-
-def _average_in_float32(running: Channels, batch: Channels, momentum: float, *, fused: bool) -> Channels:
-    """The same as torch's kernel for contiguous float32 does it: momentum, both products and the sum are rounded.
-
-    With `fused` the product with the batch is not: torch's compiler makes the variance a fused multiply-add. The
-    product of two float32 is exact in float64, so a sum in float64 gives the same.
-    """
-    weight = torch.tensor(momentum, dtype=torch.float32)
-    kept = (1 - weight) * running
-    if not fused:
-        return kept + weight * batch
-    return (kept.double() + weight.double() * batch.double()).float()
+    average: Array = (1 - momentum) * running.astype(np.float64) + momentum * batch.astype(np.float64)
+    return average.astype(running.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Final
 
 import torch
@@ -24,9 +23,9 @@ def to_torch(tensor: WireTensor) -> Tensor:
     torch has no read-only tensors, so a view on immutable bytes could break them.
     """
     dtype = TORCH_DTYPES[tensor.dtype]
-    if math.prod(tensor.shape) == 0:
-        return torch.empty(tensor.shape, dtype=dtype)
     buffer = tensor.buffer
+    if not tensor.nbytes:
+        return torch.empty(tensor.shape, dtype=dtype)
     if memoryview(buffer).readonly:
         buffer = bytearray(buffer)
     return torch.frombuffer(buffer, dtype=dtype).view(tensor.shape)
@@ -34,9 +33,11 @@ def to_torch(tensor: WireTensor) -> Tensor:
 
 def to_wire(tensor: Tensor) -> WireTensor:
     """The same elements for the wire; a view when the tensor is contiguous and on the CPU, else a copy."""
-    tensor = tensor.detach().cpu().contiguous()
-    bits = tensor.view(_ITEM.get(tensor.dtype, tensor.dtype)).numpy()
-    return WireTensor(_NAMES[tensor.dtype], tuple(tensor.shape), bits.reshape(-1).view("u1").data)
+    dtype = tensor.dtype
+    if tensor.requires_grad or not (tensor.is_cpu and tensor.is_contiguous()):
+        tensor = tensor.detach().cpu().contiguous()
+    array = (tensor.view(_ITEM[dtype]) if dtype in _ITEM else tensor).numpy()
+    return WireTensor(_NAMES[dtype], array.shape, array.data.cast("B") if array.size else b"")
 
 
 def vector(tensor: WireTensor, field: str, dtype: str, size: int) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
 
 from batchnorm_client.errors import InvalidRequest, ProblemError, ShapeMismatch
-from batchnorm_client.tensors import Tensor
+from batchnorm_client.tensors import Tensor, require
 
 from ..engine import gradients, normalize
 from ..engine.inverse import inverse_step
@@ -17,7 +17,7 @@ from ..engine.moments import Moments, no_extremes
 from ..engine.posted import MOMENT_DTYPES, posted_moments
 from ..engine.state import LayerState
 from ..engine.tensors import to_wire
-from .changes import Done, Fold, ReplacedError
+from .changes import Done, Fold, ReplacedError, replay
 from .computing import Computing
 from .groups import GroupCall, Operation, Outcome
 from .receipts import Ticket, ticket
@@ -33,8 +33,8 @@ Read = Callable[[Mapping[str, str]], Mapping[str, Tensor]]
 
 T = TypeVar("T")
 W = TypeVar("W", bound=Work)
-Prepare = Callable[[Held], Awaitable[tuple[W, Ticket]]]
-"""Does the half of a call that needs no shared state, under a committed state."""
+Prepare = Callable[[Held], tuple[W, Ticket]]
+"""Reads what a call brings, for a layer."""
 
 
 class Batches:
@@ -55,16 +55,12 @@ class Batches:
             if group is not None:
                 return await self._train_shard(slot, read, key, group, statistics=statistics)
 
-            async def prepare(held: Held) -> tuple[BatchWork, Ticket]:
+            def prepare(held: Held) -> tuple[BatchWork, Ticket]:
                 wire = _input(held.state, read)
-                work = BatchWork(self._computing.batch(held.state, wire), self._computing)
-                await work.under(held.state)
-                return work, ticket(key, "train", wire)
+                return BatchWork(self._computing.batch(held.state, wire), self._computing), ticket(key, "train", wire)
 
             work, done = await self._fold(slot, prepare)
-            if not done.held.state.normalizes_like(work.basis):  # a repeat, after weight, bias or config changed
-                await work.under(done.held.state)
-            return _normalized(work.step, done, statistics=statistics)
+            return _normalized(await work.output(done.held.state), done, statistics=statistics)
 
     async def fold_moments(self, name: str, read: Read, key: str | None, *, group: GroupCall | None = None) -> Folded:
         """Fold the moments of a batch that stayed with the caller; as a shard of a group, those of all shards."""
@@ -72,11 +68,9 @@ class Batches:
             if group is not None:
                 return await self._fold_shard_moments(slot, read, key, group)
 
-            async def prepare(held: Held) -> tuple[PostedWork, Ticket]:
+            def prepare(held: Held) -> tuple[PostedWork, Ticket]:
                 moments, tensors = posted_moments(held.state.config, read(MOMENT_DTYPES))
-                work = PostedWork(moments)
-                await work.under(held.state)
-                return work, ticket(key, "moments", *tensors)
+                return PostedWork(moments), ticket(key, "moments", *tensors)
 
             _, done = await self._fold(slot, prepare)
             return Folded(done.version, done.batch, done.replayed)
@@ -166,12 +160,21 @@ class Batches:
     # ---------------------------------------------------------------------------------------------------- helpers
 
     async def _fresh(self, name: str) -> Held:
+        if (held := self._slots.certain(name)) is not None:
+            return held
         with self._slots.use(name) as slot:
             return await slot.resident.fresh()
 
     async def _fold(self, slot: Slot, prepare: Prepare[W]) -> tuple[W, Done]:
         while True:
-            held, (work, claim) = await _prepared(slot.resident, prepare)
+            held, work, claim = await _prepared(slot.resident, prepare)
+            try:
+                await work.under(held.state)
+            except ProblemError as error:
+                newest = await slot.resident.fresh()
+                if newest.stamp.incarnation != held.stamp.incarnation or not newest.state.normalizes_like(held.state):
+                    continue  # it was judged by a layer that has changed since
+                return work, await _repeated(slot, claim, error)
             if not (claim.from_caller or held.state.tracks):  # nothing to commit, and `held` is fresh
                 batches = held.state.num_batches_tracked
                 return work, Done(held, held.stamp.version, batches, replayed=False)
@@ -188,29 +191,40 @@ async def _joined(slot: Slot, group: GroupCall, member: Ticket, part: T, operati
         raise layer_not_found(slot.resident.name) from None  # the group was of a layer that is no more
 
 
-async def _prepared(resident: Resident, prepare: Prepare[W]) -> tuple[Held, tuple[W, Ticket]]:
-    """Work done under a committed state, and under the newest before it is refused or goes uncommitted."""
+async def _prepared(resident: Resident, prepare: Prepare[W]) -> tuple[Held, W, Ticket]:
+    """What a call brings, read for a committed state, and for the newest before it is refused or goes uncommitted."""
     held = await resident.known()
     if not held.state.tracks:
         held = await resident.fresh()
     try:
-        return held, await prepare(held)
+        return held, *prepare(held)
     except ProblemError:
         newest = await resident.fresh()
         if newest.stamp == held.stamp:
             raise
-    return newest, await prepare(newest)
+    return newest, *prepare(newest)
+
+
+async def _repeated(slot: Slot, claim: Ticket, error: ProblemError) -> Done:
+    """The answer to a repeat of a batch that the layer would refuse now; the error when it is no repeat."""
+    receipt = await slot.queue.find(claim) if claim.from_caller else None
+    done = error if receipt is None else replay(claim, await slot.resident.fresh(), receipt)
+    if isinstance(done, ProblemError):
+        raise done
+    return done
 
 
 def _input(layer: LayerState, read: Read) -> Tensor:
-    (tensor,) = _required(read({"input": layer.config.dtype}), "input")
+    (tensor,) = require(read({"input": layer.config.dtype}), "input")
+    if tensor.shape == (0,):  # all that JSON can say of a batch without rows
+        tensor = Tensor(tensor.dtype, normalize.empty_shape(layer.config), tensor.buffer)
     normalize.check_input(layer.config, tensor)
     return tensor
 
 
 def _batch_and_gradient(layer: LayerState, read: Read) -> tuple[Tensor, Tensor]:
     names = ("input", "grad_output")
-    batch, grad = _required(read(dict.fromkeys(names, layer.config.dtype)), *names)
+    batch, grad = require(read(dict.fromkeys(names, layer.config.dtype)), *names)
     normalize.check_input(layer.config, batch)
     normalize.check_input(layer.config, grad, "grad_output")
     if (batch.shape, batch.dtype) != (grad.shape, grad.dtype):
@@ -221,13 +235,6 @@ def _batch_and_gradient(layer: LayerState, read: Read) -> tuple[Tensor, Tensor]:
             got=list(grad.shape),
         )
     return batch, grad
-
-
-def _required(tensors: Mapping[str, Tensor], *names: str) -> tuple[Tensor, ...]:
-    for name in names:
-        if name not in tensors:
-            raise InvalidRequest(f"the tensor {name} is missing", field=name, expected=list(names), got=list(tensors))
-    return tuple(tensors[name] for name in names)
 
 
 def _name(group: GroupCall) -> str:

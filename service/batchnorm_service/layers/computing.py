@@ -40,7 +40,8 @@ class Computing:
 
     def batch(self, state: LayerState, tensor: Tensor) -> torch.Tensor:
         """A caller's tensor where its layer lives."""
-        return to_torch(tensor).to(self.device(state.config.device))
+        there = self.device(state.config.device)
+        return to_torch(tensor) if there.type == "cpu" else to_torch(tensor).to(there)
 
     async def run(self, nbytes: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Small work at once, large work in a thread (torch lets go of the GIL) so that other calls go on."""

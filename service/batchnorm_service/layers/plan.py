@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from batchnorm_client.errors import ProblemError
-
 from ..engine.statistics import fold
 from ..store.base import Receipt, Record
 from .changes import Done, Fold, ReplacedError, replay, settle
@@ -22,12 +20,14 @@ class Plan:
         record: what to write; None when tracking is off, so that nothing but receipts changes.
         folds: the folds in their order, each with `num_batches_tracked` after it.
         twins: folds whose key is that of one of `folds`.
+        refused: folds that this state does not take, each with the reason. They may have been folded before.
     """
 
     held: Held
     record: Record | None
     folds: tuple[tuple[Fold, int], ...]
     twins: tuple[Fold, ...]
+    refused: tuple[tuple[Fold, Exception], ...]
 
     @property
     def receipts(self) -> list[Receipt]:
@@ -51,10 +51,11 @@ class Plan:
 
 
 async def make_plan(held: Held, waiting: Iterable[Fold]) -> Plan:
-    """Fold what waits onto `held`, in order; a fold that is refused is settled at once and left out."""
+    """Fold what waits onto `held`, in order; what is refused is left out."""
     state = held.state
     folds: list[tuple[Fold, int]] = []
     twins: list[Fold] = []
+    refused: list[tuple[Fold, Exception]] = []
     keys: set[bytes] = set()
     for one in waiting:
         if one.incarnation != held.stamp.incarnation:
@@ -66,11 +67,11 @@ async def make_plan(held: Held, waiting: Iterable[Fold]) -> Plan:
                 if not state.normalizes_like(one.work.basis):
                     await one.work.under(state)
                 state = fold(state, one.work.moments)
-            except ProblemError as error:
-                settle(one, error)
+            except Exception as error:  # one that cannot be folded must not keep the others from it
+                refused.append((one, error))
                 continue
             keys.add(one.ticket.key)
             folds.append((one, state.num_batches_tracked))
     changed = state is not held.state
     after = held.next(state) if changed else held
-    return Plan(after, record(after) if changed else None, tuple(folds), tuple(twins))
+    return Plan(after, record(after) if changed else None, tuple(folds), tuple(twins), tuple(refused))

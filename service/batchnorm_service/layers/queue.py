@@ -13,8 +13,9 @@ from ..store.base import Committed, Conflict, Duplicates, Missing, Receipt, Reco
 from .changes import Change, Deletion, Done, Fold, Note, Queued, check_version, replay, settle
 from .plan import make_plan
 from .receipts import Ticket
-from .records import record
+from .records import decode, record
 from .resident import Resident, layer_not_found
+from .rivals import Rivals
 
 _log = logging.getLogger(__name__)
 _NOWHERE = Stamp(-1, -1, -1)  # no record has it: a commit that expects it writes nothing, but tells of duplicates
@@ -33,6 +34,7 @@ class Queue:
         self._store = store
         self._length = length
         self._timeout = timeout
+        self._rivals = Rivals()
         self._waiting: deque[Queued] = deque()
         self._task: asyncio.Task[None] | None = None
 
@@ -95,10 +97,12 @@ class Queue:
 
     def _take(self) -> list[Queued]:
         """Every fold at the head of the queue, or else the one change there."""
-        taken = [self._waiting.popleft()]
-        if isinstance(taken[0], Fold):
-            while self._waiting and isinstance(self._waiting[0], Fold):
-                taken.append(self._waiting.popleft())
+        return self._take_folds() or [self._waiting.popleft()]
+
+    def _take_folds(self) -> list[Queued]:
+        taken: list[Queued] = []
+        while self._waiting and isinstance(self._waiting[0], Fold):
+            taken.append(self._waiting.popleft())
         return taken
 
     async def _process(self, taken: list[Queued]) -> None:
@@ -110,28 +114,52 @@ class Queue:
             case Note() as note:
                 await self._note(note)
             case Fold():
-                await self._fold([queued for queued in taken if isinstance(queued, Fold)])
+                await self._fold(taken)
 
     # ---------------------------------------------------------------------------------------------------- folds
 
-    async def _fold(self, folds: list[Fold]) -> None:
-        deadline = self._deadline()
-        while folds := [waiting for waiting in folds if not waiting.done.done()]:
+    async def _fold(self, taken: list[Queued]) -> None:
+        deadline, losses = self._deadline(), 0
+        while folds := [waiting for waiting in taken if isinstance(waiting, Fold) and not waiting.done.done()]:
             held = await self._resident.known()
             plan = await make_plan(held, folds)
+            for waiting, error in plan.refused:
+                await self._refuse(waiting, error)
             if not plan.folds:
                 return
             match await self._commit(held.stamp, plan.record, plan.receipts, deadline):
                 case Committed():
                     self._resident.set(plan.held)
                     plan.settle()
+                    await self._give_way(plan.held.stamp, self._rivals.after_winning())
                     return
                 case Duplicates(receipts):
                     await self._answer_from_receipts(folds, receipts)
-                case Conflict():
-                    self._lost_race(deadline)
+                case Conflict(found):
+                    self._lost_race(deadline, found)
+                    self._rivals.lost()
+                    losses += 1
+                    if losses > 1:
+                        await self._give_way(held.stamp, self._rivals.after_losing())
+                    taken += self._take_folds()  # they need not wait for another commit
                 case Missing():
                     raise self._gone()
+
+    async def _give_way(self, known: Stamp, seconds: float) -> None:
+        """Let rivals go first; a look at what they left is cheaper than folding onto what was before."""
+        if seconds:
+            await asyncio.sleep(seconds)
+            self._resident.set(None)
+            self._rivals.passed((await self._resident.known()).stamp.version - known.version)
+
+    async def _refuse(self, waiting: Fold, error: Exception) -> None:
+        """Tell a caller why its batch is not folded, unless it is folded already: the layer may have changed since."""
+        if waiting.ticket.from_caller and (receipt := await self.find(waiting.ticket)) is not None:
+            settle(waiting, replay(waiting.ticket, await self._resident.fresh(), receipt))
+            return
+        if not isinstance(error, ProblemError):
+            _log.error("a batch for layer %r cannot be folded", self._resident.name, exc_info=error)
+        settle(waiting, error)
 
     async def _answer_from_receipts(self, folds: Iterable[Fold], receipts: Iterable[Receipt]) -> None:
         by_key = {receipt.key: receipt for receipt in receipts}
@@ -220,7 +248,9 @@ class Queue:
         pause, uncertain = _FIRST_PAUSE, False
         while True:
             try:
+                began = asyncio.get_running_loop().time()
                 outcome = await self._store.commit(self._resident.name, expected, new, receipts)
+                self._rivals.took(asyncio.get_running_loop().time() - began)
             except StoreError as error:
                 uncertain = True
                 pause = await self._pause(pause, deadline, error)
@@ -253,9 +283,9 @@ class Queue:
         await asyncio.sleep(pause)
         return min(2 * pause, _LONGEST_PAUSE)
 
-    def _lost_race(self, deadline: float) -> None:
-        """Forget what another process has changed, to load it again; give up at the deadline."""
-        self._resident.set(None)
+    def _lost_race(self, deadline: float, found: Record | None = None) -> None:
+        """Take what another process has made of the layer, or forget it, to load it again; give up at the deadline."""
+        self._resident.set(None if found is None else decode(found))
         if asyncio.get_running_loop().time() > deadline:
             raise Overloaded("too many processes change this layer at once; nothing was done", retry_after=1)
 

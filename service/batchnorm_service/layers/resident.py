@@ -57,9 +57,14 @@ class Resident:
             LayerNotFound: there is no such layer.
             StoreUnavailable: the store does not answer.
         """
+        return self.certain or await self._check()
+
+    @property
+    def certain(self) -> Held | None:
+        """The same, if the store need not be asked."""
         if self.held is not None and (self._store.exclusive or time.monotonic() - self._asked < self._max_staleness):
             return self.held
-        return await self._check()
+        return None
 
     async def _load(self) -> Held:
         asked, changes, began = self.held, self._changes, time.monotonic()

@@ -10,6 +10,7 @@ from itertools import islice
 from ..store.base import Store
 from .groups import Groups
 from .queue import Queue
+from .records import Held
 from .resident import Resident
 from .results import LayersOptions
 
@@ -42,6 +43,14 @@ class Slots:
 
     def __contains__(self, name: str) -> bool:
         return name in self._slots
+
+    def certain(self, name: str) -> Held | None:
+        """The layer's newest committed state, if the store need not be asked."""
+        slot = self._slots.get(name)
+        if slot is None:
+            return None
+        self._slots.move_to_end(name)
+        return slot.resident.certain
 
     @contextmanager
     def use(self, name: str) -> Iterator[Slot]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -32,25 +33,32 @@ class Work(Protocol):
 
 
 class BatchWork:
-    """A batch that is normalized with its own statistics.
-
-    Attributes:
-        step: its output under `basis`.
-    """
+    """A batch that is normalized with its own statistics."""
 
     basis: LayerState
     moments: Moments
-    step: TrainStep
     payload = b""
 
     def __init__(self, batch: torch.Tensor, computing: Computing) -> None:
+        self._step: TrainStep | None = None
         self._batch = batch
         self._computing = computing
 
+    async def output(self, state: LayerState) -> TrainStep:
+        """The batch as this state normalizes it, once it is folded.
+
+        If that is not as when it was folded, it was so by an earlier call of which this is a repeat; what the state
+        would refuse by now is then no matter.
+        """
+        if self._step is not None and state.normalizes_like(self.basis):
+            return self._step
+        tolerant = replace(state, config=state.config.model_copy(update={"non_finite": "allow"}))
+        return await self._computing.run(self._batch.nbytes, train_step, tolerant, self._batch)
+
     async def under(self, state: LayerState) -> None:
         """See `Work`."""
-        self.step = await self._computing.run(self._batch.nbytes, train_step, state, self._batch)
-        self.basis, self.moments = state, self.step.moments
+        self._step = await self._computing.run(self._batch.nbytes, train_step, state, self._batch)
+        self.basis, self.moments = state, self._step.moments
 
 
 class PostedWork:
@@ -66,7 +74,7 @@ class PostedWork:
         """See `Work`."""
         check_enough(self.moments.count, least_values(state.config), "count")
         if state.config.non_finite == "reject":
-            self.moments.check_finite()
+            self.moments.check_finite("mean", "var")
         self.basis = state
 
 

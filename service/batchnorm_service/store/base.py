@@ -84,7 +84,14 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """The record has another stamp than expected. Nothing was written."""
+    """The record has another stamp than expected. Nothing was written.
+
+    Attributes:
+        record: what a commit found instead, so that whoever lost a race need not load it; None after anything else
+            than a commit, and for another incarnation than expected.
+    """
+
+    record: Record | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

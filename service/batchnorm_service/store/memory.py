@@ -113,7 +113,7 @@ class MemoryStore:
         if duplicates := self._unexpired(incarnation, receipts, now):
             return Duplicates(duplicates)
         if present.stamp != expected:
-            return Conflict()
+            return Conflict(present if incarnation == expected.incarnation else None)
         if record is not None:
             self._records[name] = record
         for receipt in receipts:

@@ -129,7 +129,7 @@ class SqliteTable:
         if duplicates := _unexpired(connection, present.incarnation, receipts, now):
             return Duplicates(duplicates)
         if present != expected:
-            return Conflict()
+            return Conflict(_record(connection, name) if present.incarnation == expected.incarnation else None)
         if record is not None:
             connection.execute(
                 "UPDATE layers SET incarnation = ?, version = ?, commit_id = ?, data = ? WHERE name = ?",
@@ -204,9 +204,7 @@ class SqliteTable:
                 entries.append(Entry(name, Stamp(incarnation, version, commit_id), blob.read(HEAD_BYTES)))
         return entries
 
-    def receipts(
-        self, connection: sqlite3.Connection, after: tuple[int, bytes], limit: int
-    ) -> Sequence[Lasting]:
+    def receipts(self, connection: sqlite3.Connection, after: tuple[int, bytes], limit: int) -> Sequence[Lasting]:
         """Up to `limit` unexpired receipts that follow an incarnation and key."""
         now = self._clock()
         rows = connection.execute(

@@ -248,7 +248,7 @@ class ValkeyStore:
         return entries
 
     def receipts(self) -> AsyncIterator[Sequence[Lasting]]:
-        """See `Store.receipts`. A walk over all keys of every primary: for a migration. Slots must stay where they are."""
+        """See `Store.receipts`. A walk over all keys: for a migration. Slots must not move meanwhile."""
         return scan(self._use().shards.owners(), self._dialer, self._keys)
 
     async def remember(self, name: str, incarnation: int, receipts: Sequence[Lasting]) -> Committed | Missing:
@@ -284,7 +284,7 @@ def _outcome(reply: Sequence[Any], keys: Sequence[bytes]) -> Committed | Conflic
         case Answer.DONE:
             return Committed()
         case Answer.CONFLICT:
-            return Conflict()
+            return Conflict(unpack_record(reply[1]) if len(reply) > 1 else None)
         case Answer.MISSING:
             return Missing()
         case _:

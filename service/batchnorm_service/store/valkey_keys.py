@@ -83,7 +83,7 @@ class Keys:
         return b"%b:{*}r:*" % self._prefix
 
     def receipt_of(self, key: bytes) -> tuple[int, bytes] | None:
-        """The inverse of `receipt`, but for the name: the incarnation and the receipt's own key; None for other keys."""
+        """The inverse of `receipt`: the incarnation and the receipt's own key; None for other keys."""
         match = self._receipts.fullmatch(key)
         return None if match is None else (unpack_number(match[1]), match[2])
 

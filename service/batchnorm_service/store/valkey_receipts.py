@@ -28,8 +28,8 @@ async def scan(nodes: Sequence[Node], dialer: Dialer, keys: Keys) -> AsyncIterat
             cursor = b"0"
             while True:
                 command = (b"SCAN", cursor, b"MATCH", keys.any_receipt(), b"COUNT", _KEYS_AT_ONCE)
-                ((cursor, found),) = await _ask(link, dialer.timeout, [command])
-                yield await _read(link, dialer.timeout, keys, found)
+                ((cursor, found),) = await _ask(link, [command], dialer.timeout)
+                yield await _read(link, keys, found, dialer.timeout)
                 if cursor == b"0":
                     break
         except FAULTS as error:
@@ -50,12 +50,12 @@ async def remember(
     return Committed() if done == Answer.DONE else Missing()
 
 
-async def _read(link: Link, timeout: float, keys: Keys, found: Sequence[bytes]) -> Sequence[Lasting]:
+async def _read(link: Link, keys: Keys, found: Sequence[bytes], seconds: float) -> Sequence[Lasting]:
     known = [(key, parts) for key in found if (parts := keys.receipt_of(key)) is not None]
     commands: list[Command] = []
     for key, _ in known:
         commands += [(b"GET", key), (b"PTTL", key)]
-    replies = await _ask(link, timeout, commands)
+    replies = await _ask(link, commands, seconds)
     return [
         Lasting(incarnation, unpack_receipt(own, data), milliseconds / 1000)
         for (_, (incarnation, own)), data, milliseconds in zip(known, replies[::2], replies[1::2], strict=True)
@@ -63,8 +63,8 @@ async def _read(link: Link, timeout: float, keys: Keys, found: Sequence[bytes]) 
     ]
 
 
-async def _ask(link: Link, timeout: float, commands: Sequence[Command]) -> list[Any]:
-    async with asyncio.timeout(timeout):
+async def _ask(link: Link, commands: Sequence[Command], seconds: float) -> list[Any]:
+    async with asyncio.timeout(seconds):
         if commands:
             await link.send(commands)
         return [await link.reply() for _ in commands]

@@ -131,7 +131,10 @@ for i = 2, #KEYS do
     end
 end
 if #found > 1 then return found end
-if stamp ~= ARGV[1] then return {$CONFLICT} end
+if stamp ~= ARGV[1] then
+    if string.sub(stamp, 1, 8) ~= string.sub(ARGV[1], 1, 8) then return {$CONFLICT} end
+    return {$CONFLICT, redis.call('GET', KEYS[1])}
+end
 if ARGV[4] ~= '' then redis.call('SET', KEYS[1], ARGV[4]) end
 for i = 2, #KEYS do redis.call('SET', KEYS[i], ARGV[3 + i], 'PX', ARGV[3]) end
 return {$DONE}

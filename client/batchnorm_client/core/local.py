@@ -1,0 +1,237 @@
+"""Normalizing a batch that stays here: what the service does, with the state that it keeps.
+
+    output = (input - mean) / sqrt(var + eps) * weight + bias
+
+per channel (Ioffe & Szegedy 2015). A torch tensor goes through torch's kernels, which the service uses too; a numpy
+array through numpy, which rounds in another order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, Protocol, cast
+
+import numpy as np
+
+from batchnorm_client.arrays import A
+from batchnorm_client.contract import INPUT_DTYPES, Layer, LayerConfig
+from batchnorm_client.core import numpy_kernels
+from batchnorm_client.core.moments import BatchMoments
+from batchnorm_client.errors import DtypeMismatch, NonFinite, ShapeMismatch, TooFewValues, UnexpectedAnswer
+from batchnorm_client.results import BatchStatistics, EvalResult, FoldResult, TrainResult
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LocalState:
+    """What normalizing a batch needs of a layer.
+
+    Attributes:
+        config: of the layer, with its present eps and clip.
+        version: of the commit that it was read at.
+        num_batches_tracked: at that commit.
+        weight: gamma, (C,) in the layer's dtype, numpy or torch; None unless affine.
+        bias: beta, (C,); None unless affine.
+        running_mean: (C,); None if the layer keeps none.
+        running_var: (C,); None with running_mean.
+    """
+
+    config: LayerConfig
+    version: int
+    num_batches_tracked: int
+    weight: Any
+    bias: Any
+    running_mean: Any
+    running_var: Any
+
+    @classmethod
+    def of(cls, layer: Layer) -> LocalState:
+        """That of a `Layer` document, whose numbers are exact."""
+        texts = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
+        vectors = (None if text is None else np.array(text, layer.config.dtype) for text in texts)
+        return cls(layer.config, layer.version, layer.num_batches_tracked, *vectors)
+
+
+class Step(NamedTuple, Generic[A]):
+    """A batch that was normalized here.
+
+    Attributes:
+        output: as the input in kind, shape, dtype and device.
+        moments: to be folded.
+        statistics: what it was normalized with, in the layer's dtype.
+    """
+
+    output: A
+    moments: BatchMoments
+    statistics: BatchStatistics[A]
+
+
+class Kernels(Protocol):
+    """The arithmetic for one kind of array. The batch has its channels second; it fits the layer and is not empty."""
+
+    def own(self, state: LocalState, batch: Any) -> tuple[Any, BatchMoments, tuple[Any, Any, Any]]:
+        """Normalize with the batch's own statistics: output; moments; mean, biased variance and inverse deviation."""
+        ...
+
+    def given(self, state: LocalState, batch: Any, mean: Any, var: Any) -> tuple[Any, tuple[Any, Any, Any]]:
+        """Normalize with this mean and biased variance."""
+        ...
+
+    def moments(self, batch: Any) -> BatchMoments:
+        """Exact moments, in float64."""
+        ...
+
+    def move(self, batch: Any, source: int, destination: int) -> Any:
+        """Move an axis: a view."""
+        ...
+
+    def clip(self, batch: Any, bound: float) -> Any:
+        """Clamp to [-bound, bound]."""
+        ...
+
+    def all_finite(self, batch: Any) -> bool:
+        """Whether there is neither NaN nor infinity."""
+        ...
+
+
+def train_step(state: LocalState, batch: A) -> Step[A]:
+    """Normalize with the batch's own statistics. Changes nothing.
+
+    Raises:
+        ShapeMismatch, DtypeMismatch: the batch does not fit the layer.
+        TooFewValues: fewer than two values per channel; for population statistics, none.
+        NonFinite: NaN, infinity or overflow, and the layer rejects that.
+    """
+    kernels, moved = _ready(state, batch)
+    _check_enough(state.config, _values(state, batch))
+    output, moments, statistics = kernels.own(state, moved)
+    return _step(state, kernels, output, moments, statistics)
+
+
+def shard_moments(state: LocalState, batch: A) -> BatchMoments:
+    """The moments of a shard of a synchronized batch, in float64; it may be empty."""
+    kernels, moved = _ready(state, batch)
+    if not _values(state, batch):
+        return BatchMoments(0, np.zeros(state.config.num_features), np.zeros(state.config.num_features))
+    return kernels.moments(moved)
+
+
+def shard_step(state: LocalState, batch: A, whole: BatchMoments) -> Step[A]:
+    """Normalize a shard with the statistics of the whole batch.
+
+    Raises:
+        NonFinite: the output has NaN or infinity, and the layer rejects that. The whole was folded.
+    """
+    kernels, moved = _ready(state, batch)
+    output, statistics = kernels.given(state, moved, whole.mean, whole.var)
+    return _step(state, kernels, output, whole, statistics)
+
+
+def trained(state: LocalState, batch: A, step: Step[A] | None, done: FoldResult, *, statistics: bool) -> TrainResult[A]:
+    """What a train call returns, once the moments of the batch, or of the whole that it is a shard of, were folded."""
+    if step is None:
+        if done.count is None or done.mean is None or done.var is None:
+            raise UnexpectedAnswer("an answer to a shard without the moments of the whole", status=200)
+        step = shard_step(state, batch, BatchMoments(done.count, done.mean, done.var))
+    return TrainResult(
+        step.output, done.version, done.num_batches_tracked, done.replayed, step.statistics if statistics else None
+    )
+
+
+def eval_step(state: LocalState, batch: A, *, statistics: bool) -> EvalResult[A]:
+    """Normalize with the running statistics, or with the batch's own if the layer keeps none.
+
+    Raises:
+        ShapeMismatch, DtypeMismatch: the batch does not fit the layer.
+        TooFewValues: one value per channel, and the layer keeps no running statistics.
+    """
+    kernels, moved = _ready(state, batch)
+    found: BatchStatistics[A] | None = None
+    output = moved
+    if state.running_mean is not None:
+        output, used = kernels.given(state, moved, state.running_mean, state.running_var)
+        found = BatchStatistics(*used)
+    elif _values(state, batch):
+        if _values(state, batch) < 2:
+            _refuse_count(2, 1)
+        output, _, used = kernels.own(state, moved)
+        found = BatchStatistics(*used)
+    output = _finished(state, kernels, output)
+    return EvalResult(output, state.version, state.num_batches_tracked, found if statistics else None)
+
+
+def _step(state: LocalState, kernels: Kernels, output: Any, moments: BatchMoments, used: Any) -> Step[Any]:
+    if state.config.non_finite == "reject":
+        for what, finite in (
+            ("the batch's mean", bool(np.isfinite(moments.mean).all())),
+            ("the batch's variance", bool(np.isfinite(moments.var).all())),
+            ("the output", kernels.all_finite(output)),
+        ):
+            if not finite:
+                raise NonFinite(
+                    f'{what} is not finite; a layer with non_finite: "allow" takes such batches', field="input"
+                )
+    return Step(_finished(state, kernels, output), moments, BatchStatistics(*used))
+
+
+def _finished(state: LocalState, kernels: Kernels, output: Any) -> Any:
+    if state.config.clip is not None:
+        output = kernels.clip(output, state.config.clip)
+    return output if state.config.channel_axis == 1 else kernels.move(output, 1, state.config.channel_axis)
+
+
+def _ready(state: LocalState, batch: Any) -> tuple[Kernels, Any]:
+    """The arithmetic for this kind of array, and the batch with its channels second; what does not fit is refused."""
+    if isinstance(batch, np.ndarray):
+        if isinstance(batch, np.ma.MaskedArray):
+            raise TypeError("a masked array cannot be normalized: its mask would be lost")
+        kernels, dtype = cast(Kernels, numpy_kernels), batch.dtype.name
+    elif type(batch).__module__.partition(".")[0] == "torch":
+        from batchnorm_client.torch import kernels as torch_kernels  # noqa: PLC0415 - torch is there already
+
+        kernels, dtype = cast(Kernels, torch_kernels), str(batch.dtype).removeprefix("torch.")
+        batch = batch.detach()
+    else:
+        raise TypeError(f"a numpy array or a torch tensor is needed, not {type(batch).__name__}")
+    _check(state.config, dtype, tuple(batch.shape))
+    axis = state.config.channel_axis
+    return kernels, batch if axis == 1 else kernels.move(batch, axis, 1)
+
+
+def _check(config: LayerConfig, dtype: str, shape: tuple[int, ...]) -> None:
+    """What the service would refuse."""
+    allowed = INPUT_DTYPES[config.dtype]
+    if dtype not in allowed:
+        raise DtypeMismatch(
+            f"input must be {' or '.join(allowed)} for a {config.dtype} layer, got {dtype}",
+            field="input",
+            expected=list(allowed),
+            got=dtype,
+        )
+    rank, ranks, axis = len(shape), config.input_ranks, config.channel_axis
+    if (rank not in ranks if ranks else rank < 2) or not -rank < axis < rank or shape[axis] != config.num_features:
+        raise ShapeMismatch(
+            f"input must have {config.num_features} channels on axis {axis}"
+            f"{f' and rank {ranks}' if ranks else ''}, got shape {shape}",
+            field="input",
+            expected={"num_features": config.num_features, "channel_axis": axis, "rank": ranks and list(ranks)},
+            got=list(shape),
+        )
+
+
+def _values(state: LocalState, batch: Any) -> int:
+    return int(np.prod(batch.shape, dtype=np.int64)) // state.config.num_features
+
+
+def _check_enough(config: LayerConfig, count: int) -> None:
+    least = 1 if config.statistics == "population" else 2
+    if count < least:
+        _refuse_count(least, count)
+
+
+def _refuse_count(least: int, count: int) -> None:
+    raise TooFewValues(
+        f"batch statistics need at least {least} value(s) per channel, got {count}",
+        field="input",
+        expected=f">= {least}",
+        got=count,
+    )

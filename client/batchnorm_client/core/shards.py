@@ -1,0 +1,45 @@
+"""Parts of a synchronized batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from batchnorm_client.errors import InvalidRequest
+
+GROUP_TIMEOUT = 30.0
+"""Seconds that the service waits for a group's members unless it is told otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Which synchronized batch a call is a part of.
+
+    Attributes:
+        group: its id.
+        size: how many members it has.
+        timeout: seconds to wait for the others; None for the service's default.
+    """
+
+    group: str
+    size: int
+    timeout: float | None = None
+
+    @classmethod
+    def of(cls, group: str | None, size: int | None, timeout: float | None) -> Shard | None:
+        """None without a group.
+
+        Raises:
+            InvalidRequest: only some of what makes a group.
+        """
+        if group is None and size is None and timeout is None:
+            return None
+        if group is None or size is None:
+            raise InvalidRequest("group and size go together, and timeout with them", field="size", expected="both")
+        return cls(group, size, timeout)
+
+
+def waits(shard: Shard | None) -> float:
+    """How long the service may wait for the other members."""
+    if shard is None:
+        return 0.0
+    return GROUP_TIMEOUT if shard.timeout is None else shard.timeout

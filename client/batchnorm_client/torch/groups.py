@@ -1,0 +1,74 @@
+"""Synchronized batches: several processes, each with a shard, that run the same steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from batchnorm_client import Gradients, RemoteLayer
+
+Compute = Literal["remote", "local"]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The processes that share batches.
+
+    Attributes:
+        run: names their run; not to be used again while the service keeps receipts.
+        size: how many they are.
+        timeout: seconds to wait for the others; None for the service's default.
+    """
+
+    run: str
+    size: int
+    timeout: float | None = None
+
+    @classmethod
+    def of(cls, run: str | None, size: int | None, timeout: float | None) -> Group | None:
+        """None without a run.
+
+        Raises:
+            ValueError: only one of `group` and `group_size` is given.
+        """
+        if (run is None) != (size is None):
+            raise ValueError("group and group_size go together")
+        return None if run is None or size is None else cls(run, size, timeout)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStep:
+    """One shared batch: see `autograd.Shard`.
+
+    Attributes:
+        layer: of the service.
+        group: who shares it.
+        step: how many batches they shared before; all count alike.
+        compute: where the shard is normalized.
+    """
+
+    layer: RemoteLayer
+    group: Group
+    step: int
+    compute: Compute
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Train with the shard; with local compute only its moments are sent."""
+        call = self.layer.train_local if self.compute == "local" else self.layer.train
+        return call(x, group=self._id, size=self.group.size, timeout=self.group.timeout).output
+
+    def backward(self, x: Tensor, grad_output: Tensor) -> Gradients[Tensor]:
+        """Exchange the sums of the gradients. The service takes these from shard and gradient, which are sent."""
+        return self.layer.backward(
+            x, grad_output, group=f"{self._id}.backward", size=self.group.size, timeout=self.group.timeout
+        )
+
+    def next(self) -> GroupStep:
+        """The batch after this one."""
+        return replace(self, step=self.step + 1)
+
+    @property
+    def _id(self) -> str:
+        return f"{self.group.run}.{self.step}"

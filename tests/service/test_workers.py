@@ -1,0 +1,107 @@
+"""Several processes over one store: every acknowledged batch counts once, whatever is killed and repeated."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from store import valkey_servers
+from store.valkey_servers import wait_for
+
+from .conftest import COMMAND, environment
+from .traffic import KILLS, Traffic
+
+WORKERS = 4
+Start = Callable[..., Any]
+
+
+def worker_pids(supervisor: int) -> set[int]:
+    """Its children that are workers; multiprocessing has a child of its own beside them."""
+    tasks = Path(f"/proc/{supervisor}/task").iterdir()
+    children = {int(child) for task in tasks for child in (task / "children").read_text().split()}
+    return {child for child in children if b"spawn_main" in _command_line(child)}
+
+
+def _command_line(process: int) -> bytes:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:  # it has just gone
+        return b""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[valkey_servers.Server]:
+    with valkey_servers.server(tmp_path_factory.mktemp("valkey")) as server:
+        yield server
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="workers are found in Linux's /proc")
+def test_workers_on_one_file_count_every_batch_once_whatever_is_killed(start: Start, store: str) -> None:
+    service = start("--store", store, "--workers", str(WORKERS))
+    supervisor = service.process.pid
+    rng = random.Random(5)
+
+    def kill() -> None:
+        if pids := sorted(worker_pids(supervisor)):
+            os.kill(rng.choice(pids), signal.SIGKILL)
+
+    first = worker_pids(supervisor)
+    assert len(first) == WORKERS
+    traffic = Traffic([service.url], kill, KILLS)
+    traffic.check(traffic.run())
+    wait_for("killed workers come back", lambda: len(worker_pids(supervisor)) == WORKERS)
+    assert worker_pids(supervisor) != first
+    assert service.stop() == 0
+    assert not worker_pids_left(first)
+    assert "Traceback" not in service.output
+
+
+def worker_pids_left(pids: set[int]) -> set[int]:
+    return {pid for pid in pids if b"spawn_main" in _command_line(pid)}
+
+
+@pytest.mark.timeout(300)
+def test_replicas_on_one_valkey_count_every_batch_once_whatever_is_killed(
+    start: Start, valkey: valkey_servers.Server
+) -> None:
+    arguments = [("--store", valkey.url, "--port", str(free_port())) for _ in range(3)]
+    replicas = [start(*each) for each in arguments]
+    rng = random.Random(7)
+
+    def kill() -> None:
+        number = rng.randrange(len(replicas))
+        replicas[number].close()
+        replicas[number] = start(*arguments[number])
+
+    traffic = Traffic([replica.url for replica in replicas], kill, KILLS)
+    traffic.check(traffic.run())
+    assert [replica.stop() for replica in replicas] == [0, 0, 0]
+
+
+def test_a_store_in_memory_is_refused_in_words() -> None:
+    done = subprocess.run(
+        [*COMMAND, "--store", "memory:", "--workers", "2"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "memory: lives in one process" in done.stderr
+    assert "Traceback" not in done.stderr
