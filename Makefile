@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CONSTRAINTS := -c constraints.txt
 
-.PHONY: help run test check demo bench bench-quick bench-gpu example-digits soak clean
+.PHONY: help run test check demo bench bench-quick bench-gpu example-digits examples soak clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -40,6 +40,11 @@ bench-gpu: .venv-bench/bench.stamp ## the engine on a CUDA device, against torch
 
 example-digits: $(VENV)/dev.stamp ## train two nets on digits with remote layers, beside torch; draws docs/digits_training.png
 	$(BIN)/python examples/digits_training.py --plot docs/digits_training.png
+
+examples: $(VENV)/dev.stamp ## run the examples of docs/sharing.md, and draw their pictures again
+	$(BIN)/python examples/federated.py --plot docs/federated.png
+	$(BIN)/python examples/reinforcement.py --plot docs/reinforcement.png
+	$(BIN)/python examples/synchronized.py --plot docs/synchronized.png
 
 # torch comes first and pinned: a plain `torch`, or a range, would bring gigabytes of CUDA packages.
 $(VENV)/service.stamp: pyproject.toml constraints.txt

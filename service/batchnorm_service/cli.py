@@ -160,6 +160,8 @@ def _refused(location: tuple[int | str, ...], message: str, given: dict[str, Any
     message = message.removeprefix("Value error, ")
     if not name:
         return message
+    if name == "device":
+        message = "must be cpu, cuda or cuda:N"  # pydantic would show the regular expression
     return f"{'--' + name.replace('_', '-') if name in given else PREFIX + name.upper()}: {message}"
 
 

@@ -89,7 +89,7 @@ class Settings(BaseSettings):
     threads: int = Field(1, ge=1, le=1024)
     """Torch's intra-op threads. Results depend on their number: keep it the same on every replica."""
 
-    inline_bytes: int = Field(1 << 17, ge=0)
+    inline_bytes: int = Field(1 << 20, ge=0)
     """Batches up to this size are computed on the event loop, larger ones in a thread."""
 
     token: SecretStr | None = None

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Callable
 
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
-from uvicorn.supervisors import Multiprocess
+from uvicorn.supervisors.multiprocess import Multiprocess, Process
 
 from batchnorm_service.api import Shell
 from batchnorm_service.app import create_app, make_store
-from batchnorm_service.server import Announce, address, configure_logging, listen, uvicorn_config
+from batchnorm_service.server import Announce, address, configure_logging, listen, spare_the_collector, uvicorn_config
 from batchnorm_service.settings import Settings
 
-_START_SECONDS = 120
+_log = logging.getLogger(__name__)
+_GLANCE_SECONDS = 0.05  # how long the supervisor waits for a worker that may not listen yet
 
 
 class WorkersFailedError(Exception):
@@ -45,9 +47,6 @@ def run_workers(settings: Settings, announce: Announce) -> None:
         config = uvicorn_config(
             settings, "batchnorm_service.workers:worker", factory=True, lifespan="on", workers=settings.workers
         )
-        # uvicorn kills a worker that does not answer in time; on a busy machine importing torch alone takes longer than
-        # the few seconds that are its default.
-        config.timeout_worker_healthcheck = _START_SECONDS
         url = address(settings, listener)
         supervisor = Supervisor(config, [listener], lambda: announce(url, settings, store.url))
         supervisor.run()
@@ -56,23 +55,55 @@ def run_workers(settings: Settings, announce: Announce) -> None:
 
 
 class Supervisor(Multiprocess):
-    """Uvicorn's supervisor, which says when all workers listen."""
+    """Uvicorn's supervisor, which says when all workers listen, and gives them the time that importing torch takes.
+
+    Uvicorn's own replaces a worker that does not answer within seconds, and ends the service when one fails to start.
+    Here one that starts is left alone as long as its process lives, and the service goes on without one that cannot
+    start (its store may be away for a moment) once all have started.
+    """
 
     def __init__(self, config: uvicorn.Config, sockets: list[socket.socket], started: Callable[[], None]) -> None:
         super().__init__(config, sockets)
         self._started = started
         self._told = False
+        self._ready: set[Process] = set()
 
     def keep_subprocess_alive(self) -> None:
-        """Called again and again: replace workers that died, and say once when all of them listen."""
-        super().keep_subprocess_alive()
-        if not self._told and all(worker.is_ready(timeout=_START_SECONDS) for worker in self.processes):
+        """Called twice a second: replace workers that died or hang, and say once when all of them listen."""
+        for index, worker in enumerate(self.processes):
+            if self.should_exit.is_set():
+                return
+            if not self._lives(worker):
+                self._replace(index, worker)
+        if not self._told and self._ready.issuperset(self.processes):
             self._told = True
             self._started()
+
+    def _lives(self, worker: Process) -> bool:
+        if not worker.process.is_alive():
+            return False
+        if worker in self._ready:
+            return worker.ping(self.config.timeout_worker_healthcheck)
+        if worker.is_ready(_GLANCE_SECONDS):
+            self._ready.add(worker)
+        return True
+
+    def _replace(self, index: int, worker: Process) -> None:
+        worker.kill()
+        worker.join()
+        self._ready.discard(worker)
+        if worker.exitcode == STARTUP_FAILURE and not self._told:
+            self.should_exit.set()
+            return
+        _log.warning("worker %s ended with status %s; another starts", worker.pid, worker.exitcode)
+        self.processes[index] = Process(self.config, self.sockets)
+        self.processes[index].start()
 
 
 def worker() -> Shell:
     """The application of one worker."""
     settings = Settings()
     configure_logging(settings)
-    return create_app(settings)
+    shell = create_app(settings)
+    spare_the_collector()
+    return shell

@@ -72,12 +72,7 @@ class Layers:
             return _snapshot(name, records.decode(outcome)), True
         held = records.decode(outcome.record)
         if held.created_config != config:
-            raise LayerExists(
-                f"layer {name!r} exists and was created with another config",
-                field="name",
-                expected=held.created_config.model_dump(),
-                got=config.model_dump(),
-            )
+            raise _layer_exists(name, held.created_config, config)
         return _snapshot(name, held), False
 
     async def get(self, name: str) -> Snapshot:
@@ -127,6 +122,17 @@ class Layers:
         if done.replayed:
             snapshot = replace(snapshot, version=done.version, num_batches_tracked=done.batch)
         return snapshot, done.replayed
+
+
+def _layer_exists(name: str, made: LayerConfig, asked: LayerConfig) -> LayerExists:
+    wanted = asked.model_dump()
+    differ = {field: value for field, value in made.model_dump().items() if value != wanted[field]}
+    return LayerExists(
+        f"layer {name!r} exists and was created with another {' and '.join(differ)}",
+        field="name",
+        expected=differ,
+        got={field: wanted[field] for field in differ},
+    )
 
 
 def _snapshot(name: str, held: Held) -> Snapshot:

@@ -29,7 +29,7 @@ class LayersOptions:
     resident_layers: int = 10_000
     queue_length: int = 1024
     store_timeout: float = 10.0
-    inline_bytes: int = 1 << 17
+    inline_bytes: int = 1 << 20
     max_staleness: float = 0.0
 
 
