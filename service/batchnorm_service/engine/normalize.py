@@ -109,9 +109,9 @@ def train_step(state: LayerState, batch: Batch) -> TrainStep:
     if config.statistics == "population":
         step = step._replace(moments=exact_moments(moved))
     if config.non_finite == "reject":
-        step.moments.check_finite()
-        _check_output(state, step.output, count)
-    return step._replace(output=_finished(config, config.clip, step.output))
+        _check_finite(state, step, count)
+    output = _finished(config, config.clip, step.output)
+    return step if output is step.output else step._replace(output=output)
 
 
 def shard_moments(state: LayerState, batch: Batch) -> tuple[Moments, Extremes]:
@@ -215,19 +215,23 @@ def least_values(config: LayerConfig) -> int:
     return 1 if config.statistics == "population" else 2
 
 
-def _check_output(state: LayerState, output: Batch, count: int) -> None:
-    """Refuse an output that overflowed its dtype; a pass over the output is made only where that is possible.
+def _check_finite(state: LayerState, step: TrainStep, count: int) -> None:
+    """Refuse moments that are not finite, and an output that overflowed its dtype.
 
-    |x - mean| / std is at most sqrt(count - 1), so |output| is at most max|weight| * sqrt(count) + max|bias|. No
-    element is larger than the vector's norm, which is quicker to have; the factor 2 covers rounding.
+    A pass over the output is made only where it can have overflowed: |x - mean| / std is at most sqrt(count - 1), so
+    |output| is at most max|weight| * sqrt(count) + max|bias|. No element is larger than its vector's norm, which is
+    quicker to have; the factor 2 covers rounding.
     """
+    moments, weight, bias = step.moments, 1.0, 0.0
     if state.weight is None or state.bias is None:
-        bound = math.sqrt(count)
+        mean, var = sums_of_squares(moments.mean, moments.var)
     else:
-        weight, bias = sums_of_squares(state.weight, state.bias)
-        bound = math.sqrt(weight * count) + math.sqrt(bias)
-    if not 2 * bound < torch.finfo(output.dtype).max:
-        check_finite(output, "the output", "input")
+        mean, var, weight, bias = sums_of_squares(moments.mean, moments.var, state.weight, state.bias)
+    if not (math.isfinite(mean) and math.isfinite(var)):
+        moments.check_finite()
+    bound = math.sqrt(weight * count) + math.sqrt(bias)
+    if not 2 * bound < torch.finfo(step.output.dtype).max:
+        check_finite(step.output, "the output", "input")
 
 
 def _kernel(state: LayerState, moved: Batch, count: int) -> TrainStep:
