@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final, cast
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from batchnorm_service.idle import IdleProtocol
 
 _AT_ONCE: Final = 1 << 16
 """Writes from this size on go out directly: joining them to others would cost a copy that counts."""
@@ -18,7 +18,7 @@ _AT_ONCE: Final = 1 << 16
 Data = bytes | bytearray | memoryview
 
 
-class OutboxProtocol(HttpToolsProtocol):
+class OutboxProtocol(IdleProtocol):
     """uvicorn's HTTP protocol over an `Outbox`."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

@@ -9,7 +9,7 @@ from typing import Final
 from batchnorm_client.contract import REQUEST_ID
 from batchnorm_client.errors import MalformedBody, PayloadTooLarge, ProblemError
 from batchnorm_service.api.problems import problem_answer
-from batchnorm_service.outbox import OutboxProtocol
+from batchnorm_service.direct import DirectProtocol
 
 MOST_HEAD_BYTES: Final = 1 << 16
 """A request line with its headers; what is read of one that has not ended yet is kept in memory."""
@@ -18,7 +18,7 @@ MOST_HEAD_BYTES: Final = 1 << 16
 LINGER_SECONDS: Final = 1.0
 
 
-class Protocol(OutboxProtocol):
+class Protocol(DirectProtocol):
     """uvicorn's HTTP protocol, with a bound on request heads, and problems where it has plain text."""
 
     _in_head = False

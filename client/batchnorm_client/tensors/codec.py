@@ -77,9 +77,8 @@ def require(tensors: Mapping[str, Tensor], *names: str) -> tuple[Tensor, ...]:
 
 
 def _codec(media_type: str) -> _Codec:
-    try:
-        return _CODECS[media_type]
-    except KeyError:
-        raise UnsupportedMediaType(
-            f"tensors do not travel as {media_type[:100]}", expected=list(_CODECS), got=media_type[:100]
-        ) from None
+    if codec := _CODECS.get(media_type):
+        return codec
+    raise UnsupportedMediaType(
+        f"tensors do not travel as {media_type[:100]}", expected=list(_CODECS), got=media_type[:100]
+    )

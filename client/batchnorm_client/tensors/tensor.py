@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -58,8 +57,13 @@ def itemsize(dtype: str) -> int:
         raise ValueError(f"no dtype {dtype!r}; there are {', '.join(_ITEMSIZES)}") from None
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class _Parts(NamedTuple):  # a tuple is quicker to make than a frozen dataclass: each call makes some
+    dtype: str
+    shape: tuple[int, ...]
+    buffer: Buffer
+
+
+class Tensor(_Parts):
     """A tensor as it travels; numpy and torch view its buffer.
 
     Attributes:
@@ -71,14 +75,15 @@ class Tensor:
         ValueError: the dtype is not known, or the buffer is not as long as the shape says.
     """
 
-    dtype: str
-    shape: tuple[int, ...]
-    buffer: Buffer
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        expected = math.prod(self.shape) * itemsize(self.dtype)
-        if self.nbytes != expected:
-            raise ValueError(f"{self.dtype} of shape {self.shape} has {expected} bytes; the buffer has {self.nbytes}")
+    def __new__(cls, dtype: str, shape: tuple[int, ...], buffer: Buffer) -> Self:
+        """Checks the buffer's length."""
+        expected = math.prod(shape) * itemsize(dtype)
+        size = buffer.nbytes if isinstance(buffer, memoryview) else len(buffer)
+        if size != expected:
+            raise ValueError(f"{dtype} of shape {shape} has {expected} bytes; the buffer has {size}")
+        return tuple.__new__(cls, (dtype, shape, buffer))
 
     @classmethod
     def of(cls, array: Array) -> Tensor:
@@ -140,17 +145,15 @@ def checked_shape(shape: Any, item: int, *, field: str) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def check_known(names: Iterable[str], known: Iterable[str]) -> None:
+def check_known(tensors: Mapping[str, object], known: Mapping[str, str]) -> None:
     """Refuse tensors that are not among those known here.
 
     Raises:
         InvalidRequest: names the first that is not.
     """
-    known = list(known)
-    for name in names:
-        if name not in known:
-            raise InvalidRequest(
-                f"no tensor {name[:200]!r} is known here; expected {', '.join(known)}",
-                field=name[:200],
-                expected=known,
-            )
+    if tensors.keys() <= known.keys():
+        return
+    name = next(name for name in tensors if name not in known)
+    raise InvalidRequest(
+        f"no tensor {name[:200]!r} is known here; expected {', '.join(known)}", field=name[:200], expected=list(known)
+    )

@@ -37,7 +37,9 @@ class Answer(Response):
         # Response.__init__ would copy and encode what is ready to be sent.
         self.status_code = status
         self.pieces = pieces
-        self.size = sum(piece.nbytes if isinstance(piece, memoryview) else len(piece) for piece in pieces)
+        self.size = 0
+        for piece in pieces:
+            self.size += piece.nbytes if isinstance(piece, memoryview) else len(piece)
         self.background = None
         self.raw_headers = list(headers)
         if media_type is not None:

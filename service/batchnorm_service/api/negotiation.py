@@ -27,12 +27,15 @@ def content_type(headers: Headers, known: tuple[str, ...]) -> str:
     Raises:
         UnsupportedMediaType: it is none of them, or missing.
     """
-    coding = headers.get(b"content-encoding", b"identity").strip().lower()
-    if coding not in {b"identity", b""}:
+    return _content_type(headers.get(b"content-encoding", b""), headers.get(b"content-type", b""), known)
+
+
+@lru_cache(maxsize=256)
+def _content_type(encoding: bytes, given: bytes, known: tuple[str, ...]) -> str:
+    if encoding.strip().lower() not in {b"identity", b""}:
         raise UnsupportedMediaType(
             "the service reads no compressed bodies", field="Content-Encoding", expected=["identity"]
         )
-    given = headers.get(b"content-type", b"")
     media, charset = _media_type(given)
     if media not in known:
         detail = f"the body is {media!r}" if media else "the body has no Content-Type"
@@ -52,7 +55,6 @@ def content_type(headers: Headers, known: tuple[str, ...]) -> str:
     return media
 
 
-@lru_cache(maxsize=256)
 def _media_type(value: bytes) -> tuple[str, str]:
     media, *parameters = value.decode("latin-1").lower().split(";")
     charset = ""

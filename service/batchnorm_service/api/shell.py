@@ -1,6 +1,6 @@
-"""The outermost layer: what holds for every request, and the short way to train and eval.
+"""The outermost layer: what holds for every request, and the short ways to train and eval.
 
-Plain ASGI, because it wraps the calls whose time is counted in microseconds.
+Plain ASGI, and for small calls not even that (`batchnorm_service.direct`): their time is counted in microseconds.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from starlette.types import Message, Receive, Scope, Send
 from batchnorm_client.contract import REQUEST_ID
 from batchnorm_client.errors import Overloaded, StoreUnavailable
 
-from .answers import Answer
+from .answers import Answer, RawHeader
 from .bodies import ClientGoneError
 from .headers import Headers, read_headers, request_id
 from .normalize import NormalizeCalls
 from .problems import problem_answer
 from .security import Guard
-from .target import Target, check_layer_name, read_target
+from .target import Target, check_layer_name, read_target, target_of
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Shell:
 
     def __init__(self, app: FastAPI, calls: NormalizeCalls, guard: Guard, max_concurrent_requests: int) -> None:
         self.app = app
-        self._calls = calls.by_name
+        self._calls = calls
         self._guard = guard
         self._max_concurrent_requests = max_concurrent_requests
         self._running = 0
@@ -58,93 +58,135 @@ class Shell:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = read_headers(scope["headers"])
-        exchange = _Exchange(send, headers)
-        target = read_target(scope)
+        headers, target, method = read_headers(scope["headers"]), read_target(scope), scope["method"]
+        exchange = _Exchange(headers)
         self._running += target.versioned
         try:
-            await self._answer(scope, receive, exchange, headers, target)
+            self._admit(target, headers, method, self._running)
+            call = self._calls.by_name.get(target.call) if target.layer and method == "POST" else None
+            if target.layer and call:
+                answer = await call(target.layer, scope["query_string"], headers, receive)
+                await exchange.send_answer(answer, send)
+            else:
+                await self.app(_inner(scope, target, exchange.request_id), receive, exchange.completing(send))
         except ClientGoneError:
             log.debug("request %s: the client went away", exchange.request_id)
         except asyncio.CancelledError:
-            # The server ran out of patience while it stopped. What was queued will still be committed.
-            stopping = StoreUnavailable("the service stops; whether the call took effect is unknown")
-            await exchange.fail(stopping, target.path, scope)
+            await exchange.fail(_stopping(), target, send)
             raise
         except Exception as error:
-            await exchange.fail(error, target.path, scope)
+            await exchange.fail(error, target, send)
         finally:
             self._running -= target.versioned
-            exchange.log(scope["method"], target.path)
+            exchange.log(method, target)
 
-    async def _answer(
-        self, scope: Scope, receive: Receive, exchange: _Exchange, headers: Headers, target: Target
-    ) -> None:
-        method = scope["method"]
+    def direct_target(self, url: bytes) -> Target | None:
+        """Where a POST goes that may take the direct way: to a call that brings a batch, without a query."""
+        if b"?" in url or not url.startswith(b"/v1/"):
+            return None
+        target = target_of(url)
+        return target if target.layer and target.call in self._calls.by_name else None
+
+    def answer_now(self, target: Target, headers: Headers, body: bytearray) -> Answer | None:
+        """The answer to such a POST, if it waits for nothing; None when it does, and nothing has happened yet."""
+        exchange = _Exchange(headers)
+        try:
+            self._admit(target, headers, "POST", self._running + 1)
+            answer = self._calls.answer_now(target.layer or "", target.call, headers, body)
+        except Exception as error:
+            answer = problem_answer(error, target.path, exchange.request_id)
+        return None if answer is None else exchange.finished(answer, target)
+
+    async def answer(self, target: Target, headers: Headers, receive: Receive) -> Answer:
+        """The same, waiting for the layer, a thread or a commit."""
+        exchange = _Exchange(headers)
+        self._running += 1
+        try:
+            self._admit(target, headers, "POST", self._running)
+            answer = await self._calls.by_name[target.call](target.layer or "", b"", headers, receive)
+        except asyncio.CancelledError:
+            answer = problem_answer(_stopping(), target.path, exchange.request_id)
+        except Exception as error:
+            answer = problem_answer(error, target.path, exchange.request_id)
+        finally:
+            self._running -= 1
+        return exchange.finished(answer, target)
+
+    def _admit(self, target: Target, headers: Headers, method: str, running: int) -> None:
         if target.versioned:
             self._guard.check(headers, method, target)
-            if self._running > self._max_concurrent_requests:
+            if running > self._max_concurrent_requests:
                 raise Overloaded(f"{self._max_concurrent_requests} calls are running", retry_after=1)
             if target.layer is not None:
                 check_layer_name(target.layer)
-                call = self._calls.get(target.call) if method == "POST" else None
-                if call is not None:
-                    answer = await call(target.layer, scope["query_string"], headers, receive)
-                    await exchange.send_answer(answer, scope)
-                    return
-        # HEAD is GET whose body the server leaves out.
-        inner: dict[str, Any] = {
-            **scope,
-            "path": target.path,
-            "root_path": "",
-            "method": "GET" if method == "HEAD" else method,
-        }
-        inner["raw_path"] = target.path.encode()
-        inner["state"] = {**scope.get("state", {}), "request_id": exchange.request_id}
-        await self.app(inner, receive, exchange.send)
 
 
 class _Exchange:
-    """The answer to one request as it is sent: with a request id, and at most once."""
+    """A request and what every answer to it has."""
 
-    __slots__ = ("_expects", "_send", "_since", "request_id", "status")
+    __slots__ = ("_expects", "_since", "request_id", "status")
 
-    def __init__(self, send: Send, headers: Headers) -> None:
+    def __init__(self, headers: Headers) -> None:
         self.request_id = request_id(headers)
         self.status = 0
-        self._send = send
         self._since = time.perf_counter()
         self._expects = b"expect" in headers
 
-    async def send_answer(self, answer: Answer, scope: Scope) -> None:
-        self.status = answer.status_code
-        self._complete(answer.raw_headers)
-        await answer(scope, _no_receive, self._send)
+    async def send_answer(self, answer: Answer, send: Send) -> None:
+        self._complete(answer.status_code, answer.raw_headers)
+        await answer({}, _no_receive, send)
 
-    async def send(self, message: Message) -> None:
+    def completing(self, send: Send) -> Send:
         """ASGI's send for the application inside."""
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            message["headers"] = list(message["headers"])
-            self._complete(message["headers"])
-        await self._send(message)
 
-    async def fail(self, error: Exception, path: str, scope: Scope) -> None:
+        async def complete(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = list(message["headers"])
+                self._complete(message["status"], message["headers"])
+            await send(message)
+
+        return complete
+
+    async def fail(self, error: Exception, target: Target, send: Send) -> None:
         """Answer with a problem, if no answer has begun."""
         if self.status == 0:
-            await self.send_answer(problem_answer(error, path, self.request_id), scope)
+            await self.send_answer(problem_answer(error, target.path, self.request_id), send)
 
-    def log(self, method: str, path: str) -> None:
+    def finished(self, answer: Answer, target: Target) -> Answer:
+        """The answer to a POST that nothing is left to be done for."""
+        self._complete(answer.status_code, answer.raw_headers)
+        self.log("POST", target)
+        return answer
+
+    def log(self, method: str, target: Target) -> None:
         if log.isEnabledFor(logging.DEBUG):
             milliseconds = (time.perf_counter() - self._since) * 1e3
-            log.debug("%s %s %d %.2f ms %s", method, path, self.status, milliseconds, self.request_id)
+            log.debug("%s %s %d %.2f ms %s", method, target.path, self.status, milliseconds, self.request_id)
 
-    def _complete(self, headers: list[tuple[bytes, bytes]]) -> None:
+    def _complete(self, status: int, headers: list[RawHeader]) -> None:
+        self.status = status
         headers.append((_REQUEST_ID, self.request_id.encode()))
-        if self._expects and self.status >= 400:
+        if self._expects and status >= 400:
             # The client may be waiting for 100 Continue and now never send its body; the next request on this
             # connection could not be told from it.
             headers.append(_CLOSE)
+
+
+def _inner(scope: Scope, target: Target, request_id: str) -> dict[str, Any]:
+    """The scope for the application inside. HEAD is GET whose body the server leaves out."""
+    return {
+        **scope,
+        "path": target.path,
+        "raw_path": target.path.encode(),
+        "root_path": "",
+        "method": "GET" if scope["method"] == "HEAD" else scope["method"],
+        "state": {**scope.get("state", {}), "request_id": request_id},
+    }
+
+
+def _stopping() -> StoreUnavailable:
+    """The server ran out of patience while it stopped. What was queued will still be committed."""
+    return StoreUnavailable("the service stops; whether the call took effect is unknown")
 
 
 async def _no_receive() -> Message:

@@ -35,11 +35,12 @@ class Target(NamedTuple):
 def read_target(scope: Scope) -> Target:
     """The target of an HTTP request's scope."""
     raw = scope.get("raw_path") or quote(scope["path"]).encode()
-    return _target(raw, scope.get("root_path", ""))
+    return target_of(raw, scope.get("root_path", ""))
 
 
 @lru_cache(maxsize=1024)
-def _target(raw: bytes, root: str) -> Target:
+def target_of(raw: bytes, root: str = "") -> Target:
+    """The target of a path as it came, `root` taken off."""
     path = raw.decode("latin-1").removeprefix(root)
     segments = path.split("/")
     if "%" in path or not path.isascii():

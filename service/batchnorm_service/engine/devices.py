@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Final
 
 import torch
 
 from batchnorm_client.errors import DeviceUnavailable
+
+CPU: Final = torch.device("cpu")
 
 
 def available_devices() -> list[str]:
@@ -14,18 +17,16 @@ def available_devices() -> list[str]:
     return ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
 
 
+@lru_cache(maxsize=64)
 def device(name: str) -> torch.device:
-    """The device of that name.
+    """The device of that name; one that is not there is looked for again each time.
 
     Raises:
         DeviceUnavailable: it is not there.
     """
-    found = _parsed(name)
+    found = torch.device(name)
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise DeviceUnavailable(
             f"device {name!r} is not available here", field="device", expected=available_devices(), got=name
         )
     return found
-
-
-_parsed = lru_cache(maxsize=64)(torch.device)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import Batch, channels_back, channels_second, on, per_channel, values_per_channel
+from .layout import Batch, beside, channels_back, channels_second, per_channel, values_per_channel
 from .moments import Channels, Moments, check_enough, exact_moments, merge
 from .normalize import least_values
 from .state import LayerState
@@ -59,7 +59,7 @@ def backward_step(state: LayerState, batch: Batch, grad_output: Batch, *, traini
     training = training or state.running_mean is None
     if training:
         check_enough(values_per_channel(config, batch), least_values(config))
-    weight, bias, mean, var = on(batch.device, state.weight, state.bias, state.running_mean, state.running_var)
+    weight, bias, mean, var = beside(batch, state.weight, state.bias, state.running_mean, state.running_var)
     if training:
         mean, var = _scratch(state, moved)
     output, save_mean, save_invstd = torch.native_batch_norm(

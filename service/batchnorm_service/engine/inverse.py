@@ -6,7 +6,7 @@ import torch
 
 from batchnorm_client.errors import InvalidRequest
 
-from .layout import Batch, channels_back, channels_second, on, per_channel
+from .layout import Batch, beside, channels_back, channels_second, per_channel
 from .state import LayerState
 
 
@@ -40,7 +40,7 @@ def inverse_step(state: LayerState, batch: Batch) -> Batch:
         scale = scale / state.weight.double()
         shift = shift - state.bias.double() * scale
     moved = channels_second(state.config, batch)
-    scale_there, shift_there = on(moved.device, scale.to(state.dtype), shift.to(state.dtype))
+    scale_there, shift_there = beside(moved, scale.to(state.dtype), shift.to(state.dtype))
     assert scale_there is not None  # noqa: S101 - given two lines above
     assert shift_there is not None  # noqa: S101
     output = torch.addcmul(per_channel(shift_there, moved), moved.to(state.dtype), per_channel(scale_there, moved))

@@ -40,8 +40,8 @@ def is_dense(batch: Batch) -> bool:
     )
 
 
-def on(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Tensors of a state, which lives on the CPU, on that device; None stays None."""
-    if device.type == "cpu":
+def beside(batch: Batch, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Tensors of a state, which lives on the CPU, on the batch's device; None stays None."""
+    if batch.is_cpu:
         return tensors
-    return tuple(None if tensor is None else tensor.to(device) for tensor in tensors)
+    return tuple(None if tensor is None else tensor.to(batch.device) for tensor in tensors)

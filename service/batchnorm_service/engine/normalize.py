@@ -17,7 +17,7 @@ from batchnorm_client.contract import INPUT_DTYPES, LayerConfig
 from batchnorm_client.errors import DtypeMismatch, ShapeMismatch
 from batchnorm_client.tensors import Tensor as WireTensor
 
-from .layout import Batch, channels_back, channels_second, is_dense, on, values_per_channel
+from .layout import Batch, beside, channels_back, channels_second, is_dense, values_per_channel
 from .moments import (
     Channels,
     Extremes,
@@ -171,7 +171,7 @@ def normalize_with(config: LayerConfig, part: Frozen, batch: Batch, moments: Mom
     output = torch.empty_like(batch)
     if batch.numel():
         moved = channels_second(config, batch)
-        weight, bias, mean_there, var_there = on(batch.device, part.weight, part.bias, mean, var)
+        weight, bias, mean_there, var_there = beside(batch, part.weight, part.bias, mean, var)
         output = torch.native_batch_norm(moved, weight, bias, mean_there, var_there, False, 0.0, part.eps)[0]
         output = _finished(config, part.clip, output)
     invstd = torch.rsqrt(moments.biased_var() + part.eps).to(dtype)
@@ -249,7 +249,7 @@ def _kernel(state: LayerState, moved: Batch, count: int) -> TrainStep:
     else:
         mean = torch.zeros(state.config.num_features, dtype=state.dtype, device=device)
         var = torch.zeros(state.config.num_features, dtype=state.dtype, device=device)
-        weight, bias = on(device, state.weight, state.bias)
+        weight, bias = beside(moved, state.weight, state.bias)
         output, _, invstd = torch.native_batch_norm(moved, weight, bias, mean, var, True, 1.0, eps)
     mean = mean.cpu()
     return TrainStep(output, Moments(count, mean, var.cpu(), 1, strided=not is_dense(moved)), mean, invstd.cpu())
@@ -262,7 +262,7 @@ def _own_statistics(state: LayerState, moved: Batch) -> TrainStep:
 
 
 def _with_statistics(state: LayerState, moved: Batch, mean: Channels, var: Channels) -> Batch:
-    weight, bias, mean_there, var_there = on(moved.device, state.weight, state.bias, mean, var)
+    weight, bias, mean_there, var_there = beside(moved, state.weight, state.bias, mean, var)
     return torch.native_batch_norm(moved, weight, bias, mean_there, var_there, False, 0.0, state.config.eps)[0]
 
 

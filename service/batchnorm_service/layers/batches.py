@@ -96,6 +96,16 @@ class Batches:
             named = await self._computing.run(batch.nbytes, normalize.eval_statistics, held.state, batch)
         return _unchanged(held, output, named)
 
+    def eval_now(self, name: str, read: Read) -> Normalized | None:
+        """The same for a small batch and a layer whose newest state is here; otherwise None."""
+        held = self._slots.certain(name)
+        if held is None:
+            return None
+        batch = self._computing.batch(held.state, _input(held.state, read))
+        if not self._computing.at_once(batch.nbytes):
+            return None
+        return _unchanged(held, normalize.eval_step(held.state, batch), {})
+
     async def inverse(self, name: str, read: Read) -> Normalized:
         """Undo eval's normalization of a batch. Changes nothing."""
         held = await self._fresh(name)

@@ -13,7 +13,7 @@ import torch
 
 from batchnorm_client.tensors import Tensor
 
-from ..engine.devices import device
+from ..engine.devices import CPU, device
 from ..engine.state import LayerState
 from ..engine.tensors import to_torch
 
@@ -41,11 +41,15 @@ class Computing:
     def batch(self, state: LayerState, tensor: Tensor) -> torch.Tensor:
         """A caller's tensor where its layer lives."""
         there = self.device(state.config.device)
-        return to_torch(tensor) if there.type == "cpu" else to_torch(tensor).to(there)
+        return to_torch(tensor) if there == CPU else to_torch(tensor).to(there)
+
+    def at_once(self, nbytes: int) -> bool:
+        """Whether work on so many bytes is done without waiting for a thread."""
+        return nbytes <= self._inline_bytes
 
     async def run(self, nbytes: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Small work at once, large work in a thread (torch lets go of the GIL) so that other calls go on."""
-        if nbytes <= self._inline_bytes:
+        if self.at_once(nbytes):
             return function(*args, **kwargs)
         call = partial(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._pool, call)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from types import MappingProxyType
+from typing import NamedTuple
 
 from batchnorm_client.contract import LayerConfig
 from batchnorm_client.tensors import Tensor
@@ -58,8 +60,7 @@ class Snapshot:
     tensors: Mapping[str, Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class Normalized:
+class Normalized(NamedTuple):
     """A normalized batch.
 
     Attributes:
@@ -74,7 +75,7 @@ class Normalized:
     version: int
     num_batches_tracked: int
     replayed: bool = False
-    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    statistics: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,279 @@
+"""The direct way of small calls: the same answers as by ASGI, in the order of the requests, and with back-pressure."""
+
+import asyncio
+import contextlib
+import json
+import socket
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+from uvicorn.server import ServerState
+
+from batchnorm_client.contract import JSON, NPY, SAFETENSORS
+from batchnorm_service.api import Shell
+from batchnorm_service.app import create_app
+from batchnorm_service.direct import MOST_BYTES
+from batchnorm_service.protocol import Protocol
+from batchnorm_service.server import uvicorn_config
+from batchnorm_service.settings import Settings
+from batchnorm_service.store.memory import MemoryStore
+
+pytestmark = pytest.mark.anyio
+
+BATCH = np.arange(12, dtype=np.float32).reshape(6, 2) ** 2
+TENSORS = save({"input": BATCH})
+ORDINARY = "Connection: keep-alive\r\n"  # asks the server for something, if only for what it does anyway
+
+
+class Running:
+    """The service behind its protocol, in this process.
+
+    Attributes:
+        by_asgi: how many requests came by ASGI.
+    """
+
+    def __init__(self, port, state):
+        self.port = port
+        self.state = state
+        self.by_asgi = 0
+
+    async def ask(self, *requests):
+        """The answers to requests that are sent at once on one connection, each as (status, headers, body)."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            writer.write(b"".join(requests))
+            return [await answer(reader) for _ in requests]
+        finally:
+            writer.close()
+            await writer.wait_closed()
+
+
+async def until(condition):
+    for _ in range(1000):
+        met = condition()
+        if await met if asyncio.iscoroutine(met) else met:
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail("it never came to that")
+
+
+async def answer(reader):
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
+    return int(head[0].split()[1]), headers, await reader.readexactly(int(headers.get("content-length", 0)))
+
+
+def post(path, body, media=JSON, headers=""):
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {media}\r\nContent-Length: {len(body)}\r\n{headers}\r\n"
+    return head.encode() + body
+
+
+def put(name, headers):
+    return post(f"/v1/layers/{name}", b'{"num_features": 2}', JSON, headers).replace(b"POST", b"PUT", 1)
+
+
+@contextlib.asynccontextmanager
+async def serving(monkeypatch, **settings):
+    shell = create_app(Settings(**settings), MemoryStore())
+    state = ServerState()
+    state.default_headers = [(b"date", b"today")]
+    config = uvicorn_config(Settings(**settings), shell, lifespan="off")
+    config.load()
+    by_asgi = Shell.__call__
+
+    async def counted(self, scope, receive, send):
+        running.by_asgi += scope["type"] == "http"
+        await by_asgi(self, scope, receive, send)
+
+    monkeypatch.setattr(Shell, "__call__", counted)
+    async with shell.app.router.lifespan_context(shell.app):
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(lambda: Protocol(config, state, {}, loop), "127.0.0.1", 0)
+        running = Running(server.sockets[0].getsockname()[1], state)
+        token = f"Authorization: Bearer {settings['token']}\r\n" if "token" in settings else ""
+        for name in ("bn", "bm"):
+            assert (await running.ask(put(name, token)))[0][0] == 201
+        running.by_asgi = 0
+        try:
+            yield running
+        finally:
+            server.close()
+
+
+@pytest.fixture
+async def service(anyio_backend, monkeypatch):
+    async with serving(monkeypatch) as running:
+        yield running
+
+
+def get(path, headers=""):
+    return f"GET {path} HTTP/1.1\r\nHost: x\r\n{headers}\r\n".encode()
+
+
+def as_json(values):
+    return json.dumps({"input": values}).encode()
+
+
+EVALS = {
+    "json": (as_json([[1, 2], [3, 4]]), JSON, ""),
+    "safetensors": (TENSORS, SAFETENSORS, ""),
+    "npy": (b"\x93NUMPY" + b"?", NPY, ""),
+    "another form": (TENSORS, SAFETENSORS, f"Accept: {JSON};q=0.5, {NPY}\r\n"),
+    "no form": (TENSORS, SAFETENSORS, "Accept: text/html\r\n"),
+    "a charset": (as_json([[1, 2]]), f"{JSON}; charset=latin-1", ""),
+    "an encoding": (as_json([[1, 2]]), JSON, "Content-Encoding: gzip\r\n"),
+    "no rows": (as_json([]), JSON, ""),
+    "no body": (b"", JSON, ""),
+    "no JSON": (b"{", JSON, ""),
+    "another tensor": (save({"x": BATCH}), SAFETENSORS, ""),
+    "channels": (as_json([[1, 2, 3]]), JSON, ""),
+    "a dtype": (save({"input": BATCH.astype(np.float64)}), SAFETENSORS, ""),
+    "text": (b"1,2", "text/plain", ""),
+    "a request id": (TENSORS, SAFETENSORS, "X-Request-ID: mine\r\n"),
+}
+
+
+def comparable(got):
+    """An answer without what is another at each request."""
+    status, headers, body = got
+    if "x-request-id" in headers and headers["x-request-id"] != "mine":
+        headers = headers | {"x-request-id": len(headers["x-request-id"])}
+    return status, sorted((name, value) for name, value in headers.items() if name != "date"), body
+
+
+@pytest.mark.parametrize("case", EVALS)
+@pytest.mark.parametrize("call", ["eval", "inverse"])
+async def test_the_answers_are_those_of_asgi(service, case, call):
+    body, media, headers = EVALS[case]
+    await service.ask(post("/v1/layers/bn/train", TENSORS, SAFETENSORS))
+    assert service.by_asgi == 0
+    (direct,) = await service.ask(post(f"/v1/layers/bn/{call}", body, media, headers))
+    assert service.by_asgi == 0
+    (ordinary,) = await service.ask(post(f"/v1/layers/bn/{call}", body, media, headers + ORDINARY))
+    assert service.by_asgi == 1
+    assert comparable(direct) == comparable(ordinary)
+    assert "date" in direct[1]
+
+
+@pytest.mark.parametrize("case", EVALS)
+async def test_training_gives_the_same_by_both_ways(service, case):
+    body, media, headers = EVALS[case]
+    headers += "Idempotency-Key: k\r\n"
+    answers = []
+    for name, way in (("bn", ""), ("bm", ORDINARY)):
+        call = post(f"/v1/layers/{name}/train", body, media, headers + way)
+        answers.append([comparable(got) for got in [*await service.ask(call), *await service.ask(call)]])
+        answers[-1].append((await service.ask(get(f"/v1/layers/{name}/state", f"Accept: {SAFETENSORS}\r\n")))[0][2])
+    again = json.dumps(answers[1], default=repr).replace("layers/bm/", "layers/bn/")
+    assert json.dumps(answers[0], default=repr) == again
+
+
+@pytest.mark.parametrize("path", ["none/eval", "none/train", "a%2Fb/eval", "-/train"])
+async def test_a_layer_that_is_not_there(service, path):
+    path = f"/v1/layers/{path}"
+    (direct,) = await service.ask(post(path, TENSORS, SAFETENSORS))
+    assert service.by_asgi == 0
+    (ordinary,) = await service.ask(post(path, TENSORS, SAFETENSORS, ORDINARY))
+    assert comparable(direct) == comparable(ordinary)
+    assert direct[0] in {404, 422}
+
+
+async def test_a_guard_stands_on_both_ways(monkeypatch):
+    async with serving(monkeypatch, token="all", read_token="look") as service:
+        for given, status in (
+            ("", 401),
+            ("Authorization: Bearer no\r\n", 401),
+            ("Authorization: Bearer look\r\n", 403),
+        ):
+            (direct,) = await service.ask(post("/v1/layers/bn/train", TENSORS, SAFETENSORS, given))
+            assert direct[0] == status
+            (ordinary,) = await service.ask(post("/v1/layers/bn/train", TENSORS, SAFETENSORS, given + ORDINARY))
+            assert comparable(direct) == comparable(ordinary)
+        assert service.by_asgi == 3
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [ORDINARY, "Connection: close\r\n", "Expect: 100-continue\r\n"],
+)
+async def test_what_asks_the_server_for_something_goes_by_asgi(service, headers):
+    reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+    writer.write(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS, headers))
+    if "100" in headers:
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    assert (await answer(reader))[0] == 200
+    assert service.by_asgi == 1
+    writer.close()
+
+
+async def test_other_requests_go_by_asgi(service):
+    large = save({"input": np.zeros((MOST_BYTES // 8 + 1, 2), np.float32)})
+    chunked = post("/v1/layers/bn/eval", b"", JSON).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+    chunked += b"%x\r\n%b\r\n0\r\n\r\n" % (len(as_json([[1, 2]])), as_json([[1, 2]]))
+    statistics = post("/v1/layers/bn/eval?statistics=true", as_json([[1, 2]]))
+    old = post("/v1/layers/bn/eval", as_json([[1, 2]])).replace(b"HTTP/1.1", b"HTTP/1.0")
+    for count, request in enumerate([post("/v1/layers/bn/eval", large, SAFETENSORS), chunked, statistics, old], 1):
+        assert (await service.ask(request))[0][0] == 200
+        assert service.by_asgi == count
+    assert (await service.ask(b"GET /v1/layers/bn/eval HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"))[0][0] == 405
+
+
+async def test_a_body_in_pieces(service):
+    reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+    request = post("/v1/layers/bn/eval", TENSORS, SAFETENSORS)
+    for piece in (request[:20], request[20:150], request[150:-1], request[-1:]):
+        writer.write(piece)
+        await asyncio.sleep(0.01)
+    assert (await answer(reader))[0] == 200
+    assert service.by_asgi == 0
+    writer.close()
+
+
+async def test_pipelined_requests_are_answered_in_order(service):
+    train, look = post("/v1/layers/bn/train", TENSORS, SAFETENSORS), get("/v1/layers/bn")
+    answers = await service.ask(train, look, train, post("/v1/layers/bn/eval", TENSORS, SAFETENSORS), look)
+    assert [status for status, _, _ in answers] == [200] * 5
+    assert [headers.get("num-batches-tracked", "-") for _, headers, _ in answers] == ["1", "-", "2", "2", "-"]
+    assert [json.loads(answers[n][2])["num_batches_tracked"] for n in (1, 4)] == [1, 2]
+
+
+async def test_who_does_not_read_is_not_written_to_without_end(service):
+    batch = save({"input": np.zeros((1024, 2), np.float32)})
+    request, loop = post("/v1/layers/bn/eval", batch, SAFETENSORS), asyncio.get_running_loop()
+    await service.ask(request)
+    with socket.create_connection(("127.0.0.1", service.port)) as connection:
+        connection.setblocking(False)
+        with contextlib.suppress(TimeoutError):
+            for _ in range(50_000):  # 400 MiB, more than the kernel keeps
+                await asyncio.wait_for(loop.sock_sendall(connection, request), 2)
+            pytest.fail("the service took all that it was sent")
+
+
+async def test_a_caller_that_leaves_is_not_waited_for(service):
+    _, writer = await asyncio.open_connection("127.0.0.1", service.port)
+    writer.write(post("/v1/layers/bn/train", TENSORS, SAFETENSORS))
+    await writer.drain()
+    writer.transport.abort()
+
+    async def has_come():
+        ((_, _, layer),) = await service.ask(get("/v1/layers/bn"))
+        return json.loads(layer)["num_batches_tracked"] == 1
+
+    await until(has_come)
+    await until(lambda: not service.state.connections)
+    assert not service.state.tasks
+
+
+async def test_a_connection_that_is_idle_for_too_long_is_closed(service):
+    reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+    writer.write(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))
+    await answer(reader)
+    (protocol,) = service.state.connections
+    protocol._look()  # too early: it is looked at again
+    writer.write(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))
+    await answer(reader)
+    protocol.timeout_keep_alive = 0
+    protocol._look()
+    assert await reader.read() == b""
+    writer.close()
