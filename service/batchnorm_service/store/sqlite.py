@@ -29,7 +29,7 @@ from batchnorm_service.store.base import (
     Unchanged,
 )
 from batchnorm_service.store.sqlite_file import open_file
-from batchnorm_service.store.sqlite_table import SqliteTable
+from batchnorm_service.store.sqlite_table import Commit, SqliteTable
 from batchnorm_service.store.sqlite_thread import Job, SqliteThread
 
 T = TypeVar("T")
@@ -82,7 +82,7 @@ class SqliteStore:
         if self._thread is not None and not self._thread.stopped:
             raise StoreError(f"{self.path} is open already")
         await self.close()  # one that is still closing holds the lock
-        thread = SqliteThread(self._connect, self._table.purge)
+        thread = SqliteThread(self._connect, self._table.commit, self._table.purge)
         opened = thread.start()
         self._thread = thread
         try:
@@ -112,7 +112,7 @@ class SqliteStore:
         self, name: str, expected: Stamp, record: Record | None, receipts: Sequence[Receipt]
     ) -> Committed | Conflict | Missing | Duplicates:
         """See `Store.commit`."""
-        return await self._do(name, lambda c: self._table.commit(c, name, expected, record, receipts), writes=True)
+        return await self._do(name, Commit(name, expected, record, receipts), writes=True)
 
     async def delete(self, name: str, expected: Stamp) -> Committed | Conflict | Missing:
         """See `Store.delete`."""
@@ -144,7 +144,9 @@ class SqliteStore:
     def _connect(self) -> sqlite3.Connection:
         return open_file(self.path, exclusive=self.exclusive, busy_seconds=self._busy_seconds)
 
-    async def _do(self, name: str | None, work: Callable[[sqlite3.Connection], T], *, writes: bool = False) -> T:
+    async def _do(
+        self, name: str | None, work: Callable[[sqlite3.Connection], T] | Commit, *, writes: bool = False
+    ) -> T:
         if self._thread is None:
             raise StoreError("the SQLite store is not open")
-        return await asyncio.wrap_future(self._thread.submit(Job(name, writes, work)))
+        return await self._thread.submit(Job(name, writes, work))

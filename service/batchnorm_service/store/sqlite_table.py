@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import secrets
 import sqlite3
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, NamedTuple
 
+from batchnorm_service.store import sqlite_statements as statements
 from batchnorm_service.store.base import (
     HEAD_BYTES,
     Committed,
@@ -74,10 +75,15 @@ SCHEMA: Final = (
 )
 
 _PURGE_STEP: Final = 100
-_INSERT_RECEIPT: Final = (  # REPLACE: an expired receipt of the same key may not have been purged yet
-    "INSERT OR REPLACE INTO receipts (incarnation, key, fingerprint, version, batch, payload, expires)"
-    " VALUES (?, ?, ?, ?, ?, ?, ?)"
-)
+
+
+class Commit(NamedTuple):
+    """What `Store.commit` is called with."""
+
+    name: str
+    expected: Stamp
+    record: Record | None
+    receipts: Sequence[Receipt]
 
 
 class SqliteTable:
@@ -114,30 +120,27 @@ class SqliteTable:
         return record
 
     def commit(
-        self,
-        connection: sqlite3.Connection,
-        name: str,
-        expected: Stamp,
-        record: Record | None,
-        receipts: Sequence[Receipt],
-    ) -> Committed | Conflict | Missing | Duplicates:
-        """See `Store.commit`."""
-        present = _stamp(connection, name)
-        if present is None:
-            return Missing()
+        self, connection: sqlite3.Connection, commits: Sequence[Commit]
+    ) -> list[Committed | Conflict | Missing | Duplicates]:
+        """See `Store.commit`: several, no two of one name, with a few statements for all of them together."""
+        present = statements.stamps(connection, [commit.name for commit in commits])
         now = self._clock()
-        if duplicates := _unexpired(connection, present.incarnation, receipts, now):
-            return Duplicates(duplicates)
-        if present != expected:
-            return Conflict(_record(connection, name) if present.incarnation == expected.incarnation else None)
-        if record is not None:
-            connection.execute(
-                "UPDATE layers SET incarnation = ?, version = ?, commit_id = ?, data = ? WHERE name = ?",
-                (*record.stamp, record.data, name),
-            )
+        keys = [
+            (present[commit.name].incarnation, receipt.key)
+            for commit in commits
+            if commit.name in present
+            for receipt in commit.receipts
+        ]
+        there = statements.unexpired(connection, keys, now)
+        outcomes = [_outcome(connection, commit, present.get(commit.name), there) for commit in commits]
+        done = [commit for commit, outcome in zip(commits, outcomes, strict=True) if isinstance(outcome, Committed)]
+        statements.update_records(connection, [(commit.name, commit.record) for commit in done if commit.record])
         expires = math.ceil(now + self._receipt_seconds)
-        connection.executemany(_INSERT_RECEIPT, ((present.incarnation, *receipt, expires) for receipt in receipts))
-        return Committed()
+        statements.insert_receipts(
+            connection,
+            [(commit.expected.incarnation, *receipt, expires) for commit in done for receipt in commit.receipts],
+        )
+        return outcomes
 
     def delete(self, connection: sqlite3.Connection, name: str, expected: Stamp) -> Committed | Conflict | Missing:
         """See `Store.delete`."""
@@ -222,29 +225,44 @@ class SqliteTable:
         if present is None or present.incarnation != incarnation:
             return Missing()
         now = self._clock()
-        there = {each.key for each in _unexpired(connection, incarnation, [each.receipt for each in receipts], now)}
-        connection.executemany(
-            _INSERT_RECEIPT,
-            (
+        there = statements.unexpired(connection, [(incarnation, each.receipt.key) for each in receipts], now)
+        statements.insert_receipts(
+            connection,
+            [
                 (incarnation, *receipt, math.ceil(now + seconds))
                 for _, receipt, seconds in receipts
-                if receipt.key not in there
-            ),
+                if (incarnation, receipt.key) not in there
+            ],
         )
         return Committed()
 
     def purge(self, connection: sqlite3.Connection, changes: int) -> None:
         """Remove some expired receipts: more than `changes`, so that they go faster than new ones come."""
-        connection.execute(
-            "DELETE FROM receipts WHERE (incarnation, key) IN"
-            " (SELECT incarnation, key FROM receipts WHERE expires <= ? ORDER BY expires LIMIT ?)",
+        expired = connection.execute(
+            "SELECT incarnation, key FROM receipts WHERE expires <= ? ORDER BY expires LIMIT ?",
             (self._clock(), _PURGE_STEP + changes),
+        ).fetchall()
+        if expired:  # one by one: of `(incarnation, key) IN (SELECT ...)` the index would be used by half
+            connection.executemany("DELETE FROM receipts WHERE incarnation = ? AND key = ?", expired)
+
+
+def _outcome(
+    connection: sqlite3.Connection, commit: Commit, present: Stamp | None, there: Mapping[tuple[int, bytes], Receipt]
+) -> Committed | Conflict | Missing | Duplicates:
+    if present is None:
+        return Missing()
+    keys = dict.fromkeys((present.incarnation, receipt.key) for receipt in commit.receipts)
+    if duplicates := tuple(there[key] for key in keys if key in there):
+        return Duplicates(duplicates)
+    if present != commit.expected:
+        return Conflict(
+            _record(connection, commit.name) if present.incarnation == commit.expected.incarnation else None
         )
+    return Committed()
 
 
 def _stamp(connection: sqlite3.Connection, name: str) -> Stamp | None:
-    row = connection.execute("SELECT incarnation, version, commit_id FROM layers WHERE name = ?", (name,)).fetchone()
-    return None if row is None else Stamp(*row)
+    return statements.stamps(connection, [name]).get(name)
 
 
 def _record(connection: sqlite3.Connection, name: str) -> Record | None:
@@ -252,17 +270,3 @@ def _record(connection: sqlite3.Connection, name: str) -> Record | None:
         "SELECT incarnation, version, commit_id, data FROM layers WHERE name = ?", (name,)
     ).fetchone()
     return None if row is None else Record(Stamp(*row[:3]), row[3])
-
-
-def _unexpired(
-    connection: sqlite3.Connection, incarnation: int, receipts: Sequence[Receipt], now: float
-) -> tuple[Receipt, ...]:
-    found = (
-        connection.execute(
-            "SELECT key, fingerprint, version, batch, payload FROM receipts"
-            " WHERE incarnation = ? AND key = ? AND expires > ?",
-            (incarnation, key, now),
-        ).fetchone()
-        for key in dict.fromkeys(receipt.key for receipt in receipts)
-    )
-    return tuple(Receipt(*row) for row in found if row is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sqlite3
 import threading
@@ -13,6 +14,7 @@ from queue import SimpleQueue
 from typing import Any, Final, Generic, TypeVar
 
 from batchnorm_service.store.base import StoreError
+from batchnorm_service.store.sqlite_table import Commit
 
 T = TypeVar("T")
 
@@ -29,29 +31,29 @@ _OWN_FAULTS: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Job(Generic[T]):
     """Something to do with the database.
 
     Attributes:
         name: the layer that it reads or writes; None: any of them.
         writes: whether it may write, and so waits for a COMMIT before it is answered.
-        work: what to do, inside a transaction.
+        work: what to do, inside a transaction; or a `Commit`, which is done together with others.
         answer: what came of it: the value, or `StoreError`.
     """
 
     name: str | None
     writes: bool
-    work: Callable[[sqlite3.Connection], T]
-    answer: Future[T] = field(default_factory=Future)
+    work: Callable[[sqlite3.Connection], T] | Commit
+    answer: asyncio.Future[T] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class _FaultError(Exception):
-    """One job of a group cannot be done whatever the state of the database: the others go on without it."""
+    """Some jobs of a group cannot be done whatever the state of the database: the others go on without them."""
 
-    def __init__(self, position: int, reason: Exception) -> None:
-        super().__init__(position, reason)
-        self.position = position
+    def __init__(self, run: Sequence[Job[Any]], reason: Exception) -> None:
+        super().__init__(run, reason)
+        self.run = run
         self.reason = reason
 
 
@@ -63,6 +65,7 @@ class SqliteThread:
 
     Args:
         connect: opens the connection; runs in the thread.
+        commit: does several commits, no two of one name.
         before_commit: called inside each transaction that wrote, with the number of rows that were changed.
 
     Attributes:
@@ -70,15 +73,19 @@ class SqliteThread:
     """
 
     def __init__(
-        self, connect: Callable[[], sqlite3.Connection], before_commit: Callable[[sqlite3.Connection, int], None]
+        self,
+        connect: Callable[[], sqlite3.Connection],
+        commit: Callable[[sqlite3.Connection, Sequence[Commit]], list[Any]],
+        before_commit: Callable[[sqlite3.Connection, int], None],
     ) -> None:
         self.transactions = 0
         self._connect = connect
+        self._commit = commit
         self._before_commit = before_commit
-        self._queue: SimpleQueue[Job[Any] | None] = SimpleQueue()
+        self._submitted: list[Job[Any]] = []
+        self._queue: SimpleQueue[list[Job[Any]] | None] = SimpleQueue()
         self._opened: Future[None] = Future()
         self._closed: Future[None] = Future()
-        self._gate = threading.Lock()  # nothing is queued behind the None that ends the thread
         self._stopped = False
 
     @property
@@ -87,7 +94,8 @@ class SqliteThread:
         return self._stopped
 
     def start(self) -> Future[None]:
-        """Start the thread. The future is done when the connection is open, or holds what `connect` raised."""
+        """Start the thread, for the running loop. The future is done when the connection is open, or holds why not."""
+        self._loop = asyncio.get_running_loop()
         # A caller that stops waiting must not cancel what the thread is to answer.
         self._opened.set_running_or_notify_cancel()
         self._closed.set_running_or_notify_cancel()
@@ -95,21 +103,31 @@ class SqliteThread:
         threading.Thread(target=self._run, name="batchnorm-sqlite", daemon=True).start()
         return self._opened
 
-    def submit(self, job: Job[T]) -> Future[T]:
-        """Queue a job. Raises `StoreError` after `stop`."""
-        with self._gate:
-            if self._stopped:
-                raise StoreError("the SQLite store is closed")
-            self._queue.put(job)
+    def submit(self, job: Job[T]) -> asyncio.Future[T]:
+        """Queue a job. Raises `StoreError` after `stop`.
+
+        The thread hears of it after this turn of the event loop, with whatever else is submitted in it: woken by the
+        first job of many, it would begin a transaction for that one alone, and one thread would interrupt the other.
+        """
+        if self._stopped:
+            raise StoreError("the SQLite store is closed")
+        if not self._submitted:
+            self._loop.call_soon(self._hand_over)
+        self._submitted.append(job)
         return job.answer
 
     def stop(self) -> Future[None]:
         """Do what is queued, then close the connection. May be called again: the future is the same."""
-        with self._gate:
-            if not self._stopped:
-                self._stopped = True
-                self._queue.put(None)
+        if not self._stopped:
+            self._stopped = True
+            self._hand_over()
+            self._queue.put(None)
         return self._closed
+
+    def _hand_over(self) -> None:
+        if self._submitted:
+            self._queue.put(self._submitted)
+            self._submitted = []
 
     def _run(self) -> None:
         try:
@@ -132,11 +150,15 @@ class SqliteThread:
 
     def _round(self, connection: sqlite3.Connection) -> bool:
         """Answer all that waits; False when that was the last. A method, so that no job outlives its round."""
-        waiting = [self._queue.get()]
-        while len(waiting) < _DRAIN and not self._queue.empty():
-            waiting.append(self._queue.get_nowait())
+        waiting = self._queue.get()
+        while waiting is not None and len(waiting) < _DRAIN and not self._queue.empty():
+            more = self._queue.get_nowait()
+            if more is None:
+                self._queue.put(None)  # nothing comes behind it
+                break
+            waiting += more
         # Those that were cancelled before they began are left out; from here on cancelling has no effect on them.
-        jobs = [job for job in waiting if job is not None and job.answer.set_running_or_notify_cancel()]
+        jobs = [job for job in waiting or () if not job.answer.cancelled()]
         written: set[str | None] = set()
         first: list[Job[Any]] = []
         writes: list[Job[Any]] = []
@@ -147,48 +169,69 @@ class SqliteThread:
                 written.add(job.name)
             else:
                 (last if job.name in written or (job.name is None and written) else first).append(job)
-        for job in first:
-            self._read(connection, job)
+        self._read(connection, first)
         self._write(connection, writes)
-        for job in last:
-            self._read(connection, job)
-        return waiting[-1] is not None
+        self._read(connection, last)
+        return waiting is not None
 
-    def _read(self, connection: sqlite3.Connection, job: Job[Any]) -> None:
-        try:
-            value = _transact(connection, "BEGIN", job.work)
-        except Exception as error:  # whatever it is, the caller must not wait forever
-            _fail([job], error)
-        else:
-            job.answer.set_result(value)
-
-    def _write(self, connection: sqlite3.Connection, jobs: list[Job[Any]]) -> None:
-        while jobs:
+    def _read(self, connection: sqlite3.Connection, jobs: Sequence[Job[Any]]) -> None:
+        for job in jobs:
             try:
-                values = _transact(connection, "BEGIN IMMEDIATE", partial(self._group, jobs))
+                (value,) = _transact(connection, "BEGIN", partial(self._work, [job]))
+            except Exception as error:  # whatever it is, the caller must not wait forever
+                self._fail([job], error)
+            else:
+                self._answer([(job.answer, value)])
+
+    def _write(self, connection: sqlite3.Connection, jobs: Sequence[Job[Any]]) -> None:
+        together = True
+        while jobs:
+            runs = _runs(jobs) if together else [[job] for job in jobs]
+            try:
+                values = _transact(connection, "BEGIN IMMEDIATE", partial(self._group, runs))
             except _FaultError as fault:
-                _fail([jobs[fault.position]], fault.reason)
-                jobs = jobs[: fault.position] + jobs[fault.position + 1 :]
+                if len(fault.run) > 1:
+                    together = False  # to find out which of them it is
+                    continue
+                self._fail(fault.run, fault.reason)
+                jobs = [job for job in jobs if job is not fault.run[0]]
             except Exception as error:
-                _fail(jobs, error)
+                self._fail(jobs, error)
                 return
             else:
                 self.transactions += 1
-                for job, value in zip(jobs, values, strict=True):
-                    job.answer.set_result(value)
+                self._answer([(job.answer, value) for job, value in zip(jobs, values, strict=True)])
                 return
 
-    def _group(self, jobs: Sequence[Job[Any]], connection: sqlite3.Connection) -> list[Any]:
+    def _group(self, runs: Sequence[Sequence[Job[Any]]], connection: sqlite3.Connection) -> list[Any]:
         before = connection.total_changes
-        values = []
-        for position, job in enumerate(jobs):
+        values: list[Any] = []
+        for run in runs:
             try:
-                values.append(job.work(connection))
+                values += self._work(run, connection)
             except _OWN_FAULTS as error:
-                raise _FaultError(position, error) from error
+                raise _FaultError(run, error) from error
         if changes := connection.total_changes - before:
             self._before_commit(connection, changes)
         return values
+
+    def _work(self, run: Sequence[Job[Any]], connection: sqlite3.Connection) -> list[Any]:
+        if commits := [job.work for job in run if isinstance(job.work, Commit)]:
+            return self._commit(connection, commits)
+        return [job.work(connection) for job in run if callable(job.work)]
+
+    def _answer(self, answers: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
+        """Hand the answers over, all at once: waking the event loop costs more than most of them did."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(_settle, answers)
+
+    def _fail(self, jobs: Sequence[Job[Any]], reason: Exception) -> None:
+        answers = []
+        for job in jobs:  # each its own exception: a shared one would gather the tracebacks of all who raise it
+            error = StoreError(f"SQLite: {reason}")
+            error.__cause__ = reason
+            answers.append((job.answer, error))
+        self._answer(answers)
 
 
 def _transact(connection: sqlite3.Connection, begin: str, work: Callable[[sqlite3.Connection], T]) -> T:
@@ -207,8 +250,25 @@ def _transact(connection: sqlite3.Connection, begin: str, work: Callable[[sqlite
     return value
 
 
-def _fail(jobs: Sequence[Job[Any]], reason: Exception) -> None:
-    for job in jobs:  # each its own exception: a shared one would gather the tracebacks of all who raise it
-        error = StoreError(f"SQLite: {reason}")
-        error.__cause__ = reason
-        job.answer.set_exception(error)
+def _runs(jobs: Sequence[Job[Any]]) -> list[list[Job[Any]]]:
+    """The jobs in their order, those commits together that follow each other and are of different layers."""
+    runs: list[list[Job[Any]]] = []
+    names: set[str | None] = set()
+    for job in jobs:
+        if isinstance(job.work, Commit) and names and job.name not in names:
+            runs[-1].append(job)
+            names.add(job.name)
+        else:
+            runs.append([job])
+            names = {job.name} if isinstance(job.work, Commit) else set()
+    return runs
+
+
+def _settle(answers: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
+    for future, answer in answers:
+        if future.done():  # cancelled: nobody waits for this one
+            continue
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)
