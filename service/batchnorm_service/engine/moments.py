@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -58,8 +58,7 @@ class Moments:
         check_finite(self.var, "the batch's variance", var_field)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Extremes:
+class Extremes(NamedTuple):
     """The range of a batch, from which the range of its output follows.
 
     Attributes:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +15,7 @@ from .population import Population, empty_population
 from .tensors import TORCH_DTYPES
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerState:
+class LayerState(NamedTuple):
     """A layer's config, tensors and counters.
 
     The tensors live on the CPU in `config.dtype`; nobody writes into them. A tensor that the config leaves out is None.
@@ -73,8 +71,7 @@ class LayerState:
 
     def with_population(self, population: Population) -> LayerState:
         """The same layer with these accumulators, and with the running statistics that follow from them."""
-        return replace(
-            self,
+        return self._replace(
             population=population,
             running_mean=population.mean.to(self.dtype),
             running_var=population.unbiased_var().to(self.dtype),
@@ -106,10 +103,9 @@ def reset(state: LayerState, what: str) -> LayerState:
     """
     fresh = initial_state(state.config)
     if what in ("parameters", "all"):
-        state = replace(state, weight=fresh.weight, bias=fresh.bias)
+        state = state._replace(weight=fresh.weight, bias=fresh.bias)
     if what in ("running_stats", "all") and state.tracks:
-        state = replace(
-            state,
+        state = state._replace(
             running_mean=fresh.running_mean,
             running_var=fresh.running_var,
             population=fresh.population,
@@ -154,7 +150,7 @@ def update(state: LayerState, change: LayerUpdate) -> LayerState:
             expected=None,
             got=config["half_life"],
         )
-    return replace(state, config=state.config.model_copy(update=config), **tensors)
+    return state._replace(config=state.config.model_copy(update=config), **tensors)
 
 
 def _parameter(state: LayerState, field: str, values: list[float]) -> Tensor:

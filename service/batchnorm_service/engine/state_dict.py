@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -74,7 +73,7 @@ def replace_tensors(state: LayerState, tensors: Mapping[str, WireTensor]) -> Lay
         if name in new and bool((new[name] < 0).any()):
             raise InvalidRequest(f"{name} must not be negative", field=name, expected=">= 0", got="negative")
     if state.population is None:
-        return replace(state, **new)
+        return state._replace(**new)
     return _replace_population(state, state.population, new)
 
 
@@ -102,7 +101,7 @@ def _replace_population(state: LayerState, old: Population, new: dict[str, Any])
         given = {MEAN: torch.zeros_like(old.mean), M2: torch.zeros_like(old.m2)} | given
     if samples < 2 and bool((given.get(M2, old.m2) != 0).any()):
         raise InvalidRequest(f"{M2} of fewer than two samples is 0", field=M2, expected=0)
-    after = replace(state, **new)
+    after = state._replace(**new)
     if given.keys() - DERIVED or SAMPLES in new:
         after = after.with_population(Population(given.get(MEAN, old.mean), given.get(M2, old.m2), weight, squares))
     for name in DERIVED:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 
 from batchnorm_client.errors import InvalidRequest
 
-from .moments import Channels, Moments, check_finite, sums_of_squares
+from .moments import Moments, check_finite
 from .state import LayerState
 
 Array = npt.NDArray[Any]
@@ -37,36 +36,37 @@ def fold(state: LayerState, moments: Moments) -> LayerState:
     """
     if not state.tracks:
         return state
-    _check_counters(state, moments)
-    folded: dict[str, Any]
-    if state.population is not None:
-        population = state.population.fold(moments, state.config.half_life)
-        mean, var = population.mean.to(state.dtype), population.unbiased_var().to(state.dtype)
-        folded = {"population": population, "running_mean": mean, "running_var": var}
-    else:
-        mean, var = _moving(state, moments)
-        folded = {"running_mean": mean, "running_var": var}
-    if state.config.non_finite == "reject" and not all(map(math.isfinite, sums_of_squares(mean, var))):
-        check_finite(mean, "the folded running_mean", "running_mean")
-        check_finite(var, "the folded running_var", "running_var")
-    return replace(
-        state,
-        num_batches_tracked=state.num_batches_tracked + 1,
-        samples_tracked=state.samples_tracked + moments.count,
-        **folded,
+    batches, samples = state.num_batches_tracked + 1, state.samples_tracked + moments.count
+    if max(batches, samples) > MOST:
+        raise _overflow(batches, samples)
+    with np.errstate(all="ignore"):  # a layer may allow what is not finite
+        population = None
+        if state.population is None:
+            mean, var = _moving(state, moments)
+        else:
+            population = state.population.fold(moments, state.config.half_life)
+            mean, var = population.mean.to(state.dtype).numpy(), population.unbiased_var().to(state.dtype).numpy()
+        # A sum of squares is finite only if every term is; it can overflow though all are: `check_finite` looks closer.
+        finite = math.isfinite(mean.dot(mean)) and math.isfinite(var.dot(var))
+    running_mean, running_var = torch.from_numpy(mean), torch.from_numpy(var)
+    if not finite and state.config.non_finite == "reject":
+        check_finite(running_mean, "the folded running_mean", "running_mean")
+        check_finite(running_var, "the folded running_var", "running_var")
+    return state._replace(
+        population=population,
+        running_mean=running_mean,
+        running_var=running_var,
+        num_batches_tracked=batches,
+        samples_tracked=samples,
     )
 
 
-def _check_counters(state: LayerState, moments: Moments) -> None:
-    for name, count in (
-        ("num_batches_tracked", state.num_batches_tracked + 1),
-        ("samples_tracked", state.samples_tracked + moments.count),
-    ):
-        if count > MOST:
-            raise InvalidRequest(f"{name} would be {count}, over {MOST}", field=name, expected=f"<= {MOST}")
+def _overflow(batches: int, samples: int) -> InvalidRequest:
+    name, count = ("num_batches_tracked", batches) if batches > MOST else ("samples_tracked", samples)
+    return InvalidRequest(f"{name} would be {count}, over {MOST}", field=name, expected=f"<= {MOST}")
 
 
-def _moving(state: LayerState, moments: Moments) -> tuple[Channels, Channels]:
+def _moving(state: LayerState, moments: Moments) -> tuple[Array, Array]:
     """The running mean and variance after one more batch.
 
     In numpy: on C numbers an operation of torch's is mostly call, and every one here is rounded as torch rounds it.
@@ -75,20 +75,18 @@ def _moving(state: LayerState, moments: Moments) -> tuple[Channels, Channels]:
     assert state.running_var is not None  # noqa: S101
     momentum = 1 / (state.num_batches_tracked + 1) if state.config.momentum is None else state.config.momentum
     old_mean, old_var = state.running_mean.numpy(), state.running_var.numpy()
-    mean = moments.mean.to(state.dtype).numpy()
-    var = moments.unbiased_var().to(state.dtype).numpy()
-    with np.errstate(all="ignore"):  # a layer may allow what is not finite
-        if moments.strided or state.dtype == torch.float64:
-            mean, var = _average(old_mean, mean, momentum), _average(old_var, var, momentum)
-        else:
-            # torch's kernel for contiguous float32: momentum, both products and the sum are rounded. But its compiler
-            # makes the variance a fused multiply-add: the product with the batch is not rounded. The product of two
-            # float32 is exact in float64, so a sum in float64 gives the same.
-            weight = np.float32(momentum)
-            keep = np.float32(1) - weight
-            mean = keep * old_mean + weight * mean
-            var = ((keep * old_var).astype(np.float64) + np.float64(weight) * var.astype(np.float64)).astype(np.float32)
-    return torch.from_numpy(mean), torch.from_numpy(var)
+    dtype = old_mean.dtype
+    mean = moments.mean.numpy().astype(dtype, copy=False)
+    var = moments.unbiased_var().numpy().astype(dtype, copy=False)
+    if moments.strided or dtype == np.float64:
+        return _average(old_mean, mean, momentum), _average(old_var, var, momentum)
+    # torch's kernel for contiguous float32: momentum, both products and the sum are rounded. But its compiler makes the
+    # variance a fused multiply-add: the product with the batch is not rounded. The product of two float32 is exact in
+    # float64, so a sum in float64 gives the same.
+    weight = np.float32(momentum)
+    keep = np.float32(1) - weight
+    exact = np.float64(weight) * var.astype(np.float64)
+    return keep * old_mean + weight * mean, (keep * old_var + exact).astype(np.float32)
 
 
 def _average(running: Array, batch: Array, momentum: float) -> Array:

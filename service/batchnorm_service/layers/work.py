@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -52,7 +51,7 @@ class BatchWork:
         """
         if self._step is not None and state.normalizes_like(self.basis):
             return self._step
-        tolerant = replace(state, config=state.config.model_copy(update={"non_finite": "allow"}))
+        tolerant = state._replace(config=state.config.model_copy(update={"non_finite": "allow"}))
         return await self._computing.run(self._batch.nbytes, train_step, tolerant, self._batch)
 
     async def under(self, state: LayerState) -> None:
