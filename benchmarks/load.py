@@ -91,11 +91,26 @@ def _drive(call: Call, seconds: float, done: Callable[[int], bool]) -> Measured:
                     if mask & selectors.EVENT_READ and connection.receive():
                         latencies.append(time.perf_counter() - connection.since)
                         connection.send(next(turns))
+            _drain(selector, connections)
         finally:
             gc.enable()
             for connection in connections:
                 connection.socket.close()
     return Measured(len(latencies) / (now - begin), sorted(latencies))
+
+
+def _drain(selector: selectors.BaseSelector, connections: Sequence[_Connection]) -> None:
+    """Let what is under way be answered: a slow server would go on with it while the next one is measured."""
+    busy = {connection for connection in connections if connection.busy}
+    while busy:
+        events = selector.select(_PATIENCE)
+        if not events:
+            raise TimeoutError(f"no answer for {_PATIENCE:.0f} s")
+        for key, mask in events:
+            if mask & selectors.EVENT_WRITE:
+                key.data.flush()
+            if mask & selectors.EVENT_READ and key.data.receive():
+                busy.discard(key.data)
 
 
 @contextmanager
@@ -149,6 +164,11 @@ class _Connection:
         if self._unsent:
             self._writing = True
             self._selector.modify(self.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, self)
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer, or a part of it, has yet to come."""
+        return self._missing != 0
 
     def flush(self) -> None:
         """Send one block, so that a large request does not hold up the others for long."""

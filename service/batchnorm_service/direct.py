@@ -1,4 +1,4 @@
-"""The direct way: a small train or eval goes from the HTTP parser to its answer without ASGI in between.
+"""The direct way: a train or eval goes from the HTTP parser to its answer without ASGI in between.
 
 ASGI costs an eval of 8 KiB a third of its time (measured in `benchmarks/README.md`): a scope, a task, an event and four
 messages for what is one function of the body. What goes this way does what it would do on the other one;
@@ -7,51 +7,61 @@ messages for what is one function of the body. What goes this way does what it w
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Self
 
+import numpy as np
 from starlette.types import Message
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from batchnorm_service.api import Answer, Headers, Shell, Target, read_headers
 from batchnorm_service.outbox import OutboxProtocol
 
-MOST_BYTES: Final = 1 << 16
-"""Larger bodies take the ordinary way, where they are read chunk by chunk while the client is held back."""
+MOST_BYTES: Final = 1 << 20
+"""Larger bodies take the ordinary way, where the client is held back while they are read chunk by chunk."""
+
+_JOIN_BYTES: Final = 1 << 16  # of an answer: a copy of so many costs less than another write
 
 _NOT_DIRECT: Final = frozenset({b"connection", b"expect", b"transfer-encoding", b"upgrade"})
 """Headers that ask the server for something; uvicorn's own cycle knows what."""
 
 
 class DirectProtocol(OutboxProtocol):
-    """uvicorn's HTTP protocol, with a direct way for small calls of a `Shell`."""
+    """uvicorn's HTTP protocol, with a direct way for calls of a `Shell`."""
 
     def on_headers_complete(self) -> None:
         """A request's head has been read."""
-        if (cycle := self._direct_cycle()) is not None:
+        if (cycle := self._new_direct_cycle()) is not None:
             self.cycle = cycle  # type: ignore[assignment]
         else:
             super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        """A piece of a request's body has been read."""
+        if (cycle := self._direct_cycle()) is not None:
+            cycle.fill(body)
+        else:
+            super().on_body(body)
+
     def on_message_complete(self) -> None:
-        """A request's body has been read."""
-        super().on_message_complete()
-        if (cycle := self._in_direct_cycle()) is not None:
+        """A request has been read."""
+        if (cycle := self._direct_cycle()) is not None:
             cycle.start()
+        else:
+            super().on_message_complete()
 
     def shutdown(self) -> None:
         """The server stops. A client that is still sending its body is waited for and told, as uvicorn has it."""
-        cycle = self._in_direct_cycle()
-        if cycle is not None and cycle.more_body:
+        if (cycle := self._direct_cycle()) is not None and cycle.reading:
             self.cycle = None  # type: ignore[assignment]
             super().on_headers_complete()
-            super().on_body(bytes(cycle.body))
+            super().on_body(cycle.give_up())
         super().shutdown()
 
-    def _in_direct_cycle(self) -> DirectCycle | None:
+    def _direct_cycle(self) -> DirectCycle | None:
         cycle: object = self.cycle
         return cycle if isinstance(cycle, DirectCycle) else None
 
-    def _direct_cycle(self) -> DirectCycle | None:
+    def _new_direct_cycle(self) -> DirectCycle | None:
         if not isinstance(self.app, Shell) or (target := self.app.direct_target(self.url)) is None:
             return None
         if self.cycle is not None and not self.cycle.response_complete:
@@ -60,49 +70,51 @@ class DirectProtocol(OutboxProtocol):
             return None
         headers = read_headers(self.headers)
         size = headers.get(b"content-length", b"")
-        if not (size.isdigit() and len(size) <= 5 and int(size) <= MOST_BYTES) or not _NOT_DIRECT.isdisjoint(headers):
+        if not (size.isdigit() and len(size) <= 7 and int(size) <= MOST_BYTES) or not _NOT_DIRECT.isdisjoint(headers):
             return None
-        return DirectCycle(self, self.app, target, headers)
-
-
-class _NobodyWaits:
-    """What uvicorn wakes when something came or the client went. On the direct way nobody waits for that."""
-
-    def set(self) -> None:
-        """Wake nobody."""
+        if not self.app.enter(int(size)):
+            return None
+        return DirectCycle(self, self.app, target, headers, int(size))
 
 
 class DirectCycle:
     """One request and its answer. It stands where uvicorn keeps its `RequestResponseCycle`, with what uvicorn sees."""
 
     __slots__ = (
+        "_body",
+        "_filled",
         "_headers",
         "_protocol",
         "_shell",
         "_target",
-        "body",
         "disconnected",
         "keep_alive",
-        "more_body",
+        "reading",
         "response_complete",
     )
 
-    message_event: Final = _NobodyWaits()
-
-    def __init__(self, protocol: DirectProtocol, shell: Shell, target: Target, headers: Headers) -> None:
-        self.body = bytearray()
-        self.more_body = True
+    def __init__(self, protocol: DirectProtocol, shell: Shell, target: Target, headers: Headers, size: int) -> None:
         self.keep_alive = True
         self.disconnected = False
         self.response_complete = False
+        self.reading = True
         self._protocol = protocol
         self._shell = shell
         self._target = target
         self._headers = headers
+        self._body = np.empty(size, np.uint8).data
+        self._filled = 0
+
+    def fill(self, piece: bytes) -> None:
+        """Take a piece of the body. The parser gives no more than was announced."""
+        end = self._filled + len(piece)
+        self._body[self._filled : end] = piece
+        self._filled = end
 
     def start(self) -> None:
-        """Answer, at once if that is possible."""
-        answer = self._shell.answer_now(self._target, self._headers, self.body)
+        """The body is complete: answer, at once if that is possible."""
+        self.reading = False
+        answer = self._shell.answer_now(self._target, self._headers, self._body)
         if answer is not None:
             self._send(answer)
             return
@@ -110,14 +122,31 @@ class DirectCycle:
         self._protocol.tasks.add(task)
         task.add_done_callback(self._protocol.tasks.discard)
 
+    def give_up(self) -> bytes:
+        """Let go of the request; what has come of its body."""
+        self.reading = False
+        self._shell.leave()
+        return bytes(self._body[: self._filled])
+
+    @property
+    def message_event(self) -> Self:
+        """What uvicorn sets when the client has gone."""
+        return self
+
+    def set(self) -> None:
+        """The client has gone. Nobody waits for that; a call that has begun goes on."""
+        if self.reading:
+            self.give_up()
+
     async def _answer_later(self) -> None:
         self._send(await self._shell.answer(self._target, self._headers, self._receive))
 
     async def _receive(self) -> Message:
-        return {"type": "http.request", "body": self.body, "more_body": False}
+        return {"type": "http.request", "body": self._body, "more_body": False}
 
     def _send(self, answer: Answer) -> None:
         protocol, transport = self._protocol, self._protocol.transport
+        self._shell.leave()
         self.response_complete = True
         if self.disconnected or transport.is_closing():
             return
@@ -125,7 +154,10 @@ class DirectCycle:
         for name, value in (*protocol.server_state.default_headers, *answer.raw_headers):
             lines += name, b": ", value, b"\r\n"
         lines.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
-        transport.write(b"".join([*lines, *answer.pieces]))
+        if answer.size <= _JOIN_BYTES:
+            transport.write(b"".join([*lines, *answer.pieces]))
+        else:
+            transport.writelines([b"".join(lines), *answer.pieces])
         if not self.keep_alive:
             transport.close()
         protocol.on_response_complete()

@@ -8,6 +8,7 @@ request (measured in `benchmarks/README.md`). So first everything that has arriv
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any, Final, cast
 
 from batchnorm_service.idle import IdleProtocol
@@ -43,6 +44,11 @@ class Outbox:
         if not self._held:
             self._loop.call_soon(self._flush)
         self._held.append(data)
+
+    def writelines(self, pieces: Iterable[Data]) -> None:
+        """Send these after whatever was written before, without joining them."""
+        self._flush()
+        self._transport.writelines(pieces)
 
     def close(self) -> None:
         """Send what is left, then close."""

@@ -13,7 +13,8 @@ from uvicorn.supervisors.multiprocess import Multiprocess, Process
 
 from batchnorm_service.api import Shell
 from batchnorm_service.app import create_app, make_store
-from batchnorm_service.server import Announce, address, configure_logging, listen, spare_the_collector, uvicorn_config
+from batchnorm_service.memory import settle_memory
+from batchnorm_service.server import Announce, address, configure_logging, listen, uvicorn_config
 from batchnorm_service.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -105,5 +106,5 @@ def worker() -> Shell:
     settings = Settings()
     configure_logging(settings)
     shell = create_app(settings)
-    spare_the_collector()
+    settle_memory()
     return shell

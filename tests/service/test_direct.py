@@ -33,9 +33,10 @@ class Running:
         by_asgi: how many requests came by ASGI.
     """
 
-    def __init__(self, port, state):
+    def __init__(self, port, state, shell):
         self.port = port
         self.state = state
+        self.shell = shell
         self.by_asgi = 0
 
     async def ask(self, *requests):
@@ -90,13 +91,14 @@ async def serving(monkeypatch, **settings):
     async with shell.app.router.lifespan_context(shell.app):
         loop = asyncio.get_running_loop()
         server = await loop.create_server(lambda: Protocol(config, state, {}, loop), "127.0.0.1", 0)
-        running = Running(server.sockets[0].getsockname()[1], state)
+        running = Running(server.sockets[0].getsockname()[1], state, shell)
         token = f"Authorization: Bearer {settings['token']}\r\n" if "token" in settings else ""
         for name in ("bn", "bm"):
             assert (await running.ask(put(name, token)))[0][0] == 201
         running.by_asgi = 0
         try:
             yield running
+            assert shell._running == 0
         finally:
             server.close()
 
@@ -228,6 +230,26 @@ async def test_a_body_in_pieces(service):
     assert (await answer(reader))[0] == 200
     assert service.by_asgi == 0
     writer.close()
+
+
+async def test_who_leaves_in_the_middle_of_a_body_is_counted_no_longer(service):
+    _, writer = await asyncio.open_connection("127.0.0.1", service.port)
+    writer.write(post("/v1/layers/bn/train", TENSORS, SAFETENSORS)[:-1])
+    await until(lambda: service.shell._running == 1)
+    writer.close()
+    await until(lambda: service.shell._running == 0)
+    assert service.by_asgi == 0
+
+
+async def test_no_more_calls_run_than_may(monkeypatch):
+    async with serving(monkeypatch, max_concurrent_requests=1) as service:
+        _, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        writer.write(post("/v1/layers/bn/train", TENSORS, SAFETENSORS)[:-1])
+        await until(lambda: service.shell._running == 1)
+        ((status, headers, _),) = await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))
+        assert (status, headers["retry-after"]) == (503, "1")
+        writer.close()
+        await until(lambda: service.shell._running == 0)
 
 
 async def test_pipelined_requests_are_answered_in_order(service):

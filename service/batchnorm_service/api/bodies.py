@@ -36,7 +36,7 @@ async def read_body(headers: Headers, receive: Receive, limit: int) -> bytearray
     if not more:
         if len(chunk) != size:
             raise _wrong_length(size)
-        return chunk if isinstance(chunk, bytearray) else bytearray(chunk)
+        return chunk if isinstance(chunk, memoryview) else bytearray(chunk)
     buffer = np.empty(size, np.uint8).data
     filled = 0
     while True:
@@ -64,7 +64,7 @@ async def _read_chunked(receive: Receive, limit: int) -> bytearray:
     return body
 
 
-async def _chunk(receive: Receive) -> tuple[bytes | bytearray, bool]:
+async def _chunk(receive: Receive) -> tuple[bytes | memoryview, bool]:
     message = await receive()
     if message["type"] == "http.disconnect":
         raise ClientGoneError

@@ -42,11 +42,15 @@ class NormalizeCalls:
     Args:
         layers: what does the work.
         max_body_bytes: larger bodies are refused.
+
+    Attributes:
+        by_name: the calls, each with the layer's name, the query, the headers and ASGI's receive.
+        max_body_bytes: as given.
     """
 
     def __init__(self, layers: Layers, max_body_bytes: int) -> None:
         self._batches = layers.batches
-        self._max_body_bytes = max_body_bytes
+        self.max_body_bytes = max_body_bytes
         self.by_name: Final = {"train": self.train, "eval": self.eval, "inverse": self.inverse}
 
     async def train(self, name: str, query: bytes, headers: Headers, receive: Receive) -> Answer:
@@ -54,7 +58,7 @@ class NormalizeCalls:
         asked = parse_query(TrainQuery, query)
         exchange = _Exchange(headers, statistics=asked.statistics == "true")
         key = idempotency_key(headers)
-        exchange.body = await read_body(headers, receive, self._max_body_bytes)
+        exchange.body = await read_body(headers, receive, self.max_body_bytes)
         group = asked.group_call
         call = self._batches.train(name, exchange.read, key, statistics=exchange.statistics, group=group)
         return exchange.answer(await (unless_gone(receive, call) if group else call))
@@ -63,12 +67,12 @@ class NormalizeCalls:
         """Normalize a batch with the layer's running statistics."""
         asked = parse_query(NormalizeQuery, query)
         exchange = _Exchange(headers, statistics=asked.statistics == "true")
-        exchange.body = await read_body(headers, receive, self._max_body_bytes)
+        exchange.body = await read_body(headers, receive, self.max_body_bytes)
         return exchange.answer(await self._batches.eval(name, exchange.read, statistics=exchange.statistics))
 
-    def answer_now(self, name: str, call: str, headers: Headers, body: bytearray) -> Answer | None:
+    def answer_now(self, name: str, call: str, headers: Headers, body: memoryview) -> Answer | None:
         """What `eval` answers to a body that is here, if that waits for nothing; None for all the rest."""
-        if call != "eval" or len(body) > self._max_body_bytes:
+        if call != "eval":
             return None
         exchange = _Exchange(headers, statistics=False)
         exchange.body = body
@@ -79,7 +83,7 @@ class NormalizeCalls:
         """Undo what eval does to a batch."""
         parse_query(NoQuery, query)
         exchange = _Exchange(headers, statistics=False)
-        exchange.body = await read_body(headers, receive, self._max_body_bytes)
+        exchange.body = await read_body(headers, receive, self.max_body_bytes)
         return exchange.answer(await self._batches.inverse(name, exchange.read))
 
 

@@ -62,7 +62,7 @@ class Shell:
         exchange = _Exchange(headers)
         self._running += target.versioned
         try:
-            self._admit(target, headers, method, self._running)
+            self._admit(target, headers, method)
             call = self._calls.by_name.get(target.call) if target.layer and method == "POST" else None
             if target.layer and call:
                 answer = await call(target.layer, scope["query_string"], headers, receive)
@@ -87,11 +87,22 @@ class Shell:
         target = target_of(url)
         return target if target.layer and target.call in self._calls.by_name else None
 
-    def answer_now(self, target: Target, headers: Headers, body: bytearray) -> Answer | None:
+    def enter(self, size: int) -> bool:
+        """Count such a POST as running, from its head on; False when it may not, and the ordinary way says why."""
+        if self._running >= self._max_concurrent_requests or size > self._calls.max_body_bytes:
+            return False
+        self._running += 1
+        return True
+
+    def leave(self) -> None:
+        """It runs no longer."""
+        self._running -= 1
+
+    def answer_now(self, target: Target, headers: Headers, body: memoryview) -> Answer | None:
         """The answer to such a POST, if it waits for nothing; None when it does, and nothing has happened yet."""
         exchange = _Exchange(headers)
         try:
-            self._admit(target, headers, "POST", self._running + 1)
+            self._admit(target, headers, "POST")
             answer = self._calls.answer_now(target.layer or "", target.call, headers, body)
         except Exception as error:
             answer = problem_answer(error, target.path, exchange.request_id)
@@ -100,22 +111,19 @@ class Shell:
     async def answer(self, target: Target, headers: Headers, receive: Receive) -> Answer:
         """The same, waiting for the layer, a thread or a commit."""
         exchange = _Exchange(headers)
-        self._running += 1
         try:
-            self._admit(target, headers, "POST", self._running)
+            self._admit(target, headers, "POST")
             answer = await self._calls.by_name[target.call](target.layer or "", b"", headers, receive)
         except asyncio.CancelledError:
             answer = problem_answer(_stopping(), target.path, exchange.request_id)
         except Exception as error:
             answer = problem_answer(error, target.path, exchange.request_id)
-        finally:
-            self._running -= 1
         return exchange.finished(answer, target)
 
-    def _admit(self, target: Target, headers: Headers, method: str, running: int) -> None:
+    def _admit(self, target: Target, headers: Headers, method: str) -> None:
         if target.versioned:
             self._guard.check(headers, method, target)
-            if running > self._max_concurrent_requests:
+            if self._running > self._max_concurrent_requests:
                 raise Overloaded(f"{self._max_concurrent_requests} calls are running", retry_after=1)
             if target.layer is not None:
                 check_layer_name(target.layer)

@@ -1,0 +1,29 @@
+"""How the process treats its memory once it has started."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from typing import Final
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+_MOST_FROM_HEAP: Final = 32 << 20  # the largest that glibc accepts
+_MOST_KEPT: Final = 64 << 20
+
+
+def settle_memory() -> None:
+    """Treat what the start has made as permanent, and keep freed memory for the next request.
+
+    The garbage collector leaves out 200,000 objects of torch and FastAPI, a pause of 100 ms at each full collection.
+
+    glibc gives a freed buffer of a body back to the system, and the next body takes its pages one by one, each a page
+    fault: 680 per eval of 256x256 numbers in JSON, a third of its time. Up to 64 MiB are kept instead; larger buffers
+    go back as before.
+    """
+    gc.freeze()
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if mallopt is not None:
+            mallopt(_M_MMAP_THRESHOLD, _MOST_FROM_HEAP)
+            mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)
