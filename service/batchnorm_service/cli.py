@@ -107,6 +107,8 @@ def _migrate(
         _fail(str(error), code=1)
     except StoreError as error:
         _fail(f"{error}; what was copied is there, and the same command goes on", code=1)
+    except KeyboardInterrupt:
+        _fail("stopped; what was copied is there, and the same command goes on", code=130)
     typer.echo(f"{stores[0].url} -> {stores[1].url}: {_told(report)}")
     if not report.complete:
         raise typer.Exit(1)

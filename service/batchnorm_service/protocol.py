@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import uuid
+from array import array
 from http import HTTPStatus
-from typing import Final
+from typing import Any, Final
+
+from httptools import HttpParserUpgrade, HttpRequestParser
 
 from batchnorm_client.contract import REQUEST_ID
 from batchnorm_client.errors import MalformedBody, PayloadTooLarge, ProblemError
@@ -18,19 +21,52 @@ MOST_HEAD_BYTES: Final = 1 << 16
 LINGER_SECONDS: Final = 1.0
 
 
-class Protocol(DirectProtocol):
-    """uvicorn's HTTP protocol, with a bound on request heads, and problems where it has plain text."""
+class _Parser(HttpRequestParser):
+    """httptools' parser, which keeps where it stopped because of an offer to upgrade, instead of raising that."""
 
+    stopped_at: int | None = None
+
+    def feed_data(self, data: bytes | bytearray | memoryview | array[int]) -> None:
+        """Parse this."""
+        try:
+            super().feed_data(data)
+        except HttpParserUpgrade as stop:
+            self.stopped_at = stop.args[0]
+
+
+class Protocol(DirectProtocol):
+    """uvicorn's HTTP protocol, with a bound on request heads, and problems where it has plain text.
+
+    An offer to go on in another protocol (`Upgrade`) is ignored, as RFC 9110, 7.8 allows. Java's client and
+    `curl --http2` offer HTTP/2 with every first request, and httptools does not read its body then. So such a head is
+    parsed a second time, without the offer.
+    """
+
+    parser: _Parser
     _in_head = False
     _head_bytes = 0
     _refused = False
+    _offered = False
+    _ended = False
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._new_parser()
 
     def data_received(self, data: bytes) -> None:
         """Bytes from the client."""
         if self._refused:
             return
+        self._ended = False
         super().data_received(data)
-        if self._in_head:
+        while self._offered and (end := self.parser.stopped_at) is not None:
+            self._offered = False
+            head = self._head_without_offer()
+            self._new_parser()  # the old one may be in its last state, after `Connection: close`
+            super().data_received(head)
+            data = data[end:]
+            super().data_received(data)
+        if self._in_head and not self._ended:  # a piece that another request ends in is not the head's alone
             self._head_bytes += len(data)
             if self._head_bytes > MOST_HEAD_BYTES:
                 self._refuse(PayloadTooLarge(f"the request's headers are larger than {MOST_HEAD_BYTES} bytes"))
@@ -43,7 +79,25 @@ class Protocol(DirectProtocol):
     def on_headers_complete(self) -> None:
         """The request's head has been read."""
         self._in_head = False
-        super().on_headers_complete()
+        # CONNECT counts as an upgrade by itself, with nothing to leave out. uvicorn refuses it.
+        self._offered = self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
+        if not self._offered:
+            super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The request's body has been read; that of a request with an offer has not, whatever the parser says."""
+        if not self._offered:
+            self._ended = True
+            super().on_message_complete()
+
+    def _new_parser(self) -> None:
+        self.parser = _Parser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
+
+    def _head_without_offer(self) -> bytes:
+        line = b" ".join([self.parser.get_method(), self.url, b"HTTP/" + self.parser.get_http_version().encode()])
+        kept = [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+        return b"\r\n".join([line, *kept, b"", b""])
 
     def send_400_response(self, msg: str) -> None:
         """What was sent is no HTTP."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable, Generator
@@ -15,12 +15,15 @@ import uvicorn
 
 from batchnorm_service.api import Shell
 from batchnorm_service.app import create_app
+from batchnorm_service.memory import settle_memory
 from batchnorm_service.protocol import Protocol
 from batchnorm_service.settings import Settings
 
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75
 """Longer than clients keep idle connections (httpx: 5 s), so that the client closes first and no request is lost."""
+
+_SIGNALS = signal.SIGTERM, signal.SIGINT
 
 Announce = Callable[[str, Settings, str], None]
 """Is told the URL, the settings, and the store's own URL, once the service listens."""
@@ -40,7 +43,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to listen."""
         await super().startup(sockets)
-        spare_the_collector()
+        settle_memory()
         self._started()
 
     @contextlib.contextmanager
@@ -68,7 +71,7 @@ def run(settings: Settings, announce: Announce) -> None:
         config = uvicorn_config(settings, shell, lifespan="off")
         url = address(settings, listener)
         server = Server(config, lambda: announce(url, settings, shell.app.state.store.url))
-        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        with _signals(server), asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
             runner.run(_serve(server, shell, listener))
 
 
@@ -90,20 +93,25 @@ def uvicorn_config(settings: Settings, app: Shell | str, **options: Any) -> uvic
     )
 
 
+@contextlib.contextmanager
+def _signals(server: Server) -> Generator[None, None, None]:
+    """SIGTERM and SIGINT stop the server; a second SIGINT stops waiting for requests in flight, as uvicorn has it.
+
+    Afterwards they are ignored, so that an impatient one kills nothing while the process commits and ends.
+    """
+    for number in _SIGNALS:
+        signal.signal(number, server.handle_exit)
+    try:
+        yield
+    finally:
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
 async def _serve(server: Server, shell: Shell, listener: socket.socket) -> None:
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # Until the very end, so that a second signal does not kill the process while it commits. A second SIGINT
-        # stops waiting for requests in flight, as uvicorn has it.
-        loop.add_signal_handler(number, server.handle_exit, number, None)
     async with shell.app.router.lifespan_context(shell.app):
         if not server.should_exit:
             await server.serve(sockets=[listener])
-
-
-def spare_the_collector() -> None:
-    """Leave what the start has made out of garbage collections: 200,000 objects, a pause of 100 ms each full one."""
-    gc.freeze()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -116,8 +124,15 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise PortUnavailableError(f"cannot listen on {host} port {port}: {reason}") from error
+        raise PortUnavailableError(f"cannot listen on {host} port {port}: {_reason(error)}") from error
+
+
+def _reason(error: OSError | UnicodeError) -> str:
+    if isinstance(error, UnicodeError):
+        return "no such name"  # Python names the codec that could not encode it
+    if error.errno and error.errno > 0:
+        return os.strerror(error.errno)  # the error's own words have the address once more
+    return error.strerror or str(error)
 
 
 def configure_logging(settings: Settings) -> None:
@@ -125,7 +140,17 @@ def configure_logging(settings: Settings) -> None:
     level = settings.log_level.upper()
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     logging.getLogger("uvicorn").setLevel(level if settings.log_level in {"debug", "error"} else "WARNING")
+    logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
     logging.getLogger("asyncio").setLevel("WARNING")
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    """Of calls and a worker's lifespan that a forced stop cuts off, uvicorn prints tracebacks, as exception or as text.
+
+    The stop was asked for, and the calls are answered with 503.
+    """
+    cancelled = record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
+    return not (cancelled or record.getMessage().rstrip().endswith("CancelledError"))
 
 
 def address(settings: Settings, listener: socket.socket) -> str:

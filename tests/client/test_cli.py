@@ -18,7 +18,9 @@ from batchnorm_client.cli import streams
 from batchnorm_client.cli.app import app
 from batchnorm_client.cli.output import sparkline
 from batchnorm_client.contract import LayerConfig
-from client.harness import environment
+from batchnorm_client.errors import ConnectionFailed
+from batchnorm_client.layer import RemoteLayer
+from client.harness import environment, serving
 
 BATCH = np.array([[1, 2, 3], [4, 5, 7], [-1, 0, 2]], np.float32)
 PROGRAM = [sys.executable, "-W", "error", "-c", "from batchnorm_client.cli import main; main()"]
@@ -145,7 +147,8 @@ def test_create_refuses(run, name):
 def test_reset(run, layer):
     layer.train(BATCH)
     version = layer.inspect().version
-    assert "version" in run("reset", layer.name, "--if-match", version + 1, code=4).stderr
+    refused = run("reset", layer.name, "--if-match", version + 1, code=4)
+    assert refused.stderr == f"batchnorm: the layer has version {version}, not the one in --if-match\n"
     assert "running statistics set back" in run("reset", layer.name, "--if-match", version).stdout
     assert layer.inspect().num_batches_tracked == 0
     assert json.loads(run("reset", layer.name, "--what", "all", "--json").stdout)["version"] == version + 2
@@ -153,7 +156,8 @@ def test_reset(run, layer):
 
 
 def test_delete(run, layer):
-    assert "--yes" in run("delete", layer.name, code=2).stderr
+    refused = run("delete", layer.name, code=2)
+    assert refused.stderr.endswith(f"whether to delete {layer.name}; --yes deletes it unasked\n")
     assert "deleted" in run("delete", layer.name, "--yes").stdout
     refused = run("delete", layer.name, "--yes", "--json", code=3)
     assert refused.stderr == f"batchnorm: there is no layer '{layer.name}'\n"
@@ -182,6 +186,21 @@ def test_export(run, layer):
     assert module.num_batches_tracked == 1
     assert json.loads(run("export", layer.name, "x.safetensors", "--json").stdout)["tensors"]["weight"] == [3]
     assert os.listdir() == ["x.safetensors"]
+
+
+@pytest.mark.parametrize("file", [".", "nowhere/x.safetensors", "directory"])
+def test_export_to_where_no_file_can_be(run, layer, tmp_path, file):
+    """A directory was a traceback; a directory that is missing was told as that of a file nobody had named."""
+    (tmp_path / "directory").mkdir()
+    refused = run("export", layer.name, file, code=1)
+    assert refused.stderr.startswith(f"batchnorm: {file}: ")
+    assert len(refused.stderr.splitlines()) == 1
+    assert os.listdir() == ["directory"]
+
+
+def test_a_line_stays_a_line_in_a_pipe(run, layer, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    assert len(run("export", layer.name, "x.safetensors").stdout.splitlines()) == 1
 
 
 def test_import(run, other, layer):
@@ -214,6 +233,7 @@ def test_import_of_something_else(run, layer, tmp_path):
     safetensors.numpy.save_file({"x": np.zeros((2, 2))}, "other.safetensors")
     for arguments in (["nowhere"], ["text"], ["other.safetensors", "--create"]):
         assert arguments[0] in run("import", layer.name, *arguments, code=2).stderr
+    assert "not a safetensors file" in run("import", layer.name, "text", code=2).stderr
     assert "x" in run("import", layer.name, "other.safetensors", code=4).stderr
 
 
@@ -242,6 +262,28 @@ def test_train_again_under_the_same_id(run, layer, data):
     assert layer.inspect().num_batches_tracked == 5
 
 
+@pytest.mark.parametrize(("unknown", "done", "offered"), [(True, 0, True), (False, 0, False), (False, 2, True)])
+def test_train_offers_to_go_on_where_that_helps(run, layer, data, monkeypatch, unknown, done, offered):
+    results = [layer.train(data)] * done
+
+    def train(*_arguments, **_options):
+        if results:
+            return results.pop()
+        raise ConnectionFailed("gone", outcome_unknown=unknown)
+
+    monkeypatch.setattr(RemoteLayer, "train", train)
+    told = run("train", layer.name, "data.npy", "--batch-size", 2, "--run-id", "r", code=5).stderr
+    assert ("--run-id r goes on" in told) == offered
+    assert (f"{done} of 5 batches done" in told) == offered
+    assert ("may have taken effect" in told) == unknown
+    assert ("BATCHNORM_URL" in told) != unknown
+
+
+@pytest.mark.parametrize("run_id", ["a b", "é", "x" * 181])
+def test_train_refuses_a_run_id_that_cannot_travel(run, layer, data, run_id):
+    assert "--run-id" in run("train", layer.name, "data.npy", "--run-id", run_id, code=2).stderr
+
+
 def test_train_converts(run, layer):
     np.save("wide.npy", np.asfortranarray(np.random.default_rng(0).normal(size=(8, 3)).astype(">f8")))
     assert "--dtype converts" in run("train", layer.name, "wide.npy", code=4).stderr
@@ -251,8 +293,11 @@ def test_train_converts(run, layer):
 
 def test_train_stops_at_what_is_refused(run, layer, data):
     refused = run("train", layer.name, "data.npy", "--batch-size", 3, "--run-id", "r", code=4)
-    assert "3 of 4 batches are done; --run-id r goes on" in refused.stderr
+    assert "3 of 4 batches done; --run-id r goes on" in refused.stderr
+    assert "--drop-last" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
+    np.save("wide.npy", np.zeros((4, 5), np.float32))
+    assert "--run-id" not in run("train", layer.name, "wide.npy", code=4).stderr  # nothing to go on with
     np.save("none.npy", data[:0])
     assert json.loads(run("train", layer.name, "none.npy", "--json").stdout)["batches"] == 0
 
@@ -318,6 +363,14 @@ def test_nobody_there(run, layer):
     assert "URL" in run("show", layer.name, "--url", "nowhere", code=2).stderr
 
 
+def test_a_token_is_asked_for(run):
+    with serving(token="right") as guarded:
+        for given in ([], ["--token", "wrong"]):
+            refused = run("layers", "--url", guarded, *given, code=4)
+            assert refused.stderr.endswith("token; it is given with --token or BATCHNORM_TOKEN\n")
+        run("layers", "--url", guarded, "--token", "right")
+
+
 def test_help_and_version(run):
     assert "Exit status" in run("--help").stdout
     assert run("--version").stdout[0].isdigit()
@@ -342,7 +395,7 @@ def test_an_interrupted_run_goes_on(url, layer, tmp_path):
         process.send_signal(signal.SIGINT)
         out, told = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, ""), told
-    assert "of 1,000 batches are done; --run-id r goes on" in told
+    assert "of 1,000 batches done; --run-id r goes on" in told
     with start(url, *arguments) as process:
         out, told = process.communicate(timeout=60)
     assert process.returncode == 0, told

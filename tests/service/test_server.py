@@ -1,6 +1,8 @@
 """A real server and real sockets: stopping, early refusals, bodies in pieces."""
 
+import errno
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from .conftest import environment
+from .conftest import Process, environment
 
 HEAD = b"POST /v1/layers/bn/train HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 
@@ -26,6 +28,11 @@ def create(http, url, name="bn", features=2):
 def connect(url):
     host, port = url.removeprefix("http://").split(":")
     return socket.create_connection((host, int(port)), timeout=30)
+
+
+def connection_error(url):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", int(url.rpartition(":")[2])))
 
 
 def read_answer(connection):
@@ -105,6 +112,26 @@ def test_a_stop_does_not_wait_forever(start):
     assert status == 503
     assert headers["retry-after"]
     assert b"/problems/store-unavailable" in body
+    assert "Traceback" not in process.output
+
+
+def test_a_second_interrupt_stops_at_once_and_quietly(start):
+    """It printed the traceback of a CancelledError; one that came still later ended the process with status -2."""
+    process = start("--store", "memory:")
+    printed = process.output
+    with connect(process.url) as connection:
+        connection.sendall(HEAD + b"Expect: 100-continue\r\nContent-Length: 9\r\n\r\n")
+        assert read_answer(connection)[0] == 100  # so it waits for the body
+        process.process.send_signal(signal.SIGINT)
+        while connection_error(process.url) != errno.ECONNREFUSED:  # then it has begun to stop
+            pass
+        process.process.send_signal(signal.SIGINT)
+        assert read_answer(connection)[0] == 503
+    while process.process.poll() is None:
+        process.process.send_signal(signal.SIGINT)  # whenever this comes
+        time.sleep(0.005)
+    assert process.wait() == 0
+    assert process.output == printed
 
 
 def test_an_idle_connection_does_not_hold_up_a_stop(start):
@@ -188,12 +215,107 @@ def test_the_application_runs_under_plain_uvicorn_too(http, store, tmp_path):
         process.wait(timeout=30)
 
 
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAA\r\n"
+BATCH = b'{"input": [[1, 2], [3, 4]]}'
+SIZED = b"Content-Length: %d\r\n\r\n%b" % (len(BATCH), BATCH)
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(BATCH), BATCH)
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+EVAL = HEAD.replace(b"train", b"eval")
+
+
+@pytest.fixture(scope="module")
+def upgrading():
+    """The address of a service that has the layer `bn`, with what it has printed when all tests are done."""
+    process = Process("--store", "memory:")
+    with httpx.Client() as http:
+        create(http, process.url)
+    yield process.url
+    process.stop()
+    assert "pgrade" not in process.output
+    assert "Invalid" not in process.output
+    process.close()
+
+
+def in_pieces(connection, data, number):
+    """Send data so that the other side most likely sees this many pieces."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    size = -(-len(data) // number)
+    for start in range(0, len(data), size):
+        connection.sendall(data[start : start + size])
+        time.sleep(0.05 if number < len(data) else 0)
+
+
+@pytest.mark.parametrize("body", [SIZED, CHUNKED], ids=["sized", "chunked"])
+@pytest.mark.parametrize("pieces", [1, 3, 1000])
+def test_an_offer_to_upgrade_is_ignored(upgrading, body, pieces):
+    """Java's client and `curl --http2` offer HTTP/2 with a body; such a body was lost, and the answer was 400."""
+    with connect(upgrading) as connection:
+        for _ in range(2):  # the second time on a connection that was used
+            in_pieces(connection, EVAL + OFFER + body, pieces)
+            status, headers, answer = read_answer(connection)
+            assert (status, headers["content-type"]) == (200, "application/json")
+            np.testing.assert_allclose(json.loads(answer)["output"], [[1, 2], [3, 4]], rtol=1e-4)
+            connection.sendall(EVAL + body)
+            assert read_answer(connection)[2] == answer
+
+
+def test_offers_to_upgrade_in_a_row_are_answered_in_order(upgrading):
+    with connect(upgrading) as connection, connection.makefile("rb") as answers:
+        connection.sendall((EVAL + OFFER + SIZED + HEALTH + EVAL + OFFER + CHUNKED + EVAL + SIZED) * 200)
+        for _ in range(200):
+            for start in (b'{"output"', b'{"status"', b'{"output"', b'{"output"'):
+                assert answers.readline() == b"HTTP/1.1 200 OK\r\n"
+                head = b"".join(iter(answers.readline, b"\r\n"))
+                assert answers.read(int(re.search(rb"content-length: (\d+)", head)[1])).startswith(start)
+
+
+def test_a_head_that_begins_behind_many_requests_is_not_too_large(upgrading):
+    """The whole piece that it came in was taken for its length."""
+    with connect(upgrading) as connection, connection.makefile("rb") as answers:
+        connection.sendall((EVAL + SIZED) * 900 + HEALTH[:10])
+        for number in range(901):
+            assert answers.readline() == b"HTTP/1.1 200 OK\r\n"
+            head = b"".join(iter(answers.readline, b"\r\n"))
+            answers.read(int(re.search(rb"content-length: (\d+)", head)[1]))
+            if number == 899:
+                connection.sendall(HEALTH[10:])
+
+
+@pytest.mark.parametrize(
+    ("offer", "connection_header"),
+    [(OFFER.replace(b"Settings\r", b"Settings, close\r", 1), "close"), (b"Expect: 100-continue\r\n" + OFFER, None)],
+)
+def test_what_else_is_asked_with_an_offer_is_done(upgrading, offer, connection_header):
+    with connect(upgrading) as connection:
+        head, _, body = (EVAL + offer + SIZED).partition(b"\r\n\r\n")
+        connection.sendall(head + b"\r\n\r\n")
+        if b"Expect" in offer:
+            assert read_answer(connection)[0] == 100
+        connection.sendall(body)
+        status, headers, _ = read_answer(connection)
+        assert (status, headers.get("connection")) == (200, connection_header)
+
+
+def test_a_websocket_is_an_ordinary_request(upgrading):
+    offer = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA==\r\n"
+    with connect(upgrading) as connection:
+        for path, expected in ((b"/healthz", 200), (b"/v1/layers/nothing", 404), (b"/ws", 404)):
+            connection.sendall(b"GET %b HTTP/1.1\r\nHost: x\r\n%b\r\n" % (path, offer))
+            status, _, answer = read_answer(connection)
+            connection.sendall(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path)
+            plain = read_answer(connection)
+            assert (status, answer) == (plain[0], plain[2])
+            assert status == expected
+
+
 @pytest.mark.parametrize(
     ("sent", "status"),
     [
         (b"garbage\r\n\r\n", 400),
         (b"GET /healthz HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
         (b"GET /healthz HTTP/1.1\r\nX-Long: " + b"x" * 200_000, 413),
+        (b"GET /healthz HTTP/1.1\r\n" + OFFER + b"X-Long: " + b"x" * 200_000, 413),
+        (b"CONNECT x:80 HTTP/1.1\r\n" + OFFER + b"\r\n", 400),
     ],
 )
 def test_what_is_no_request_gets_a_problem_with_a_request_id(start, sent, status):

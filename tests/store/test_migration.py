@@ -21,6 +21,7 @@ from batchnorm_service.store.base import (
     Record,
     Stamp,
     Store,
+    StoreError,
     StoreRefusedError,
 )
 from batchnorm_service.store.sqlite import SqliteStore
@@ -89,11 +90,10 @@ async def test_remembered_receipts_count_as_long_as_they_say(table: Table, store
     short, long = Lasting(0, receipt(version=1), 500.0), Lasting(0, receipt(), 5000.0)
     assert await store.remember("a", made, [short, long]) == Committed()
     assert await store.load("a") == record, "the record stays as it is"
-    told = await store.commit("a", record.stamp, None, [short.receipt, long.receipt])
-    assert isinstance(told, Duplicates)
-    assert set(told.receipts) == {short.receipt, long.receipt}
+    assert {each.receipt for each in (await all_receipts(store)).values()} == {short.receipt, long.receipt}
     table.forward(600)
     assert (await all_receipts(store)).keys() == {long.receipt.key}
+    assert await store.commit("a", record.stamp, None, [long.receipt]) == Duplicates((long.receipt,))
     assert await store.commit("a", record.stamp, None, [short.receipt]) == Committed()
 
 
@@ -200,6 +200,46 @@ async def test_a_stopped_migration_is_taken_up(pair: tuple[SqliteStore, SqliteSt
     assert report.copied + report.present == 3
     assert report.complete
     assert report.receipts == 9
+
+
+async def test_a_migration_that_was_stopped_between_the_two_writes_of_a_layer_is_finished(
+    pair: tuple[SqliteStore, SqliteStore], tmp_path: Path
+) -> None:
+    """A layer is made first and gets its version then: one with a version that it never had must not stay."""
+
+    class Stopping(SqliteStore):
+        async def commit(self, *_: object) -> Committed:  # type: ignore[override]
+            raise StoreError("stopped")
+
+    source, target = pair
+    for overwrite in (False, True):
+        with pytest.raises(StoreError, match="stopped"):
+            await migrate(source, Stopping(tmp_path / "target.db"), silent, overwrite=overwrite)
+        await target.open()
+        halves = [await loaded(target, name) for name in NAMES]
+        assert [half.stamp.version for half in halves] == [1, 1, 1], "or nothing was stopped in between"
+        assert await all_receipts(target) == {}
+        await target.close()
+    assert await migrate(source, target, silent) == Report(copied=3, receipts=9)
+    await source.open()
+    await target.open()
+    for half, name in zip(halves, NAMES, strict=True):
+        old, new = await loaded(source, name), await loaded(target, name)
+        assert (new.data, new.stamp.version) == (old.data, old.stamp.version)
+        assert new.stamp.incarnation == half.stamp.incarnation
+    assert len(await all_receipts(target)) == 9
+    await source.close()
+    await target.close()
+    assert await migrate(source, target, silent) == Report(present=3, receipts=9)
+
+
+async def test_progress_comes_to_its_end(pair: tuple[SqliteStore, SqliteStore]) -> None:
+    """Seen: on a terminal the listing and the receipts went on to `9/?`, and the listing began anew at the end."""
+    told: list[tuple[str, int, int | None]] = []
+    await migrate(*pair, lambda *progress: told.append(progress))
+    last = {what: (done, total) for what, done, total in told}
+    assert last == {"listing": (3, 3), "layers": (3, 3), "receipts": (9, 9)}
+    assert [what for what, _, _ in told] == sorted((what for what, _, _ in told), key=list(last).index)
 
 
 async def test_what_the_target_has_otherwise_is_left_alone_unless_told(pair: tuple[SqliteStore, SqliteStore]) -> None:

@@ -5,17 +5,32 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
-from batchnorm_service.store.base import Committed, Duplicates, Exists, Missing, StoreError, StoreRefusedError
+from batchnorm_service.migration import Report, migrate
+from batchnorm_service.store.base import (
+    Committed,
+    Conflict,
+    Duplicates,
+    Exists,
+    Lasting,
+    Missing,
+    Stamp,
+    StoreError,
+    StoreRefusedError,
+)
+from batchnorm_service.store.sqlite import SqliteStore
 from batchnorm_service.store.valkey import ValkeyStore
 from batchnorm_service.store.valkey_keys import Keys
 from store.harness import LIMIT, RECEIPT_SECONDS, after, created, receipt
-from store.valkey_servers import Server, flush, replicated, wait_for
+from store.valkey_servers import Server, flush, let_pass, replicated, wait_for
 
 pytestmark = pytest.mark.anyio
+NOWHERE = Stamp(-1, -1, -1)  # what `layers/queue.py` expects to find a receipt and to write nothing
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +69,15 @@ async def hasty(anyio_backend: str, primary: Server) -> AsyncIterator[ValkeyStor
     await store.close()
 
 
+@asynccontextmanager
+async def stranger(server: Server, wait_replicas: int = 1) -> AsyncIterator[ValkeyStore]:
+    """One that gives up soon, too, and whose connections have written nothing yet: a WAIT there waits for nothing."""
+    store = ValkeyStore(server.url, RECEIPT_SECONDS, timeout=30, wait_replicas=wait_replicas, wait_timeout=0.05)
+    await store.open()
+    yield store
+    await store.close()
+
+
 async def test_what_is_acknowledged_is_on_the_replica(patient: ValkeyStore, replica: Server) -> None:
     record = await created(patient, "a")
     key = Keys("bn").record("a")
@@ -66,40 +90,102 @@ async def test_what_is_acknowledged_is_on_the_replica(patient: ValkeyStore, repl
 
 
 async def test_nothing_is_acknowledged_without_the_replica_and_no_replay_either(
-    patient: ValkeyStore, hasty: ValkeyStore, replica: Server
+    patient: ValkeyStore, hasty: ValkeyStore, primary: Server, replica: Server
 ) -> None:
     """Seen: WAIT on another connection, or after a script that wrote nothing, returns at once and says nothing."""
     first = await created(patient, "a")
-    gone = await created(patient, "gone")
+    gone, reborn = await created(patient, "gone"), await created(patient, "reborn")
     second, key = after(first, b"second"), receipt()
+    lasting = Lasting(0, receipt(), 100.0)
+    calls: list[tuple[str, Callable[[ValkeyStore], Awaitable[object]], object]] = [
+        ("a batch", lambda store: store.commit("a", first.stamp, second, [key]), Duplicates((key,))),
+        ("its receipt", lambda store: store.commit("a", NOWHERE, None, [key]), Duplicates((key,))),
+        ("a layer", lambda store: store.create("new", b"new", LIMIT), Exists),
+        ("no layer", lambda store: store.delete("gone", gone.stamp), Missing()),
+        ("another layer", lambda store: store.delete("reborn", reborn.stamp), Conflict()),
+        ("a receipt", lambda store: store.remember("a", first.stamp.incarnation, [lasting]), Committed()),
+    ]
     replica.signal(signal.SIGSTOP)
-    for _ in range(3):
-        for call in (
-            hasty.commit("a", first.stamp, second, [key]),
-            hasty.create("new", b"new", LIMIT),
-            hasty.delete("gone", gone.stamp),
-        ):
+    with pytest.raises(StoreError):
+        await hasty.delete("reborn", reborn.stamp)
+    with pytest.raises(StoreError):
+        await hasty.create("reborn", b"again", LIMIT)
+    for _ in range(2):
+        for what, call, _ in calls:
             with pytest.raises(StoreError, match=r"0 of 1 replicas have it after 0\.05 s"):
-                await call
+                await call(hasty)
+            async with stranger(primary) as another:
+                with pytest.raises(StoreError, match="0 of 1 replicas"):
+                    assert await call(another) == "no answer", what
     assert await hasty.load("a") == second, "reads go on, and see what is not acknowledged"
 
-    another = ValkeyStore(hasty.url, wait_replicas=1, wait_timeout=0.05)  # on connections that never wrote
-    await another.open()
-    with pytest.raises(StoreError, match="0 of 1 replicas"):
-        await another.commit("a", first.stamp, second, [key])
-    with pytest.raises(StoreError, match="0 of 1 replicas"):
-        await another.create("new", b"new", LIMIT)
-    await another.close()
-
-    waiting = asyncio.ensure_future(patient.commit("a", first.stamp, second, [key]))
+    waiting = [asyncio.ensure_future(call(patient)) for _, call, _ in calls]
     await asyncio.sleep(0.05)
-    assert not waiting.done()
+    assert not any(call.done() for call in waiting)
     replica.signal(signal.SIGCONT)
-    assert await waiting == Duplicates((key,))
-    new = await patient.create("new", b"new", LIMIT)
-    assert isinstance(new, Exists)
-    assert await patient.delete("gone", gone.stamp) == Missing()
-    assert await patient.load("new") == new.record
+    for (what, _, outcome), answer in zip(calls, await asyncio.gather(*waiting), strict=True):
+        assert outcome in {answer, type(answer)}, what
+
+
+async def test_a_replay_renews_its_receipt_on_the_replica_too(
+    patient: ValkeyStore, hasty: ValkeyStore, primary: Server, replica: Server
+) -> None:
+    first = await created(patient, "a")
+    second, key = after(first, b"second"), receipt()
+    name = Keys("bn").receipt("a", first.stamp.incarnation, key.key)
+    replica.signal(signal.SIGSTOP)
+    with pytest.raises(StoreError, match="0 of 1 replicas"):
+        await hasty.commit("a", first.stamp, second, [key])
+    for expected, record in ((first.stamp, second), (first.stamp._replace(version=-1), None)):
+        let_pass([primary], RECEIPT_SECONDS / 2)
+        assert primary.admin.pttl(name) <= 500 * RECEIPT_SECONDS
+        async with stranger(primary) as another:
+            with pytest.raises(StoreError, match="0 of 1 replicas") as failed:
+                await another.commit("a", expected, record, [key])
+        assert primary.admin.pttl(name) > 900 * RECEIPT_SECONDS, (record, failed.value)
+    replica.kill()
+    async with stranger(primary) as another:
+        with pytest.raises(StoreError, match="0 of 1 replicas"):
+            await another.commit("a", first.stamp, second, [key])
+    replica.start()
+    wait_for("the replica is in step", lambda: replica.info("master_link_status") == "up")
+    let_pass([primary], RECEIPT_SECONDS / 2)
+    assert await patient.commit("a", first.stamp, second, [key]) == Duplicates((key,))
+    assert primary.admin.pttl(name) > 900 * RECEIPT_SECONDS
+    assert replica.admin.pttl(name) > 900 * RECEIPT_SECONDS
+    assert await patient.load("a") == second
+
+
+async def test_a_receipt_is_never_shortened_and_without_wait_never_renewed(
+    patient: ValkeyStore, primary: Server
+) -> None:
+    record = await created(patient, "a")
+    moved = Lasting(0, receipt(), 2 * RECEIPT_SECONDS)
+    name = Keys("bn").receipt("a", record.stamp.incarnation, moved.receipt.key)
+    assert await patient.remember("a", record.stamp.incarnation, [moved]) == Committed()
+    assert await patient.commit("a", record.stamp, None, [moved.receipt]) == Duplicates((moved.receipt,))
+    assert primary.admin.pttl(name) > 1900 * RECEIPT_SECONDS
+    let_pass([primary], 1.5 * RECEIPT_SECONDS)
+    async with stranger(primary, wait_replicas=0) as plain:
+        assert await plain.commit("a", record.stamp, None, [moved.receipt]) == Duplicates((moved.receipt,))
+    assert primary.admin.pttl(name) <= 500 * RECEIPT_SECONDS
+
+
+async def test_a_migration_is_not_complete_before_the_replicas_have_it(
+    primary: Server, replica: Server, tmp_path: Path
+) -> None:
+    """Seen: a second run found on the primary what the first had written there, and asked for no more."""
+    source = SqliteStore(tmp_path / "source.db")
+    await source.open()
+    await created(source, "a")  # that has no receipt
+    await source.close()
+    target = ValkeyStore(primary.url, timeout=30, wait_replicas=1, wait_timeout=0.5)
+    replica.signal(signal.SIGSTOP)
+    for _ in range(2):
+        with pytest.raises(StoreError, match="0 of 1 replicas"):
+            await migrate(source, target, lambda *_: None)
+    replica.signal(signal.SIGCONT)
+    assert await migrate(source, target, lambda *_: None) == Report(present=1)
 
 
 async def test_reads_do_not_stand_behind_writes_that_wait(patient: ValkeyStore, replica: Server) -> None:

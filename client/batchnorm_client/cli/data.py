@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EISDIR
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,16 @@ def _mapped(path: Path) -> Array:
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to. It takes the place of `path` when all went well, and is gone otherwise."""
+    if path.is_dir():
+        raise IsADirectoryError(EISDIR, os.strerror(EISDIR), str(path))
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
         part.replace(path)
+    except OSError as error:
+        if error.filename and os.fspath(error.filename) == str(part):
+            error.filename = str(path)  # the one that the user knows
+        raise
     finally:
         part.unlink(missing_ok=True)
 

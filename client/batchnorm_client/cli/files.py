@@ -7,10 +7,9 @@ from typing import Annotated, Any
 
 import orjson
 import typer
-from rich.text import Text
 
 from batchnorm_client.cli.data import written
-from batchnorm_client.cli.output import Json, console, print_document, print_json
+from batchnorm_client.cli.output import Json, print_document, print_json, say
 from batchnorm_client.cli.service import USAGE, IfMatch, Name, Token, Url, calling, fail, size
 from batchnorm_client.errors import ProblemError
 from batchnorm_client.tensors import Tensor, decode_safetensors, encode_safetensors, itemsize
@@ -38,7 +37,7 @@ def export(
     if json:
         print_json({"name": name, "file": str(file), "tensors": {key: tensors[key].shape for key in tensors}})
     else:
-        console().print(Text.assemble((name, "bold cyan"), f": {', '.join(tensors)} written to {file}"))
+        say(name, f"{', '.join(tensors)} written to {file}")
 
 
 def import_(
@@ -58,7 +57,9 @@ def import_(
         options = _config(tensors, metadata) if create else {}
     except OSError as error:
         fail(f"{file}: {error.strerror or error}", USAGE)
-    except (ProblemError, ValueError) as error:
+    except ProblemError as error:
+        fail(f"{file}: not a safetensors file, or a damaged one: {error}", USAGE)
+    except ValueError as error:
         fail(f"{file}: {error}", USAGE)
     with calling(url, token) as client:
         layer = client.create_layer(name, **options) if create else client.layer(name)
@@ -66,8 +67,7 @@ def import_(
     if json:
         print_document(document)
     else:
-        done = f": {', '.join(tensors)} read from {file}; {size(document)}"
-        console().print(Text.assemble((name, "bold cyan"), done))
+        say(name, f"{', '.join(tensors)} read from {file}; {size(document)}")
 
 
 def _config(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Any:

@@ -6,10 +6,9 @@ import sys
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.text import Text
 
-from batchnorm_client.cli.output import Json, console, layers_table, print_document, print_json, print_layer
-from batchnorm_client.cli.service import IfMatch, Name, Token, Url, calling, size
+from batchnorm_client.cli.output import Json, console, layers_table, print_document, print_json, print_layer, say
+from batchnorm_client.cli.service import USAGE, IfMatch, Name, Token, Url, calling, fail, size
 
 
 def layers(
@@ -113,7 +112,7 @@ def create(
     if json:
         print_document(layer)
     else:
-        console().print(Text.assemble((name, "bold cyan"), f": {size(layer)}"))
+        say(name, size(layer))
 
 
 def reset(
@@ -134,7 +133,7 @@ def reset(
         print_document(layer)
     else:
         done = {"running_stats": "running statistics", "parameters": "weight and bias", "all": "everything"}[what]
-        console().print(Text.assemble((name, "bold cyan"), f": {done} set back; {size(layer)}"))
+        say(name, f"{done} set back; {size(layer)}")
 
 
 def delete(
@@ -150,13 +149,13 @@ def delete(
         layer = client.layer(name)
         if not yes:
             if not can_ask():
-                raise typer.BadParameter("is needed where nobody can be asked", param_hint="--yes")
+                fail(f"nobody is there to be asked whether to delete {name}; --yes deletes it unasked", USAGE)
             typer.confirm(f"Delete {name} ({size(layer.inspect())})?", abort=True, err=True)
         layer.delete(if_match=if_match)
     if json:
         print_json({"name": name, "deleted": True})
     else:
-        console().print(Text.assemble((name, "bold cyan"), ": deleted"))
+        say(name, "deleted")
 
 
 def can_ask() -> bool:

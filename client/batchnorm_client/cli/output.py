@@ -46,6 +46,11 @@ def print_document(layer: Layer) -> None:
     typer.echo(layer.model_dump_json())
 
 
+def say(name: str, text: str) -> None:
+    """A line about a layer. The terminal may fold it; in a pipe it stays one line."""
+    console().print(Text.assemble((name, "bold cyan"), f": {text}"), soft_wrap=True)
+
+
 def layers_table(layers: Iterable[LayerSummary], width: int) -> Table:
     """One line for each layer; where there is little room, without version and time."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")

@@ -14,10 +14,12 @@ from batchnorm_client.contract import Layer
 from batchnorm_client.core import Retry
 from batchnorm_client.errors import (
     BatchNormError,
+    ConnectionFailed,
     LayerNotFound,
-    NoAnswer,
     ProblemError,
+    Unauthenticated,
     UnexpectedAnswer,
+    VersionMismatch,
 )
 
 USAGE: Final = 2
@@ -94,16 +96,29 @@ def exit_code(error: BatchNormError) -> int:
 
 def sentence(error: BatchNormError) -> str:
     """The failure in one line."""
-    text = " ".join(str(error).split())
-    if isinstance(error, LayerNotFound):
-        text = text.partition(";")[0]  # what follows names the HTTP call that creates one
-    if isinstance(error, NoAnswer | ProblemError) and error.outcome_unknown:
+    text = _in_terms_of_options(error, " ".join(str(error).split()))
+    if error.outcome_unknown:
         text += "; the call may have taken effect all the same"
     text = "; ".join([text, *getattr(error, "__notes__", [])])
+    if isinstance(error, ConnectionFailed) and not error.outcome_unknown:
+        text += "; --url or BATCHNORM_URL says where the service is"
     request_id = getattr(error, "request_id", None)
     if exit_code(error) == SERVICE and request_id:
         text += f" (request {request_id})"
     return text
+
+
+def _in_terms_of_options(error: BatchNormError, text: str) -> str:
+    """The service speaks of HTTP: of headers, and of the call that creates a layer."""
+    match error:
+        case LayerNotFound():
+            return text.partition(";")[0]
+        case Unauthenticated():
+            return f"{text.partition(':')[0]}; it is given with --token or BATCHNORM_TOKEN"
+        case VersionMismatch():
+            return f"{text}, not the one in --if-match"
+        case _:
+            return text
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,13 +12,12 @@ from uuid import uuid4
 
 import numpy as np
 import typer
-from rich.text import Text
 
 from batchnorm_client.cli.data import Batches, progress, written
-from batchnorm_client.cli.output import Json, console, print_json
-from batchnorm_client.cli.service import PATIENT, Name, Token, Url, calling, count
+from batchnorm_client.cli.output import Json, print_json, say
+from batchnorm_client.cli.service import PATIENT, REFUSED, Name, Token, Url, calling, count, fail
 from batchnorm_client.contract import Layer
-from batchnorm_client.errors import BatchNormError, DtypeMismatch, IdempotencyKeyReused
+from batchnorm_client.errors import BatchNormError, DtypeMismatch, IdempotencyKeyReused, TooFewValues
 
 Size = Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Samples in a batch.")]
 Cast = Annotated[
@@ -50,6 +50,8 @@ def train(
 ) -> None:
     """Train a layer with a file, batch by batch and in order."""
     run = run_id or uuid4().hex[:12]
+    if not re.fullmatch("[!-~]{1,180}", run):  # it becomes part of a header
+        raise typer.BadParameter("must be up to 180 characters of ASCII without spaces", param_hint="--run-id")
     batches = Batches(data, batch_size, dtype, whole=drop_last)
     before = _look(name, url, token)
     since = time.perf_counter()
@@ -71,9 +73,8 @@ def train(
         print_json({"name": name, "run_id": run, "samples": batches.rows, "seconds": seconds, **counts})
         return
     again = f", {counts['replayed']:,} of which had counted before" if counts["replayed"] else ""
-    told = f": {count(counts['batches'], 'batch')}{again} ({count(batches.rows, 'sample')}) in {seconds:.1f} s; "
-    now = f"now {count(counts['num_batches_tracked'], 'batch')}, version {counts['version']:,}"
-    console().print(Text.assemble((name, "bold cyan"), told, now))
+    told = f"{count(counts['batches'], 'batch')}{again} ({count(batches.rows, 'sample')}) in {seconds:.1f} s; "
+    say(name, f"{told}now {count(counts['num_batches_tracked'], 'batch')}, version {counts['version']:,}")
 
 
 @contextmanager
@@ -84,12 +85,17 @@ def _explained(run: str = "", counts: Mapping[str, int] | None = None, total: in
     except DtypeMismatch as error:
         error.add_note("--dtype converts each batch")
         raise
-    except IdempotencyKeyReused as error:
-        error.add_note("--run-id goes on with the same file and --batch-size only")
-        raise
+    except IdempotencyKeyReused:
+        begun = f"run {run} was begun with another file or --batch-size"
+        fail(f"{begun}; --run-id goes on with the same file and --batch-size only", REFUSED)
     except (BatchNormError, KeyboardInterrupt) as error:
-        if counts:
-            done = f"{counts['batches']:,} of {count(total, 'batch')} are done"
+        if counts is None:
+            raise
+        if isinstance(error, TooFewValues):
+            error.add_note("--drop-last leaves out a last batch that is smaller")
+        # Nothing is there to go on with when the first batch was refused.
+        if counts["batches"] or isinstance(error, KeyboardInterrupt) or error.outcome_unknown:
+            done = f"{counts['batches']:,} of {count(total, 'batch')} done"
             error.add_note(f"{done}; --run-id {run} goes on and counts none twice")
         raise
 
@@ -133,7 +139,9 @@ def evaluate(
         print_json({"name": name, "file": str(out), "shape": shape, "dtype": batches.dtype.name, "versions": versions})
         return
     used = " to ".join(f"{version:,}" for version in dict.fromkeys(versions))
-    told = f": {count(batches.rows, 'sample')} written to {out}" + (f", normalized with version {used}" if used else "")
-    console().print(Text.assemble((name, "bold cyan"), told))
+    say(
+        name,
+        f"{count(batches.rows, 'sample')} written to {out}" + (f", normalized with version {used}" if used else ""),
+    )
     if len(set(versions)) > 1:
         typer.echo("batchnorm: the layer was changed meanwhile; not all samples were normalized alike", err=True)

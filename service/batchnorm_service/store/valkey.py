@@ -75,10 +75,11 @@ class ValkeyStore:
     """A table of records in Valkey.
 
     Every call is one script and one round trip, which it shares with the calls that wait at the same moment. What an
-    answer promises depends on the server's settings and on `wait_replicas`. With it, every answer to a create, a
-    commit or a delete, whatever it says, is held back until that many replicas have all that it is about: the call
-    writes at least a few bytes, and a WAIT follows on its connection. `StoreError` then means that it may be written;
-    the same call again settles it. Reads go to primaries and do not wait: they may see what is not acknowledged yet.
+    answer promises depends on the server's settings and on `wait_replicas`. With it, a WAIT follows every create,
+    commit and delete on its connection, and the answer is held back until that many replicas have the change.
+    `StoreError` then means that it may be written; the same call again settles it, and is no way around the replicas:
+    where it finds what it would write, it writes before it WAITs (a commit renews the receipts that it finds). Reads
+    go to primaries and do not wait: they may see what is not acknowledged yet.
 
     Args:
         url: see `valkey_address`. `valkey://user:password@host:port/0`, `valkeys://`, `valkey+cluster://host,host`.
@@ -116,6 +117,7 @@ class ValkeyStore:
         self._receipt_milliseconds = math.ceil(1000 * receipt_seconds)
         self._connections = connections
         self._limits = Limits(timeout, wait_replicas, wait_timeout)
+        self._waits = int(wait_replicas > 0)  # as the scripts are told
         self._opened: _Opened | None = None
 
     async def open(self) -> None:
@@ -198,7 +200,7 @@ class ValkeyStore:
         for _ in range(_REBIRTHS):
             keys = [self._keys.record(name), *(self._keys.receipt(name, incarnation, key) for key in by_key)]
             args: list[bytes | int] = [pack_stamp(expected), pack_number(incarnation), self._receipt_milliseconds]
-            reply = await calls.run(COMMIT, bucket_of(name), keys, [*args, data, *values])
+            reply = await calls.run(COMMIT, bucket_of(name), keys, [*args, self._waits, data, *values])
             if reply[0] != Answer.OTHER:
                 return _outcome(reply, list(by_key))
             incarnation = unpack_number(reply[1])  # of a layer that the caller does not know: it has receipts too
@@ -207,7 +209,7 @@ class ValkeyStore:
     async def delete(self, name: str, expected: Stamp) -> Committed | Conflict | Missing:
         """See `Store.delete`."""
         opened = self._use()
-        args = [pack_stamp(expected), name.encode()]
+        args: list[bytes | int] = [pack_stamp(expected), name.encode(), self._waits]
         outcome = _outcome(await opened.calls.run(DELETE, bucket_of(name), self._bucket_keys(name), args), [])
         if isinstance(outcome, Committed):
             opened.census.deleted()
@@ -259,7 +261,7 @@ class ValkeyStore:
         created = False
         room = opened.census.begin(limit)
         try:
-            args: list[bytes | int] = [*parts, name.encode(), int(room)]
+            args: list[bytes | int] = [*parts, name.encode(), int(room), self._waits]
             reply = await opened.calls.run(CREATE, bucket_of(name), self._bucket_keys(name), args)
             created = reply[0] == Answer.DONE
         finally:
@@ -271,7 +273,7 @@ class ValkeyStore:
         return (self._keys.record(name), self._keys.names(bucket), self._keys.floor(bucket))
 
     def _lane(self, node: Node) -> Lane:
-        return Lane(partial(self._dialer.dial, node), self._keys.fence, self._limits)
+        return Lane(partial(self._dialer.dial, node), self._limits)
 
     def _use(self) -> _Opened:
         if self._opened is None:

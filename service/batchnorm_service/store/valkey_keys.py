@@ -11,7 +11,6 @@ an even share of them, because the tags are chosen so that bucket i's slot is on
     PREFIX:{TAG}p:...    and what they have brought
     PREFIX:{TAG}names    the names in the bucket: a sorted set in the order of their bytes
     PREFIX:{TAG}floor    the largest version that any deleted layer of the bucket had: a new one starts above it
-    PREFIX:{TAG}fence    written before each WAIT
     PREFIX:{TAG}schema   in bucket 0 only: the version of this layout
 
 Receipts of a deleted layer are never met again, because the next one has another incarnation: deleting takes as long
@@ -99,10 +98,6 @@ class Keys:
     def floor(self, bucket: int) -> bytes:
         """Of a bucket's largest deleted version."""
         return self._bases[bucket] + b"floor"
-
-    def fence(self, bucket: int) -> bytes:
-        """Of what is written before a WAIT."""
-        return self._bases[bucket] + b"fence"
 
     def schema(self) -> bytes:
         """Of the version of the layout."""

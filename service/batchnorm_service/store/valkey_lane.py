@@ -102,13 +102,11 @@ class Lane:
 
     Args:
         dial: connects.
-        fence: the key to write to before a WAIT, by bucket.
         limits: see there.
     """
 
-    def __init__(self, dial: Callable[[], Awaitable[Link]], fence: Callable[[int], bytes], limits: Limits) -> None:
+    def __init__(self, dial: Callable[[], Awaitable[Link]], limits: Limits) -> None:
         self._dial = dial
-        self._fence = fence
         self._limits = limits
         self._queue: deque[Waiting] = deque()
         self._writing: Counter[bytes] = Counter()
@@ -175,35 +173,24 @@ class Lane:
             self._queue.clear()
             self._fail(jobs, UnsentError, error)
             return
-        fenced = self._fenced(jobs)
+        waits = self._limits.replicas > 0 and any(waiting.job.script.writes for waiting in jobs)
         try:
-            async with asyncio.timeout(self._limits.timeout + (self._limits.wait_timeout if fenced else 0)):
-                await link.send(self._commands(jobs, fenced))
-                await self._collect(link, jobs, fenced)
+            async with asyncio.timeout(self._limits.timeout + (self._limits.wait_timeout if waits else 0)):
+                await link.send(self._commands(jobs, waits=waits))
+                await self._collect(link, jobs, waits=waits)
         except Exception as error:
             await self._drop()
             self._fail(jobs, LostError, error)
 
-    def _fenced(self, jobs: Sequence[Waiting]) -> Job | None:
-        """The job to whose bucket the fence belongs: None when there is nothing to wait for."""
-        if not self._limits.replicas:
-            return None
-        return next((waiting.job for waiting in reversed(jobs) if waiting.job.script.writes), None)
-
-    def _commands(self, jobs: Sequence[Waiting], fenced: Job | None) -> Iterator[Command]:
+    def _commands(self, jobs: Sequence[Waiting], *, waits: bool) -> Iterator[Command]:
         for waiting in jobs:
             if waiting.job.asking:
                 yield (b"ASKING",)
             yield waiting.job.command
-        if fenced is not None:
-            # A script may have written nothing, because all it would write is there already, since a moment ago, by
-            # another try. WAIT speaks of this connection's own writes: so there is one.
-            if fenced.asking:
-                yield (b"ASKING",)
-            yield (b"SET", self._fence(fenced.bucket), b"")
+        if waits:
             yield (b"WAIT", self._limits.replicas, max(round(1000 * self._limits.wait_timeout), 1))
 
-    async def _collect(self, link: Link, jobs: Sequence[Waiting], fenced: Job | None) -> None:
+    async def _collect(self, link: Link, jobs: Sequence[Waiting], *, waits: bool) -> None:
         held: list[tuple[Waiting, Any]] = []
         demoted = False
         for waiting in jobs:
@@ -215,28 +202,25 @@ class Lane:
                 demoted = demoted or isinstance(error, ReadOnlyError)
                 waiting.fail(error)
             else:
-                if fenced is not None and waiting.job.script.writes:
+                if waits and waiting.job.script.writes:
                     held.append((waiting, reply))
                 else:
                     waiting.settle(reply)
             self._answered(waiting)
-        if fenced is not None:
-            await self._wait(link, held, asking=fenced.asking)
+        if waits:
+            await self._wait(link, held)
         if demoted:  # the host's name may mean another server by now
             await self._drop()
 
-    async def _wait(self, link: Link, held: Sequence[tuple[Waiting, Any]], *, asking: bool) -> None:
+    async def _wait(self, link: Link, held: Sequence[tuple[Waiting, Any]]) -> None:
         fault = ""
-        count = 0
-        for command in (*(("ASKING",) if asking else ()), "SET", "WAIT"):
-            try:
-                reply = await link.reply()
-            except ResponseError as error:
-                fault = fault or f"{command}: {in_words(error)}"
-            else:
-                count = reply if command == "WAIT" else 0
-        if not fault and count < self._limits.replicas:
-            fault = f"{count} of {self._limits.replicas} replicas have it after {self._limits.wait_timeout:g} s"
+        try:
+            count = await link.reply()
+        except ResponseError as error:
+            fault = f"WAIT: {in_words(error)}"
+        else:
+            if count < self._limits.replicas:
+                fault = f"{count} of {self._limits.replicas} replicas have it after {self._limits.wait_timeout:g} s"
         for waiting, reply in held:
             if fault:
                 waiting.fail(StoreError(f"written, but not acknowledged by the replicas: {fault}"))

@@ -4,6 +4,11 @@ All begin with `#!lua`, which makes the server refuse a script as a whole when i
 disk error, too few replicas, a replica instead of a primary) instead of stopping in its middle. Those that only read
 do not say so on purpose: a server that may not write, such as a primary that became a replica, must not answer reads
 either, for they would be stale. A stamp's numbers are compared as bytes, because Lua's have 53 bits.
+
+WAIT speaks of the last write on its own connection. What a repeat would write may be there already, by another try
+over another connection, and not be on the replicas yet. So where a WAIT follows, a script that finds it writes
+something all the same: a commit renews the receipts, the others write again what they found. (A write that leaves a
+value as it is, is replicated like any other.)
 """
 
 from __future__ import annotations
@@ -98,9 +103,12 @@ return redis.call('ZCARD', KEYS[1])
 
 CREATE: Final = _script(
     """
--- KEYS: record, names, floor. ARGV: incarnation, commit id, data, name, whether there is room.
+-- KEYS: record, names, floor. ARGV: incarnation, commit id, data, name, whether there is room, whether a WAIT follows.
 local present = redis.call('GET', KEYS[1])
-if present then return {$EXISTS, present} end
+if present then
+    if ARGV[6] == '1' then redis.call('SETRANGE', KEYS[1], 0, string.sub(present, 1, $STAMP_BYTES)) end
+    return {$EXISTS, present}
+end
 if ARGV[5] == '0' then return {$FULL} end
 local high, low = 0, 0
 local floor = redis.call('GET', KEYS[3])
@@ -118,7 +126,7 @@ return {$DONE, version}
 COMMIT: Final = _script(
     """
 -- KEYS: record, receipts. ARGV: expected stamp, the incarnation that the receipts' keys are for, their milliseconds,
--- the new record or nothing, the receipts.
+-- whether a WAIT follows, the new record or nothing, the receipts.
 local stamp = redis.call('GETRANGE', KEYS[1], 0, $STAMP_BYTES - 1)
 if stamp == '' then return {$MISSING} end
 if #KEYS > 1 and string.sub(stamp, 1, 8) ~= ARGV[2] then return {$OTHER, string.sub(stamp, 1, 8)} end
@@ -128,6 +136,9 @@ for i = 2, #KEYS do
     if receipt then
         found[#found + 1] = i - 2
         found[#found + 1] = receipt
+        if ARGV[4] == '1' then  -- one that was moved here may last longer than those that are made here
+            redis.call('PEXPIRE', KEYS[i], math.max(tonumber(ARGV[3]), redis.call('PTTL', KEYS[i])))
+        end
     end
 end
 if #found > 1 then return found end
@@ -135,8 +146,8 @@ if stamp ~= ARGV[1] then
     if string.sub(stamp, 1, 8) ~= string.sub(ARGV[1], 1, 8) then return {$CONFLICT} end
     return {$CONFLICT, redis.call('GET', KEYS[1])}
 end
-if ARGV[4] ~= '' then redis.call('SET', KEYS[1], ARGV[4]) end
-for i = 2, #KEYS do redis.call('SET', KEYS[i], ARGV[3 + i], 'PX', ARGV[3]) end
+if ARGV[5] ~= '' then redis.call('SET', KEYS[1], ARGV[5]) end
+for i = 2, #KEYS do redis.call('SET', KEYS[i], ARGV[4 + i], 'PX', ARGV[3]) end
 return {$DONE}
 """,
     writes=True,
@@ -144,13 +155,17 @@ return {$DONE}
 
 DELETE: Final = _script(
     """
--- KEYS: record, names, floor. ARGV: expected stamp, name.
+-- KEYS: record, names, floor. ARGV: expected stamp, name, whether a WAIT follows.
 local stamp = redis.call('GETRANGE', KEYS[1], 0, $STAMP_BYTES - 1)
-if stamp == '' then return {$MISSING} end
-if stamp ~= ARGV[1] then return {$CONFLICT} end
+local floor = redis.call('GET', KEYS[3])
+if stamp ~= ARGV[1] then
+    -- Deleted by another try? Then there is a floor.
+    if floor and ARGV[3] == '1' then redis.call('SETRANGE', KEYS[3], 0, floor) end
+    if stamp == '' then return {$MISSING} end
+    return {$CONFLICT}
+end
 local version = string.sub(stamp, 9, 16)
 local high, low = struct.unpack('>I4I4', version)
-local floor = redis.call('GET', KEYS[3])
 local floor_high, floor_low = -1, 0
 if floor then floor_high, floor_low = struct.unpack('>I4I4', floor) end
 if high > floor_high or (high == floor_high and low > floor_low) then redis.call('SET', KEYS[3], version) end
@@ -204,7 +219,11 @@ REMEMBER: Final = _script(
     """
 -- KEYS: record, receipts. ARGV: incarnation, then the milliseconds and the bytes of each receipt.
 if redis.call('GETRANGE', KEYS[1], 0, 7) ~= ARGV[1] then return $MISSING end
-for i = 2, #KEYS do redis.call('SET', KEYS[i], ARGV[2 * i - 1], 'PX', ARGV[2 * i - 2], 'NX') end
+for i = 2, #KEYS do
+    if not redis.call('SET', KEYS[i], ARGV[2 * i - 1], 'PX', ARGV[2 * i - 2], 'NX') then
+        redis.call('PEXPIRE', KEYS[i], redis.call('PTTL', KEYS[i]))  -- for a WAIT
+    end
+end
 return $DONE
 """,
     writes=True,
