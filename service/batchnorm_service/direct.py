@@ -66,7 +66,7 @@ class DirectProtocol(OutboxProtocol):
             return None
         if self.cycle is not None and not self.cycle.response_complete:
             return None  # pipelined: uvicorn keeps the order
-        if self.flow.write_paused or self.parser.get_method() != b"POST" or self.parser.get_http_version() != "1.1":
+        if self.flow.write_paused or self.parser.get_method() != b"POST" or not self.parser.should_keep_alive():
             return None
         headers = read_headers(self.headers)
         size = headers.get(b"content-length", b"")
@@ -150,14 +150,16 @@ class DirectCycle:
         self.response_complete = True
         if self.disconnected or transport.is_closing():
             return
-        lines = [STATUS_LINE[answer.status_code]]
-        for name, value in (*protocol.server_state.default_headers, *answer.raw_headers):
-            lines += name, b": ", value, b"\r\n"
-        lines.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
+        head = [
+            STATUS_LINE[answer.status_code],
+            *[b"%b: %b\r\n" % header for header in protocol.server_state.default_headers],
+            *[b"%b: %b\r\n" % header for header in answer.raw_headers],
+            b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n",
+        ]
         if answer.size <= _JOIN_BYTES:
-            transport.write(b"".join([*lines, *answer.pieces]))
+            transport.write(b"".join(head + answer.pieces))
         else:
-            transport.writelines([b"".join(lines), *answer.pieces])
+            transport.writelines([b"".join(head), *answer.pieces])
         if not self.keep_alive:
             transport.close()
         protocol.on_response_complete()

@@ -101,7 +101,7 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class Duplicates:
-    """Some keys have unexpired receipts already: these. Nothing was written."""
+    """Some keys have unexpired receipts already: these. Nothing was written, but a store may have renewed them."""
 
     receipts: tuple[Receipt, ...]
 
