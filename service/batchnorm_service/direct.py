@@ -157,7 +157,7 @@ class DirectCycle:
             b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n",
         ]
         if answer.size <= _JOIN_BYTES:
-            transport.write(b"".join(head + answer.pieces))
+            transport.write(b"".join([*head, *answer.pieces]))
         else:
             transport.writelines([b"".join(head), *answer.pieces])
         if not self.keep_alive:

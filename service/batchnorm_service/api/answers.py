@@ -36,7 +36,7 @@ class Answer(Response):
     ) -> None:
         # Response.__init__ would copy and encode what is ready to be sent.
         self.status_code = status
-        self.pieces = list(pieces)
+        self.pieces = pieces
         self.size = 0
         for piece in pieces:
             self.size += piece.nbytes if isinstance(piece, memoryview) else len(piece)
