@@ -7,27 +7,19 @@ cost, and reckons from it what a million train and ten million eval calls per se
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import socket
 import sys
 import tempfile
-import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import AsyncExitStack
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from batchnorm_client.contract import LayerConfig
-from batchnorm_client.tensors import Tensor
-from batchnorm_service.layers import Layers, LayersOptions
-from batchnorm_service.store.base import Conflict, Store
-from batchnorm_service.store.valkey import ValkeyStore
 from benchmarks import bodies
+from benchmarks.contention import CHANNELS, Run, contend
 from benchmarks.fleet import BUSY, Load, Measured, fleet, layer_rate, time_in_queue
 from benchmarks.load import Call, drive, request
 from benchmarks.process import Server, service
@@ -37,102 +29,6 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from store import valkey_servers
 
 REPLICAS = (1, 2, 4, 8)
-CHANNELS, ROWS = 64, 32
-
-
-class Run(NamedTuple):
-    """What R replicas did on one layer.
-
-    Attributes:
-        replicas: how many.
-        callers: of each.
-        calls: train calls that were acknowledged.
-        seconds: that they took.
-        commits: tries to commit.
-        conflicts: those that lost a race.
-        loads: looks at the record.
-        waits: seconds that each call took, sorted.
-        finished: calls that each replica had finished when the first had finished all of its own.
-    """
-
-    replicas: int
-    callers: int
-    calls: int
-    seconds: float
-    commits: int
-    conflicts: int
-    loads: int
-    waits: list[float]
-    finished: list[int]
-
-    @property
-    def trips(self) -> float:
-        """Round trips to the store per train call."""
-        return (self.commits + self.loads) / self.calls
-
-
-class Counted:
-    """A store whose calls are counted."""
-
-    def __init__(self, store: Store) -> None:
-        self.counts: Counter[str] = Counter()
-        self._store = store
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
-
-    async def load(self, *arguments: Any) -> Any:
-        """See `Store.load`."""
-        self.counts["load"] += 1
-        return await self._store.load(*arguments)
-
-    async def commit(self, *arguments: Any) -> Any:
-        """See `Store.commit`."""
-        self.counts["commit"] += 1
-        answer = await self._store.commit(*arguments)
-        self.counts["conflict"] += isinstance(answer, Conflict)
-        return answer
-
-
-async def contend(url: str, replicas: int, callers: int, calls: int, name: str) -> Run:
-    """Let `callers` of each of R replicas make `calls` train calls each, one after the other, on one layer."""
-    batch = {"input": Tensor.of(np.random.default_rng(1).normal(size=(ROWS, CHANNELS)).astype(np.float32))}
-    finished = [0] * replicas
-    standing: list[int] = []
-    waits: list[float] = []
-
-    def read(_: Mapping[str, str]) -> Mapping[str, Tensor]:
-        return batch
-
-    async with AsyncExitStack() as stack:
-        stores = [Counted(ValkeyStore(url)) for _ in range(replicas)]
-        services = []
-        for store in stores:
-            await store.open()
-            stack.push_async_callback(store.close)
-            services.append(Layers(store, LayersOptions(store_timeout=60)))  # type: ignore[arg-type]
-            stack.push_async_callback(services[-1].close)
-        await services[0].create(name, LayerConfig(num_features=CHANNELS))
-        for service in services:
-            await service.get(name)
-        for store in stores:
-            store.counts.clear()
-
-        async def caller(number: int) -> None:
-            for _ in range(calls):
-                began = time.perf_counter()
-                await services[number].batches.train(name, read, None)
-                waits.append(time.perf_counter() - began)
-                finished[number] += 1
-            if finished[number] == callers * calls and not standing:
-                standing.extend(finished)
-
-        began = time.perf_counter()
-        await asyncio.gather(*(caller(number) for number in range(replicas) for _ in range(callers)))
-        seconds = time.perf_counter() - began
-        total = sum((store.counts for store in stores), Counter())
-    counts = (total["commit"], total["conflict"], total["load"])
-    return Run(replicas, callers, replicas * callers * calls, seconds, *counts, sorted(waits), standing)
 
 
 # ------------------------------------------------------------------------------------------- one service over HTTP
@@ -222,9 +118,9 @@ def table(runs: list[Run]) -> Iterator[str]:
 def report(server: Any, *, smoke: bool) -> Iterator[str]:
     """Measure, fit, reckon."""
     calls = 2 if smoke else 40
-    alone = [asyncio.run(contend(server.url, 1, many, calls, f"alone{many}")) for many in (1, 4, 16, 64)]
-    together = [asyncio.run(contend(server.url, many, 16, calls, f"hot{many}")) for many in REPLICAS]
-    few = [asyncio.run(contend(server.url, many, 2, calls, f"warm{many}")) for many in REPLICAS]
+    alone = [contend(server.url, 1, many, calls, f"alone{many}") for many in (1, 4, 16, 64)]
+    together = [contend(server.url, many, 16, calls, f"hot{many}") for many in REPLICAS]
+    few = [contend(server.url, many, 2, calls, f"warm{many}") for many in REPLICAS]
     yield from ("", "## One layer, one replica", "", *table(alone))
     yield from ("", "## One layer, many replicas", "", *table(together + few))
     commit, fold, rival = fitted(alone, together)

@@ -16,9 +16,6 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from batchnorm_service.api import Answer, Headers, Shell, Target, read_headers
 from batchnorm_service.outbox import OutboxProtocol
 
-MOST_BYTES: Final = 1 << 20
-"""Larger bodies take the ordinary way, where the client is held back while they are read chunk by chunk."""
-
 _JOIN_BYTES: Final = 1 << 16  # of an answer: a copy of so many costs less than another write
 
 _NOT_DIRECT: Final = frozenset({b"connection", b"expect", b"transfer-encoding", b"upgrade"})
@@ -70,9 +67,9 @@ class DirectProtocol(OutboxProtocol):
             return None
         headers = read_headers(self.headers)
         size = headers.get(b"content-length", b"")
-        if not (size.isdigit() and len(size) <= 7 and int(size) <= MOST_BYTES) or not _NOT_DIRECT.isdisjoint(headers):
+        if not (size.isdigit() and len(size) <= 18) or not _NOT_DIRECT.isdisjoint(headers):
             return None
-        if not self.app.enter(int(size)):
+        if not self.app.enter(target, headers, int(size)):
             return None
         return DirectCycle(self, self.app, target, headers, int(size))
 

@@ -13,30 +13,10 @@ import pytest
 from batchnorm_service.layers.rivals import Rivals
 from batchnorm_service.store.base import Committed, Conflict, Record, Store
 from layers.conftest import CONFIG, batch, serving, train
+from store.counted import Counted
 from store.harness import after, created
 
 pytestmark = pytest.mark.anyio
-
-
-class Counted:
-    """A store whose calls are counted."""
-
-    def __init__(self, store: Store) -> None:
-        self.counts: Counter[str] = Counter()
-        self._store = store
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
-
-    async def load(self, *arguments: Any) -> Any:
-        self.counts["load"] += 1
-        return await self._store.load(*arguments)
-
-    async def commit(self, *arguments: Any) -> Any:
-        self.counts["commit"] += 1
-        answer = await self._store.commit(*arguments)
-        self.counts["conflict"] += isinstance(answer, Conflict)
-        return answer
 
 
 @asynccontextmanager

@@ -70,9 +70,9 @@ class NormalizeCalls:
         exchange.body = await read_body(headers, receive, self.max_body_bytes)
         return exchange.answer(await self._batches.eval(name, exchange.read, statistics=exchange.statistics))
 
-    def answer_now(self, name: str, call: str, headers: Headers, body: memoryview) -> Answer | None:
-        """What `eval` answers to a body that is here, if that waits for nothing; None for all the rest."""
-        if call != "eval":
+    def eval_now(self, name: str, headers: Headers, body: memoryview) -> Answer | None:
+        """What `eval` answers to a body that is here, if that waits for nothing; otherwise None."""
+        if not self._batches.at_once(len(body)):
             return None
         exchange = _Exchange(headers, statistics=False)
         exchange.body = body

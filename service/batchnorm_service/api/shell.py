@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from typing import Any, Final
 
 from fastapi import FastAPI
 from starlette.types import Message, Receive, Scope, Send
 
 from batchnorm_client.contract import REQUEST_ID
-from batchnorm_client.errors import Overloaded, StoreUnavailable
+from batchnorm_client.errors import Overloaded, ProblemError, StoreUnavailable
 
 from .answers import Answer, RawHeader
 from .bodies import ClientGoneError
@@ -87,12 +88,15 @@ class Shell:
         target = target_of(url)
         return target if target.layer and target.call in self._calls.by_name else None
 
-    def enter(self, size: int) -> bool:
+    def enter(self, target: Target, headers: Headers, size: int) -> bool:
         """Count such a POST as running, from its head on; False when it may not, and the ordinary way says why."""
-        if self._running >= self._max_concurrent_requests or size > self._calls.max_body_bytes:
-            return False
         self._running += 1
-        return True
+        with suppress(ProblemError):
+            if size <= self._calls.max_body_bytes:
+                self._admit(target, headers, "POST")
+                return True
+        self._running -= 1
+        return False
 
     def leave(self) -> None:
         """It runs no longer."""
@@ -100,10 +104,11 @@ class Shell:
 
     def answer_now(self, target: Target, headers: Headers, body: memoryview) -> Answer | None:
         """The answer to such a POST, if it waits for nothing; None when it does, and nothing has happened yet."""
+        if target.call != "eval":
+            return None
         exchange = _Exchange(headers)
         try:
-            self._admit(target, headers, "POST")
-            answer = self._calls.answer_now(target.layer or "", target.call, headers, body)
+            answer = self._calls.eval_now(target.layer or "", headers, body)
         except Exception as error:
             answer = problem_answer(error, target.path, exchange.request_id)
         return None if answer is None else exchange.finished(answer, target)
@@ -112,7 +117,6 @@ class Shell:
         """The same, waiting for the layer, a thread or a commit."""
         exchange = _Exchange(headers)
         try:
-            self._admit(target, headers, "POST")
             answer = await self._calls.by_name[target.call](target.layer or "", b"", headers, receive)
         except asyncio.CancelledError:
             answer = problem_answer(_stopping(), target.path, exchange.request_id)

@@ -44,6 +44,10 @@ class Batches:
         self._slots = slots
         self._computing = computing
 
+    def at_once(self, nbytes: int) -> bool:
+        """Whether a batch of so many bytes is computed without waiting for a thread."""
+        return self._computing.at_once(nbytes)
+
     async def train(
         self, name: str, read: Read, key: str | None, *, statistics: bool = False, group: GroupCall | None = None
     ) -> Normalized:

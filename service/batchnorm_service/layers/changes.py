@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from batchnorm_client.errors import IdempotencyKeyReused, ProblemError, VersionMismatch
 
@@ -18,8 +19,7 @@ IfMatch = frozenset[int] | None
 """Versions that the caller accepts; None accepts any."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Done:
+class Done(NamedTuple):
     """What became of a queued call.
 
     Attributes:

@@ -40,11 +40,13 @@ class Plan:
 
     def settle(self) -> None:
         """Tell every caller that it is written; a twin is told as a repeat is."""
-        first = {waiting.ticket.key: self._receipt(waiting, batch) for waiting, batch in self.folds}
+        version = self.held.stamp.version
         for waiting, batch in self.folds:
-            settle(waiting, Done(self.held, self.held.stamp.version, batch, replayed=False))
-        for twin in self.twins:
-            settle(twin, replay(twin.ticket, self.held, first[twin.ticket.key]))
+            settle(waiting, Done(self.held, version, batch, replayed=False))
+        if self.twins:
+            first = {waiting.ticket.key: self._receipt(waiting, batch) for waiting, batch in self.folds}
+            for twin in self.twins:
+                settle(twin, replay(twin.ticket, self.held, first[twin.ticket.key]))
 
     def _receipt(self, waiting: Fold, batch: int) -> Receipt:
         return waiting.ticket.receipt(self.held.stamp.version, batch, waiting.work.payload)
@@ -64,8 +66,8 @@ async def make_plan(held: Held, waiting: Iterable[Fold]) -> Plan:
             twins.append(one)
         else:
             try:
-                if not state.normalizes_like(one.work.basis):
-                    await one.work.under(state)
+                if not held.state.normalizes_like(one.work.basis):  # folds change nothing of what that asks for
+                    await one.work.under(held.state)
                 state = fold(state, one.work.moments)
             except Exception as error:  # one that cannot be folded must not keep the others from it
                 refused.append((one, error))
