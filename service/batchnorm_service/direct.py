@@ -10,13 +10,14 @@ from __future__ import annotations
 from typing import Final, Self
 
 import numpy as np
-from starlette.types import Message
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from batchnorm_service.api import Answer, Headers, Shell, Target, read_headers
 from batchnorm_service.outbox import OutboxProtocol
 
 _JOIN_BYTES: Final = 1 << 16  # of an answer: a copy of so many costs less than another write
+
+_NOTHING: Final = memoryview(b"")
 
 _NOT_DIRECT: Final = frozenset({b"connection", b"expect", b"transfer-encoding", b"upgrade"})
 """Headers that ask the server for something; uvicorn's own cycle knows what."""
@@ -111,11 +112,13 @@ class DirectCycle:
     def start(self) -> None:
         """The body is complete: answer, at once if that is possible."""
         self.reading = False
-        answer = self._shell.answer_now(self._target, self._headers, self._body)
+        # The connection keeps this cycle until its next request; it must not keep the body.
+        body, self._body = self._body, _NOTHING
+        answer = self._shell.answer_now(self._target, self._headers, body)
         if answer is not None:
             self._send(answer)
             return
-        task = self._protocol.loop.create_task(self._answer_later())
+        task = self._protocol.loop.create_task(self._answer_later(body))
         self._protocol.tasks.add(task)
         task.add_done_callback(self._protocol.tasks.discard)
 
@@ -123,7 +126,8 @@ class DirectCycle:
         """Let go of the request; what has come of its body."""
         self.reading = False
         self._shell.leave()
-        return bytes(self._body[: self._filled])
+        body, self._body = self._body, _NOTHING
+        return bytes(body[: self._filled])
 
     @property
     def message_event(self) -> Self:
@@ -135,11 +139,8 @@ class DirectCycle:
         if self.reading:
             self.give_up()
 
-    async def _answer_later(self) -> None:
-        self._send(await self._shell.answer(self._target, self._headers, self._receive))
-
-    async def _receive(self) -> Message:
-        return {"type": "http.request", "body": self._body, "more_body": False}
+    async def _answer_later(self, body: memoryview) -> None:
+        self._send(await self._shell.answer(self._target, self._headers, body))
 
     def _send(self, answer: Answer) -> None:
         protocol, transport = self._protocol, self._protocol.transport

@@ -113,11 +113,11 @@ class Shell:
             answer = problem_answer(error, target.path, exchange.request_id)
         return None if answer is None else exchange.finished(answer, target)
 
-    async def answer(self, target: Target, headers: Headers, receive: Receive) -> Answer:
+    async def answer(self, target: Target, headers: Headers, body: memoryview) -> Answer:
         """The same, waiting for the layer, a thread or a commit."""
         exchange = _Exchange(headers)
         try:
-            answer = await self._calls.by_name[target.call](target.layer or "", b"", headers, receive)
+            answer = await self._calls.by_name[target.call](target.layer or "", b"", headers, _Whole(body))
         except asyncio.CancelledError:
             answer = problem_answer(_stopping(), target.path, exchange.request_id)
         except Exception as error:
@@ -199,6 +199,19 @@ def _inner(scope: Scope, target: Target, request_id: str) -> dict[str, Any]:
 def _stopping() -> StoreUnavailable:
     """The server ran out of patience while it stopped. What was queued will still be committed."""
     return StoreUnavailable("the service stops; whether the call took effect is unknown")
+
+
+class _Whole:
+    """ASGI's receive for a body that is here. It gives the body away: nothing keeps it longer than it is used."""
+
+    __slots__ = ("_body",)
+
+    def __init__(self, body: memoryview) -> None:
+        self._body: memoryview | None = body
+
+    async def __call__(self) -> Message:
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}
 
 
 async def _no_receive() -> Message:
