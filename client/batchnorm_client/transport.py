@@ -9,6 +9,8 @@ import os
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
+from http.cookiejar import CookieJar
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -55,7 +57,7 @@ class Link:
     ) -> None:
         if given is not None and options:
             raise TypeError(f"{', '.join(options)}: set it on the HTTP client that is passed in")
-        self.options = {"timeout": TIMEOUT, **options}
+        self.options = {"timeout": TIMEOUT, "cookies": _NoCookies(), **options}
         self.base = _base_url(base_url, given)
         if token is None and given is None:
             token = os.environ.get("BATCHNORM_TOKEN") or None
@@ -80,7 +82,7 @@ class Link:
             headers["Content-Length"] = str(size)
         outgoing = http.build_request(
             request.method,
-            self.base + request.target,
+            _url(self.base + request.target),
             content=joined or None,
             headers=headers,
             timeout=_until(_patient(http.timeout, request.waits), remaining),
@@ -88,6 +90,22 @@ class Link:
         if joined is None:
             outgoing.stream = _Blocks(request.pieces, attempts.remaining)
         return outgoing
+
+
+@lru_cache(maxsize=1024)
+def _url(text: str) -> httpx.URL:
+    """Parsed once: that costs more than writing the request."""
+    return httpx.URL(text)
+
+
+class _NoCookies(CookieJar):
+    """The service sets none, and looking for them in each answer costs more than reading its tensors."""
+
+    def extract_cookies(self, response: Any, request: Any) -> None:
+        """Take none."""
+
+    def add_cookie_header(self, request: Any) -> None:
+        """Send none."""
 
 
 class _Blocks(httpx.SyncByteStream, httpx.AsyncByteStream):
@@ -142,7 +160,11 @@ class Incoming:
         if self._buffer is not None:
             filled = self._buffer[: self._filled]
             body = bytearray(filled) + self._rest if self._rest else filled
-        return Answer(self._response.status_code, self._response.headers, body)
+        # A dict, because looking a name up in httpx's headers goes through all of them.
+        headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1") for name, value in self._response.headers.raw
+        }
+        return Answer(self._response.status_code, headers, body)
 
 
 @contextmanager
