@@ -121,8 +121,10 @@ def report(server: Any, *, smoke: bool) -> Iterator[str]:
     alone = [contend(server.url, 1, many, calls, f"alone{many}") for many in (1, 4, 16, 64)]
     together = [contend(server.url, many, 16, calls, f"hot{many}") for many in REPLICAS]
     few = [contend(server.url, many, 2, calls, f"warm{many}") for many in REPLICAS]
+    groups = [contend(server.url, 2, many, calls, f"group{many}") for many in (1, 4, 16, 64)]
     yield from ("", "## One layer, one replica", "", *table(alone))
     yield from ("", "## One layer, many replicas", "", *table(together + few))
+    yield from ("", "## One layer, two replicas, larger groups", "", *table(groups))
     commit, fold, rival = fitted(alone, together)
     train, evaluation, layer = costs(server, 4 if smoke else 512, 50 if smoke else 5000)
     receipt = train.memory

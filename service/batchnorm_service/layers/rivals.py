@@ -31,8 +31,12 @@ class Rivals:
         self._count = min(self._count + 1, _MOST)
 
     def passed(self, commits: int) -> None:
-        """Note how many commits others made in a turn of theirs: one each, if everybody gives way like this."""
-        self._count += (min(max(commits, 0), _MOST) - self._count) / 2
+        """Note how many commits others made in a turn of theirs: one each, if everybody gives way like this.
+
+        Few are believed slowly: whoever is starved commits nothing, and would be forgotten by the one that starves it.
+        """
+        seen = min(max(commits, 0), _MOST)
+        self._count += (seen - self._count) / (2 if seen > self._count else 8)
         if self._count < 0.1:  # winning alone would not tell: maybe nobody else can
             self._count = 0.0
 
@@ -41,5 +45,5 @@ class Rivals:
         return min(self._count * self._trip * random.uniform(0.5, 1.5), _LONGEST)  # noqa: S311
 
     def after_losing(self) -> float:
-        """Seconds to wait after races lost in a row: shorter, so that whoever has won waits longer."""
-        return self.after_winning() * random.uniform(0, 0.5)  # noqa: S311
+        """Seconds to wait after races lost in a row: part of a round trip, so that whoever has won waits longer."""
+        return min(self._trip * random.uniform(0, 0.5), _LONGEST)  # noqa: S311
