@@ -20,6 +20,14 @@ def test_every_row_is_measured():
     assert len(rows) == 1 + 14, done.stdout  # the head, and every row but those of the peers
 
 
+def test_the_steps_of_a_call_are_measured():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.steps"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" µs  ") == 8
+
+
 def test_gpu_benchmarks_without_a_gpu_say_so_and_exit_0():
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu"],
