@@ -29,6 +29,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from store import valkey_servers
 
 REPLICAS = (1, 2, 4, 8)
+SIZES = (1, 4, 16, 64)
 
 
 # ------------------------------------------------------------------------------------------- one service over HTTP
@@ -118,10 +119,11 @@ def table(runs: list[Run]) -> Iterator[str]:
 def report(server: Any, *, smoke: bool) -> Iterator[str]:
     """Measure, fit, reckon."""
     calls = 2 if smoke else 40
-    alone = [contend(server.url, 1, many, calls, f"alone{many}") for many in (1, 4, 16, 64)]
-    together = [contend(server.url, many, 16, calls, f"hot{many}") for many in REPLICAS]
-    few = [contend(server.url, many, 2, calls, f"warm{many}") for many in REPLICAS]
-    groups = [contend(server.url, 2, many, calls, f"group{many}") for many in (1, 4, 16, 64)]
+    sizes, replicas = ((1, 8), (1, 2)) if smoke else (SIZES, REPLICAS)
+    alone = [contend(server.url, 1, size, calls, f"alone{size}") for size in sizes]
+    together = [contend(server.url, many, 16, calls, f"hot{many}") for many in replicas]
+    few = [contend(server.url, many, 2, calls, f"warm{many}") for many in replicas]
+    groups = [contend(server.url, 2, size, calls, f"group{size}") for size in sizes]
     yield from ("", "## One layer, one replica", "", *table(alone))
     yield from ("", "## One layer, many replicas", "", *table(together + few))
     yield from ("", "## One layer, two replicas, larger groups", "", *table(groups))
