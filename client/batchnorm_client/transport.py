@@ -99,7 +99,10 @@ def _url(text: str) -> httpx.URL:
 
 
 class _NoCookies(CookieJar):
-    """The service sets none, and looking for them in each answer costs more than reading its tensors."""
+    """The service sets none, and looking for them in each answer costs more than reading its tensors.
+
+    Whoever needs a load balancer's (sticky sessions) passes an HTTP client.
+    """
 
     def extract_cookies(self, response: Any, request: Any) -> None:
         """Take none."""

@@ -7,15 +7,14 @@ messages for what is one function of the body. What goes this way does what it w
 
 from __future__ import annotations
 
+from asyncio import Task
 from typing import Final, Self
 
 import numpy as np
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
-from batchnorm_service.api import Answer, Headers, Shell, Target, read_headers
+from batchnorm_service.api import JOIN_BYTES, Answer, Headers, Shell, Target, read_headers
 from batchnorm_service.outbox import OutboxProtocol
-
-_JOIN_BYTES: Final = 1 << 16  # of an answer: a copy of so many costs less than another write
 
 _NOTHING: Final = memoryview(b"")
 
@@ -70,9 +69,11 @@ class DirectProtocol(OutboxProtocol):
         size = headers.get(b"content-length", b"")
         if not (size.isdigit() and len(size) <= 18) or not _NOT_DIRECT.isdisjoint(headers):
             return None
-        if not self.app.enter(target, headers, int(size)):
-            return None
-        return DirectCycle(self, self.app, target, headers, int(size))
+        try:
+            cycle = DirectCycle(self, self.app, target, headers, int(size))
+        except MemoryError:
+            return None  # on the ordinary way the caller is told
+        return cycle if self.app.enter(target, headers, int(size)) else None
 
 
 class DirectCycle:
@@ -120,7 +121,7 @@ class DirectCycle:
             return
         task = self._protocol.loop.create_task(self._answer_later(body))
         self._protocol.tasks.add(task)
-        task.add_done_callback(self._protocol.tasks.discard)
+        task.add_done_callback(self._ended)
 
     def give_up(self) -> bytes:
         """Let go of the request; what has come of its body."""
@@ -142,6 +143,11 @@ class DirectCycle:
     async def _answer_later(self, body: memoryview) -> None:
         self._send(await self._shell.answer(self._target, self._headers, body))
 
+    def _ended(self, task: Task[None]) -> None:
+        self._protocol.tasks.discard(task)
+        if task.cancelled():  # before it began: the server stops at once
+            self._shell.leave()
+
     def _send(self, answer: Answer) -> None:
         protocol, transport = self._protocol, self._protocol.transport
         self._shell.leave()
@@ -154,7 +160,7 @@ class DirectCycle:
             *[b"%b: %b\r\n" % header for header in answer.raw_headers],
             b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n",
         ]
-        if answer.size <= _JOIN_BYTES:
+        if answer.size <= JOIN_BYTES:
             transport.write(b"".join([*head, *answer.pieces]))
         else:
             transport.writelines([b"".join(head), *answer.pieces])

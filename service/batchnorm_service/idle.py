@@ -17,10 +17,10 @@ class IdleProtocol(HttpToolsProtocol):
     _idle_since = math.inf
     _timer: TimerHandle | None = None
 
-    def data_received(self, data: bytes) -> None:
-        """Bytes from the client."""
+    def on_message_begin(self) -> None:
+        """A request begins, perhaps in the bytes that the one before it came in."""
         self._idle_since = math.inf
-        super().data_received(data)
+        super().on_message_begin()
 
     def on_response_complete(self) -> None:
         """An answer is written."""

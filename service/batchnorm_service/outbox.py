@@ -59,7 +59,8 @@ class Outbox:
         if self._held:
             data = b"".join(self._held)
             self._held.clear()
-            self._transport.write(data)
+            if not self._transport.is_closing():  # of several pipelined requests, one may not know that the client left
+                self._transport.write(data)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)

@@ -1,4 +1,4 @@
-"""The direct way of small calls: the same answers as by ASGI, in the order of the requests, and with back-pressure."""
+"""The direct way: the same answers as by ASGI, in the order of the requests, and with back-pressure."""
 
 import asyncio
 import contextlib
@@ -13,6 +13,7 @@ from uvicorn.server import ServerState
 from batchnorm_client.contract import JSON, NPY, SAFETENSORS
 from batchnorm_service.api import Shell
 from batchnorm_service.app import create_app
+from batchnorm_service.direct import DirectCycle
 from batchnorm_service.protocol import Protocol
 from batchnorm_service.server import uvicorn_config
 from batchnorm_service.settings import Settings
@@ -100,6 +101,12 @@ async def serving(monkeypatch, **settings):
             assert shell._running == 0
         finally:
             server.close()
+
+
+@pytest.fixture
+def anyio_backend():
+    """On the loop that the service runs on."""
+    return "asyncio", {"use_uvloop": True}
 
 
 @pytest.fixture
@@ -298,3 +305,35 @@ async def test_a_connection_that_is_idle_for_too_long_is_closed(service):
     protocol._look()
     assert await reader.read() == b""
     writer.close()
+
+
+async def test_a_request_is_not_idle_because_the_one_before_it_is_answered(service):
+    await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))
+    shard = "/v1/layers/bn/train?group=g&size=2"
+    reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+    writer.write(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS) + post(shard, TENSORS, SAFETENSORS))
+    assert (await answer(reader))[0] == 200
+    (protocol,) = service.state.connections
+    protocol.timeout_keep_alive = 0
+    protocol._look()
+    assert (await service.ask(post(shard, TENSORS, SAFETENSORS)))[0][0] == 200
+    assert (await answer(reader))[0] == 200
+    writer.close()
+
+
+async def test_without_memory_for_a_body_the_other_way_is_taken(service, monkeypatch):
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(DirectCycle, "__init__", no_memory)
+    assert (await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS)))[0][0] == 200
+    assert service.by_asgi == 1
+
+
+async def test_who_leaves_with_requests_under_way_leaves_no_trace(service, caplog):
+    _, writer = await asyncio.open_connection("127.0.0.1", service.port)
+    writer.write(post("/v1/layers/bn/train", TENSORS, SAFETENSORS) * 3)
+    await writer.drain()
+    writer.transport.abort()
+    await until(lambda: not service.state.connections and not service.state.tasks)
+    assert caplog.text == ""

@@ -3,16 +3,16 @@
     shell ── train, eval ──> normalize ─┐          the short way: no router in between
       └───── all the rest ─> FastAPI ───┴──> layers.Layers
 
-Small calls reach the shell on the direct way, without ASGI (`batchnorm_service.direct`).
+Most calls that bring a batch reach the shell on the direct way, without ASGI (`batchnorm_service.direct`).
 
 Both ways share the modules that read requests (`headers`, `negotiation`, `conditions`, `queries`, `bodies`,
 `documents`) and those that write answers (`answers`, `problems`).
 """
 
-from batchnorm_service.api.answers import Answer
+from batchnorm_service.api.answers import JOIN_BYTES, Answer
 from batchnorm_service.api.headers import Headers, read_headers
 from batchnorm_service.api.service import ApiOptions, build_api
 from batchnorm_service.api.shell import Shell
 from batchnorm_service.api.target import Target
 
-__all__ = ["Answer", "ApiOptions", "Headers", "Shell", "Target", "build_api", "read_headers"]
+__all__ = ["JOIN_BYTES", "Answer", "ApiOptions", "Headers", "Shell", "Target", "build_api", "read_headers"]

@@ -24,7 +24,7 @@ REPLAYED: Final[RawHeader] = (IDEMPOTENT_REPLAY.lower().encode(), b"true")
 
 _INLINE_FEATURES: Final = 1 << 13
 
-_JOIN_BYTES: Final = 1 << 16
+JOIN_BYTES: Final = 1 << 16
 """Bodies up to this size are sent as one message: copying them costs less than a second message."""
 
 
@@ -49,7 +49,7 @@ class Answer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        if self.size <= _JOIN_BYTES:
+        if self.size <= JOIN_BYTES:
             await send({"type": "http.response.body", "body": b"".join(self.pieces)})
             return
         for piece in self.pieces:

@@ -1,6 +1,6 @@
-"""The outermost layer: what holds for every request, and the short ways to train and eval.
+"""The outermost layer: what holds for every request, and the short ways to the calls that bring a batch.
 
-Plain ASGI, and for small calls not even that (`batchnorm_service.direct`): their time is counted in microseconds.
+Plain ASGI, and mostly not even that (`batchnorm_service.direct`): the time of such a call is counted in microseconds.
 """
 
 from __future__ import annotations
@@ -116,8 +116,12 @@ class Shell:
     async def answer(self, target: Target, headers: Headers, body: memoryview) -> Answer:
         """The same, waiting for the layer, a thread or a commit."""
         exchange = _Exchange(headers)
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": body, "more_body": False}
+
         try:
-            answer = await self._calls.by_name[target.call](target.layer or "", b"", headers, _Whole(body))
+            answer = await self._calls.by_name[target.call](target.layer or "", b"", headers, receive)
         except asyncio.CancelledError:
             answer = problem_answer(_stopping(), target.path, exchange.request_id)
         except Exception as error:
@@ -199,19 +203,6 @@ def _inner(scope: Scope, target: Target, request_id: str) -> dict[str, Any]:
 def _stopping() -> StoreUnavailable:
     """The server ran out of patience while it stopped. What was queued will still be committed."""
     return StoreUnavailable("the service stops; whether the call took effect is unknown")
-
-
-class _Whole:
-    """ASGI's receive for a body that is here. It gives the body away: nothing keeps it longer than it is used."""
-
-    __slots__ = ("_body",)
-
-    def __init__(self, body: memoryview) -> None:
-        self._body: memoryview | None = body
-
-    async def __call__(self) -> Message:
-        body, self._body = self._body, None
-        return {"type": "http.request", "body": body, "more_body": False}
 
 
 async def _no_receive() -> Message:

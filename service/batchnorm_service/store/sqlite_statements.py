@@ -2,7 +2,8 @@
 
 Python's SQLite module lets go of Python's lock around every statement, and under load each of those is a chance for the
 event loop to run for milliseconds before the next one may. So what waits together is asked and written together. To
-keep the statements few that SQLite has to prepare, they come for 1, 2, 4, ... rows only.
+keep the statements few that SQLite has to prepare, they come for 1, 2, 4, ... rows only: a question is filled up with
+its last row, what is written comes in parts.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from typing import Any, Final
 
 from batchnorm_service.store.base import Receipt, Record, Stamp
 
-_MOST: Final = 256  # rows of one statement: 1,792 parameters at most, where SQLite takes 32,766
+_MOST: Final = 128  # rows of one statement: 896 parameters at most, where any SQLite takes 999
 
 
 def stamps(connection: sqlite3.Connection, names: Sequence[str]) -> dict[str, Stamp]:
     """The stamps of those layers that there are, by name."""
     found: dict[str, Stamp] = {}
-    for part in _parts(names):
+    for part in _filled_up(names):
         rows = connection.execute(_select_stamps(len(part)), part)
         found.update((name, Stamp(*stamp)) for name, *stamp in rows)
     return found
@@ -31,7 +32,7 @@ def unexpired(
 ) -> dict[tuple[int, bytes], Receipt]:
     """Those receipts that there are and that still count, by incarnation and key."""
     found: dict[tuple[int, bytes], Receipt] = {}
-    for part in _parts(keys):
+    for part in _filled_up(keys):
         rows = connection.execute(_select_receipts(len(part)), (*_flat(part), now))
         found.update(((incarnation, receipt[0]), Receipt(*receipt)) for incarnation, *receipt in rows)
     return found
@@ -89,6 +90,13 @@ def _marks(columns: int, rows: int, row: str = "") -> str:
 
 def _flat(rows: Sequence[tuple[Any, ...]]) -> list[Any]:
     return [value for row in rows for value in row]
+
+
+def _filled_up(rows: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """The rows in as few parts as can be, each of 1, 2, 4, ... rows: the last one may be there several times."""
+    for begin in range(0, len(rows), _MOST):
+        part = [*rows[begin : begin + _MOST]]
+        yield part + part[-1:] * ((1 << (len(part) - 1).bit_length()) - len(part))
 
 
 def _parts(rows: Sequence[Any]) -> Iterator[Sequence[Any]]:
