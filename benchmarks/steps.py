@@ -7,6 +7,7 @@ step takes about twice as long, because caches are cold behind every system call
 from __future__ import annotations
 
 import asyncio
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -70,10 +71,10 @@ async def steps(directory: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         )
 
 
-def microseconds(step: Callable[[], object]) -> float:
+def microseconds(step: Callable[[], object], rounds: int) -> float:
     """Of one call, in the best of many rounds."""
     best = float("inf")
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         begin = time.perf_counter()
         for _ in range(_CALLS):
             step()
@@ -119,11 +120,12 @@ class _Transport:
 
 def main() -> None:
     """Run the command line."""
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else _ROUNDS
     cores.use_load_core()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
         for name, step in asyncio.run(steps(Path(directory))):
-            print(f"{microseconds(step):6.1f} µs  {name}", flush=True)
+            print(f"{microseconds(step, rounds):6.1f} µs  {name}", flush=True)
 
 
 if __name__ == "__main__":

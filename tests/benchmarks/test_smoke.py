@@ -22,7 +22,7 @@ def test_every_row_is_measured():
 
 def test_the_steps_of_a_call_are_measured():
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.steps"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "benchmarks.steps", "1"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(" µs  ") == 8
