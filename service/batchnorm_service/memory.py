@@ -18,7 +18,7 @@ def settle_memory() -> None:
     The garbage collector leaves out 200,000 objects of torch and FastAPI, a pause of 100 ms at each full collection.
 
     glibc gives a freed buffer of a body back to the system, and the next body takes its pages one by one, each a page
-    fault: 680 per eval of 256x256 numbers in JSON, a third of its time. Here buffers of less than 16 MiB come from the
+    fault: 250 to 680 per eval of 256x256 numbers in JSON. Here buffers of less than 16 MiB come from the
     heap, which gives back what is free at its top once that is more than 32 MiB; below, memory stays up to the peak
     of what such buffers needed. Larger ones go back at once.
     """
