@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import time
 from typing import NamedTuple
 
 import xxhash
@@ -19,7 +20,7 @@ class Ticket(NamedTuple):
     """The claim of one change to be made exactly once.
 
     Attributes:
-        key: 16 bytes, the digest of the caller's Idempotency-Key, or random.
+        key: 16 bytes, the digest of the caller's Idempotency-Key, or the time and random bits.
         fingerprint: 16 bytes, of what the caller asked for.
         from_caller: whether the caller gave the key. (A change without one has a receipt all the same: it tells what
             became of a commit whose reply was lost.)
@@ -43,8 +44,10 @@ def ticket(key: str | None, operation: str, *tensors: Tensor) -> Ticket:
         tensors: the batch.
     """
     if key is None:
-        # Only never the same twice, not hard to guess: os.urandom would be a system call.
-        return Ticket(random.randbytes(KEY_BYTES), bytes(KEY_BYTES), from_caller=False)  # noqa: S311
+        # Never the same twice, but not hard to guess: os.urandom would be a system call. Ascending, as in a UUID of
+        # version 7 (RFC 9562, 5.7), because a store keeps what ascends with less work.
+        milliseconds = (time.time_ns() // 1_000_000).to_bytes(6, "big")
+        return Ticket(milliseconds + random.randbytes(KEY_BYTES - 6), bytes(KEY_BYTES), from_caller=False)  # noqa: S311
     digest = xxhash.xxh3_128(f"{operation}\0".encode())
     for tensor in tensors:
         digest.update(f"{tensor.dtype}\0{tensor.shape}\0".encode())

@@ -132,10 +132,12 @@ class SqliteStore:
 
     async def receipts(self) -> AsyncIterator[Sequence[Lasting]]:
         """See `Store.receipts`."""
-        after = (-1, b"")
-        while page := await self._do(None, lambda c, after=after: self._table.receipts(c, after, _PAGE)):  # type: ignore[misc]
+        after = 0
+        while True:
+            page, after = await self._do(None, lambda c, after=after: self._table.receipts(c, after, _PAGE))  # type: ignore[misc]
+            if not page:
+                return
             yield page
-            after = (page[-1].incarnation, page[-1].receipt.key)
 
     async def remember(self, name: str, incarnation: int, receipts: Sequence[Lasting]) -> Committed | Missing:
         """See `Store.remember`."""

@@ -12,7 +12,7 @@ from batchnorm_service.store.base import StoreRefusedError
 from batchnorm_service.store.sqlite_table import SCHEMA
 
 APPLICATION_ID: Final = 0x424E5356  # "BNSV"; `file` and others read it from the header
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 _PERMISSION: Final = "the service needs permission to read and write the file and its directory"
 
@@ -21,7 +21,7 @@ _PRAGMAS: Final = (
     "PRAGMA fullfsync = ON",  # macOS: a plain fsync stays in the drive's cache; elsewhere it means nothing
     "PRAGMA checkpoint_fullfsync = ON",
     "PRAGMA secure_delete = OFF",  # some builds overwrite freed pages with zeros, which doubles what is written
-    "PRAGMA cache_size = -32768",  # 32 MiB: receipts come at random keys
+    "PRAGMA cache_size = -32768",  # 32 MiB: the keys of receipts are random
     "PRAGMA journal_size_limit = 67108864",  # a log that one large transaction blew up shrinks again
 )
 

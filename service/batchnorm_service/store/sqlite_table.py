@@ -41,8 +41,11 @@ SCHEMA: Final = (
     """,
     # A receipt belongs to an incarnation, not to a name: deleting a layer is O(1) however many it has, because they
     # can never match again, and the purge takes them as they expire. `expires` is in whole seconds since the epoch.
+    # New rows stand behind all others, in the table and by expiry. In the one index where each could be anywhere, an
+    # entry is short, and the key comes first: keys that callers did not give ascend, whatever the layer.
     """
     CREATE TABLE receipts (
+        id INTEGER PRIMARY KEY,
         incarnation INTEGER NOT NULL,
         key BLOB NOT NULL,
         fingerprint BLOB NOT NULL,
@@ -50,8 +53,8 @@ SCHEMA: Final = (
         batch INTEGER NOT NULL,
         payload BLOB NOT NULL,
         expires INTEGER NOT NULL,
-        PRIMARY KEY (incarnation, key)
-    ) WITHOUT ROWID
+        UNIQUE (key, incarnation)
+    )
     """,
     # Shards of groups that have not closed yet; small, few, and gone when their group closes.
     """
@@ -207,15 +210,15 @@ class SqliteTable:
                 entries.append(Entry(name, Stamp(incarnation, version, commit_id), blob.read(HEAD_BYTES)))
         return entries
 
-    def receipts(self, connection: sqlite3.Connection, after: tuple[int, bytes], limit: int) -> Sequence[Lasting]:
-        """Up to `limit` unexpired receipts that follow an incarnation and key."""
+    def receipts(self, connection: sqlite3.Connection, after: int, limit: int) -> tuple[Sequence[Lasting], int]:
+        """Up to `limit` unexpired receipts that follow a row, and the last of their rows."""
         now = self._clock()
         rows = connection.execute(
-            "SELECT incarnation, expires, key, fingerprint, version, batch, payload FROM receipts"
-            " WHERE (incarnation, key) > (?, ?) AND expires > ? ORDER BY incarnation, key LIMIT ?",
-            (*after, now, limit),
-        )
-        return [Lasting(row[0], Receipt(*row[2:]), row[1] - now) for row in rows]
+            "SELECT id, incarnation, expires, key, fingerprint, version, batch, payload FROM receipts"
+            " WHERE id > ? AND expires > ? ORDER BY id LIMIT ?",
+            (after, now, limit),
+        ).fetchall()
+        return [Lasting(row[1], Receipt(*row[3:]), row[2] - now) for row in rows], rows[-1][0] if rows else after
 
     def remember(
         self, connection: sqlite3.Connection, name: str, incarnation: int, receipts: Sequence[Lasting]
@@ -238,12 +241,10 @@ class SqliteTable:
 
     def purge(self, connection: sqlite3.Connection, changes: int) -> None:
         """Remove some expired receipts: more than `changes`, so that they go faster than new ones come."""
-        expired = connection.execute(
-            "SELECT incarnation, key FROM receipts WHERE expires <= ? ORDER BY expires LIMIT ?",
+        connection.execute(
+            "DELETE FROM receipts WHERE id IN (SELECT id FROM receipts WHERE expires <= ? ORDER BY expires LIMIT ?)",
             (self._clock(), _PURGE_STEP + changes),
-        ).fetchall()
-        if expired:  # one by one: of `(incarnation, key) IN (SELECT ...)` the index would be used by half
-            connection.executemany("DELETE FROM receipts WHERE incarnation = ? AND key = ?", expired)
+        )
 
 
 def _outcome(
