@@ -8,11 +8,11 @@ from torch import nn
 
 from batchnorm_client import errors
 from batchnorm_client.contract import LayerConfig, LayerUpdate
-from batchnorm_service.engine.moments import Moments
+from batchnorm_service.engine.moments import Moments, exact_moments
 from batchnorm_service.engine.normalize import train_step
 from batchnorm_service.engine.state import initial_state, update
 from batchnorm_service.engine.state_dict import replace_tensors
-from batchnorm_service.engine.statistics import fold
+from batchnorm_service.engine.statistics import fold, fold_all
 from batchnorm_service.engine.tensors import to_wire
 
 
@@ -54,6 +54,38 @@ def test_a_folded_state_that_is_not_finite_is_refused_unless_allowed() -> None:
     assert refused.value.fields["field"] == "running_mean"
     allowed = initial_state(LayerConfig(num_features=1, non_finite="allow"))
     assert fold(replace_tensors(allowed, broken), _moments(1.0, 1.0)).running_mean.isnan().all()
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1 / 3, 1.0, None])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_many_batches_at_once_are_folded_as_one_after_the_other(momentum: float | None, dtype: str) -> None:
+    """Contiguous and strided batches, which torch rounds in two ways, and moments that came in float64."""
+    module = nn.BatchNorm2d(8, momentum=momentum, dtype=getattr(torch, dtype))
+    layer = initial_state(LayerConfig(num_features=8, momentum=momentum, dtype=dtype))
+    generator = torch.Generator().manual_seed(2)
+    batches = [torch.randn(6, 8, 3, 5, generator=generator, dtype=module.weight.dtype) * 3 + 5 for _ in range(12)]
+    batches[1::3] = [batch[:, :, :, ::2] for batch in batches[1::3]]
+    for batch in batches:
+        module(batch)
+    moments = [train_step(layer, batch).moments for batch in batches]
+    assert {one.strided for one in moments} == {True, False}
+    together = fold_all(layer, moments)
+    assert torch.equal(together.running_mean, module.running_mean)
+    assert torch.allclose(together.running_var, module.running_var, rtol=1e-6, atol=0)
+    moments.append(exact_moments(batches[0]))
+    one_by_one, together = layer, fold_all(layer, moments)
+    for one in moments:
+        one_by_one = fold(one_by_one, one)
+    assert torch.equal(together.running_mean, one_by_one.running_mean)
+    assert torch.equal(together.running_var, one_by_one.running_var)
+    assert (together.num_batches_tracked, together.samples_tracked) == (13, one_by_one.samples_tracked)
+
+
+def test_one_batch_among_many_that_leaves_nothing_finite_refuses_them_all() -> None:
+    layer = initial_state(LayerConfig(num_features=1, momentum=0.5))
+    many = [_moments(1.0, 1.0), _moments(float("inf"), 1.0), *[_moments(1.0, 1.0)] * 300]
+    with pytest.raises(errors.NonFinite):
+        fold_all(layer, many)
 
 
 @pytest.mark.parametrize("momentum", [0.1, 1 / 3, 0.01, 0.9, 0.0, 1.0, None])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -21,7 +22,12 @@ MOST: Final = 2**63 - 1
 
 
 def fold(state: LayerState, moments: Moments) -> LayerState:
-    """The state after one more batch. A layer whose tracking is off stays as it is.
+    """The state after one more batch: `fold_all` of one."""
+    return fold_all(state, [moments])
+
+
+def fold_all(state: LayerState, batches: Sequence[Moments]) -> LayerState:
+    """The state after more batches, one after the other. A layer whose tracking is off stays as it is.
 
     Moving statistics follow torch's rule (torch.nn.BatchNorm's note on momentum),
 
@@ -34,21 +40,25 @@ def fold(state: LayerState, moments: Moments) -> LayerState:
         InvalidRequest: a counter would not fit 64 bits any more.
         NonFinite: the folded statistics would not be finite, and the layer rejects that.
     """
-    if not state.tracks:
+    if not (state.tracks and batches):
         return state
-    batches, samples = state.num_batches_tracked + 1, state.samples_tracked + moments.count
-    if max(batches, samples) > MOST:
-        raise _overflow(batches, samples)
+    count = state.num_batches_tracked + len(batches)
+    samples = state.samples_tracked + sum([moments.count for moments in batches])
+    if max(count, samples) > MOST:
+        raise _overflow(count, samples)
+    population = state.population
     with np.errstate(all="ignore"):  # a layer may allow what is not finite
-        population = None
-        if state.population is None:
-            mean, var = _moving(state, moments)
+        if population is None:
+            running = _moving(state, batches)
         else:
-            population = state.population.fold(moments, state.config.half_life)
-            mean, var = population.mean.to(state.dtype).numpy(), population.unbiased_var().to(state.dtype).numpy()
+            for moments in batches:
+                population = population.fold(moments, state.config.half_life)
+            both = (population.mean.to(state.dtype), population.unbiased_var().to(state.dtype))
+            running = np.array([vector.numpy() for vector in both])
         # A sum of squares is finite only if every term is; it can overflow though all are: `check_finite` looks closer.
-        finite = math.isfinite(mean.dot(mean)) and math.isfinite(var.dot(var))
-    running_mean, running_var = torch.from_numpy(mean), torch.from_numpy(var)
+        # What is not finite never becomes so again, so what the last batch left tells for all.
+        finite = math.isfinite(np.vdot(running, running))
+    running_mean, running_var = map(torch.from_numpy, running)
     if not finite and state.config.non_finite == "reject":
         check_finite(running_mean, "the folded running_mean", "running_mean")
         check_finite(running_var, "the folded running_var", "running_var")
@@ -56,7 +66,7 @@ def fold(state: LayerState, moments: Moments) -> LayerState:
         population=population,
         running_mean=running_mean,
         running_var=running_var,
-        num_batches_tracked=batches,
+        num_batches_tracked=count,
         samples_tracked=samples,
     )
 
@@ -66,30 +76,31 @@ def _overflow(batches: int, samples: int) -> InvalidRequest:
     return InvalidRequest(f"{name} would be {count}, over {MOST}", field=name, expected=f"<= {MOST}")
 
 
-def _moving(state: LayerState, moments: Moments) -> tuple[Array, Array]:
-    """The running mean and variance after one more batch.
+def _moving(state: LayerState, batches: Sequence[Moments]) -> Array:
+    """The running mean and variance, (2, C), after more batches, each rounded as torch rounds it.
 
-    In numpy: on C numbers an operation of torch's is mostly call, and every one here is rounded as torch rounds it.
+    In numpy: on C numbers an operation of torch's is mostly call.
     """
     assert state.running_mean is not None  # noqa: S101 - what tracks means
     assert state.running_var is not None  # noqa: S101
-    momentum = 1 / (state.num_batches_tracked + 1) if state.config.momentum is None else state.config.momentum
-    old_mean, old_var = state.running_mean.numpy(), state.running_var.numpy()
-    dtype = old_mean.dtype
-    mean = moments.mean.numpy().astype(dtype, copy=False)
-    var = moments.unbiased_var().numpy().astype(dtype, copy=False)
-    if moments.strided or dtype == np.float64:
-        return _average(old_mean, mean, momentum), _average(old_var, var, momentum)
-    # torch's kernel for contiguous float32: momentum, both products and the sum are rounded. But its compiler makes the
-    # variance a fused multiply-add: the product with the batch is not rounded. The product of two float32 is exact in
-    # float64, so a sum in float64 gives the same.
-    weight = np.float32(momentum)
-    keep = np.float32(1) - weight
-    exact = np.float64(weight) * var.astype(np.float64)
-    return keep * old_mean + weight * mean, (keep * old_var + exact).astype(np.float32)
-
-
-def _average(running: Array, batch: Array, momentum: float) -> Array:
-    """(1 - momentum) * running + momentum * batch in float64, rounded once: what torch's strided kernel does."""
-    average: Array = (1 - momentum) * running.astype(np.float64) + momentum * batch.astype(np.float64)
-    return average.astype(running.dtype)
+    running = np.array((state.running_mean.numpy(), state.running_var.numpy()))
+    share = np.empty(running.shape, np.float64)
+    share_of_var = share[1]
+    for number, moments in enumerate(batches, state.num_batches_tracked + 1):
+        momentum = 1 / number if state.config.momentum is None else state.config.momentum
+        mean, var = moments.mean.numpy(), moments.unbiased_var().numpy()
+        if mean.dtype != running.dtype:
+            mean, var = mean.astype(running.dtype), var.astype(running.dtype)
+        if moments.strided or running.dtype == np.float64:  # torch's strided kernel: in float64, rounded once
+            share[:] = mean, var
+            running[:] = (1 - momentum) * running.astype(np.float64) + momentum * share
+            continue
+        # torch's kernel for contiguous float32: momentum, both products and the sum are rounded. But its compiler makes
+        # the variance a fused multiply-add: the product with the batch is not rounded. The product of two float32 is
+        # exact in float64, and a sum in float64 that is then rounded to float32 is the sum in float32.
+        weight = np.float32(momentum)
+        share[0] = mean * weight
+        np.multiply(var, np.float64(weight), out=share_of_var)
+        running *= np.float32(1) - weight
+        running += share
+    return running

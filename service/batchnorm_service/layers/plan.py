@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..engine.statistics import fold
+from ..engine.state import LayerState
+from ..engine.statistics import fold, fold_all
 from ..store.base import Receipt, Record
 from .changes import Done, Fold, ReplacedError, replay, settle
 from .records import Held, record
@@ -52,28 +53,64 @@ class Plan:
         return waiting.ticket.receipt(self.held.stamp.version, batch, waiting.work.payload)
 
 
-async def make_plan(held: Held, waiting: Iterable[Fold]) -> Plan:
+async def make_plan(held: Held, waiting: Sequence[Fold]) -> Plan:
     """Fold what waits onto `held`, in order; what is refused is left out."""
+    there = [one for one in waiting if one.incarnation == held.stamp.incarnation]
+    for one in waiting:
+        if one.incarnation != held.stamp.incarnation:
+            settle(one, ReplacedError())
+    if len({one.ticket.key for one in there}) == len(there):
+        try:
+            return await _all(held, there)
+        except Exception:  # noqa: S110 - one that cannot be folded must not keep the others from it: who it is, is found below
+            pass
+    return await _each(held, there)
+
+
+async def _all(held: Held, waiting: Sequence[Fold]) -> Plan:
+    """The plan where no key comes twice and nothing is refused. Raises for the first that is."""
+    for one in waiting:
+        await _under(held, one)
+    state = fold_all(held.state, [one.work.moments for one in waiting])
+    first = held.state.num_batches_tracked
+    step = 1 if held.state.tracks else 0
+    return _plan(held, state, [(one, first + step * n) for n, one in enumerate(waiting, 1)])
+
+
+async def _each(held: Held, waiting: Sequence[Fold]) -> Plan:
+    """The same, one by one, with twins, and with what is refused left out."""
     state = held.state
     folds: list[tuple[Fold, int]] = []
     twins: list[Fold] = []
     refused: list[tuple[Fold, Exception]] = []
     keys: set[bytes] = set()
     for one in waiting:
-        if one.incarnation != held.stamp.incarnation:
-            settle(one, ReplacedError())
-        elif one.ticket.key in keys:
+        if one.ticket.key in keys:
             twins.append(one)
-        else:
-            try:
-                if not held.state.normalizes_like(one.work.basis):  # folds change nothing of what that asks for
-                    await one.work.under(held.state)
-                state = fold(state, one.work.moments)
-            except Exception as error:  # one that cannot be folded must not keep the others from it
-                refused.append((one, error))
-                continue
-            keys.add(one.ticket.key)
-            folds.append((one, state.num_batches_tracked))
+            continue
+        try:
+            await _under(held, one)
+            state = fold(state, one.work.moments)
+        except Exception as error:
+            refused.append((one, error))
+            continue
+        keys.add(one.ticket.key)
+        folds.append((one, state.num_batches_tracked))
+    return _plan(held, state, folds, twins, refused)
+
+
+async def _under(held: Held, one: Fold) -> None:
+    if not held.state.normalizes_like(one.work.basis):  # folds change nothing of what that asks for
+        await one.work.under(held.state)
+
+
+def _plan(
+    held: Held,
+    state: LayerState,
+    folds: Iterable[tuple[Fold, int]],
+    twins: Iterable[Fold] = (),
+    refused: Iterable[tuple[Fold, Exception]] = (),
+) -> Plan:
     changed = state is not held.state
     after = held.next(state) if changed else held
     return Plan(after, record(after) if changed else None, tuple(folds), tuple(twins), tuple(refused))
