@@ -7,13 +7,15 @@ and four messages for what is one function of the body. What goes this way does 
 
 from __future__ import annotations
 
-from asyncio import Task
-from typing import Final, Self
+from asyncio import Future, Task
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, Final, Self
 
 import numpy as np
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
-from batchnorm_service.api import JOIN_BYTES, Answer, Headers, Shell, Target, read_headers
+from batchnorm_service.api import JOIN_BYTES, Answer, Headers, PendingAnswer, Shell, Target, read_headers
 from batchnorm_service.outbox import OutboxProtocol
 
 _NOTHING: Final = memoryview(b"")
@@ -119,9 +121,12 @@ class DirectCycle:
         if answer is not None:
             self._send(answer)
             return
-        task = self._protocol.loop.create_task(self._answer_later(body))
-        self._protocol.tasks.add(task)
-        task.add_done_callback(self._ended)
+        pending = self._shell.answer_soon(self._target, self._headers, body)
+        if pending is None:
+            self._answer_later(lambda: self._shell.answer(self._target, self._headers, body))
+            return
+        self._protocol.tasks.add(pending.folded)  # type: ignore[arg-type] # to be cancelled by a forced stop
+        pending.folded.add_done_callback(partial(self._folded, pending))
 
     def give_up(self) -> bytes:
         """Let go of the request; what has come of its body."""
@@ -140,8 +145,21 @@ class DirectCycle:
         if self.reading:
             self.give_up()
 
-    async def _answer_later(self, body: memoryview) -> None:
-        self._send(await self._shell.answer(self._target, self._headers, body))
+    def _folded(self, pending: PendingAnswer, future: Future[Any]) -> None:
+        self._protocol.tasks.discard(future)
+        answer = pending.now()
+        if answer is None:
+            self._answer_later(pending.later)
+        else:
+            self._send(answer)
+
+    def _answer_later(self, coming: Callable[[], Awaitable[Answer]]) -> None:
+        async def answer() -> None:
+            self._send(await coming())
+
+        task = self._protocol.loop.create_task(answer())
+        self._protocol.tasks.add(task)
+        task.add_done_callback(self._ended)
 
     def _ended(self, task: Task[None]) -> None:
         self._protocol.tasks.discard(task)

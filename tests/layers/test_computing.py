@@ -5,7 +5,11 @@ import sys
 import threading
 
 import pytest
+import torch
 
+from batchnorm_client.contract import LayerConfig
+from batchnorm_service.engine.normalize import eval_step
+from batchnorm_service.engine.state import initial_state
 from batchnorm_service.layers.computing import Computing
 
 pytestmark = pytest.mark.anyio
@@ -29,3 +33,28 @@ async def test_large_work_waits_for_small_work(computing):
         return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
     assert await computing.run(9, niceness) > await computing.run(8, niceness)
+
+
+async def test_work_away_is_never_done_on_the_event_loop(monkeypatch):
+    seen = []
+
+    def fake(device, function, *args):
+        seen.append((device, threading.current_thread()))
+        return function(*args)
+
+    cuda = torch.device("cuda", 1)
+    monkeypatch.setattr("batchnorm_service.layers.computing.staged", fake)
+    monkeypatch.setattr("batchnorm_service.layers.computing.device", lambda name: {"cuda:1": cuda}[name])
+    computing = Computing("cpu", inline_bytes=1 << 20)
+    here, there = (initial_state(LayerConfig(num_features=3, device=device)) for device in (None, "cuda:1"))
+    batch = torch.ones(4, 3)
+    try:
+        assert computing.away(there)
+        assert not computing.away(here)
+        outputs = [await computing.run(batch.nbytes, eval_step, layer, batch) for layer in (here, there)]
+    finally:
+        computing.close()
+    assert torch.equal(*outputs)
+    ((device, thread),) = seen
+    assert device == cuda
+    assert thread is not threading.current_thread()

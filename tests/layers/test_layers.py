@@ -12,11 +12,12 @@ from torch import nn
 from batchnorm_client import errors
 from batchnorm_client.contract import LayerConfig, LayerUpdate
 from batchnorm_client.tensors import Tensor
+from batchnorm_service.layers import plan
 from batchnorm_service.store.base import Duplicates, Receipt
 from batchnorm_service.store.memory import MemoryStore
 from layers.conftest import CONFIG, batch, evaluate, serving, train
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("both_ways")]
 
 
 async def test_concurrent_batches_are_folded_in_one_order_that_torch_repeats() -> None:
@@ -150,6 +151,15 @@ async def test_one_bad_batch_among_many_is_refused_alone() -> None:
         )
         assert [isinstance(answer, errors.NonFinite) for answer in answers] == [False, True, False]
         assert (await layers.get("a")).num_batches_tracked == 2
+
+
+async def test_batches_that_none_is_refused_of_are_folded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one is slower, and only for finding out which of them is refused."""
+    monkeypatch.setattr(plan, "_each", None)
+    async with serving(MemoryStore()) as layers:
+        await layers.create("a", CONFIG)
+        results = await asyncio.gather(*(train(layers, "a", batch(seed), f"{seed}") for seed in range(5)))
+        assert sorted(result.num_batches_tracked for result in results) == [1, 2, 3, 4, 5]
 
 
 async def test_eval_sees_the_last_fold_and_changes_nothing() -> None:

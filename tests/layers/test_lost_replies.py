@@ -17,7 +17,7 @@ from batchnorm_service.store.base import StoreError
 from batchnorm_service.store.memory import MemoryStore
 from layers.conftest import CONFIG, batch, evaluate, serving, train
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("both_ways")]
 
 
 class Flaky(MemoryStore):

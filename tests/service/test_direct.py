@@ -7,16 +7,19 @@ import socket
 
 import numpy as np
 import pytest
-from safetensors.numpy import save
+import torch
+from safetensors.numpy import load, save
 from uvicorn.server import ServerState
 
 from batchnorm_client.contract import JSON, NPY, SAFETENSORS
 from batchnorm_service.api import Shell
 from batchnorm_service.app import create_app
 from batchnorm_service.direct import DirectCycle
+from batchnorm_service.layers import Training
 from batchnorm_service.protocol import Protocol
 from batchnorm_service.server import uvicorn_config
 from batchnorm_service.settings import Settings
+from batchnorm_service.store.base import Missing
 from batchnorm_service.store.memory import MemoryStore
 
 pytestmark = pytest.mark.anyio
@@ -200,6 +203,45 @@ async def test_a_guard_stands_on_both_ways(monkeypatch):
             (ordinary,) = await service.ask(post("/v1/layers/bn/train", TENSORS, SAFETENSORS, given + ORDINARY))
             assert comparable(direct) == comparable(ordinary)
         assert service.by_asgi == 6
+
+
+async def test_training_waits_for_its_commit_without_a_task(service, monkeypatch):
+    await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))  # now the layer is in memory
+    monkeypatch.setattr(Shell, "answer", None)
+    answers = await service.ask(*[post("/v1/layers/bn/train", TENSORS, SAFETENSORS)] * 2)
+    assert [(status, headers["num-batches-tracked"]) for status, headers, _ in answers] == [(200, "1"), (200, "2")]
+
+
+@pytest.mark.parametrize("changed", [False, True])
+async def test_the_output_is_the_same_when_more_is_to_be_done_after_the_commit(service, monkeypatch, changed):
+    await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))
+    if changed:
+        monkeypatch.setattr(Training, "result", lambda _: None)
+    ((status, headers, output),) = await service.ask(post("/v1/layers/bn/train", TENSORS, SAFETENSORS))
+    assert (status, headers["num-batches-tracked"], service.by_asgi) == (200, "1", 0)
+    expected = torch.nn.BatchNorm1d(2)(torch.from_numpy(BATCH)).detach().numpy()
+    assert np.array_equal(load(output)["output"], expected)
+
+
+async def test_who_waits_for_a_commit_while_the_server_stops_is_told(service, monkeypatch):
+    await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))
+    forever = asyncio.Event()
+
+    async def commit(*_):
+        await forever.wait()
+        return Missing()
+
+    monkeypatch.setattr(MemoryStore, "commit", commit)
+    reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+    writer.write(post("/v1/layers/bn/train", TENSORS, SAFETENSORS))
+    await until(lambda: service.state.tasks)
+    for task in service.state.tasks:
+        task.cancel(msg="as uvicorn does")
+    status, _, body = await answer(reader)
+    assert (status, json.loads(body)["type"]) == (503, "/problems/store-unavailable")
+    assert not service.state.tasks
+    forever.set()
+    writer.close()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,17 @@ Both ways share the modules that read requests (`headers`, `negotiation`, `condi
 from batchnorm_service.api.answers import JOIN_BYTES, Answer
 from batchnorm_service.api.headers import Headers, read_headers
 from batchnorm_service.api.service import ApiOptions, build_api
-from batchnorm_service.api.shell import Shell
+from batchnorm_service.api.shell import PendingAnswer, Shell
 from batchnorm_service.api.target import Target
 
-__all__ = ["JOIN_BYTES", "Answer", "ApiOptions", "Headers", "Shell", "Target", "build_api", "read_headers"]
+__all__ = [
+    "JOIN_BYTES",
+    "Answer",
+    "ApiOptions",
+    "Headers",
+    "PendingAnswer",
+    "Shell",
+    "Target",
+    "build_api",
+    "read_headers",
+]

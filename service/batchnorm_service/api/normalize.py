@@ -6,7 +6,7 @@ and its 405; they lead here too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from fastapi import FastAPI
@@ -20,8 +20,9 @@ from batchnorm_client.contract import (
     TENSOR_MEDIA_TYPES,
     VERSION,
 )
+from batchnorm_client.errors import ProblemError
 from batchnorm_client.tensors import Tensor, decode, encode
-from batchnorm_service.layers import Layers, Normalized
+from batchnorm_service.layers import Layers, Normalized, Training
 
 from .answers import REPLAYED, Answer, RawHeader
 from .bodies import read_body
@@ -31,6 +32,9 @@ from .headers import Headers, idempotency_key, read_headers
 from .negotiation import FORMS_FOR, accepted, content_type, tensor_form
 from .openapi import LayerNamePath, describe, tensor_body, tensor_response
 from .queries import NoQuery, NormalizeQuery, TrainQuery, parse_query
+
+Encode = Callable[[Normalized], Answer]
+"""Writes an answer in the form that the caller takes."""
 
 _VERSION: Final = VERSION.lower().encode()
 _BATCHES: Final = NUM_BATCHES_TRACKED.lower().encode()
@@ -62,6 +66,19 @@ class NormalizeCalls:
         group = asked.group_call
         call = self._batches.train(name, exchange.read, key, statistics=exchange.statistics, group=group)
         return exchange.answer(await (unless_gone(receive, call) if group else call))
+
+    def train_soon(self, name: str, headers: Headers, body: memoryview) -> tuple[Training, Encode] | None:
+        """What `train` begins with a body that is here, if it has to wait for its commit alone; otherwise None."""
+        if not self._batches.at_once(len(body)):
+            return None
+        try:
+            exchange = _Exchange(headers, statistics=False)
+            key = idempotency_key(headers)
+        except ProblemError:
+            return None
+        exchange.body = body
+        training = self._batches.train_soon(name, exchange.read, key)
+        return None if training is None else (training, exchange.answer)
 
     async def eval(self, name: str, query: bytes, headers: Headers, receive: Receive) -> Answer:
         """Normalize a batch with the layer's running statistics."""

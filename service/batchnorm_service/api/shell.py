@@ -16,11 +16,12 @@ from starlette.types import Message, Receive, Scope, Send
 
 from batchnorm_client.contract import REQUEST_ID
 from batchnorm_client.errors import Overloaded, ProblemError, StoreUnavailable
+from batchnorm_service.layers import Training
 
 from .answers import Answer, RawHeader
 from .bodies import ClientGoneError
 from .headers import Headers, read_headers, request_id
-from .normalize import NormalizeCalls
+from .normalize import Encode, NormalizeCalls
 from .problems import problem_answer
 from .security import Guard
 from .target import Target, check_layer_name, read_target, target_of
@@ -113,6 +114,13 @@ class Shell:
             answer = problem_answer(error, target.path, exchange.request_id)
         return None if answer is None else exchange.finished(answer, target)
 
+    def answer_soon(self, target: Target, headers: Headers, body: memoryview) -> PendingAnswer | None:
+        """The answer to such a POST, if it waits for a commit alone; None as above."""
+        if target.call != "train":
+            return None
+        begun = self._calls.train_soon(target.layer or "", headers, body)
+        return None if begun is None else PendingAnswer(*begun, _Exchange(headers), target)
+
     async def answer(self, target: Target, headers: Headers, body: memoryview) -> Answer:
         """The same, waiting for the layer, a thread or a commit."""
         exchange = _Exchange(headers)
@@ -186,6 +194,46 @@ class _Exchange:
             # The client may be waiting for 100 Continue and now never send its body; the next request on this
             # connection could not be told from it.
             headers.append(_CLOSE)
+
+
+class PendingAnswer:
+    """The answer to a train call whose fold waits in the queue.
+
+    Attributes:
+        folded: done when the answer can be given. Whoever cancels it tells the caller that the service stops.
+    """
+
+    __slots__ = ("_encode", "_exchange", "_target", "_training", "folded")
+
+    def __init__(self, training: Training, encode: Encode, exchange: _Exchange, target: Target) -> None:
+        self.folded = training.folded
+        self._training = training
+        self._encode = encode
+        self._exchange = exchange
+        self._target = target
+
+    def now(self) -> Answer | None:
+        """The answer, once `folded` is done; None when more is to be done: `later`."""
+        try:
+            done = self._training.result()
+            if done is None:
+                return None
+            answer = self._encode(done)
+        except (asyncio.CancelledError, Exception) as error:
+            answer = self._problem(error)
+        return self._exchange.finished(answer, self._target)
+
+    async def later(self) -> Answer:
+        """The answer, after more has been done."""
+        try:
+            answer = self._encode(await self._training.rest())
+        except (asyncio.CancelledError, Exception) as error:
+            answer = self._problem(error)
+        return self._exchange.finished(answer, self._target)
+
+    def _problem(self, error: BaseException) -> Answer:
+        said = error if isinstance(error, Exception) else _stopping()
+        return problem_answer(said, self._target.path, self._exchange.request_id)
 
 
 def _inner(scope: Scope, target: Target, request_id: str) -> dict[str, Any]:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Final
 
 import torch
 
 from batchnorm_client.errors import DeviceUnavailable
-
-CPU: Final = torch.device("cpu")
 
 
 def available_devices() -> list[str]:

@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import Batch, beside, channels_back, channels_second, per_channel, values_per_channel
+from .layout import Batch, beside, channels_back, channels_second, fetch, per_channel, values_per_channel
 from .moments import Channels, Moments, check_enough, exact_moments, merge
 from .normalize import least_values
 from .state import LayerState
 
 
 class Gradients(NamedTuple):
-    """What a backward pass gives.
+    """What a backward pass gives, on the CPU.
 
     Attributes:
         grad_input: as the input in shape and dtype.
@@ -71,16 +71,24 @@ def backward_step(state: LayerState, batch: Batch, grad_output: Batch, *, traini
     grad_input, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
         grad, moved, weight, mean, var, save_mean, save_invstd, training, config.eps, mask
     )
-    return Gradients(channels_back(config, grad_input), *(_parameter(one) for one in (grad_weight, grad_bias)))
+    grad_input = channels_back(config, grad_input).contiguous()  # as it travels: here, not on the event loop
+    if state.weight is None:
+        return Gradients(fetch(batch, grad_input)[0], None, None)
+    return Gradients(*fetch(batch, grad_input, grad_weight, grad_bias))
 
 
 def gradient_sums(state: LayerState, batch: Batch, grad_output: Batch) -> GradientSums:
     """What the other members of a group need to know of this shard."""
-    moments = exact_moments(channels_second(state.config, batch))
     moved, grad = _wide(state, batch), _wide(state, grad_output)
     axes = [axis for axis in range(moved.dim()) if axis != 1]
-    centered = moved - per_channel(moments.mean.to(moved.device), moved)
-    return GradientSums(moments, grad.sum(axes).cpu(), (grad * centered).sum(axes).cpu())
+    if batch.is_cpu:
+        moments = exact_moments(channels_second(state.config, batch))
+        centered = moved - per_channel(moments.mean, moved)
+        return GradientSums(moments, grad.sum(axes), (grad * centered).sum(axes))
+    var, mean = torch.var_mean(moved, axes, correction=0)  # at once: the whole batch is widened here anyway
+    centered = moved - per_channel(mean, moved)
+    mean, var, total, product = fetch(batch, mean, var, grad.sum(axes), (grad * centered).sum(axes))
+    return GradientSums(Moments(values_per_channel(state.config, batch), mean, var, correction=0), total, product)
 
 
 def merge_sums(parts: list[GradientSums], channels: int) -> GradientSums:
@@ -102,22 +110,24 @@ def shard_backward(state: LayerState, batch: Batch, grad_output: Batch, whole: G
         TooFewValues: the whole batch has one value per channel.
     """
     check_enough(whole.moments.count, least_values(state.config))
-    own = gradient_sums(state, batch, grad_output)
+    own = gradient_sums(state, batch, grad_output) if batch.is_cpu else None
     moved, grad = _wide(state, batch), _wide(state, grad_output)
     count, mean = whole.moments.count, whole.moments.mean
     invstd = torch.rsqrt(whole.moments.biased_var() + state.config.eps)
     weight = torch.ones_like(mean) if state.weight is None else state.weight.double()
-    mean_there, slope, offset, scale = (
-        per_channel(one.to(moved.device), moved)
-        for one in (mean, invstd**2 * whole.grad_centered / count, whole.grad / count, invstd * weight)
-    )
+    vectors = beside(batch, mean, invstd**2 * whole.grad_centered / count, whole.grad / count, invstd * weight)
+    mean_there, slope, offset, scale = (per_channel(one, moved) for one in vectors if one is not None)
     grad_input = (grad - offset - (moved - mean_there) * slope) * scale
+    grad_input = channels_back(state.config, grad_input).to(batch.dtype)
     if state.weight is None:
-        return Gradients(channels_back(state.config, grad_input).to(batch.dtype), None, None)
-    grad_weight = (own.grad_centered + own.grad * (own.moments.mean - mean)) * invstd
-    return Gradients(
-        channels_back(state.config, grad_input).to(batch.dtype), grad_weight.to(state.dtype), own.grad.to(state.dtype)
-    )
+        return Gradients(fetch(batch, grad_input)[0], None, None)
+    if own is not None:
+        grad_weight, grad_bias = own.grad_centered + own.grad * (own.moments.mean - mean), own.grad
+    else:  # centered at the whole's mean right away: nothing waits for the shard's own
+        axes = [axis for axis in range(moved.dim()) if axis != 1]
+        products = (grad * (moved - mean_there)).sum(axes)
+        grad_input, grad_weight, grad_bias = fetch(batch, grad_input, products, grad.sum(axes))
+    return Gradients(grad_input, (grad_weight * invstd).to(state.dtype), grad_bias.to(state.dtype))
 
 
 def _scratch(state: LayerState, moved: Batch) -> tuple[Tensor | None, Tensor | None]:
@@ -130,10 +140,6 @@ def _scratch(state: LayerState, moved: Batch) -> tuple[Tensor | None, Tensor | N
 
 def _wide(state: LayerState, batch: Batch) -> Batch:
     return channels_second(state.config, batch).double()
-
-
-def _parameter(gradient: Tensor | None) -> Channels | None:
-    return None if gradient is None or gradient.numel() == 0 else gradient.cpu()
 
 
 def _zero_parameters(state: LayerState) -> tuple[Channels | None, Channels | None]:

@@ -6,12 +6,12 @@ import torch
 
 from batchnorm_client.errors import InvalidRequest
 
-from .layout import Batch, beside, channels_back, channels_second, per_channel
+from .layout import Batch, beside, channels_back, channels_second, fetch, per_channel
 from .state import LayerState
 
 
 def inverse_step(state: LayerState, batch: Batch) -> Batch:
-    """(batch - bias) / weight * sqrt(running_var + eps) + running_mean, in the batch's dtype.
+    """(batch - bias) / weight * sqrt(running_var + eps) + running_mean, in the batch's dtype, on the CPU.
 
     What `clip` cut off does not come back.
 
@@ -44,4 +44,4 @@ def inverse_step(state: LayerState, batch: Batch) -> Batch:
     assert scale_there is not None  # noqa: S101 - given two lines above
     assert shift_there is not None  # noqa: S101
     output = torch.addcmul(per_channel(shift_there, moved), moved.to(state.dtype), per_channel(scale_there, moved))
-    return channels_back(state.config, output.to(batch.dtype))
+    return fetch(batch, channels_back(state.config, output.to(batch.dtype)))[0]

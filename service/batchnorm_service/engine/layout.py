@@ -8,6 +8,8 @@ from torch import Tensor
 
 from batchnorm_client.contract import LayerConfig
 
+from .staging import staging
+
 Batch = Float[Tensor, "..."]  # rank >= 2: (N, C, *), or (N, *, C) with channel_axis=-1
 
 
@@ -41,7 +43,16 @@ def is_dense(batch: Batch) -> bool:
 
 
 def beside(batch: Batch, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Tensors of a state, which lives on the CPU, on the batch's device; None stays None."""
+    """Tensors of a state, which lives on the CPU, on the batch's device; None stays None. Waits for nothing."""
     if batch.is_cpu:
         return tensors
-    return tuple(None if tensor is None else tensor.to(batch.device) for tensor in tensors)
+    device = batch.device
+    return tuple(
+        tensor if tensor is None or tensor.device == device else staging(device).upload(tensor, device)
+        for tensor in tensors
+    )
+
+
+def fetch(batch: Batch, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """What was computed of the batch, on the CPU. On another device this waits, and nothing else does: once a call."""
+    return tensors if batch.is_cpu else staging(batch.device).download(*tensors)

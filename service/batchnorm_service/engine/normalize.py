@@ -9,6 +9,7 @@ batch's own, in eval mode the running ones.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ from batchnorm_client.contract import INPUT_DTYPES, LayerConfig
 from batchnorm_client.errors import DtypeMismatch, ShapeMismatch
 from batchnorm_client.tensors import Tensor as WireTensor
 
-from .layout import Batch, beside, channels_back, channels_second, is_dense, values_per_channel
+from .device_moments import launch_moments, merge_launched
+from .layout import Batch, beside, channels_back, channels_second, fetch, is_dense, values_per_channel
 from .moments import (
     Channels,
     Extremes,
@@ -29,15 +31,14 @@ from .moments import (
     sums_of_squares,
 )
 from .state import LayerState
-from .tensors import TORCH_DTYPES
 
 
 class TrainStep(NamedTuple):
-    """What a batch gives in train mode.
+    """What a batch gives in train mode, on the CPU.
 
     Attributes:
         output: as the input in shape and dtype.
-        moments: of the batch, on the CPU: what `statistics.fold` takes.
+        moments: of the batch: what `statistics.fold` takes.
         mean: (C,), of the batch, in the state's dtype.
         invstd: (C,), 1 / sqrt(biased variance + eps): what a backward pass needs beside the mean.
     """
@@ -106,7 +107,9 @@ def train_step(state: LayerState, batch: Batch) -> TrainStep:
     check_enough(count, least_values(config))
     moved = channels_second(config, batch)
     step = _kernel(state, moved, count)
-    if config.statistics == "population":
+    if not moved.is_cpu:
+        step = _fetched(moved, step, exact=config.statistics == "population")
+    elif config.statistics == "population":
         step = step._replace(moments=exact_moments(moved))
     if config.non_finite == "reject":
         _check_finite(state, step, count)
@@ -117,7 +120,12 @@ def train_step(state: LayerState, batch: Batch) -> TrainStep:
 def shard_moments(state: LayerState, batch: Batch) -> tuple[Moments, Extremes]:
     """The moments of one shard of a synchronized batch, in float64, and its range; a shard may be empty."""
     moved = channels_second(state.config, batch)
-    return exact_moments(moved), extremes(moved)
+    if moved.is_cpu:
+        return exact_moments(moved), extremes(moved)
+    axes = [axis for axis in range(moved.dim()) if axis != 1]
+    bounds = moved.amin(axes).double(), moved.amax(axes).double()
+    low, high, *vectors = fetch(moved, *bounds, *launch_moments(moved))
+    return merge_launched(moved, vectors), Extremes(low, high, torch.finfo(moved.dtype).max)
 
 
 def check_whole(state: LayerState, moments: Moments, ranges: Extremes) -> None:
@@ -164,22 +172,29 @@ def frozen(state: LayerState) -> Frozen:
     return Frozen(state.weight, state.bias, state.config.eps, state.config.clip)
 
 
-def normalize_with(config: LayerConfig, part: Frozen, batch: Batch, moments: Moments) -> TrainStep:
-    """Normalize a shard with the statistics of the whole batch that it belongs to."""
-    dtype = TORCH_DTYPES[config.dtype]
+def normalize_with(state: LayerState, part: Frozen, batch: Batch, moments: Moments) -> TrainStep:
+    """Normalize a shard with the statistics of the whole batch that it belongs to.
+
+    Args:
+        state: its config counts; weight and bias are those of `part`.
+        part: of the state that the whole batch was folded into.
+        batch: the shard; it may be empty.
+        moments: of the whole batch.
+    """
+    config, dtype = state.config, state.dtype
     mean, var = moments.mean.to(dtype), moments.biased_var().to(dtype)
     output = torch.empty_like(batch)
     if batch.numel():
         moved = channels_second(config, batch)
         weight, bias, mean_there, var_there = beside(batch, part.weight, part.bias, mean, var)
         output = torch.native_batch_norm(moved, weight, bias, mean_there, var_there, False, 0.0, part.eps)[0]
-        output = _finished(config, part.clip, output)
+        (output,) = fetch(batch, _finished(config, part.clip, output))
     invstd = torch.rsqrt(moments.biased_var() + part.eps).to(dtype)
     return TrainStep(output, moments, mean, invstd)
 
 
 def eval_step(state: LayerState, batch: Batch) -> Batch:
-    """Normalize with the running statistics, or with the batch's own in a layer created without them.
+    """Normalize with the running statistics, or with the batch's own in a layer created without them; on the CPU.
 
     Raises:
         TooFewValues: batch statistics of exactly one value per channel. (An empty batch gives an empty output.)
@@ -191,7 +206,8 @@ def eval_step(state: LayerState, batch: Batch) -> Batch:
         output = _own_statistics(state, moved).output
     else:
         output = _with_statistics(state, moved, state.running_mean, state.running_var)
-    return _finished(state.config, state.config.clip, output)
+    output = _finished(state.config, state.config.clip, output)
+    return output if output.is_cpu else fetch(batch, output)[0]
 
 
 def eval_statistics(state: LayerState, batch: Batch) -> dict[str, Channels]:
@@ -201,7 +217,11 @@ def eval_statistics(state: LayerState, batch: Batch) -> dict[str, Channels]:
         return {"batch_mean": state.running_mean, "batch_var": state.running_var, "batch_invstd": invstd}
     if batch.numel() == 0:
         return {}
-    return named_statistics(_own_statistics(state, channels_second(state.config, batch)))
+    moved = channels_second(state.config, batch)
+    step = _own_statistics(state, moved)
+    if not moved.is_cpu:
+        step = _fetched(moved, step._replace(output=moved[:0]))  # nobody asked for the output: it stays there
+    return named_statistics(step)
 
 
 def named_statistics(step: TrainStep) -> dict[str, Channels]:
@@ -235,7 +255,7 @@ def _check_finite(state: LayerState, step: TrainStep, count: int) -> None:
 
 
 def _kernel(state: LayerState, moved: Batch, count: int) -> TrainStep:
-    """torch's own training kernel, which gives output, mean and unbiased variance in one pass.
+    """torch's own training kernel, which gives output, mean and unbiased variance in one pass, on the batch's device.
 
     With momentum 1 the scratch buffers end as the batch's mean and unbiased variance. A layer with neither affine nor
     running statistics gets no buffers, as in torch: half precision is rounded differently then.
@@ -251,8 +271,16 @@ def _kernel(state: LayerState, moved: Batch, count: int) -> TrainStep:
         var = torch.zeros(state.config.num_features, dtype=state.dtype, device=device)
         weight, bias = beside(moved, state.weight, state.bias)
         output, _, invstd = torch.native_batch_norm(moved, weight, bias, mean, var, True, 1.0, eps)
-    mean = mean.cpu()
-    return TrainStep(output, Moments(count, mean, var.cpu(), 1, strided=not is_dense(moved)), mean, invstd.cpu())
+    return TrainStep(output, Moments(count, mean, var, 1, strided=not is_dense(moved)), mean, invstd)
+
+
+def _fetched(moved: Batch, step: TrainStep, *, exact: bool = False) -> TrainStep:
+    """The same step on the CPU; `exact`: with the moments in float64. All of it comes with one wait."""
+    vectors = launch_moments(moved) if exact else []
+    parts = step.output, step.mean, step.moments.var, step.invstd
+    output, mean, var, invstd, *vectors = fetch(moved, *parts, *vectors)
+    moments = merge_launched(moved, vectors) if exact else replace(step.moments, mean=mean, var=var)
+    return TrainStep(output, moments, mean, invstd)
 
 
 def _own_statistics(state: LayerState, moved: Batch) -> TrainStep:

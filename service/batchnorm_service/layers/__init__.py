@@ -4,5 +4,16 @@ from .batches import Batches
 from .groups import GroupCall
 from .layers import Layers
 from .results import Differentiated, Folded, LayersOptions, Normalized, Snapshot
+from .training import Training
 
-__all__ = ["Batches", "Differentiated", "Folded", "GroupCall", "Layers", "LayersOptions", "Normalized", "Snapshot"]
+__all__ = [
+    "Batches",
+    "Differentiated",
+    "Folded",
+    "GroupCall",
+    "Layers",
+    "LayersOptions",
+    "Normalized",
+    "Snapshot",
+    "Training",
+]

@@ -26,6 +26,7 @@ from .resident import Resident, layer_not_found
 from .results import Differentiated, Folded, Normalized
 from .slots import Slot, Slots
 from .synchronized import FoldGroup, GradientGroup, Part
+from .training import Training, normalized
 from .work import BatchWork, PostedWork, Work
 
 Read = Callable[[Mapping[str, str]], Mapping[str, Tensor]]
@@ -64,7 +65,29 @@ class Batches:
                 return BatchWork(self._computing.batch(held.state, wire), self._computing), ticket(key, "train", wire)
 
             work, done = await self._fold(slot, prepare)
-            return _normalized(await work.output(done.held.state), done, statistics=statistics)
+            return normalized(await work.output(done.held.state), done, statistics=statistics)
+
+    def train_soon(self, name: str, read: Read, key: str | None) -> Training | None:
+        """The same for a small batch and a layer that is here: all but the commit is done at once.
+
+        None: something has to be waited for, or the call is refused. Nothing has happened then; `train` does it.
+        """
+        slot = self._slots.get(name)
+        if slot is None or (held := slot.resident.held) is None or not held.state.tracks or slot.queue.full:
+            return None
+        if self._computing.away(held.state):
+            return None
+        try:
+            wire = _input(held.state, read)
+            batch = self._computing.batch(held.state, wire)
+            if not self._computing.at_once(batch.nbytes):
+                return None
+            work = BatchWork(batch, self._computing)
+            work.under_now(held.state)
+            fold = Fold(ticket(key, "train", wire), held.stamp.incarnation, work)
+        except ProblemError:
+            return None
+        return Training(slot.queue.put(fold), work, lambda: self.train(name, read, key))
 
     async def fold_moments(self, name: str, read: Read, key: str | None, *, group: GroupCall | None = None) -> Folded:
         """Fold the moments of a batch that stayed with the caller; as a shard of a group, those of all shards."""
@@ -103,7 +126,7 @@ class Batches:
     def eval_now(self, name: str, read: Read) -> Normalized | None:
         """The same for a small batch and a layer whose newest state is here; otherwise None."""
         held = self._slots.certain(name)
-        if held is None:
+        if held is None or self._computing.away(held.state):
             return None
         batch = self._computing.batch(held.state, _input(held.state, read))
         if not self._computing.at_once(batch.nbytes):
@@ -157,7 +180,7 @@ class Batches:
         whole = outcome.whole
         assert whole.frozen is not None  # noqa: S101 - what closing a group writes
         step = await self._computing.run(
-            batch.nbytes, normalize.normalize_with, held.state.config, whole.frozen, batch, whole.moments
+            batch.nbytes, normalize.normalize_with, held.state, whole.frozen, batch, whole.moments
         )
         named = normalize.named_statistics(step) if statistics else {}
         return Normalized(to_wire(step.output), outcome.version, outcome.batch, outcome.replayed, _to_wire(named))
@@ -257,11 +280,6 @@ def _name(group: GroupCall) -> str:
 
 def _moments(whole: Moments) -> dict[str, torch.Tensor]:
     return {"mean": whole.mean, "var": whole.biased_var()}
-
-
-def _normalized(step: normalize.TrainStep, done: Done, *, statistics: bool) -> Normalized:
-    named = normalize.named_statistics(step) if statistics else {}
-    return Normalized(to_wire(step.output), done.version, done.batch, done.replayed, _to_wire(named))
 
 
 def _unchanged(held: Held, output: torch.Tensor, named: Mapping[str, torch.Tensor]) -> Normalized:

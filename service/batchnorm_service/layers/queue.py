@@ -43,23 +43,34 @@ class Queue:
         """Whether nothing waits and nothing is being committed."""
         return self._task is None
 
-    async def submit(self, queued: Queued) -> Done:
-        """Wait in the queue until the change is durable.
+    @property
+    def full(self) -> bool:
+        """Whether nothing more may wait."""
+        return len(self._waiting) >= self._length
+
+    def put(self, queued: Queued) -> asyncio.Future[Done]:
+        """Let a change wait in the queue; the future is done when it is durable or refused.
 
         Raises:
             Overloaded: the queue is full; nothing was done.
+
+        The future raises:
             StoreUnavailable: the store does not answer; the outcome may be unknown.
             ReplacedError: the batch was computed for a layer that is no more, and another has its name.
             ProblemError: what the change itself refuses.
         """
-        if len(self._waiting) >= self._length:
+        if self.full:
             raise Overloaded(
                 f"{self._length} calls are waiting for layer {self._resident.name!r} already", retry_after=1
             )
         self._waiting.append(queued)
         if self._task is None:
             self._task = asyncio.create_task(self._drain())
-        return await queued.done
+        return queued.done
+
+    async def submit(self, queued: Queued) -> Done:
+        """Wait in the queue until the change is durable. Raises as `put` and its future."""
+        return await self.put(queued)
 
     async def find(self, ticket: Ticket) -> Receipt | None:
         """The unexpired receipt of this ticket."""

@@ -44,13 +44,17 @@ class Slots:
     def __contains__(self, name: str) -> bool:
         return name in self._slots
 
+    def get(self, name: str) -> Slot | None:
+        """The slot of a layer if it is resident; it stays so while its queue is not empty."""
+        slot = self._slots.get(name)
+        if slot is not None:
+            self._slots.move_to_end(name)
+        return slot
+
     def certain(self, name: str) -> Held | None:
         """The layer's newest committed state, if the store need not be asked."""
-        slot = self._slots.get(name)
-        if slot is None:
-            return None
-        self._slots.move_to_end(name)
-        return slot.resident.certain
+        slot = self.get(name)
+        return None if slot is None else slot.resident.certain
 
     @contextmanager
     def use(self, name: str) -> Iterator[Slot]:

@@ -49,15 +49,25 @@ class BatchWork:
         If that is not as when it was folded, it was so by an earlier call of which this is a repeat; what the state
         would refuse by now is then no matter.
         """
-        if self._step is not None and state.normalizes_like(self.basis):
-            return self._step
+        if (step := self.step_under(state)) is not None:
+            return step
         tolerant = state._replace(config=state.config.model_copy(update={"non_finite": "allow"}))
         return await self._computing.run(self._batch.nbytes, train_step, tolerant, self._batch)
 
+    def step_under(self, state: LayerState) -> TrainStep | None:
+        """What was computed, if it is what this state gives."""
+        return self._step if self._step is not None and state.normalizes_like(self.basis) else None
+
     async def under(self, state: LayerState) -> None:
         """See `Work`."""
-        self._step = await self._computing.run(self._batch.nbytes, train_step, state, self._batch)
-        self.basis, self.moments = state, self._step.moments
+        self._done(state, await self._computing.run(self._batch.nbytes, train_step, state, self._batch))
+
+    def under_now(self, state: LayerState) -> None:
+        """The same at once, on the event loop."""
+        self._done(state, train_step(state, self._batch))
+
+    def _done(self, state: LayerState, step: TrainStep) -> None:
+        self._step, self.basis, self.moments = step, state, step.moments
 
 
 class PostedWork:

@@ -1,0 +1,54 @@
+"""A small train call between its batch and its commit: it waits as a future in the layer's queue, without a task."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from ..engine.normalize import TrainStep, named_statistics
+from ..engine.tensors import to_wire
+from .changes import Done, ReplacedError
+from .results import Normalized
+from .work import BatchWork
+
+
+class Training:
+    """A batch that is normalized, and whose fold waits in the queue.
+
+    Attributes:
+        folded: done when the fold is durable or refused. Cancelling it is the caller's going away.
+    """
+
+    __slots__ = ("_again", "_work", "folded")
+
+    def __init__(
+        self, folded: asyncio.Future[Done], work: BatchWork, again: Callable[[], Coroutine[Any, Any, Normalized]]
+    ) -> None:
+        self.folded = folded
+        self._work = work
+        self._again = again
+
+    def result(self) -> Normalized | None:
+        """What came of it once `folded` is done; None when more is to be done: `rest`. Raises as `Batches.train`."""
+        try:
+            done = self.folded.result()
+        except ReplacedError:
+            return None
+        step = self._work.step_under(done.held.state)
+        return None if step is None else normalized(step, done)
+
+    async def rest(self) -> Normalized:
+        """The same where the layer has been changed or replaced since the batch was normalized."""
+        try:
+            done = self.folded.result()
+        except ReplacedError:
+            return await self._again()
+        return normalized(await self._work.output(done.held.state), done)
+
+
+def normalized(step: TrainStep, done: Done, *, statistics: bool = False) -> Normalized:
+    """The answer to a train call."""
+    named = named_statistics(step) if statistics else {}
+    tensors = {name: to_wire(tensor) for name, tensor in named.items()}
+    return Normalized(to_wire(step.output), done.version, done.batch, done.replayed, tensors)
