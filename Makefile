@@ -15,10 +15,7 @@ run: $(VENV)/service.stamp ## start the service on 127.0.0.1:8000
 	@exec $(BIN)/batchnorm-service serve $(ARGS)
 
 test: check ## lint, types, arrows, and every test with coverage
-	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest $(ARGS)
-	$(BIN)/coverage combine --quiet
-	$(BIN)/coverage report
+	$(BIN)/pytest --numprocesses 2 --dist worksteal --cov --cov-report term $(ARGS)
 
 check: $(VENV)/dev.stamp ## lint, types and arrows only
 	$(BIN)/ruff check .

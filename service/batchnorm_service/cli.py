@@ -18,10 +18,8 @@ from rich.progress import Progress as Bar
 from batchnorm_client.errors import DeviceUnavailable
 from batchnorm_service import __version__
 from batchnorm_service.migration import Progress, Report, SameStoreError, migrate, store_to_move
-from batchnorm_service.server import PortUnavailableError, run
 from batchnorm_service.settings import PREFIX, Settings, export, unknown_variables
 from batchnorm_service.store.base import StoreError, StoreRefusedError
-from batchnorm_service.workers import WorkersFailedError, run_workers
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +66,10 @@ def serve(
         settings = Settings(**given)
     except ValidationError as error:
         _fail("; ".join(_refused(details["loc"], details["msg"], given) for details in error.errors()), code=2)
+    # With torch, which takes seconds to import: the version, the help and a wrong flag need not wait for that.
+    from batchnorm_service.server import PortUnavailableError, run  # noqa: PLC0415
+    from batchnorm_service.workers import WorkersFailedError, run_workers  # noqa: PLC0415
+
     try:
         if settings.workers == 1:
             run(settings, _announce)

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="a process's time is read from Linux's /proc")
 def test_everything_is_measured_fitted_and_reckoned():
     done = subprocess.run(

@@ -85,7 +85,12 @@ def test_what_is_not_in_the_contract(given, detail, name):
     [
         ("0", 0, 0),
         (" 12 ", 12, 12),
-        (format_datetime(datetime.now(UTC) + timedelta(days=10), usegmt=True), 9 * 86400, 10 * 86400),
+        pytest.param(
+            format_datetime(datetime.now(UTC) + timedelta(days=10), usegmt=True),
+            9 * 86400,
+            10 * 86400,
+            id="in ten days",
+        ),
         ("Sun Nov  6 08:49:37 2994", 1e9, 1e11),
         ("Sun, 06 Nov 1994 08:49:37 GMT", 0, 0),
     ],

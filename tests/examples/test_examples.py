@@ -10,6 +10,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("script", "short", "promise"),
     [

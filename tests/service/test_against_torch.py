@@ -33,7 +33,8 @@ worst = {"train output": 0.0, "running_mean": 0.0, "running_var, ulp per fold": 
 def _report(measured: list[str]) -> Any:
     yield
     lines = ", ".join(f"{what} {value:.3g}" for what, value in worst.items())
-    measured.append(f"largest differences from torch: {lines}")
+    if any(worst.values()):  # not where another process ran the test
+        measured.append(f"largest differences from torch: {lines}")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,11 @@ def test_version():
         assert (done.returncode, done.stdout.strip()) == (0, batchnorm_service.__version__)
 
 
+def test_nobody_waits_for_torch_who_does_not_serve():
+    loaded = "import sys, batchnorm_service.cli; sys.exit(int('torch' in sys.modules))"
+    assert run(sys.executable, "-c", loaded).returncode == 0
+
+
 def test_without_a_command_it_helps():
     done = run(sys.executable, "-m", "batchnorm_service")
     assert done.returncode == 0

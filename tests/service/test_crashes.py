@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,17 +10,14 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
+from store.valkey_servers import free_port
+
 CALLS, THREADS, KILLS, CHANNELS = 240, 6, 6, 16
 ROUTE = "/v1/layers/crashes"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _batch(seed: int) -> np.ndarray:
@@ -32,7 +28,7 @@ def _train(url: str, seed: int) -> tuple[int, int, bool]:
     """One batch under one key, until it is acknowledged."""
     body, headers = {"input": _batch(seed).tolist()}, {"Idempotency-Key": f"batch-{seed}"}
     with httpx.Client(base_url=url, timeout=10) as http:
-        for _ in range(400):
+        for _ in range(2000):
             try:
                 answer = http.post(f"{ROUTE}/train", json=body, headers=headers)
             except httpx.TransportError:
@@ -45,8 +41,9 @@ def _train(url: str, seed: int) -> tuple[int, int, bool]:
     raise AssertionError(f"batch {seed} was never acknowledged")
 
 
+@pytest.mark.timeout(300)
 def test_batches_survive_kill_9_and_are_counted_once(start: Any, store: str) -> None:
-    arguments = ("--store", store, "--port", str(_free_port()))
+    arguments = ("--store", store, "--port", str(free_port()))
     server = start(*arguments)
     url = server.url
     httpx.put(url + ROUTE, json={"num_features": CHANNELS}).raise_for_status()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,18 +14,13 @@ import torch
 from torch import nn
 
 from batchnorm_client import Client, ConnectionFailed, Retry
+from store.valkey_servers import free_port
 
 SIZES = (5, 1, 6)
 X = np.random.default_rng(7).normal(1, 2, size=(12, 4)).astype(np.float32)
 SHARDS = np.split(X, np.cumsum(SIZES)[:-1])
 FIRST = np.full((3, 4), [1, 2, 3, 4], np.float32) * np.array([[1], [2], [4]], np.float32)
 PATIENT = Retry(attempts=1000, wait_initial=0.02, wait_max=0.1, deadline=100)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _changed(file: Path, before: bytes) -> None:
@@ -39,7 +33,7 @@ def _changed(file: Path, before: bytes) -> None:
 
 
 def test_a_group_survives_kill_9_between_its_shards(start: Any, store: str, tmp_path: Path) -> None:
-    arguments = ("--store", store, "--port", str(_free_port()))
+    arguments = ("--store", store, "--port", str(free_port()))
     server = start(*arguments)
     url, log = server.url, tmp_path / "layers.db-wal"
     with (
@@ -82,7 +76,7 @@ def test_a_group_survives_kill_9_between_its_shards(start: Any, store: str, tmp_
 
 
 def test_members_that_retry_through_a_crash_complete_the_group(start: Any, store: str, tmp_path: Path) -> None:
-    arguments = ("--store", store, "--port", str(_free_port()))
+    arguments = ("--store", store, "--port", str(free_port()))
     server = start(*arguments)
     url, log = server.url, tmp_path / "layers.db-wal"
     with Client(url, retry=PATIENT) as client, ThreadPoolExecutor(3) as pool:

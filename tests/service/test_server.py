@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
+from store.valkey_servers import free_port
+
 from .conftest import Process, environment
 
 HEAD = b"POST /v1/layers/bn/train HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -46,6 +48,17 @@ def read_answer(connection):
     while len(body) < int(headers.get("content-length", 0)):
         body += connection.recv(65536)
     return int(status.split()[1]), headers, body
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The address of a service that several tests call, and none stops."""
+    process = Process("--store", "memory:")
+    try:
+        assert process.url, process.output
+        yield process.url
+    finally:
+        process.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -161,18 +174,16 @@ def test_the_connection_is_usable_after_an_early_refusal(start):
         assert read_answer(connection)[0] == 200
 
 
-def test_a_refusal_before_100_continue_closes_the_connection(start):
-    process = start("--store", "memory:")
-    with connect(process.url) as connection:
+def test_a_refusal_before_100_continue_closes_the_connection(plain):
+    with connect(plain) as connection:
         connection.sendall(HEAD + b"Expect: 100-continue\r\nContent-Length: 99999999999\r\n\r\n")
         status, headers, _ = read_answer(connection)
         assert (status, headers["connection"]) == (413, "close")
         assert connection.recv(1) == b""
 
 
-def test_large_bodies_in_both_directions(start, http):
-    process = start("--store", "memory:")
-    layer = create(http, process.url, features=64)
+def test_large_bodies_in_both_directions(plain, http):
+    layer = create(http, plain, "large", features=64)
     batch = np.random.default_rng(0).normal(5, 2, size=(32768, 64)).astype(np.float32)
     headers = {"Content-Type": "application/vnd.safetensors"}
     answer = http.post(f"{layer}/train", content=save({"input": batch}), headers=headers)
@@ -189,14 +200,12 @@ def test_large_bodies_in_both_directions(start, http):
     assert load(again.content)["output"].shape == batch.shape
 
 
-def test_an_unknown_method_is_answered(start, http):
-    process = start("--store", "memory:")
-    assert http.request("PROPFIND", f"{process.url}/v1/layers").status_code == 405
+def test_an_unknown_method_is_answered(plain, http):
+    assert http.request("PROPFIND", f"{plain}/v1/layers").status_code == 405
 
 
 def test_the_application_runs_under_plain_uvicorn_too(http, store, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "uvicorn", "--factory", "batchnorm_service.app:create_app", "--port", str(port)],
         env=environment(BATCHNORM_STORE=store),
@@ -318,9 +327,9 @@ def test_a_websocket_is_an_ordinary_request(upgrading):
         (b"CONNECT x:80 HTTP/1.1\r\n" + OFFER + b"\r\n", 400),
     ],
 )
-def test_what_is_no_request_gets_a_problem_with_a_request_id(start, sent, status):
+def test_what_is_no_request_gets_a_problem_with_a_request_id(plain, sent, status):
     """uvicorn answers such in plain text, and keeps reading a header that never ends."""
-    port = int(start("--store", "memory:").url.rpartition(":")[2])
+    port = int(plain.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(sent)
         answer = b""

@@ -44,9 +44,14 @@ def wait_for(what: str, condition: Callable[[], bool]) -> None:
 
 
 def free_port() -> int:
-    """A port below those that the system gives to connections, so that a server can have it again after a restart."""
+    """A port below those that the system gives to connections, so that a server can have it again after a restart.
+
+    Where tests run in several processes at once, each process has ports of its own, also while nobody listens there.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     while True:
-        port = random.randrange(20_000, 32_000)
+        port = random.randrange(20_000 + worker, 32_000, workers)
         if port in _taken:
             continue
         with socket.socket() as probe:
