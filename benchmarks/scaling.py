@@ -110,20 +110,20 @@ def table(runs: list[Run]) -> Iterator[str]:
     for run in runs:
         fifty, most = (1000 * run.waits[int(len(run.waits) * share)] for share in (0.5, 0.99))
         yield (
-            f"| {run.replicas} | {run.callers} | {run.calls / run.seconds:,.0f} | {run.commits / run.calls:.3f}"
+            f"| {run.replicas} | {run.callers} | {run.rate:,.0f} | {run.commits / run.calls:.3f}"
             f" | {run.conflicts / run.commits:.0%} | {run.trips:.3f} | {fifty:.1f} ms | {most:.0f} ms"
-            f" | {min(run.finished) / max(run.finished):.0%} |"
+            f" | {run.slowest:.0%} |"
         )
 
 
 def report(server: Any, *, smoke: bool) -> Iterator[str]:
     """Measure, fit, reckon."""
-    calls = 2 if smoke else 40
+    seconds = 0.1 if smoke else 1.0
     sizes, replicas = ((1, 8), (1, 2)) if smoke else (SIZES, REPLICAS)
-    alone = [contend(server.url, 1, size, calls, f"alone{size}") for size in sizes]
-    together = [contend(server.url, many, 16, calls, f"hot{many}") for many in replicas]
-    few = [contend(server.url, many, 2, calls, f"warm{many}") for many in replicas]
-    groups = [contend(server.url, 2, size, calls, f"group{size}") for size in sizes]
+    alone = [contend(server.url, 1, size, seconds, f"alone{size}")[0] for size in sizes]
+    together = [contend(server.url, many, 16, seconds, f"hot{many}")[0] for many in replicas]
+    few = [contend(server.url, many, 2, seconds, f"warm{many}")[0] for many in replicas]
+    groups = [contend(server.url, 2, size, seconds, f"group{size}")[0] for size in sizes]
     yield from ("", "## One layer, one replica", "", *table(alone))
     yield from ("", "## One layer, many replicas", "", *table(together + few))
     yield from ("", "## One layer, two replicas, larger groups", "", *table(groups))
@@ -141,7 +141,7 @@ def report(server: Any, *, smoke: bool) -> Iterator[str]:
     yield from ("", "| callers of one replica | folds/s measured | by the model |", "|---|---|---|")
     for run in alone:
         modelled = layer_rate(measured, run.calls / run.commits)
-        yield f"| {run.callers} | {run.calls / run.seconds:,.0f} | {modelled:,.0f} |"
+        yield f"| {run.callers} | {run.rate:,.0f} | {modelled:,.0f} |"
     load = Load()
     yield from ("", f"## {load.train:,.0f} train and {load.eval:,.0f} eval calls/s on {load.layers:,.0f} layers", "")
     yield from fleet(measured, load)

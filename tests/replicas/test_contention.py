@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -12,7 +12,9 @@ import pytest
 
 from batchnorm_service.layers.rivals import Rivals
 from batchnorm_service.store.base import Committed, Conflict, Record, Store
+from batchnorm_service.store.memory import MemoryStore
 from layers.conftest import CONFIG, batch, serving, train
+from replicas import virtual
 from store.counted import Counted
 from store.harness import after, created
 
@@ -90,20 +92,98 @@ async def test_a_conflict_tells_the_record_of_the_same_incarnation_only(make_sto
         await store.close()
 
 
-def test_who_is_alone_never_waits_and_nobody_waits_long() -> None:
+@pytest.mark.parametrize(
+    "trips",
+    [[4, 4], [4, 4.2], [4, 4.5, 5, 5.5], [1, 1, 8, 8], [1, 30]],
+    ids=["equal", "nearly equal", "spread", "halves", "near and far"],
+)
+def test_nobody_is_starved(trips: list[float]) -> None:
+    """It was so that who had won once went on winning, for as long as nobody else was lucky."""
+    commits, losses = virtual.run(_race([trip / 1000 for trip in trips], 160))
+    shares = Counter(commits)
+    assert len(shares) == len(trips), shares
+    if max(trips) < 2 * min(trips):
+        assert min(shares.values()) >= max(shares.values()) / 2, shares
+    assert max(losses) <= 4 * len(trips), "tries until one wins"
+
+
+async def _race(trips: list[float], count: int) -> tuple[list[int], list[int]]:
+    """Who made each of the first commits, when each replica has two callers that never pause; races lost in a row."""
+    shared = MemoryStore(exclusive=False, clock=asyncio.get_running_loop().time)
+    commits: list[int] = []
+    lost, losses = [0] * len(trips), [0] * len(trips)
+
+    class Noted:
+        def __init__(self, who: int) -> None:
+            self._who = who
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(shared, name)
+
+        async def commit(self, *arguments: Any) -> Any:
+            answer = await shared.commit(*arguments)
+            if isinstance(answer, Committed):
+                commits.append(self._who)
+                lost[self._who] = 0
+            else:
+                lost[self._who] += 1
+                losses[self._who] = max(losses[self._who], lost[self._who])
+            return answer
+
+    async def caller(service: Any) -> None:
+        while len(commits) < count:
+            await train(service, "a", batch(1))
+
+    async with AsyncExitStack() as stack:
+        stores = [virtual.Distant(Noted(who), trip) for who, trip in enumerate(trips)]
+        services = [await stack.enter_async_context(serving(store)) for store in stores]  # type: ignore[arg-type]
+        await services[0].create("a", CONFIG)
+        await asyncio.gather(*(caller(service) for service in services for _ in range(2)))
+    return commits[:count], losses
+
+
+def _pauses(rivals: Rivals, told: int | None, losses: int = 0, passed: Sequence[int] = ()) -> list[float]:
+    """In turns of a millisecond, when so many others have passed after each pause, and then all."""
+    seen = iter([0, *passed])
+    return [pytest.approx(1000 * pause) for pause in rivals.pauses(told, losses, lambda: next(seen, 1000))]
+
+
+def test_a_winner_gives_way_a_turn_for_each_that_waits() -> None:
     rivals = Rivals()
+    rivals.took(0.001)
+    assert _pauses(rivals, 0) == []
+    assert _pauses(rivals, 0, losses=3) == []
+    assert _pauses(rivals, 1) == [1]
+    assert _pauses(rivals, 7, losses=3) == [7]
     rivals.took(0.002)
-    assert rivals.after_winning() == 0
-    rivals.lost()
-    assert 0.001 <= rivals.after_winning() <= 0.003
-    for _ in range(100):
-        rivals.took(5.0)
-        rivals.passed(1000)
-    assert 0 < rivals.after_losing() <= 0.05
-    assert 0.025 <= rivals.after_winning() <= 0.05
-    for _ in range(10):
-        rivals.passed(0)
-    assert rivals.after_winning() > 0, "they may only be starved"
+    assert _pauses(rivals, 1) == [1.2], "a turn is what turns took lately"
+
+
+def test_a_winner_waits_for_those_that_are_farther_away_each_time_longer() -> None:
+    rivals = Rivals()
+    rivals.took(0.001)
+    assert _pauses(rivals, 1, passed=[0, 0, 0]) == [1, 2, 4, 8]
+    assert _pauses(rivals, 3, passed=[1, 2, 2, 3]) == [3, 4, 4, 8]
+    assert sum(1 for _ in rivals.pauses(1, 0, lambda: 0)) == 8
+    assert sum(rivals.pauses(1, 0, lambda: 0)) == pytest.approx(0.2), "but not for ever"
+
+
+def test_where_the_store_does_not_tell_rivals_are_guessed_and_forgotten_slowly() -> None:
+    rivals = Rivals()
+    rivals.took(0.001)
+    assert _pauses(rivals, None) == []
+    assert _pauses(rivals, None, losses=3, passed=[0]) == [3], "those may have gone"
+    assert _pauses(rivals, None) == [3 * 0.875], "or be starved"
+    assert _pauses(rivals, None, losses=4) == [4]
+    assert _pauses(rivals, None, losses=1) == [3.5], "who lost once has not met them all"
     for _ in range(40):
-        rivals.passed(0)
-    assert rivals.after_winning() == 0, "they have gone"
+        last = _pauses(rivals, None)
+    assert last == [], "they have gone"
+
+
+def test_nobody_gives_way_for_long() -> None:
+    rivals = Rivals()
+    rivals.took(5.0)
+    assert list(rivals.pauses(1000, 0, lambda: 0)) == [0.2]
+    assert list(rivals.pauses(None, 1000, lambda: 0)) == [0.2]
+    assert sum(Rivals().pauses(1, 0, lambda: 0)) == pytest.approx(0.2), "nor for ever, where a turn took no time at all"

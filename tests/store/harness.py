@@ -52,10 +52,12 @@ class Table(ABC):
     Attributes:
         survives: what is written is there after every store was closed.
         shared: several stores may be open on it at once.
+        tells_rivals: a commit that wins is told how many have lost.
     """
 
     survives = True
     shared = True
+    tells_rivals = True
 
     @abstractmethod
     def store(self) -> Store:
@@ -80,6 +82,8 @@ class MemoryTable(Table):
 
 
 class SqliteTable(Table):
+    tells_rivals = False  # counting would be a write, and a write a disk flush
+
     def __init__(self, path: Path, *, exclusive: bool) -> None:
         self.shared = not exclusive
         self._path = path

@@ -9,12 +9,14 @@ import pytest
 
 from batchnorm_service.store.base import (
     HEAD_BYTES,
+    LOST_SECONDS,
     Committed,
     Conflict,
     Duplicates,
     Exists,
     Full,
     Missing,
+    Receipt,
     Record,
     Stamp,
     Store,
@@ -276,6 +278,49 @@ async def test_of_concurrent_commits_on_one_stamp_one_wins_each_round(store: Sto
         assert await store.load("a") == record
         repeated = await store.commit("a", record.stamp, None, [key for _, key in rivals])
         assert repeated == Duplicates((key,)), "only the winner left a receipt"
+
+
+async def test_who_wins_is_told_how_many_others_have_lost_and_wait(store: Store, table: Table) -> None:
+    first, other = await created(store, "a"), await created(store, "b")
+    one, two, three = ([receipt(), receipt()] for _ in range(3))
+
+    async def told(name: str, old: Record, new: Record | None, receipts: list[Receipt]) -> int | None:
+        answer = await store.commit(name, old.stamp, new, receipts)
+        assert isinstance(answer, Committed)
+        return answer.rivals
+
+    async def lose(old: Stamp, receipts: list[Receipt]) -> None:
+        assert await store.commit("a", old, Record(old.next(), b"late"), receipts) == Conflict()
+
+    second = after(first, b"second")
+    third = after(second, b"third")
+    fourth = after(third, b"fourth")
+    fifth = after(fourth, b"fifth")
+    answers = [await told("a", first, second, [receipt()])]
+    await lose(first.stamp, one)
+    await lose(first.stamp, [*two[:1], receipt()])
+    await lose(first.stamp, [])
+    await lose(first.stamp._replace(incarnation=1), three)
+    assert await store.delete("a", first.stamp) == Conflict()
+    answers += [await told("b", other, after(other, b"uncontended"), [receipt()])]
+    answers += [await told("a", second, third, [receipt()])]
+    await lose(second.stamp, one)
+    answers += [await told("a", third, fourth, one), await told("a", fourth, None, [receipt()])]
+    answers += [await told("a", fourth, fifth, [receipt(), *two])]
+    assert answers == ([0, 0, 2, 1, 1, 0] if table.tells_rivals else [None] * 6)
+    await lose(first.stamp, three)
+    table.forward(LOST_SECONDS)
+    assert await told("a", fifth, after(fifth, b"sixth"), [receipt()]) in (0, None), "they have given up"
+
+
+async def test_lost_races_are_no_receipts_and_no_names(store: Store) -> None:
+    first = await created(store, "a")
+    second = after(first, b"second")
+    assert await store.commit("a", first.stamp, second, []) == Committed()
+    assert await store.commit("a", first.stamp, after(first, b"late"), [receipt()]) == Conflict()
+    assert [entry.name for entry in await store.list("", "", 10)] == ["a"]
+    assert [lasting async for some in store.receipts() for lasting in some] == []
+    assert await store.load("a") == second
 
 
 async def test_calls_made_in_a_row_without_waiting_take_effect_in_that_row(store: Store) -> None:

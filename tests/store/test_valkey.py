@@ -188,3 +188,37 @@ async def test_conflicts_are_told_from_stale_incarnations(opened: ValkeyStore) -
     assert await opened.commit("a", second.stamp, None, [key]) == Committed()
     assert await opened.commit("a", first.stamp, after(first, b"x"), [key]) == Duplicates((key,))
     assert await opened.commit("a", first.stamp, after(first, b"x"), [receipt()]) == Conflict()
+
+
+async def test_lost_races_are_noted_for_a_moment_and_reach_no_disk(opened: ValkeyStore, valkey_server: Server) -> None:
+    first = await created(opened, "a")
+    second = after(first, b"second")
+    assert await opened.commit("a", first.stamp, second, []) == Committed()
+    (before,) = {valkey_server.info("aof_current_size") for _ in range(3)}
+    keys = set(valkey_server.command("KEYS", "*"))
+    for _ in range(20):
+        assert await opened.commit("a", first.stamp, after(first, b"late"), [receipt()]) == Conflict()
+    assert valkey_server.info("aof_current_size") == before
+    (note,) = set(valkey_server.command("KEYS", "*")) - keys
+    assert valkey_server.command("ZCARD", note) == 20
+    assert 0 < valkey_server.admin.pttl(note) <= 1000
+    third = after(second, bytes(10_000))
+    assert await opened.commit("a", second.stamp, third, [receipt()]) == Committed()
+    await opened.ping()
+    assert int(valkey_server.info("aof_current_size")) > int(before) + 10_000, "what wins is written as ever"
+
+
+async def test_a_lost_race_counts_from_when_it_was_lost_first(opened: ValkeyStore, valkey_server: Server) -> None:
+    first = await created(opened, "a")
+    second, old = after(first, b"second"), receipt()
+    assert await opened.commit("a", first.stamp, second, []) == Committed()
+    assert await opened.commit("a", first.stamp, after(first, b"late"), [old]) == Conflict()
+    (note,) = [key for key in valkey_server.command("KEYS", "*") if b"}c:" in key]
+    ((member, since),) = valkey_server.admin.zrange(note, 0, -1, withscores=True)
+    valkey_server.admin.zadd(note, {member: since - 0.99})
+    await asyncio.sleep(0.02)
+    for key in (old, receipt()):
+        assert await opened.commit("a", first.stamp, after(first, b"late"), [key]) == Conflict()
+    answer = await opened.commit("a", second.stamp, after(second, b"third"), [])
+    assert isinstance(answer, Committed)
+    assert answer.rivals == 1, "the one that lost just now"

@@ -133,35 +133,40 @@ class Queue:
         deadline, losses = self._deadline(), 0
         while folds := [waiting for waiting in taken if isinstance(waiting, Fold) and not waiting.done.done()]:
             held = await self._resident.known()
+            began = asyncio.get_running_loop().time()
             plan = await make_plan(held, folds)
             for waiting, error in plan.refused:
                 await self._refuse(waiting, error)
             if not plan.folds:
                 return
-            match await self._commit(held.stamp, plan.record, plan.receipts, deadline):
-                case Committed():
+            outcome = await self._commit(held.stamp, plan.record, plan.receipts, deadline)
+            self._rivals.took(asyncio.get_running_loop().time() - began)
+            match outcome:
+                case Committed(told):
                     self._resident.set(plan.held)
                     plan.settle()
-                    await self._give_way(plan.held.stamp, self._rivals.after_winning())
+                    await self._give_way(plan.held.stamp, told, losses)
                     return
                 case Duplicates(receipts):
                     await self._answer_from_receipts(folds, receipts)
                 case Conflict(found):
                     self._lost_race(deadline, found)
-                    self._rivals.lost()
                     losses += 1
-                    if losses > 1:
-                        await self._give_way(held.stamp, self._rivals.after_losing())
                     taken += self._take_folds()  # they need not wait for another commit
                 case Missing():
                     raise self._gone()
 
-    async def _give_way(self, known: Stamp, seconds: float) -> None:
+    async def _give_way(self, known: Stamp, told: int | None, losses: int) -> None:
         """Let rivals go first; a look at what they left is cheaper than folding onto what was before."""
-        if seconds:
+        passed = 0
+
+        def others() -> int:
+            return passed
+
+        for seconds in self._rivals.pauses(told, losses, others):
             await asyncio.sleep(seconds)
             self._resident.set(None)
-            self._rivals.passed((await self._resident.known()).stamp.version - known.version)
+            passed = (await self._resident.known()).stamp.version - known.version
 
     async def _refuse(self, waiting: Fold, error: Exception) -> None:
         """Tell a caller why its batch is not folded, unless it is folded already: the layer may have changed since."""
@@ -259,9 +264,7 @@ class Queue:
         pause, uncertain = _FIRST_PAUSE, False
         while True:
             try:
-                began = asyncio.get_running_loop().time()
                 outcome = await self._store.commit(self._resident.name, expected, new, receipts)
-                self._rivals.took(asyncio.get_running_loop().time() - began)
             except StoreError as error:
                 uncertain = True
                 pause = await self._pause(pause, deadline, error)

@@ -2,48 +2,48 @@
 
 from __future__ import annotations
 
-import random
+from collections.abc import Callable, Iterator
 from typing import Final
 
-_MOST: Final = 16.0
-_LONGEST: Final = 0.05  # seconds
+_LONGEST: Final = 0.2  # seconds
+_SHORTEST: Final = 0.0001  # seconds: of a turn, however coarse the clock
 _SHARE: Final = 0.2  # of the newest measurement in the running mean
+_KEPT: Final = 0.875  # of a guess, each time that nothing speaks for it
 
 
 class Rivals:
-    """About how many others race for a layer, reckoned from what they commit.
+    """How long whoever has won a race for a layer gives way.
 
-    The winner of a race knows the new state at once and would win the next one, too, while the others still learn of
-    it. So whoever has won, and has lost lately, lets the others go first, about one round trip for each of them; what
-    arrives meanwhile is folded in the same commit. Alone, nobody ever waits.
+    The winner knows the new state at once and would win the next race, too, while the others still learn of it. So it
+    lets those go first that have lost meanwhile, a turn for each of them; what arrives in that time is folded in one
+    commit. Who has lost tries again at once: it is that try that tells the winner. Alone, nobody ever waits.
     """
 
     def __init__(self) -> None:
-        self._count = 0.0
-        self._trip = 0.0
+        self._guess = 0.0
+        self._turn = 0.0
 
     def took(self, seconds: float) -> None:
-        """Note how long a commit took."""
-        self._trip += (seconds - self._trip) * (_SHARE if self._trip else 1)
+        """Note how long a turn was, from a known state to the answer of the store."""
+        self._turn += (seconds - self._turn) * (_SHARE if self._turn else 1)
 
-    def lost(self) -> None:
-        """Another process was faster."""
-        self._count = min(self._count + 1, _MOST)
+    def pauses(self, told: int | None, losses: int, passed: Callable[[], int]) -> Iterator[float]:
+        """Seconds to wait before the next commit, and to wait again: those that lost may be farther from the store.
 
-    def passed(self, commits: int) -> None:
-        """Note how many commits others made in a turn of theirs: one each, if everybody gives way like this.
-
-        Few are believed slowly: whoever is starved commits nothing, and would be forgotten by the one that starves it.
+        Args:
+            told: how many have lost and wait, as the store says; None: it does not know. Then there are about as many
+                as this one has lost to, and they are forgotten slowly: whoever is starved commits nothing.
+            losses: how many races this commit had lost before it won.
+            passed: how many commits others have made since.
         """
-        seen = min(max(commits, 0), _MOST)
-        self._count += (seen - self._count) / (2 if seen > self._count else 8)
-        if self._count < 0.1:  # winning alone would not tell: maybe nobody else can
-            self._count = 0.0
-
-    def after_winning(self) -> float:
-        """Seconds to wait before the next commit: about a turn for each rival. 0 when there is none."""
-        return min(self._count * self._trip * random.uniform(0.5, 1.5), _LONGEST)  # noqa: S311
-
-    def after_losing(self) -> float:
-        """Seconds to wait after races lost in a row: part of a round trip, so that whoever has won waits longer."""
-        return min(self._trip * random.uniform(0, 0.5), _LONGEST)  # noqa: S311
+        if told is None:
+            self._guess = max(float(losses), self._guess * _KEPT if self._guess > 0.1 else 0.0)
+            if self._guess:
+                yield min(self._guess * self._turn, _LONGEST)
+            return
+        left, turn = _LONGEST, max(self._turn, _SHORTEST)
+        while left > 0 and (rivals := told - passed()) > 0:
+            seconds = min(rivals * turn, left)
+            yield seconds
+            left -= seconds
+            turn *= 2

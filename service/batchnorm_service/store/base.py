@@ -18,6 +18,9 @@ from typing import Final, NamedTuple, Protocol
 HEAD_BYTES: Final = 4096
 """How much of each record a listing carries: room for the header of a safetensors file and its counters."""
 
+LOST_SECONDS: Final = 1.0
+"""How long a lost race is remembered: whoever lost it tries again much sooner, if at all."""
+
 
 class Stamp(NamedTuple):
     """What tells one state of a record from every other.
@@ -79,7 +82,15 @@ class Lasting(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The record and the receipts are written, durably."""
+    """The record and the receipts are written, durably.
+
+    Attributes:
+        rivals: how many other commits of this record wait: they met a newer record than they expected not longer ago
+            than `LOST_SECONDS`, and have not won since. The same is known by its first receipt; one without receipts
+            is not counted. None when the store does not know, and after anything else than a commit.
+    """
+
+    rivals: int | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

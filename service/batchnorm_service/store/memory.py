@@ -12,6 +12,7 @@ from itertools import islice
 
 from batchnorm_service.store.base import (
     HEAD_BYTES,
+    LOST_SECONDS,
     Committed,
     Conflict,
     Duplicates,
@@ -61,6 +62,7 @@ class MemoryStore:
         self._users = 0
         self._records: dict[str, Record] = {}
         self._names: list[str] = []  # sorted: by code points, which is the order of their UTF-8 bytes
+        self._losers: dict[str, dict[bytes, float]] = {}  # by record and first receipt, since when
         self._floor = 0  # the largest version of any deleted record
         self._groups: dict[tuple[int, bytes], _Group] = {}
         # Of all layers together and oldest first, so that purging needs no search. The incarnation makes receipts of
@@ -113,14 +115,21 @@ class MemoryStore:
         if duplicates := self._unexpired(incarnation, receipts, now):
             return Duplicates(duplicates)
         if present.stamp != expected:
-            return Conflict(present if incarnation == expected.incarnation else None)
+            if incarnation != expected.incarnation:
+                return Conflict()
+            if receipts:
+                self._losers.setdefault(name, {}).setdefault(receipts[0].key, now)
+            return Conflict(present)
         if record is not None:
             self._records[name] = record
+        lost, own = self._losers.pop(name, {}), {receipt.key for receipt in receipts}
+        if rivals := {key: at for key, at in lost.items() if key not in own and at + LOST_SECONDS > now}:
+            self._losers[name] = rivals
         for receipt in receipts:
             self._receipts.pop((incarnation, receipt.key), None)  # an expired one: the new one goes to the end
             self._receipts[incarnation, receipt.key] = (now + self._receipt_seconds, receipt)
         self._purge(now, _PURGE_STEP + len(receipts))
-        return Committed()
+        return Committed(len(rivals))
 
     async def delete(self, name: str, expected: Stamp) -> Committed | Conflict | Missing:
         """See `Store.delete`."""
@@ -131,6 +140,7 @@ class MemoryStore:
         if present.stamp != expected:
             return Conflict()
         del self._records[name]
+        self._losers.pop(name, None)
         del self._names[bisect_left(self._names, name)]
         self._floor = max(self._floor, expected.version)
         return Committed()

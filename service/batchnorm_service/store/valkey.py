@@ -198,7 +198,8 @@ class ValkeyStore:
         values = [pack_receipt(receipt) for receipt in by_key.values()]
         incarnation = expected.incarnation
         for _ in range(_REBIRTHS):
-            keys = [self._keys.record(name), *(self._keys.receipt(name, incarnation, key) for key in by_key)]
+            own = (self._keys.receipt(name, incarnation, key) for key in by_key)
+            keys = [self._keys.record(name), self._keys.losers(name), *own]
             args: list[bytes | int] = [pack_stamp(expected), pack_number(incarnation), self._receipt_milliseconds]
             reply = await calls.run(COMMIT, bucket_of(name), keys, [*args, self._waits, data, *values])
             if reply[0] != Answer.OTHER:
@@ -284,7 +285,7 @@ class ValkeyStore:
 def _outcome(reply: Sequence[Any], keys: Sequence[bytes]) -> Committed | Conflict | Missing | Duplicates:
     match reply[0]:
         case Answer.DONE:
-            return Committed()
+            return Committed(reply[1] if len(reply) > 1 else None)
         case Answer.CONFLICT:
             return Conflict(unpack_record(reply[1]) if len(reply) > 1 else None)
         case Answer.MISSING:

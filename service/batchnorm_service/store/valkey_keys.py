@@ -6,6 +6,7 @@ Cluster too. 256 are few enough to be asked one by one for a listing, and enough
 an even share of them, because the tags are chosen so that bucket i's slot is one of 64 i to 64 i + 63.
 
     PREFIX:{TAG}l:NAME   a record: the stamp's 24 bytes, then the data
+    PREFIX:{TAG}c:NAME   the commits that lost a race for the record and wait, by when; it expires, and is on no replica
     PREFIX:{TAG}r:...    a receipt: the incarnation's 8 bytes and the receipt's own 16; it expires by itself
     PREFIX:{TAG}g:...    who has come to a group: the incarnation's 8 bytes and the group's own 16; it expires, too
     PREFIX:{TAG}p:...    and what they have brought
@@ -72,6 +73,10 @@ class Keys:
     def record(self, name: str) -> bytes:
         """Of a layer's record."""
         return self._bases[bucket_of(name)] + b"l:" + name.encode()
+
+    def losers(self, name: str) -> bytes:
+        """Of the commits that lost a race for a layer."""
+        return self._bases[bucket_of(name)] + b"c:" + name.encode()
 
     def receipt(self, name: str, incarnation: int, key: bytes) -> bytes:
         """Of a receipt."""

@@ -9,6 +9,10 @@ WAIT speaks of the last write on its own connection. What a repeat would write m
 over another connection, and not be on the replicas yet. So where a WAIT follows, a script that finds it writes
 something all the same: a commit renews the receipts, the others write again what they found. (A write that leaves a
 value as it is, is replicated like any other.)
+
+A commit that loses a race is noted beside the record until it wins, and whoever wins is told how many wait. These
+notes go neither to replicas nor to the append-only file: they are a hint that nobody misses after a failover, and a
+commit that writes nothing must not wait for replicas or a disk.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from hashlib import sha1
 from string import Template
 from typing import Final
 
-from batchnorm_service.store.base import HEAD_BYTES
+from batchnorm_service.store.base import HEAD_BYTES, LOST_SECONDS
 from batchnorm_service.store.valkey_keys import STAMP_BYTES
 
 
@@ -58,7 +62,8 @@ class Script:
 
 def _script(body: str, *, flags: str = "", writes: bool = False, single: bool = False) -> Script:
     answers = {answer.name: answer.value for answer in Answer}
-    lua = Template(body.strip()).substitute(answers, STAMP_BYTES=STAMP_BYTES, HEAD_BYTES=HEAD_BYTES)
+    numbers = {"STAMP_BYTES": STAMP_BYTES, "HEAD_BYTES": HEAD_BYTES, "LOST_SECONDS": LOST_SECONDS}
+    lua = Template(body.strip()).substitute(answers, **numbers)
     return Script(f"#!lua{flags}\n{lua}\n".encode(), writes, single)
 
 
@@ -125,16 +130,20 @@ return {$DONE, version}
 
 COMMIT: Final = _script(
     """
--- KEYS: record, receipts. ARGV: expected stamp, the incarnation that the receipts' keys are for, their milliseconds,
--- whether a WAIT follows, the new record or nothing, the receipts.
+-- KEYS: record, losers, receipts. ARGV: expected stamp, the incarnation that the receipts' keys are for, their
+-- milliseconds, whether a WAIT follows, the new record or nothing, the receipts.
+local function now()
+    local time = redis.call('TIME')
+    return time[1] + time[2] / 1000000
+end
 local stamp = redis.call('GETRANGE', KEYS[1], 0, $STAMP_BYTES - 1)
 if stamp == '' then return {$MISSING} end
-if #KEYS > 1 and string.sub(stamp, 1, 8) ~= ARGV[2] then return {$OTHER, string.sub(stamp, 1, 8)} end
+if #KEYS > 2 and string.sub(stamp, 1, 8) ~= ARGV[2] then return {$OTHER, string.sub(stamp, 1, 8)} end
 local found = {$DUPLICATES}
-for i = 2, #KEYS do
+for i = 3, #KEYS do
     local receipt = redis.call('GET', KEYS[i])
     if receipt then
-        found[#found + 1] = i - 2
+        found[#found + 1] = i - 3
         found[#found + 1] = receipt
         if ARGV[4] == '1' then  -- one that was moved here may last longer than those that are made here
             redis.call('PEXPIRE', KEYS[i], math.max(tonumber(ARGV[3]), redis.call('PTTL', KEYS[i])))
@@ -144,11 +153,24 @@ end
 if #found > 1 then return found end
 if stamp ~= ARGV[1] then
     if string.sub(stamp, 1, 8) ~= string.sub(ARGV[1], 1, 8) then return {$CONFLICT} end
+    if #KEYS > 2 then
+        redis.set_repl(redis.REPL_NONE)
+        redis.call('ZADD', KEYS[2], 'NX', now(), KEYS[3])
+        redis.call('PEXPIRE', KEYS[2], 1000 * $LOST_SECONDS)
+    end
     return {$CONFLICT, redis.call('GET', KEYS[1])}
 end
+local rivals = 0
+if redis.call('EXISTS', KEYS[2]) == 1 then
+    redis.set_repl(redis.REPL_NONE)
+    if #KEYS > 2 then redis.call('ZREM', KEYS[2], unpack(KEYS, 3)) end
+    redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now() - $LOST_SECONDS)
+    rivals = redis.call('ZCARD', KEYS[2])
+    redis.set_repl(redis.REPL_ALL)
+end
 if ARGV[5] ~= '' then redis.call('SET', KEYS[1], ARGV[5]) end
-for i = 2, #KEYS do redis.call('SET', KEYS[i], ARGV[4 + i], 'PX', ARGV[3]) end
-return {$DONE}
+for i = 3, #KEYS do redis.call('SET', KEYS[i], ARGV[3 + i], 'PX', ARGV[3]) end
+return {$DONE, rivals}
 """,
     writes=True,
 )
