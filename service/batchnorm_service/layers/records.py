@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Final
@@ -41,7 +41,7 @@ class Held:
 
     def next(self, state: LayerState) -> Held:
         """The same layer with its next state."""
-        return replace(self, stamp=self.stamp.next(), state=state, updated_at=now())
+        return Held(self.stamp.next(), state, self.created_config, self.created_at, now())
 
 
 def now() -> datetime:
