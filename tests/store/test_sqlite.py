@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import secrets
 import sqlite3
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from batchnorm_service.layers.receipts import ticket
 from batchnorm_service.store.base import Committed, Conflict, Duplicates, Missing, Record, StoreError
 from batchnorm_service.store.sqlite import SqliteStore
 from store.harness import LIMIT, RECEIPT_SECONDS, Clock, Sabotaged, after, child, created, loaded, receipt
@@ -248,6 +250,27 @@ async def test_receipts_are_purged_faster_than_they_come(sqlite: SqliteStore, cl
     for _ in range(5):
         assert await sqlite.commit("a", record.stamp, None, [receipt() for _ in range(400)]) == Committed()
     assert await _receipts(sqlite) == 2000
+
+
+async def test_receipts_in_ascending_order_touch_few_pages(sqlite: SqliteStore) -> None:
+    """What a transaction flushes: 32 receipts are two pages of a table, and the keys that the service makes ascend."""
+
+    async def pages(keys: Callable[[], bytes]) -> int:
+        await sqlite._do("", lambda c: c.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall())
+        receipts = [receipt()._replace(key=keys()) for _ in range(32)]
+        assert await sqlite.commit("a", record.stamp, None, receipts) == Committed()
+        return await asyncio.to_thread(_pages_of_the_log, sqlite)
+
+    record = await created(sqlite, "a")
+    for _ in range(40):  # so many that the next ones are far apart in an index by key
+        assert await sqlite.commit("a", record.stamp, None, [receipt() for _ in range(250)]) == Committed()
+    assert await pages(lambda: secrets.token_bytes(16)) > 30
+    for _ in range(3):
+        assert await pages(lambda: ticket(None, "train").key) < 12
+
+
+def _pages_of_the_log(store: SqliteStore) -> int:
+    return Path(f"{store.path}-wal").stat().st_size // 4096
 
 
 async def _receipts(store: SqliteStore) -> int:
