@@ -58,7 +58,7 @@ def fold_all(state: LayerState, batches: Sequence[Moments]) -> LayerState:
         # A sum of squares is finite only if every term is; it can overflow though all are: `check_finite` looks closer.
         # What is not finite never becomes so again, so what the last batch left tells for all.
         finite = math.isfinite(np.vdot(running, running))
-    running_mean, running_var = map(torch.from_numpy, running)
+    running_mean, running_var = torch.from_numpy(running[0]), torch.from_numpy(running[1])
     if not finite and state.config.non_finite == "reject":
         check_finite(running_mean, "the folded running_mean", "running_mean")
         check_finite(running_var, "the folded running_var", "running_var")
