@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     """How many calls may wait for one layer's commits; one more gets 503."""
 
     receipt_seconds: float = Field(3600, gt=0, allow_inf_nan=False)
-    """How long an Idempotency-Key is remembered. Each train call leaves a receipt of some 100 bytes for so long."""
+    """How long an Idempotency-Key is remembered. Each train call leaves a receipt of some 120 bytes for so long."""
 
     store_timeout_seconds: float = Field(10, gt=0, allow_inf_nan=False)
     """How long a call waits for a store that does not answer before it gets 503."""

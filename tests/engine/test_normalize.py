@@ -14,7 +14,15 @@ from batchnorm_client import errors
 from batchnorm_client.contract import LayerConfig, LayerUpdate
 from batchnorm_client.tensors import Tensor
 from batchnorm_service.engine.moments import check_finite
-from batchnorm_service.engine.normalize import check_input, eval_statistics, eval_step, named_statistics, train_step
+from batchnorm_service.engine.normalize import (
+    check_input,
+    check_whole,
+    eval_statistics,
+    eval_step,
+    named_statistics,
+    shard_moments,
+    train_step,
+)
 from batchnorm_service.engine.state import LayerState, initial_state, update
 from batchnorm_service.engine.state_dict import replace_tensors
 from batchnorm_service.engine.statistics import fold
@@ -160,6 +168,18 @@ def test_statistics_near_the_end_of_float32_are_not_taken_for_an_overflow() -> N
     check_finite(torch.full((8,), 3e38), "the mean", "input")
     with pytest.raises(errors.NonFinite):
         check_finite(torch.tensor([math.inf, -math.inf]), "the mean", "input")
+
+
+@pytest.mark.parametrize(("value", "eps"), [(2.0**123, 1e-5), (-(2.0**123), 1e-5), (1e-3, 1e-80), (0.0, 1e-80)])
+def test_what_overflows_on_the_way_to_the_output_is_refused(value: float, eps: float) -> None:
+    """Mean and variance are finite, and exact arithmetic would give 0; torch gives NaN or infinity."""
+    batch = torch.full((8, 2), value)
+    assert train_step(_layer(2, eps=eps, non_finite="allow"), batch).output.isfinite().logical_not().all()
+    with pytest.raises(errors.NonFinite, match="the output"):
+        train_step(_layer(2, eps=eps), batch)
+    moments, ranges = shard_moments(_layer(2, eps=eps), batch)
+    with pytest.raises(errors.NonFinite, match="the output"):
+        check_whole(_layer(2, eps=eps), moments, ranges)
 
 
 def test_an_output_that_overflows_float16_is_refused() -> None:

@@ -56,6 +56,16 @@ def test_a_folded_state_that_is_not_finite_is_refused_unless_allowed() -> None:
     assert fold(replace_tensors(allowed, broken), _moments(1.0, 1.0)).running_mean.isnan().all()
 
 
+def test_a_population_refuses_in_a_group_what_it_refuses_alone() -> None:
+    """The variance of the first two samples does not fit float32; that of all of them would."""
+    layer = initial_state(LayerConfig(num_features=1, statistics="population", momentum=None))
+    wide = Moments(2, torch.tensor([0.0]), torch.tensor([3e38]), correction=0)
+    with pytest.raises(errors.NonFinite):
+        fold(layer, wide)
+    with pytest.raises(errors.NonFinite):
+        fold_all(layer, [wide, _moments(0.0, 1.0, count=1000)])
+
+
 @pytest.mark.parametrize("momentum", [0.1, 1 / 3, 1.0, None])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_many_batches_at_once_are_folded_as_one_after_the_other(momentum: float | None, dtype: str) -> None:

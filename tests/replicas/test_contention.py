@@ -164,8 +164,21 @@ def test_a_winner_waits_for_those_that_are_farther_away_each_time_longer() -> No
     rivals.took(0.001)
     assert _pauses(rivals, 1, passed=[0, 0, 0]) == [1, 2, 4, 8]
     assert _pauses(rivals, 3, passed=[1, 2, 2, 3]) == [3, 4, 4, 8]
-    assert sum(1 for _ in rivals.pauses(1, 0, lambda: 0)) == 8
-    assert sum(rivals.pauses(1, 0, lambda: 0)) == pytest.approx(0.2), "but not for ever"
+    pauses = list(rivals.pauses(1, 0, lambda: 0))
+    assert len(pauses) == 8
+    assert sum(pauses) == pytest.approx(0.2), "but not for ever"
+
+
+def test_one_that_never_comes_is_waited_for_once() -> None:
+    rivals = Rivals()
+    rivals.took(0.001)
+    assert sum(rivals.pauses(2, 0, lambda: 0)) == pytest.approx(0.2)
+    assert _pauses(rivals, 2) == [], "both have died or given up"
+    assert _pauses(rivals, 3) == [1], "a third has come, and passes: so may they"
+    assert _pauses(rivals, 2) == [2]
+    assert sum(rivals.pauses(1, 0, lambda: 0)) == pytest.approx(0.2)
+    assert _pauses(rivals, 0) == []
+    assert _pauses(rivals, 1) == [1], "the store had forgotten the one that died"
 
 
 def test_where_the_store_does_not_tell_rivals_are_guessed_and_forgotten_slowly() -> None:
@@ -186,4 +199,8 @@ def test_nobody_gives_way_for_long() -> None:
     rivals.took(5.0)
     assert list(rivals.pauses(1000, 0, lambda: 0)) == [0.2]
     assert list(rivals.pauses(None, 1000, lambda: 0)) == [0.2]
+    after = Rivals()
+    after.took(5.0)
+    after.took(0.0)
+    assert _pauses(after, 1) == [160], "a store that was away counts as the longest turn"
     assert sum(Rivals().pauses(1, 0, lambda: 0)) == pytest.approx(0.2), "nor for ever, where a turn took no time at all"

@@ -15,7 +15,7 @@ from batchnorm_client.contract import JSON, NPY, SAFETENSORS
 from batchnorm_service.api import Shell
 from batchnorm_service.app import create_app
 from batchnorm_service.direct import DirectCycle
-from batchnorm_service.layers import Training
+from batchnorm_service.layers import Training, work
 from batchnorm_service.protocol import Protocol
 from batchnorm_service.server import uvicorn_config
 from batchnorm_service.settings import Settings
@@ -221,6 +221,18 @@ async def test_the_output_is_the_same_when_more_is_to_be_done_after_the_commit(s
     assert (status, headers["num-batches-tracked"], service.by_asgi) == (200, "1", 0)
     expected = torch.nn.BatchNorm1d(2)(torch.from_numpy(BATCH)).detach().numpy()
     assert np.array_equal(load(output)["output"], expected)
+
+
+async def test_an_unexpected_error_is_answered_and_its_call_counted_no_longer(service, monkeypatch):
+    await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))
+
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(work, "train_step", no_memory)
+    ((status, _, body),) = await service.ask(post("/v1/layers/bn/train", TENSORS, SAFETENSORS))
+    assert (status, json.loads(body)["type"]) == (500, "/problems/internal-error")
+    assert service.shell._running == 0
 
 
 async def test_who_waits_for_a_commit_while_the_server_stops_is_told(service, monkeypatch):

@@ -28,6 +28,7 @@ RIGHTS = [
     "+@write",
     "+@scripting",
     "+info",
+    "+time",
     "+select",
     "+wait",
     "+cluster|slots",

@@ -13,6 +13,7 @@ import pytest
 
 from batchnorm_service.store.base import (
     Committed,
+    Conflict,
     Duplicates,
     Missing,
     Record,
@@ -31,6 +32,7 @@ RIGHTS = [
     "+@write",
     "+@scripting",
     "+info",
+    "+time",
     "+select",
     "+wait",
     "+cluster|slots",
@@ -275,7 +277,12 @@ async def test_a_wrong_password_is_refused_in_words_and_never_shown(
         for credentials in (":r%25ght%2Fone@", "default:r%25ght%2Fone@", "me:my%40word@"):
             store = at(credentials)
             await store.open()
-            await created(store, f"of {credentials}")
+            record = await created(store, name := f"of {credentials}")
+            assert await store.commit(name, record.stamp, after(record, b"won"), [receipt()]) == Committed()
+            assert isinstance(await store.commit(name, record.stamp, after(record, b"lost"), [receipt()]), Conflict)
+            won = await loaded(store, name)
+            assert (await store.commit(name, won.stamp, after(won, b"again"), [receipt()])).rivals == 1
+            await store.delete(name, won.stamp.next())
             assert store.url == guarded.url
             await store.close()
         guarded.command("ACL", "SETUSER", "me", "-set")

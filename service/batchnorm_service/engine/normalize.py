@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -144,6 +145,9 @@ def check_whole(state: LayerState, moments: Moments, ranges: Extremes) -> None:
     shift = torch.zeros_like(scale)
     if state.weight is not None and state.bias is not None:
         scale, shift = scale * state.weight.double(), state.bias.double()
+    # What the kernel multiplies on its way to the output, in the state's dtype.
+    for product in (scale, moments.mean * scale):
+        check_finite(product.to(state.dtype), "the output", "input")
     for bound in (ranges.low, ranges.high):
         output = (bound - moments.mean) * scale + shift
         # An infinite bound is that of no value at all.
@@ -239,19 +243,26 @@ def _check_finite(state: LayerState, step: TrainStep, count: int) -> None:
     """Refuse moments that are not finite, and an output that overflowed its dtype.
 
     A pass over the output is made only where it can have overflowed: |x - mean| / std is at most sqrt(count - 1), so
-    |output| is at most max|weight| * sqrt(count) + max|bias|. No element is larger than its vector's norm, which is
-    quicker to have; the factor 2 covers rounding.
+    |output| is at most max|weight| * sqrt(count) + max|bias|. On its way there the kernel multiplies x by weight and
+    1 / sqrt(var + eps), and |x| is at most |mean| and those distances. No element is larger than its vector's norm,
+    which is quicker to have; the factor 2 covers rounding.
     """
     moments, weight, bias = step.moments, 1.0, 0.0
     if state.weight is None or state.bias is None:
-        (var,) = sums_of_squares(moments.var)
+        mean, var = sums_of_squares(moments.mean, moments.var)
     else:
-        var, weight, bias = sums_of_squares(moments.var, state.weight, state.bias)
-    if not math.isfinite(var):  # nor is it where the mean is not: that is what the distances are taken from
+        mean, var, weight, bias = sums_of_squares(moments.mean, moments.var, state.weight, state.bias)
+    if not (math.isfinite(mean) and math.isfinite(var)):
         moments.check_finite()
     bound = math.sqrt(weight * count) + math.sqrt(bias)
-    if not 2 * bound < torch.finfo(step.output.dtype).max:
+    on_the_way = bound + math.sqrt(weight / state.config.eps) * (1 + math.sqrt(mean))
+    if not (2 * bound < _most(step.output.dtype) and 2 * on_the_way < _most(state.dtype)):
         check_finite(step.output, "the output", "input")
+
+
+@lru_cache
+def _most(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).max
 
 
 def _kernel(state: LayerState, moved: Batch, count: int) -> TrainStep:

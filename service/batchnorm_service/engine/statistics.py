@@ -42,6 +42,10 @@ def fold_all(state: LayerState, batches: Sequence[Moments]) -> LayerState:
     """
     if not (state.tracks and batches):
         return state
+    if state.population is not None and len(batches) > 1:  # they may be finite again after one that is refused
+        for moments in batches:
+            state = fold_all(state, [moments])
+        return state
     count = state.num_batches_tracked + len(batches)
     samples = state.samples_tracked + sum([moments.count for moments in batches])
     if max(count, samples) > MOST:
@@ -51,12 +55,11 @@ def fold_all(state: LayerState, batches: Sequence[Moments]) -> LayerState:
         if population is None:
             running = _moving(state, batches)
         else:
-            for moments in batches:
-                population = population.fold(moments, state.config.half_life)
+            population = population.fold(batches[0], state.config.half_life)
             both = (population.mean.to(state.dtype), population.unbiased_var().to(state.dtype))
             running = np.array([vector.numpy() for vector in both])
         # A sum of squares is finite only if every term is; it can overflow though all are: `check_finite` looks closer.
-        # What is not finite never becomes so again, so what the last batch left tells for all.
+        # Moving statistics that are not finite never become so again, so what the last batch left tells for all.
         finite = math.isfinite(np.vdot(running, running))
     running_mean, running_var = torch.from_numpy(running[0]), torch.from_numpy(running[1])
     if not finite and state.config.non_finite == "reject":

@@ -85,7 +85,7 @@ class Batches:
             work = BatchWork(batch, self._computing)
             work.under_now(held.state)
             fold = Fold(ticket(key, "train", wire), held.stamp.incarnation, work)
-        except ProblemError:
+        except Exception:
             return None
         return Training(slot.queue.put(fold), work, lambda: self.train(name, read, key))
 

@@ -145,7 +145,10 @@ class Queue:
                 case Committed(told):
                     self._resident.set(plan.held)
                     plan.settle()
-                    await self._give_way(plan.held.stamp, told, losses)
+                    known = plan.held.stamp
+                    del plan, folds  # the batches of calls that are answered need not wait for rivals
+                    taken.clear()
+                    await self._give_way(known, told, losses)
                     return
                 case Duplicates(receipts):
                     await self._answer_from_receipts(folds, receipts)

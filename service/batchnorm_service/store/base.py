@@ -52,7 +52,7 @@ class Receipt(NamedTuple):
     """A fold that was applied.
 
     Attributes:
-        key: 16 bytes, the digest of the caller's Idempotency-Key or a random number of the service's.
+        key: 16 bytes, the digest of the caller's Idempotency-Key, or the time and random bits.
         fingerprint: 16 bytes, what the key stands for: a repeat with another fingerprint is another batch.
         version: of the commit that folded it.
         batch: the layer's `num_batches_tracked` after this fold.

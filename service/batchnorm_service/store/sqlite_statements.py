@@ -58,7 +58,7 @@ def _select_stamps(count: int) -> str:
 
 @cache
 def _select_receipts(count: int) -> str:
-    # CROSS JOIN is SQLite's way to say which table is the outer one: each key is looked up in the primary key's index.
+    # CROSS JOIN is SQLite's way to say which table is the outer one: each key is looked up in the index by key.
     return (
         "SELECT incarnation, key, fingerprint, version, batch, payload"  # noqa: S608
         f" FROM (VALUES {_marks(2, count)}) AS wanted CROSS JOIN receipts"

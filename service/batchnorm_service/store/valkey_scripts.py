@@ -163,7 +163,9 @@ end
 local rivals = 0
 if redis.call('EXISTS', KEYS[2]) == 1 then
     redis.set_repl(redis.REPL_NONE)
-    if #KEYS > 2 then redis.call('ZREM', KEYS[2], unpack(KEYS, 3)) end
+    for i = 3, #KEYS, 1000 do  -- Lua passes some thousands of arguments, not more
+        redis.call('ZREM', KEYS[2], unpack(KEYS, i, math.min(i + 999, #KEYS)))
+    end
     redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now() - $LOST_SECONDS)
     rivals = redis.call('ZCARD', KEYS[2])
     redis.set_repl(redis.REPL_ALL)
