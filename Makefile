@@ -46,7 +46,7 @@ examples: $(VENV)/dev.stamp ## run the examples of docs/sharing.md, and draw the
 # torch comes first and pinned: a plain `torch`, or a range, would bring gigabytes of CUDA packages.
 $(VENV)/service.stamp: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once) ..."
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) install $(CONSTRAINTS) "$$(grep '^torch==' constraints.txt)"
 	@$(PIP) install $(CONSTRAINTS) --editable '.[service]'
 	@touch $@
@@ -62,7 +62,7 @@ soak: $(VENV)/dev.stamp ## 2,000 train calls against workers and replicas that a
 # The benchmarks have an environment of their own; other servers get theirs from benchmarks/peers.
 .venv-bench/bench.stamp: pyproject.toml constraints.txt
 	@echo "Setting up .venv-bench (once) ..."
-	@test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	@.venv-bench/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-bench
 	@.venv-bench/bin/python -m pip --disable-pip-version-check --quiet install $(CONSTRAINTS) "$$(grep '^torch==' constraints.txt)"
 	@.venv-bench/bin/python -m pip --disable-pip-version-check --quiet install $(CONSTRAINTS) --editable '.[service]'
 	@touch $@

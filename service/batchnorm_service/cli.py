@@ -27,6 +27,7 @@ app = typer.Typer(
     name="batchnorm-service",
     help="Named batch-normalization layers over REST.",
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
@@ -172,8 +173,3 @@ def _refused(location: tuple[int | str, ...], message: str, given: dict[str, Any
 def _fail(message: str, *, code: int) -> None:
     typer.echo(f"batchnorm-service: {message}", err=True)
     raise typer.Exit(code)
-
-
-def main() -> None:
-    """Run the command line."""
-    app()

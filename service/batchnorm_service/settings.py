@@ -108,9 +108,9 @@ class Settings(BaseSettings):
             if secret is not None:
                 text = secret.get_secret_value()
                 if not text or not (text.isascii() and text.isprintable()) or " " in text:
-                    raise ValueError(f"{name} must be printable ASCII without spaces, and not empty")
+                    raise ValueError(f"{PREFIX}{name.upper()} must be printable ASCII without spaces, and not empty")
         if self.read_token is not None and self.token is None:
-            raise ValueError("read_token needs token: without one the service would be open to all")
+            raise ValueError(f"{PREFIX}READ_TOKEN needs {PREFIX}TOKEN: without one the service would be open to all")
         return self
 
 

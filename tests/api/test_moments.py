@@ -145,6 +145,7 @@ async def test_a_groups_members_get_the_moments_of_all(client, population):
     [
         ("group=g", "size"),
         ("size=2", "size"),
+        ("group=g%20h&size=2", "group"),
         ("group=g&size=0", "size"),
         ("group=g&size=two", "size"),
         ("group=&size=2", "group"),
@@ -157,6 +158,7 @@ async def test_a_group_that_makes_no_sense_is_refused_by_name(client, population
     answer = await client.post(f"{population}/train?{query}", json={"input": [[7.0, 7.0]]})
     assert (answer.status_code, answer.json()["type"]) == (422, "/problems/invalid-request")
     assert answer.json()["field"] == field
+    assert "more" not in answer.json()["detail"], "nothing else is wrong"
 
 
 async def test_an_incomplete_group_is_told_so(client, population):

@@ -15,7 +15,8 @@ PAGES = [README, *sorted((README.parent / "docs").glob("*.md"))]
 
 
 def _examples(page: Path) -> list[tuple[str, str, str]]:
-    return re.findall(r"```sh\n(curl.*?|for .*?|python3.*?)```\n```(\w+)\n(.*?)```", page.read_text(), re.DOTALL)
+    shell = r"```sh\n(curl.*?|for .*?|\.venv/bin/python.*?)```\n```(\w+)\n(.*?)```"
+    return re.findall(shell, page.read_text(), re.DOTALL)
 
 
 def _links(page: Path) -> list[str]:
@@ -46,7 +47,7 @@ def test_the_curl_examples_print_what_the_page_says(page: Path, start, tmp_path:
     server = start("--store", "memory:")
     address = server.url.removeprefix("http://")
     for commands, form, expected in _examples(page):
-        script = commands.replace("127.0.0.1:8000", address).replace("python3", sys.executable)
+        script = commands.replace("127.0.0.1:8000", address).replace(".venv/bin/python", sys.executable)
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
         )

@@ -213,7 +213,7 @@ async def test_create_is_idempotent_for_the_config_that_the_layer_was_made_with(
         await layers.update("a", LayerUpdate(eps=0.5), None)
         snapshot, created = await layers.create("a", CONFIG)
         assert (created, snapshot.config.eps) == (False, 0.5)
-        with pytest.raises(errors.LayerExists):
+        with pytest.raises(errors.LayerExists, match=r"created with eps 1e-05, not 0\.5$"):
             await layers.create("a", LayerConfig(num_features=3, eps=0.5))
 
 

@@ -66,7 +66,7 @@ async def test_a_fold_whose_reply_is_lost_counts_once(fates: list[str], key: str
         await _assert_equals_torch(layers, [0, 1, 2])
 
 
-async def test_a_call_that_gave_up_is_answered_by_its_repeat() -> None:
+async def test_a_call_that_gave_up_is_answered_by_its_repeat(caplog: pytest.LogCaptureFixture) -> None:
     store = Flaky()
     async with serving(store, store_timeout=0.05) as layers:
         await layers.create("a", CONFIG)
@@ -74,6 +74,8 @@ async def test_a_call_that_gave_up_is_answered_by_its_repeat() -> None:
         with pytest.raises(errors.StoreUnavailable) as refused:
             await train(layers, "a", batch(1), "key")
         assert refused.value.retry_after
+        assert len(caplog.records) == 1, "one line, however many tries"
+        assert "the store does not answer" in caplog.text
         store.lose = []
         again = await train(layers, "a", batch(1), "key")
         assert (again.replayed, again.num_batches_tracked) == (True, 1)

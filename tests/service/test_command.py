@@ -30,6 +30,19 @@ def test_nobody_waits_for_torch_who_does_not_serve():
     assert run(sys.executable, "-c", loaded).returncode == 0
 
 
+def test_without_the_service_installed_it_says_what_is_missing():
+    program = "import sys; sys.modules['fastapi'] = None; from batchnorm_service.__main__ import main; main()"
+    done = run(sys.executable, "-c", program, "serve", "--store", "memory:")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "batchnorm-service: fastapi is missing; install the service with: pip install 'batchnorm-service[service]'\n"
+    )
+
+
+def test_help_is_short_too():
+    assert "serve" in run(sys.executable, "-m", "batchnorm_service", "-h").stdout
+
+
 def test_without_a_command_it_helps():
     done = run(sys.executable, "-m", "batchnorm_service")
     assert done.returncode == 0
@@ -50,7 +63,8 @@ def test_without_a_command_it_helps():
         (["--device", "tpu"], {}, 2, "--device"),
         (["--colour", "red"], {}, 2, "--colour"),
         ([], {"BATCHNORM_MAX_LAYERS": "many"}, 2, "BATCHNORM_MAX_LAYERS"),
-        ([], {"BATCHNORM_TOKEN": "se cret"}, 2, "token"),
+        ([], {"BATCHNORM_TOKEN": "se cret"}, 2, "BATCHNORM_TOKEN"),
+        ([], {"BATCHNORM_READ_TOKEN": "secret"}, 2, "BATCHNORM_READ_TOKEN"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(arguments, variables, status, words):

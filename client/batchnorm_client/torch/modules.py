@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -69,8 +69,8 @@ class RemoteBatchNorm(RunningInService):
     Raises:
         LayerExists: the layer exists, and was created with another config.
         InvalidRequest: `name` or an argument is not valid.
-        ValueError: `dtype` is neither float32 nor float64, the layer has a bias and this module should have none, or
-            only one of `group` and `group_size` is given.
+        ValueError: `compute` or `dtype` is none of the known ones, the layer has a bias and this module should have
+            none, or only one of `group` and `group_size` is given.
         BatchNormError: here and at any use, what `RemoteLayer`'s methods raise.
     """
 
@@ -96,6 +96,8 @@ class RemoteBatchNorm(RunningInService):
         group_timeout: float | None = None,
     ) -> None:
         shared = Group.of(group, group_size, group_timeout)
+        if compute not in get_args(Compute):
+            raise ValueError(f"compute must be 'remote' or 'local', not {compute!r}")
         dtype = dtype or torch.get_default_dtype()
         if dtype not in {torch.float32, torch.float64}:
             raise ValueError(f"dtype must be torch.float32 or torch.float64, not {dtype}; inputs may be half precision")

@@ -30,9 +30,8 @@ _MODELS: Final = (
     contract.ProblemDocument,
     contract.ResetRequest,
 )
+_GUARDED: Final = ("unauthenticated", "forbidden")
 _ALWAYS: Final = (
-    "unauthenticated",
-    "forbidden",
     "invalid-request",
     "internal-error",
     "overloaded",
@@ -88,6 +87,7 @@ def describe(
     body: Json | None = None,
     answers: Mapping[int, Json],
     problems: Sequence[str] = (),
+    guarded: bool = True,
 ) -> dict[str, Any]:
     """The arguments of a FastAPI route that say what FastAPI cannot see in its function.
 
@@ -100,6 +100,7 @@ def describe(
         body: its request body.
         answers: by status.
         problems: names of problem types besides those that every call may answer.
+        guarded: whether it may ask for a token, as all calls below /v1 do.
     """
     extra: Json = {"parameters": [*_query_parameters(query), *_header_parameters((*headers, contract.REQUEST_ID))]}
     if body is not None:
@@ -111,7 +112,7 @@ def describe(
         "tags": [tag],
         "status_code": min(answers),
         "response_model": None,
-        "responses": {**described, **problem_responses((*problems, *_ALWAYS))},
+        "responses": {**described, **problem_responses((*problems, *_ALWAYS, *(_GUARDED if guarded else ())))},
         "openapi_extra": extra,
     }
 

@@ -31,7 +31,7 @@ def _add_problem_pages(app: FastAPI) -> None:
     @app.get(
         "/problems",
         response_class=PlainTextResponse,
-        **describe("list_problems", "Every problem type", tag="problems", answers=_TEXT),
+        **describe("list_problems", "Every problem type", tag="problems", answers=_TEXT, guarded=False),
     )
     async def list_problems(request: Request) -> Answer:
         """One line each: status, name, title."""
@@ -43,7 +43,12 @@ def _add_problem_pages(app: FastAPI) -> None:
         "/problems/{problem}",
         response_class=PlainTextResponse,
         **describe(
-            "explain_problem", "What a problem type means", tag="problems", answers=_TEXT, problems=("not-found",)
+            "explain_problem",
+            "What a problem type means",
+            tag="problems",
+            answers=_TEXT,
+            problems=("not-found",),
+            guarded=False,
         ),
     )
     async def explain_problem(problem: str, request: Request) -> Answer:

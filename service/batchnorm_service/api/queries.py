@@ -59,7 +59,7 @@ class GroupQuery(Query):
     @field_validator("size")
     @classmethod
     def _goes_with_group(cls, size: int | None, info: ValidationInfo) -> int | None:
-        if (size is None) != (info.data.get("group") is None):
+        if "group" in info.data and (size is None) != (info.data["group"] is None):
             raise ValueError("group and size go together")
         return size
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -127,8 +128,9 @@ class Layers:
 def _layer_exists(name: str, made: LayerConfig, asked: LayerConfig) -> LayerExists:
     wanted = asked.model_dump()
     differ = {field: value for field, value in made.model_dump().items() if value != wanted[field]}
+    told = [f"{field} {json.dumps(value)}, not {json.dumps(wanted[field])}" for field, value in differ.items()]
     return LayerExists(
-        f"layer {name!r} exists and was created with another {' and '.join(differ)}",
+        f"layer {name!r} exists and was created with {' and '.join(told)}",
         field="name",
         expected=differ,
         got={field: wanted[field] for field in differ},

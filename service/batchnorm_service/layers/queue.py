@@ -269,9 +269,13 @@ class Queue:
             try:
                 outcome = await self._store.commit(self._resident.name, expected, new, receipts)
             except StoreError as error:
+                if not uncertain:
+                    _log.warning("layer %r: the store does not answer, trying again: %s", self._resident.name, error)
                 uncertain = True
                 pause = await self._pause(pause, deadline, error)
                 continue
+            if uncertain:
+                _log.warning("layer %r: the store answers again", self._resident.name)
             if uncertain and isinstance(outcome, Duplicates) and set(outcome.receipts) == set(receipts):
                 return Committed()
             return outcome

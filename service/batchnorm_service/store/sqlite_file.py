@@ -105,9 +105,13 @@ def _is_new(connection: sqlite3.Connection, path: Path) -> bool:
     if version != SCHEMA_VERSION:
         raise StoreRefusedError(
             f"{path} has schema version {version}, and this release knows {SCHEMA_VERSION}: start the release that"
-            " wrote the file, or a later one, or give this one another file"
+            f" wrote the file{_newer(version)}, or give this one another file with --store or BATCHNORM_STORE"
         )
     return False
+
+
+def _newer(version: object) -> str:
+    return ", or a later one" if isinstance(version, int) and version > SCHEMA_VERSION else ""
 
 
 def _value(connection: sqlite3.Connection, statement: str) -> object:

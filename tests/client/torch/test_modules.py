@@ -250,6 +250,8 @@ def test_an_empty_batch_in_eval_mode(client, name):
 
 
 def test_bad_arguments(client, name):
+    with pytest.raises(ValueError, match="'remote' or 'local', not 'lokal'"):
+        RemoteBatchNorm1d(3, client=client, name=name, compute="lokal")
     with pytest.raises(ValueError, match="float16"):
         RemoteBatchNorm1d(3, dtype=torch.float16, client=client, name=name)
     with pytest.raises(InvalidRequest):
