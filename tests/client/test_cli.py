@@ -328,6 +328,7 @@ def test_eval_that_fails_leaves_the_old_file(run, layer, data, tmp_path):
     run("eval", f"{layer.name}.no", "data.npy", "out.npy", code=3)
     assert (tmp_path / "out.npy").read_text() == "before"
     assert "nowhere" in run("eval", layer.name, "data.npy", "nowhere/out.npy", code=1).stderr
+    assert "another name" in run("eval", layer.name, "data.npy", "./data.npy", code=2).stderr
     assert sorted(os.listdir()) == ["data.npy", "narrow.npy", "out.npy"]
 
 

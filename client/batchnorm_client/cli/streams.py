@@ -15,7 +15,7 @@ import typer
 
 from batchnorm_client.cli.data import Batches, progress, written
 from batchnorm_client.cli.output import Json, print_json, say
-from batchnorm_client.cli.service import PATIENT, REFUSED, Name, Token, Url, calling, count, fail
+from batchnorm_client.cli.service import PATIENT, REFUSED, USAGE, Name, Token, Url, calling, count, fail
 from batchnorm_client.contract import Layer
 from batchnorm_client.errors import BatchNormError, DtypeMismatch, IdempotencyKeyReused, TooFewValues
 
@@ -118,6 +118,8 @@ def evaluate(
 ) -> None:
     """Normalize a file with a layer's running statistics, batch by batch, into another file."""
     batches = Batches(data, batch_size, dtype)
+    if out.exists() and out.samefile(data):
+        fail(f"{out} is the file that is read; give the output another name", USAGE)
     versions: list[int] = []
     _look(name, url, token)
     with (
