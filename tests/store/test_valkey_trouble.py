@@ -285,7 +285,10 @@ async def test_a_wrong_password_is_refused_in_words_and_never_shown(
             await store.delete(name, won.stamp.next())
             assert store.url == guarded.url
             await store.close()
-        guarded.command("ACL", "SETUSER", "me", "-set")
+        guarded.command("ACL", "SETUSER", "me", "-time")
+        store = at("me:my%40word@")
+        assert re.search("permission|can't run", await refusal(store))
+        guarded.command("ACL", "SETUSER", "me", "+time", "-set")
         store = at("me:my%40word@")
         assert re.search("permission|can't run", await refusal(store))
     assert "wr0ng" not in caplog.text

@@ -257,6 +257,7 @@ return $DONE
 SCHEMA: Final = _script(
     """
 -- KEYS: schema. ARGV: the version to note where there is none.
+redis.call('TIME')  -- a user that may not ask for it is to be refused now, and not at the first lost race
 redis.call('SET', KEYS[1], ARGV[1], 'NX')
 return redis.call('GET', KEYS[1])
 """
