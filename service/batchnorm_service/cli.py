@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import sys
 from collections.abc import Iterator
@@ -148,6 +149,8 @@ def _announce(url: str, settings: Settings, store: str) -> None:
     unknown = unknown_variables()
     if unknown:
         log.warning("no setting reads these environment variables: %s", ", ".join(unknown))
+    if settings.token is None and not _is_local(settings.host):
+        log.warning("whoever reaches %s may change every layer: set %sTOKEN, or guard the port", url, PREFIX)
     token = "" if settings.token is None else f" -H 'Authorization: Bearer '\"${PREFIX}TOKEN\""
     json = " -H 'Content-Type: application/json'"
     typer.echo(f"""batchnorm-service {__version__}
@@ -158,6 +161,14 @@ Try it:
   curl -X PUT {url}/v1/layers/demo{token}{json} -d '{{"num_features": 2}}'
   curl {url}/v1/layers/demo/train{token}{json} -d '{{"input": [[1, 2], [3, 4], [5, 9]]}}'""")
     sys.stdout.flush()
+
+
+def _is_local(host: str) -> bool:
+    """Whether only this machine can reach it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _refused(location: tuple[int | str, ...], message: str, given: dict[str, Any]) -> str:

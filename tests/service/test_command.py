@@ -101,3 +101,17 @@ def test_the_printed_lines_work_at_once(start, store, token):
             assert done.returncode == 0, done
     assert '"num_batches_tracked":2' in done.stdout
     assert shlex.split(lines[0])
+
+
+@pytest.mark.parametrize(
+    ("host", "variables", "warned"),
+    [
+        ("0.0.0.0", {}, True),
+        ("127.0.0.2", {}, False),
+        ("localhost", {}, False),
+        ("0.0.0.0", {"BATCHNORM_TOKEN": "secret"}, False),
+    ],
+)
+def test_an_address_that_others_reach_without_a_token_is_warned_of(start, host, variables, warned):
+    process = start("--store", "memory:", "--host", host, **variables)
+    assert ("may change every layer: set BATCHNORM_TOKEN" in process.output) == warned
