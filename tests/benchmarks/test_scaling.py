@@ -20,6 +20,8 @@ def test_everything_is_measured_fitted_and_reckoned():
     for head in ("## One layer, one replica", "## One layer, many replicas", "## Fitted", "## 1,000,000 train and"):
         assert head in done.stdout
     assert done.stdout.count("\n| 2 | ") == 4
+    for callers in (16, 2):
+        assert done.stdout.count(f"\n| 8 | {callers} | ") == 1
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from batchnorm_service.settings import Settings
 from batchnorm_service.store.memory import MemoryStore
 
 MODULES = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+compared: list[int] = []  # the seeds of the cases
 worst = {"train output": 0.0, "running_mean": 0.0, "running_var, ulp per fold": 0.0, "eval output, relative": 0.0}
 
 
@@ -33,8 +34,8 @@ worst = {"train output": 0.0, "running_mean": 0.0, "running_var, ulp per fold": 
 def _report(measured: list[str]) -> Any:
     yield
     lines = ", ".join(f"{what} {value:.3g}" for what, value in worst.items())
-    if any(worst.values()):  # not where another process ran the test
-        measured.append(f"largest differences from torch: {lines}")
+    if compared:  # not where another process ran the test
+        measured.append(f"largest differences from torch in {len(compared)} cases: {lines}")
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,7 @@ def ulps(a: torch.Tensor, b: torch.Tensor) -> int:
 @given(cases())
 def test_the_service_equals_torch(case: Case) -> None:
     asyncio.run(run(case))
+    compared.append(case.seed)
 
 
 @settings(max_examples=30, deadline=None)

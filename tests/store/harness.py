@@ -50,12 +50,10 @@ class Table(ABC):
     """One table of records.
 
     Attributes:
-        survives: what is written is there after every store was closed.
         shared: several stores may be open on it at once.
         tells_rivals: a commit that wins is told how many have lost.
     """
 
-    survives = True
     shared = True
     tells_rivals = True
 
