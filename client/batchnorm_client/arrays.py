@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchnorm_client.tensors import Tensor
+from batchnorm_client.tensors.tensor import dtype_name
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +57,7 @@ def from_wire(tensor: Tensor, like: A) -> A:
     if isinstance(like, np.ndarray):
         array = tensor.numpy()
         # The same dtype down to the byte order, which is not on the wire.
-        return cast(A, array.astype(like.dtype, copy=False) if tensor.dtype == like.dtype.name else array)
+        return cast(A, array.astype(like.dtype, copy=False) if tensor.dtype == dtype_name(like.dtype) else array)
     return cast(A, to_torch(tensor).to(like.device))
 
 

@@ -48,16 +48,15 @@ class AsyncClient:
         **options: Unpack[HttpOptions],
     ) -> None:
         import anyio.to_thread  # noqa: PLC0415 - as httpx, which needs it
-        import httpx  # noqa: PLC0415 - it takes longer to import than this whole package
 
-        from batchnorm_client import transport  # noqa: PLC0415
+        from batchnorm_client import transport  # noqa: PLC0415 - httpx takes longer to import than this whole package
 
         self._transport = transport
         self._sleep = anyio.sleep
         self._in_thread = anyio.to_thread.run_sync
         self._link = transport.Link(base_url, token, http, options)
         self._own = http is None
-        self._http = httpx.AsyncClient(**self._link.options) if http is None else http
+        self._http = transport.AsyncHttpClient(**self._link.options) if http is None else http
         self._retry = retry or Retry()
 
     @property

@@ -69,14 +69,12 @@ class Client:
         http: httpx.Client | None = None,
         **options: Unpack[HttpOptions],
     ) -> None:
-        import httpx  # noqa: PLC0415 - it takes longer to import than this whole package
-
-        from batchnorm_client import transport  # noqa: PLC0415
+        from batchnorm_client import transport  # noqa: PLC0415 - httpx takes longer to import than this whole package
 
         self._transport = transport
         self._link = transport.Link(base_url, token, http, options)
         self._own = http is None
-        self._http = httpx.Client(**self._link.options) if http is None else http
+        self._http = transport.HttpClient(**self._link.options) if http is None else http
         self._retry = retry or Retry()
 
     @property

@@ -20,8 +20,11 @@ from batchnorm_service.outbox import OutboxProtocol
 
 _NOTHING: Final = memoryview(b"")
 
-_NOT_DIRECT: Final = frozenset({b"connection", b"expect", b"transfer-encoding", b"upgrade"})
+_NOT_DIRECT: Final = frozenset({b"expect", b"transfer-encoding", b"upgrade"})
 """Headers that ask the server for something; uvicorn's own cycle knows what."""
+
+_KEEP_ALIVE: Final = b"keep-alive"
+"""What many clients say of the connection, and what HTTP/1.1 does anyway (RFC 9112, 9.3)."""
 
 
 class DirectProtocol(OutboxProtocol):
@@ -69,13 +72,19 @@ class DirectProtocol(OutboxProtocol):
             return None
         headers = read_headers(self.headers)
         size = headers.get(b"content-length", b"")
-        if not (size.isdigit() and len(size) <= 18) or not _NOT_DIRECT.isdisjoint(headers):
+        if not (size.isdigit() and len(size) <= 18 and self._is_plain(headers)):
             return None
         try:
             cycle = DirectCycle(self, self.app, target, headers, int(size))
         except MemoryError:
             return None  # on the ordinary way the caller is told
         return cycle if self.app.enter(target, headers, int(size)) else None
+
+    def _is_plain(self, headers: Headers) -> bool:
+        """Whether the head asks for nothing but an answer."""
+        if not _NOT_DIRECT.isdisjoint(headers) or self.parser.get_http_version() != "1.1":
+            return False
+        return headers.get(b"connection", _KEEP_ALIVE).lower() == _KEEP_ALIVE
 
 
 class DirectCycle:

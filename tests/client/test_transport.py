@@ -12,7 +12,7 @@ import pytest
 
 from batchnorm_client import Client, ConnectionFailed, Retry, TimedOut, UnexpectedAnswer
 from batchnorm_client.core import Attempts, Request
-from batchnorm_client.transport import BLOCK, Link
+from batchnorm_client.transport import BLOCK, AsyncHttpClient, HttpClient, Link
 
 BATCH = np.array([[1, 2, 3], [4, 5, 7]], np.float32)
 HEADER = b'{"output":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}}     '
@@ -113,6 +113,47 @@ def test_large_bodies_go_in_blocks_without_a_copy(connect, size):
         assert blocks[1].obj is pieces[1].obj
         assert max(map(len, blocks)) == BLOCK
         assert b"".join(outgoing.stream) == b"".join(pieces)  # a redirect may send it again
+
+
+@pytest.mark.parametrize("own", [HttpClient, AsyncHttpClient])
+@pytest.mark.parametrize("token", [None, "secret"])
+@pytest.mark.parametrize(
+    ("method", "headers", "pieces"),
+    [
+        ("GET", {"If-None-Match": '"1"'}, []),
+        ("DELETE", {}, []),
+        ("POST", {"Accept": "application/json"}, []),
+        ("PUT", {"Content-Type": "x/y"}, [b"ab", b"c"]),
+    ],
+)
+def test_a_client_that_is_made_here_sends_what_httpx_would(own, token, method, headers, pieces):
+    link = Link("http://h:81/sub", token, None, {})
+    request = Request(method, "/a?b=c", lambda _: None, headers=headers, pieces=pieces)
+    http = own(**link.options)
+    outgoing = link.outgoing(http, request, Attempts(request, Retry(deadline=None)))
+    theirs = http.build_request(
+        method, "http://h:81/sub/a?b=c", content=b"".join(pieces) or None, headers={**link._headers, **headers}
+    )
+    theirs.headers.pop("connection")  # what HTTP/1.1 does anyway
+    assert (outgoing.method, outgoing.url) == (theirs.method, theirs.url)
+    assert dict(outgoing.headers) == dict(theirs.headers)
+    assert outgoing.extensions == theirs.extensions
+    assert b"".join(outgoing.stream) == b"".join(pieces)
+
+
+def test_a_client_that_is_made_here_keeps_no_cookies(connect):
+    """What would be the first call's cookie is not sent with the second, and no time goes into looking for one."""
+    seen = []
+
+    def handle(request):
+        seen.append(request.headers.get("cookie"))
+        return httpx.Response(200, json={"layers": [], "next": None}, headers={"set-cookie": "a=b"})
+
+    for kept in (httpx.Client, HttpClient):
+        with kept(transport=httpx.MockTransport(handle)) as http:
+            for _ in range(2):
+                http.get("http://h/").raise_for_status()
+    assert seen == [None, "a=b", None, None]
 
 
 def test_timeouts_end_at_the_deadline():

@@ -5,12 +5,14 @@ import contextlib
 import json
 import socket
 
+import httpx
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load, save
 from uvicorn.server import ServerState
 
+from batchnorm_client import AsyncClient
 from batchnorm_client.contract import JSON, NPY, SAFETENSORS
 from batchnorm_service.api import Shell
 from batchnorm_service.app import create_app
@@ -26,7 +28,7 @@ pytestmark = pytest.mark.anyio
 
 BATCH = np.arange(12, dtype=np.float32).reshape(6, 2) ** 2
 TENSORS = save({"input": BATCH})
-ORDINARY = "Connection: keep-alive\r\n"  # asks the server for something, if only for what it does anyway
+ORDINARY = "Connection: TE\r\n"  # says something of the connection that the direct way knows nothing of
 
 
 class Running:
@@ -270,12 +272,34 @@ async def test_what_asks_the_server_for_something_goes_by_asgi(service, headers)
     writer.close()
 
 
+@pytest.mark.parametrize("value", ["keep-alive", "Keep-Alive"])
+async def test_a_client_that_asks_for_what_http_does_anyway_goes_the_direct_way(service, value):
+    call = post("/v1/layers/bn/eval", TENSORS, SAFETENSORS, f"Connection: {value}\r\n")
+    assert [status for status, *_ in await service.ask(call, call)] == [200, 200]
+    assert service.by_asgi == 1  # the second, because it was pipelined
+
+
+async def test_python_clients_go_the_direct_way(service):
+    async with AsyncClient(f"http://127.0.0.1:{service.port}") as client:
+        layer = client.layer("bn")
+        await layer.train(BATCH)
+        await layer.eval(BATCH)
+        assert service.by_asgi == 0
+    async with httpx.AsyncClient() as bare:
+        answer = await bare.post(
+            f"http://127.0.0.1:{service.port}/v1/layers/bn/eval", content=TENSORS, headers={"Content-Type": SAFETENSORS}
+        )
+        assert (answer.status_code, service.by_asgi) == (200, 0)
+
+
 async def test_other_requests_go_by_asgi(service):
     chunked = post("/v1/layers/bn/eval", b"", JSON).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
     chunked += b"%x\r\n%b\r\n0\r\n\r\n" % (len(as_json([[1, 2]])), as_json([[1, 2]]))
     statistics = post("/v1/layers/bn/eval?statistics=true", as_json([[1, 2]]))
     old = post("/v1/layers/bn/eval", as_json([[1, 2]])).replace(b"HTTP/1.1", b"HTTP/1.0")
-    for count, request in enumerate([chunked, statistics, old], 1):
+    lasting = post("/v1/layers/bn/eval", as_json([[1, 2]]), JSON, "Connection: keep-alive\r\n")
+    lasting = lasting.replace(b"HTTP/1.1", b"HTTP/1.0")
+    for count, request in enumerate([chunked, statistics, old, lasting], 1):
         assert (await service.ask(request))[0][0] == 200
         assert service.by_asgi == count
     assert (await service.ask(b"GET /v1/layers/bn/eval HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"))[0][0] == 405
