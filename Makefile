@@ -64,7 +64,7 @@ soak: $(VENV)/dev.stamp ## 2,000 train calls against workers and replicas that a
 	@echo "Setting up .venv-bench (once) ..."
 	@.venv-bench/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-bench
 	@.venv-bench/bin/python -m pip --disable-pip-version-check --quiet install $(CONSTRAINTS) "$$(grep '^torch==' constraints.txt)"
-	@.venv-bench/bin/python -m pip --disable-pip-version-check --quiet install $(CONSTRAINTS) --editable '.[service]'
+	@.venv-bench/bin/python -m pip --disable-pip-version-check --quiet install $(CONSTRAINTS) --editable '.[service]' py-spy
 	@touch $@
 
 clean: ## remove everything that the targets made

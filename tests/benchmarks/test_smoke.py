@@ -1,5 +1,6 @@
 """The benchmarks run: every row, once and for a moment. Nothing is said about how fast anything is."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -27,6 +28,48 @@ def test_the_steps_of_a_call_are_measured():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(" µs  ") == 8
+
+
+def may_look_into_other_processes():
+    scope = Path("/proc/sys/kernel/yama/ptrace_scope")
+    return os.geteuid() == 0 or not scope.exists() or scope.read_text().strip() == "0"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="times are read from Linux's /proc")
+@pytest.mark.skipif(not may_look_into_other_processes(), reason="py-spy may not look into other processes here")
+def test_a_call_is_profiled():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.profile", "train", "--seconds", "2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "µs of processor time each" in done.stdout
+    assert "train_step (batchnorm_service/engine/normalize.py)" in done.stdout
+    assert "all other threads" in done.stdout
+
+
+def test_shares_of_a_profile(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    profile = importlib.import_module("benchmarks.profile")
+    server = "a (x.py:1);run (batchnorm_service/server.py:2)"
+    lines = [
+        f"{server};f (batchnorm_service/f.py:1) 2",
+        f"{server};f (batchnorm_service/f.py:2);g (batchnorm_service/g.py:9);f (batchnorm_service/f.py:3) 1",
+        f"{server};h (elsewhere/h.py:1) 1",
+        "SqliteThread._round (batchnorm_service/store/sqlite_thread.py:5) 70",
+        "SqliteThread._round (batchnorm_service/store/sqlite_thread.py:5);w (batchnorm_service/w.py:1) 4",
+    ]
+    named = {name: (whole, own) for name, whole, own in profile.shares(lines, main=True)}
+    assert named == {
+        "run (batchnorm_service/server.py)": (1.0, 0.0),
+        "f (batchnorm_service/f.py)": (0.75, 0.75),
+        "g (batchnorm_service/g.py)": (0.25, 0.0),
+    }
+    others = [(name.split()[0], whole, own) for name, whole, own in profile.shares(lines, main=False)]
+    assert sorted(others) == [("SqliteThread._round", 1.0, 0.0), ("w", 1.0, 1.0)]
 
 
 def test_gpu_benchmarks_without_a_gpu_say_so_and_exit_0():
