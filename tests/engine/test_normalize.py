@@ -192,9 +192,18 @@ def test_an_output_that_overflows_float16_is_refused() -> None:
     train_step(update(heavy, LayerUpdate(weight=[6e3])), batch)
 
 
-def test_a_weight_that_is_nan_is_refused_in_training() -> None:
-    with pytest.raises(errors.NonFinite):
-        train_step(update(_layer(1), LayerUpdate(weight=[math.nan])), torch.randn(4, 1))
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_parameter_that_is_not_finite_is_refused_in_training_by_its_name(name: str, value: float) -> None:
+    """It was set by PATCH, and the batch is not to blame."""
+    layer, batch = update(_layer(2), LayerUpdate.model_validate({name: [1.0, value]})), torch.randn(4, 2)
+    with pytest.raises(errors.NonFinite, match=f"the layer's {name}") as alone:
+        train_step(layer, batch)
+    with pytest.raises(errors.NonFinite, match=f"the layer's {name}") as together:
+        check_whole(layer, *shard_moments(layer, batch))
+    assert alone.value.fields["field"] == together.value.fields["field"] == name
+    allowed = update(layer, LayerUpdate(non_finite="allow"))
+    assert not train_step(allowed, batch).output[:, 1].isfinite().any()
 
 
 @pytest.mark.parametrize(

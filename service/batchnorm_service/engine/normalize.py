@@ -140,6 +140,7 @@ def check_whole(state: LayerState, moments: Moments, ranges: Extremes) -> None:
     if state.config.non_finite == "allow":
         return
     moments.check_finite()
+    _check_parameters(state)
     check_finite(moments.biased_var().to(state.dtype), "the batch's variance", "input")
     scale = torch.rsqrt(moments.biased_var() + state.config.eps)
     shift = torch.zeros_like(scale)
@@ -257,7 +258,15 @@ def _check_finite(state: LayerState, step: TrainStep, count: int) -> None:
     bound = math.sqrt(weight * count) + math.sqrt(bias)
     on_the_way = bound + math.sqrt(weight / state.config.eps) * (1 + math.sqrt(mean))
     if not (2 * bound < _most(step.output.dtype) and 2 * on_the_way < _most(state.dtype)):
+        _check_parameters(state)
         check_finite(step.output, "the output", "input")
+
+
+def _check_parameters(state: LayerState) -> None:
+    """Say so when it is not the batch that makes the output NaN or infinite."""
+    for name, parameter in (("weight", state.weight), ("bias", state.bias)):
+        if parameter is not None:
+            check_finite(parameter, f"the layer's {name}", name)
 
 
 @lru_cache
