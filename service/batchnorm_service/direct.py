@@ -1,4 +1,4 @@
-"""The direct way: a train or eval goes from the HTTP parser to its answer without ASGI in between.
+"""The direct way: a train, eval or moments goes from the HTTP parser to its answer without ASGI in between.
 
 ASGI costs an eval of 8 KiB about a sixth of its time (measured in `benchmarks/README.md`): a scope, a task, an event
 and four messages for what is one function of the body. What goes this way does what it would do on the other one;

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 
 from batchnorm_client.contract import LayerConfig
 from batchnorm_client.tensors import Tensor
-from batchnorm_service.layers import Layers, LayersOptions, Normalized
+from batchnorm_service.layers import Folded, Layers, LayersOptions, Normalized, Waiting
 from batchnorm_service.store.base import Store
+
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def batch(seed: int, rows: int = 8, channels: int = 3) -> np.ndarray:
 
 @pytest.fixture(params=[False, True], ids=["waiting for all", "waiting for the commit"])
 def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`train` as the ASGI way calls it, and as the direct way does."""
+    """`train` and `fold_moments` as the ASGI way calls them, and as the direct way does."""
     monkeypatch.setattr(_Way, "soon", request.param)
 
 
@@ -42,9 +44,24 @@ async def train(layers: Layers, name: str, array: np.ndarray, key: str | None = 
     training = layers.batches.train_soon(name, read, key) if _Way.soon and not options else None
     if training is None:
         return await layers.batches.train(name, read, key, **options)
+    return await finished(training)
+
+
+async def fold_moments(
+    layers: Layers, name: str, count: int, mean: np.ndarray, var: np.ndarray, key: str | None = None
+) -> Folded:
+    tensors = {"count": Tensor.of(np.array(count, np.int64)), "mean": Tensor.of(mean), "var": Tensor.of(var)}
+    posting = layers.batches.fold_moments_soon(name, lambda _: tensors, key) if _Way.soon else None
+    if posting is None:
+        return await layers.batches.fold_moments(name, lambda _: tensors, key)
+    return await finished(posting)
+
+
+async def finished(waiting: Waiting[T]) -> T:
+    """As the direct way waits."""
     with contextlib.suppress(Exception):
-        await training.folded
-    return training.result() or await training.rest()
+        await waiting.folded
+    return waiting.result() or await waiting.rest()
 
 
 async def evaluate(layers: Layers, name: str, array: np.ndarray) -> Normalized:

@@ -15,7 +15,7 @@ from batchnorm_client.tensors import Tensor
 from batchnorm_service.layers import plan
 from batchnorm_service.store.base import Duplicates, Receipt
 from batchnorm_service.store.memory import MemoryStore
-from layers.conftest import CONFIG, batch, evaluate, serving, train
+from layers.conftest import CONFIG, batch, evaluate, fold_moments, serving, train
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("both_ways")]
 
@@ -195,6 +195,25 @@ async def test_queued_batches_of_a_deleted_layer_are_refused() -> None:
             await late
 
 
+async def test_what_waited_for_a_layer_that_was_replaced_goes_to_the_one_that_has_its_name() -> None:
+    """Another process did that; the batch is normalized again, as the new layer does."""
+    store = MemoryStore()
+    async with serving(store) as layers:
+        await layers.create("a", CONFIG)
+        await layers.create("b", LayerConfig(num_features=3, eps=0.5))
+        await train(layers, "a", batch(1))
+        old, other = await store.load("a"), await store.load("b")
+        waiting = [asyncio.create_task(train(layers, "a", batch(2)))]
+        waiting += [asyncio.create_task(fold_moments(layers, "a", 4, np.zeros(3), np.ones(3)))]
+        await store.delete("a", old.stamp)
+        await store.create("a", other.data, 10)
+        trained, folded = await asyncio.gather(*waiting)
+        assert {trained.num_batches_tracked, folded.num_batches_tracked} == {1, 2}
+        module = nn.BatchNorm1d(3, eps=0.5)
+        assert np.array_equal(trained.output.numpy(), module(torch.from_numpy(batch(2))).detach().numpy())
+        assert (await layers.get("a")).samples_tracked == len(batch(2)) + 4
+
+
 async def test_versions_do_not_repeat_after_delete_and_receipts_go_with_the_layer() -> None:
     async with serving(MemoryStore()) as layers:
         await layers.create("a", CONFIG)
@@ -360,12 +379,7 @@ async def test_counters_that_would_overflow_are_refused_and_the_neighbours_are_f
         await layers.create("a", LayerConfig(num_features=3, statistics="population"))
 
         async def fold(count: int) -> object:
-            tensors = {
-                "count": Tensor.of(np.array(count, np.int64)),
-                "mean": Tensor.of(np.zeros(3)),
-                "var": Tensor.of(np.ones(3)),
-            }
-            return await layers.batches.fold_moments("a", lambda _: tensors, None)
+            return await fold_moments(layers, "a", count, np.zeros(3), np.ones(3))
 
         answers = await asyncio.gather(*(fold(count) for count in (5, 2**63 - 1, 5)), return_exceptions=True)
         assert isinstance(answers[1], errors.InvalidRequest)

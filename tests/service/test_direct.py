@@ -99,6 +99,56 @@ async def test_training_gives_the_same_by_both_ways(service, case):
     assert json.dumps(answers[0], default=repr) == again
 
 
+def moments(**changes):
+    return {"count": np.array(4), "mean": np.array([1.0, 2.0]), "var": np.array([0.5, 3.0])} | changes
+
+
+MOMENTS = {
+    "safetensors": (save(moments()), SAFETENSORS, ""),
+    "json": (b'{"count": 4, "mean": [1, 2], "var": [0.5, 3]}', JSON, ""),
+    "float32": (save(moments(mean=np.float32([1, 2]))), SAFETENSORS, ""),
+    "negative": (save(moments(var=np.array([-0.5, 3.0]))), SAFETENSORS, ""),
+    "not finite": (save(moments(mean=np.array([np.nan, 3.0]))), SAFETENSORS, ""),
+    "one value": (save(moments(count=np.array(1))), SAFETENSORS, ""),
+    "channels": (save(moments(mean=np.array([1.0]))), SAFETENSORS, ""),
+    "a tensor less": (b'{"count": 4, "mean": [1, 2]}', JSON, ""),
+    "a tensor more": (save(moments(x=np.array([1.0]))), SAFETENSORS, ""),
+    "no JSON": (b"{", JSON, ""),
+    "another form": (b"", NPY, ""),
+    "no form of the answer": (save(moments()), SAFETENSORS, "Accept: text/html\r\n"),
+    "a bad key": (save(moments()), SAFETENSORS, "Idempotency-Key: a b\r\n"),
+}
+
+
+@pytest.mark.parametrize("case", MOMENTS)
+async def test_moments_give_the_same_by_both_ways(service, case):
+    body, media, headers = MOMENTS[case]
+    headers = headers if "Key" in headers else headers + "Idempotency-Key: k\r\n"
+    answers = []
+    for name, way in (("bn", ""), ("bm", ORDINARY)):
+        await service.ask(post(f"/v1/layers/{name}/eval", TENSORS, SAFETENSORS))  # now the layer is in memory
+        service.by_asgi = 0
+        call = post(f"/v1/layers/{name}/moments", body, media, headers + way)
+        other = post(f"/v1/layers/{name}/moments", save(moments(count=np.array(5))), SAFETENSORS, headers + way)
+        got = [(await service.ask(request))[0] for request in (call, call, other)]
+        assert service.by_asgi == (0 if name == "bn" else 3)
+        answers.append([comparable(one) for one in got])
+        answers[-1].append((await service.ask(get(f"/v1/layers/{name}/state", f"Accept: {SAFETENSORS}\r\n")))[0][2])
+    again = json.dumps(answers[1], default=repr).replace("layers/bm/", "layers/bn/")
+    assert json.dumps(answers[0], default=repr) == again
+
+
+async def test_moments_wait_for_their_commit_without_a_task(service, monkeypatch):
+    await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))  # now the layer is in memory
+    monkeypatch.setattr(Shell, "answer", None)
+    ((status, _, document),) = await service.ask(post("/v1/layers/bn/moments", save(moments()), SAFETENSORS))
+    assert (status, json.loads(document)) == (200, {"version": 2, "num_batches_tracked": 1})
+    ((_, _, layer),) = await service.ask(get("/v1/layers/bn"))
+    # torch: (1 - momentum) * running + momentum * batch, with the unbiased variance
+    np.testing.assert_allclose(json.loads(layer)["running_mean"], [0.1, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(json.loads(layer)["running_var"], [0.9 + 0.05 * 4 / 3, 0.9 + 0.3 * 4 / 3], rtol=1e-6)
+
+
 @pytest.mark.parametrize(("path", "by_asgi"), [("none/eval", 0), ("none/train", 0), ("a%2Fb/eval", 1), ("-/train", 1)])
 async def test_a_layer_that_is_not_there(service, path, by_asgi):
     path = f"/v1/layers/{path}"

@@ -1,9 +1,9 @@
 """HTTP and nothing else: requests in, calls to `Layers`, answers and problems out.
 
-    shell ── train, eval ──> normalize ─┐          the short way: no router in between
-      └───── all the rest ─> FastAPI ───┴──> layers.Layers
+    shell ── train, eval, moments ──> normalize, moments ─┐     the short way: no router in between
+      └───── all the rest ──> FastAPI ────────────────────┴──> layers.Layers
 
-Most calls that bring a batch reach the shell on the direct way, without ASGI (`batchnorm_service.direct`).
+Most calls that bring a batch or its moments reach the shell on the direct way, without ASGI (`batchnorm_service.direct`).
 
 Both ways share the modules that read requests (`headers`, `negotiation`, `conditions`, `queries`, `bodies`,
 `documents`) and those that write answers (`answers`, `problems`).

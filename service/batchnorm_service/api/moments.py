@@ -9,17 +9,18 @@ from typing import Any, Final
 import orjson
 from fastapi import FastAPI
 from starlette.requests import Request
+from starlette.types import Receive
 
 from batchnorm_client.contract import IDEMPOTENCY_KEY, JSON, SAFETENSORS
 from batchnorm_client.errors import InvalidRequest, MalformedBody, ProblemError
 from batchnorm_client.tensors import Tensor, decode, decode_safetensors, json_list
-from batchnorm_service.layers import Folded, Layers
+from batchnorm_service.layers import Folded, Layers, Posting
 
 from .answers import REPLAYED, Answer, json_answer
 from .bodies import read_body
 from .conditions import etag
 from .hangups import unless_gone
-from .headers import idempotency_key, read_headers
+from .headers import Headers, idempotency_key, read_headers
 from .negotiation import content_type
 from .openapi import (
     Json,
@@ -48,7 +49,62 @@ _MANY_BODY: Json = {
 Read = Callable[[Mapping[str, str]], Mapping[str, Tensor]]
 
 
-def add_moments_routes(app: FastAPI, layers: Layers, max_body_bytes: int) -> None:
+class MomentsCalls:
+    """Moments over HTTP, of one layer and of many.
+
+    Args:
+        layers: what does the work.
+        max_body_bytes: larger bodies are refused.
+    """
+
+    def __init__(self, layers: Layers, max_body_bytes: int) -> None:
+        self._batches = layers.batches
+        self._max_body_bytes = max_body_bytes
+
+    async def fold(self, name: str, query: bytes, headers: Headers, receive: Receive) -> Answer:
+        """Fold the moments of a batch that stays with the caller."""
+        group = parse_query(MomentsQuery, query).group_call
+        key = idempotency_key(headers)
+        media = content_type(headers, _FORMS)
+        body = await read_body(headers, receive, self._max_body_bytes)
+        call = self._batches.fold_moments(name, partial(decode, media, body), key, group=group)
+        return _answer(await (unless_gone(receive, call) if group else call))
+
+    def fold_soon(
+        self, name: str, headers: Headers, body: memoryview
+    ) -> tuple[Posting, Callable[[Folded], Answer]] | None:
+        """What `fold` begins with a body that is here, if it has to wait for its commit alone; otherwise None."""
+        if not self._batches.at_once(len(body)):
+            return None
+        try:
+            key = idempotency_key(headers)
+            media = content_type(headers, _FORMS)
+        except ProblemError:
+            return None
+        posting = self._batches.fold_moments_soon(name, partial(decode, media, body), key)
+        return None if posting is None else (posting, _answer)
+
+    async def fold_many(self, query: bytes, headers: Headers, receive: Receive, request_id: str) -> Answer:
+        """The same for many layers, each all or nothing."""
+        parse_query(NoQuery, query)
+        key = idempotency_key(headers)
+        media = content_type(headers, _FORMS)
+        body = await read_body(headers, receive, self._max_body_bytes)
+        reads = _many_from_json(body) if media == JSON else _many_from_safetensors(body)
+        good: dict[str, Read] = {}
+        results: dict[str, Any] = {}
+        for name, read in reads.items():
+            try:
+                check_layer_name(name)
+                good[name] = read
+            except ProblemError as error:
+                results[name] = _told(name, error, request_id)
+        for name, result in (await self._batches.fold_many(good, key)).items():
+            results[name] = _told(name, result, request_id)
+        return json_answer(200, {"layers": {name: results[name] for name in reads}})
+
+
+def add_moments_routes(app: FastAPI, calls: MomentsCalls) -> None:
     """Both calls as routes of `app`."""
 
     @app.post(
@@ -76,13 +132,8 @@ def add_moments_routes(app: FastAPI, layers: Layers, max_body_bytes: int) -> Non
     )
     async def fold_moments(name: LayerNamePath, request: Request) -> Answer:
         """`count` is values per channel, `var` is biased. A group's members also get count, mean and var of all."""
-        query = parse_query(MomentsQuery, request.scope["query_string"])
         headers = read_headers(request.scope["headers"])
-        key = idempotency_key(headers)
-        media = content_type(headers, _FORMS)
-        body = await read_body(headers, request.receive, max_body_bytes)
-        call = layers.batches.fold_moments(name, partial(decode, media, body), key, group=query.group_call)
-        return _answer(await (unless_gone(request.receive, call) if query.group_call else call))
+        return await calls.fold(name, request.scope["query_string"], headers, request.receive)
 
     @app.post(
         "/v1/moments",
@@ -97,23 +148,8 @@ def add_moments_routes(app: FastAPI, layers: Layers, max_body_bytes: int) -> Non
     )
     async def fold_many_moments(request: Request) -> Answer:
         """Each layer all or nothing. An Idempotency-Key counts for each layer by itself: a repeat does the rest."""
-        parse_query(NoQuery, request.scope["query_string"])
         headers = read_headers(request.scope["headers"])
-        key = idempotency_key(headers)
-        media = content_type(headers, _FORMS)
-        body = await read_body(headers, request.receive, max_body_bytes)
-        reads = _many_from_json(body) if media == JSON else _many_from_safetensors(body)
-        good: dict[str, Read] = {}
-        results: dict[str, Any] = {}
-        for name, read in reads.items():
-            try:
-                check_layer_name(name)
-                good[name] = read
-            except ProblemError as error:
-                results[name] = _told(name, error, request.state.request_id)
-        for name, result in (await layers.batches.fold_many(good, key)).items():
-            results[name] = _told(name, result, request.state.request_id)
-        return json_answer(200, {"layers": {name: results[name] for name in reads}})
+        return await calls.fold_many(request.scope["query_string"], headers, request.receive, request.state.request_id)
 
 
 def _answer(done: Folded) -> Answer:

@@ -46,23 +46,18 @@ class NormalizeCalls:
     Args:
         layers: what does the work.
         max_body_bytes: larger bodies are refused.
-
-    Attributes:
-        by_name: the calls, each with the layer's name, the query, the headers and ASGI's receive.
-        max_body_bytes: as given.
     """
 
     def __init__(self, layers: Layers, max_body_bytes: int) -> None:
         self._batches = layers.batches
-        self.max_body_bytes = max_body_bytes
-        self.by_name: Final = {"train": self.train, "eval": self.eval, "inverse": self.inverse}
+        self._max_body_bytes = max_body_bytes
 
     async def train(self, name: str, query: bytes, headers: Headers, receive: Receive) -> Answer:
         """Normalize a batch with its own statistics and fold them into the layer's."""
         asked = parse_query(TrainQuery, query)
         exchange = _Exchange(headers, statistics=asked.statistics == "true")
         key = idempotency_key(headers)
-        exchange.body = await read_body(headers, receive, self.max_body_bytes)
+        exchange.body = await read_body(headers, receive, self._max_body_bytes)
         group = asked.group_call
         call = self._batches.train(name, exchange.read, key, statistics=exchange.statistics, group=group)
         return exchange.answer(await (unless_gone(receive, call) if group else call))
@@ -84,7 +79,7 @@ class NormalizeCalls:
         """Normalize a batch with the layer's running statistics."""
         asked = parse_query(NormalizeQuery, query)
         exchange = _Exchange(headers, statistics=asked.statistics == "true")
-        exchange.body = await read_body(headers, receive, self.max_body_bytes)
+        exchange.body = await read_body(headers, receive, self._max_body_bytes)
         return exchange.answer(await self._batches.eval(name, exchange.read, statistics=exchange.statistics))
 
     def eval_now(self, name: str, headers: Headers, body: memoryview) -> Answer | None:
@@ -100,7 +95,7 @@ class NormalizeCalls:
         """Undo what eval does to a batch."""
         parse_query(NoQuery, query)
         exchange = _Exchange(headers, statistics=False)
-        exchange.body = await read_body(headers, receive, self.max_body_bytes)
+        exchange.body = await read_body(headers, receive, self._max_body_bytes)
         return exchange.answer(await self._batches.inverse(name, exchange.read))
 
 

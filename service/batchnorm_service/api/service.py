@@ -21,13 +21,13 @@ from .bodies import ClientGoneError
 from .gradients import add_gradient_routes
 from .health import add_health_routes
 from .layers import add_layer_routes
-from .moments import add_moments_routes
+from .moments import MomentsCalls, add_moments_routes
 from .normalize import NormalizeCalls, add_normalize_routes
 from .openapi import openapi_document
 from .pages import add_pages
 from .problems import problem_answer
 from .security import Guard
-from .shell import Shell
+from .shell import Shell, ShortCalls
 from .state import add_state_routes
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
@@ -66,16 +66,22 @@ def build_api(layers: Layers, options: ApiOptions, lifespan: Lifespan) -> Shell:
             Exception: _answer_problem,
         },
     )
-    calls = NormalizeCalls(layers, options.max_body_bytes)
+    calls, moments = NormalizeCalls(layers, options.max_body_bytes), MomentsCalls(layers, options.max_body_bytes)
     add_layer_routes(app, layers, options.max_body_bytes)
     add_state_routes(app, layers, options.max_body_bytes)
     add_normalize_routes(app, calls)
     add_gradient_routes(app, layers, options.max_body_bytes)
-    add_moments_routes(app, layers, options.max_body_bytes)
+    add_moments_routes(app, moments)
     add_health_routes(app, layers)
     add_pages(app)
     app.openapi = cache(lambda: openapi_document(app))  # type: ignore[method-assign]
-    return Shell(app, calls, options.guard, options.max_concurrent_requests)
+    short = ShortCalls(
+        by_name={"train": calls.train, "eval": calls.eval, "inverse": calls.inverse, "moments": moments.fold},
+        now={"eval": calls.eval_now},
+        soon={"train": calls.train_soon, "moments": moments.fold_soon},
+        max_body_bytes=options.max_body_bytes,
+    )
+    return Shell(app, short, options.guard, options.max_concurrent_requests)
 
 
 async def _answer_problem(request: Request, error: Exception) -> Answer:

@@ -8,20 +8,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from fastapi import FastAPI
 from starlette.types import Message, Receive, Scope, Send
 
 from batchnorm_client.contract import REQUEST_ID
 from batchnorm_client.errors import Overloaded, ProblemError, StoreUnavailable
-from batchnorm_service.layers import Training
+from batchnorm_service.layers import Waiting
 
 from .answers import Answer, RawHeader
 from .bodies import ClientGoneError
 from .headers import Headers, read_headers, request_id
-from .normalize import Encode, NormalizeCalls
 from .problems import problem_answer
 from .security import Guard
 from .target import Target, check_layer_name, read_target, target_of
@@ -32,6 +32,22 @@ _REQUEST_ID: Final = REQUEST_ID.lower().encode()
 _CLOSE: Final = (b"connection", b"close")
 
 
+class ShortCalls(NamedTuple):
+    """Calls of a layer that go past FastAPI's router.
+
+    Attributes:
+        by_name: the calls, each with the layer's name, the query, the headers and ASGI's receive.
+        now: those that may be answered at once, with the layer's name, the headers and the body; None: not this time.
+        soon: those that may wait for a commit alone, as above; with what writes the answer.
+        max_body_bytes: larger bodies are refused.
+    """
+
+    by_name: Mapping[str, Callable[[str, bytes, Headers, Receive], Awaitable[Answer]]]
+    now: Mapping[str, Callable[[str, Headers, memoryview], Answer | None]]
+    soon: Mapping[str, Callable[[str, Headers, memoryview], tuple[Waiting[Any], Callable[[Any], Answer]] | None]]
+    max_body_bytes: int
+
+
 class Shell:
     """The service as an ASGI application.
 
@@ -40,7 +56,7 @@ class Shell:
 
     Args:
         app: has all routes.
-        calls: train and eval.
+        calls: go the short way.
         guard: who may do what.
         max_concurrent_requests: calls beyond so many at once are refused.
 
@@ -48,7 +64,7 @@ class Shell:
         app: the FastAPI application inside.
     """
 
-    def __init__(self, app: FastAPI, calls: NormalizeCalls, guard: Guard, max_concurrent_requests: int) -> None:
+    def __init__(self, app: FastAPI, calls: ShortCalls, guard: Guard, max_concurrent_requests: int) -> None:
         self.app = app
         self._calls = calls
         self._guard = guard
@@ -105,20 +121,20 @@ class Shell:
 
     def answer_now(self, target: Target, headers: Headers, body: memoryview) -> Answer | None:
         """The answer to such a POST, if it waits for nothing; None when it does, and nothing has happened yet."""
-        if target.call != "eval":
+        call = self._calls.now.get(target.call)
+        if call is None:
             return None
         exchange = _Exchange(headers)
         try:
-            answer = self._calls.eval_now(target.layer or "", headers, body)
+            answer = call(target.layer or "", headers, body)
         except Exception as error:
             answer = problem_answer(error, target.path, exchange.request_id)
         return None if answer is None else exchange.finished(answer, target)
 
     def answer_soon(self, target: Target, headers: Headers, body: memoryview) -> PendingAnswer | None:
         """The answer to such a POST, if it waits for a commit alone; None as above."""
-        if target.call != "train":
-            return None
-        begun = self._calls.train_soon(target.layer or "", headers, body)
+        call = self._calls.soon.get(target.call)
+        begun = None if call is None else call(target.layer or "", headers, body)
         return None if begun is None else PendingAnswer(*begun, _Exchange(headers), target)
 
     async def answer(self, target: Target, headers: Headers, body: memoryview) -> Answer:
@@ -197,17 +213,19 @@ class _Exchange:
 
 
 class PendingAnswer:
-    """The answer to a train call whose fold waits in the queue.
+    """The answer to a call whose fold waits in the queue.
 
     Attributes:
         folded: done when the answer can be given. Whoever cancels it tells the caller that the service stops.
     """
 
-    __slots__ = ("_encode", "_exchange", "_target", "_training", "folded")
+    __slots__ = ("_encode", "_exchange", "_target", "_waiting", "folded")
 
-    def __init__(self, training: Training, encode: Encode, exchange: _Exchange, target: Target) -> None:
-        self.folded = training.folded
-        self._training = training
+    def __init__(
+        self, waiting: Waiting[Any], encode: Callable[[Any], Answer], exchange: _Exchange, target: Target
+    ) -> None:
+        self.folded = waiting.folded
+        self._waiting = waiting
         self._encode = encode
         self._exchange = exchange
         self._target = target
@@ -215,7 +233,7 @@ class PendingAnswer:
     def now(self) -> Answer | None:
         """The answer, once `folded` is done; None when more is to be done: `later`."""
         try:
-            done = self._training.result()
+            done = self._waiting.result()
             if done is None:
                 return None
             answer = self._encode(done)
@@ -226,7 +244,7 @@ class PendingAnswer:
     async def later(self) -> Answer:
         """The answer, after more has been done."""
         try:
-            answer = self._encode(await self._training.rest())
+            answer = self._encode(await self._waiting.rest())
         except (asyncio.CancelledError, Exception) as error:
             answer = self._problem(error)
         return self._exchange.finished(answer, self._target)

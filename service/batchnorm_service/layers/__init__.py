@@ -4,7 +4,7 @@ from .batches import Batches
 from .groups import GroupCall
 from .layers import Layers
 from .results import Differentiated, Folded, LayersOptions, Normalized, Snapshot
-from .training import Training
+from .training import Posting, Training, Waiting
 
 __all__ = [
     "Batches",
@@ -14,6 +14,8 @@ __all__ = [
     "Layers",
     "LayersOptions",
     "Normalized",
+    "Posting",
     "Snapshot",
     "Training",
+    "Waiting",
 ]

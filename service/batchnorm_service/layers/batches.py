@@ -26,7 +26,7 @@ from .resident import Resident, layer_not_found
 from .results import Differentiated, Folded, Normalized
 from .slots import Slot, Slots
 from .synchronized import FoldGroup, GradientGroup, Part
-from .training import Training, normalized
+from .training import Posting, Training, normalized
 from .work import BatchWork, PostedWork, Work
 
 Read = Callable[[Mapping[str, str]], Mapping[str, Tensor]]
@@ -72,9 +72,9 @@ class Batches:
 
         None: something has to be waited for, or the call is refused. Nothing has happened then; `train` does it.
         """
-        slot = self._slots.get(name)
-        if slot is None or (held := slot.resident.held) is None or not held.state.tracks or slot.queue.full:
+        if (here := self._here(name)) is None:
             return None
+        slot, held = here
         if self._computing.away(held.state):
             return None
         try:
@@ -101,6 +101,20 @@ class Batches:
 
             _, done = await self._fold(slot, prepare)
             return Folded(done.version, done.batch, done.replayed)
+
+    def fold_moments_soon(self, name: str, read: Read, key: str | None) -> Posting | None:
+        """The same for a layer that is here: all but the commit is done at once. None as in `train_soon`."""
+        if (here := self._here(name)) is None:
+            return None
+        slot, held = here
+        try:
+            moments, tensors = posted_moments(held.state.config, read(MOMENT_DTYPES))
+            work = PostedWork(moments)
+            work.under_now(held.state)
+            fold = Fold(ticket(key, "moments", *tensors), held.stamp.incarnation, work)
+        except Exception:
+            return None
+        return Posting(slot.queue.put(fold), lambda: self.fold_moments(name, read, key))
 
     async def fold_many(self, reads: Mapping[str, Read], key: str | None) -> dict[str, Folded | ProblemError]:
         """Fold moments into many layers, each all or nothing."""
@@ -195,6 +209,13 @@ class Batches:
         return Folded(outcome.version, outcome.batch, outcome.replayed, whole.count, _to_wire(_moments(whole)))
 
     # ---------------------------------------------------------------------------------------------------- helpers
+
+    def _here(self, name: str) -> tuple[Slot, Held] | None:
+        """A layer that is in memory and takes a fold at once."""
+        slot = self._slots.get(name)
+        if slot is None or (held := slot.resident.held) is None or not held.state.tracks or slot.queue.full:
+            return None
+        return slot, held
 
     async def _fresh(self, name: str) -> Held:
         if (held := self._slots.certain(name)) is not None:

@@ -1,24 +1,39 @@
-"""A small train call between its batch and its commit: it waits as a future in the layer's queue, without a task."""
+"""A small call between its batch and its commit: it waits as a future in the layer's queue, without a task."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from ..engine.normalize import TrainStep, named_statistics
 from ..engine.tensors import to_wire
 from .changes import Done, ReplacedError
-from .results import Normalized
+from .results import Folded, Normalized
 from .work import BatchWork
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Waiting(Protocol[T_co]):
+    """A call whose fold waits in the queue."""
+
+    @property
+    def folded(self) -> asyncio.Future[Done]:
+        """Done when the fold is durable or refused. Cancelling it is the caller's going away."""
+        ...
+
+    def result(self) -> T_co | None:
+        """What came of it once `folded` is done; None when more is to be done: `rest`. Raises as the call does."""
+        ...
+
+    async def rest(self) -> T_co:
+        """The same where the layer has been changed or replaced meanwhile."""
+        ...
 
 
 class Training:
-    """A batch that is normalized, and whose fold waits in the queue.
-
-    Attributes:
-        folded: done when the fold is durable or refused. Cancelling it is the caller's going away.
-    """
+    """A batch that is normalized, and whose fold waits. See `Waiting`."""
 
     __slots__ = ("_again", "_work", "folded")
 
@@ -30,7 +45,7 @@ class Training:
         self._again = again
 
     def result(self) -> Normalized | None:
-        """What came of it once `folded` is done; None when more is to be done: `rest`. Raises as `Batches.train`."""
+        """See `Waiting`."""
         try:
             done = self.folded.result()
         except ReplacedError:
@@ -39,12 +54,34 @@ class Training:
         return None if step is None else normalized(step, done)
 
     async def rest(self) -> Normalized:
-        """The same where the layer has been changed or replaced since the batch was normalized."""
+        """See `Waiting`."""
         try:
             done = self.folded.result()
         except ReplacedError:
             return await self._again()
         return normalized(await self._work.output(done.held.state), done)
+
+
+class Posting:
+    """Moments that a caller sent, and whose fold waits. See `Waiting`."""
+
+    __slots__ = ("_again", "folded")
+
+    def __init__(self, folded: asyncio.Future[Done], again: Callable[[], Coroutine[Any, Any, Folded]]) -> None:
+        self.folded = folded
+        self._again = again
+
+    def result(self) -> Folded | None:
+        """See `Waiting`."""
+        try:
+            done = self.folded.result()
+        except ReplacedError:
+            return None
+        return Folded(done.version, done.batch, done.replayed)
+
+    async def rest(self) -> Folded:
+        """See `Waiting`."""
+        return await self._again()
 
 
 def normalized(step: TrainStep, done: Done, *, statistics: bool = False) -> Normalized:

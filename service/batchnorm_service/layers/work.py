@@ -81,6 +81,10 @@ class PostedWork:
 
     async def under(self, state: LayerState) -> None:
         """See `Work`."""
+        self.under_now(state)
+
+    def under_now(self, state: LayerState) -> None:
+        """The same without waiting."""
         check_enough(self.moments.count, least_values(state.config), "count")
         if state.config.non_finite == "reject":
             self.moments.check_finite("mean", "var")
