@@ -30,6 +30,11 @@ def test_nobody_waits_for_torch_who_does_not_serve():
     assert run(sys.executable, "-c", loaded).returncode == 0
 
 
+def test_only_those_who_use_valkey_wait_for_its_client():
+    loaded = "import sys, batchnorm_service.server; sys.exit(int('valkey' in sys.modules))"
+    subprocess.run([sys.executable, "-c", loaded], check=True)
+
+
 def test_without_the_service_installed_it_says_what_is_missing():
     program = "import sys; sys.modules['fastapi'] = None; from batchnorm_service.__main__ import main; main()"
     done = run(sys.executable, "-c", program, "serve", "--store", "memory:")

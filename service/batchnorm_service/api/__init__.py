@@ -3,7 +3,7 @@
     shell ── train, eval, moments ──> normalize, moments ─┐     the short way: no router in between
       └───── all the rest ──> FastAPI ────────────────────┴──> layers.Layers
 
-Most calls that bring a batch or its moments reach the shell on the direct way, without ASGI (`batchnorm_service.direct`).
+Most calls that bring a batch or its moments come on the direct way, without ASGI (`batchnorm_service.direct`).
 
 Both ways share the modules that read requests (`headers`, `negotiation`, `conditions`, `queries`, `bodies`,
 `documents`) and those that write answers (`answers`, `problems`).

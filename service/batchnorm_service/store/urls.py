@@ -22,7 +22,6 @@ from urllib.parse import unquote
 from batchnorm_service.store.base import Store, StoreRefusedError
 from batchnorm_service.store.memory import MemoryStore
 from batchnorm_service.store.sqlite import SqliteStore
-from batchnorm_service.store.valkey import ValkeyStore
 from batchnorm_service.store.valkey_address import SCHEMES
 
 _KNOWN: Final = (
@@ -58,6 +57,9 @@ def store_from_url(
     """
     scheme, colon, rest = url.partition(":")
     if scheme.lower() in SCHEMES:
+        # Its client takes a thirtieth of the service's start, which others need not wait for.
+        from batchnorm_service.store.valkey import ValkeyStore  # noqa: PLC0415
+
         return ValkeyStore(
             url,
             receipt_seconds,
