@@ -36,6 +36,7 @@ class DirectProtocol(OutboxProtocol):
     """uvicorn's HTTP protocol, with a direct way for calls of a `Shell`."""
 
     parser_class: type[HttpRequestParser] = HttpRequestParser
+    large = False  # whether the last body that came this way is one for `receive_straight`
     _parsed: int | None = None  # how much of a body the parser has seen whose rest goes past it
 
     def on_headers_complete(self) -> None:
@@ -109,20 +110,23 @@ class DirectProtocol(OutboxProtocol):
         if self.flow.write_paused or self.parser.get_method() != b"POST" or not self.parser.should_keep_alive():
             return None
         headers = read_headers(self.headers)
-        size = headers.get(b"content-length", b"")
-        if not (size.isdigit() and len(size) <= 18 and self._is_plain(headers)):
+        length = headers.get(b"content-length", b"")
+        if not (length.isdigit() and len(length) <= 18 and self._is_plain(headers)):
             return None
+        size = int(length)
+        self.large = size >= _STRAIGHT_BYTES
         try:
-            cycle = DirectCycle(self, self.app, target, headers, int(size))
+            cycle = DirectCycle(self, self.app, target, headers, size)
         except MemoryError:
             return None  # on the ordinary way the caller is told
-        return cycle if self.app.enter(target, headers, int(size)) else None
+        return cycle if self.app.enter(target, headers, size) else None
 
     def _is_plain(self, headers: Headers) -> bool:
         """Whether the head asks for nothing but an answer."""
-        if not _NOT_DIRECT.isdisjoint(headers) or self.parser.get_http_version() != "1.1":
+        if not _NOT_DIRECT.isdisjoint(headers):
             return False
-        return headers.get(b"connection", _KEEP_ALIVE).lower() == _KEEP_ALIVE
+        connection = headers.get(b"connection")
+        return connection is None or (connection.lower() == _KEEP_ALIVE and self.parser.get_http_version() == "1.1")
 
 
 class DirectCycle:

@@ -71,7 +71,8 @@ class Protocol(DirectProtocol):
             self._head_bytes += len(data)
             if self._head_bytes > MOST_HEAD_BYTES:
                 self._refuse(PayloadTooLarge(f"the request's headers are larger than {MOST_HEAD_BYTES} bytes"))
-        self.receive_straight()
+        if self.large:
+            self.receive_straight()
 
     def on_message_begin(self) -> None:
         """A request begins."""
