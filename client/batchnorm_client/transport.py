@@ -18,6 +18,7 @@ import numpy as np
 
 from batchnorm_client.core import Answer, Attempts, Request
 from batchnorm_client.errors import ConnectionFailed, NoAnswer, TimedOut
+from batchnorm_client.options import HttpOptions
 from batchnorm_client.tensors.tensor import Buffer, byte_view
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
@@ -47,7 +48,7 @@ class Link:
 
     Raises:
         ValueError: the address is no http or https URL, or the token cannot be sent.
-        TypeError: options for an HTTP client that was passed in.
+        TypeError: options for an HTTP client that was passed in, or unknown ones.
     """
 
     def __init__(
@@ -59,6 +60,9 @@ class Link:
     ) -> None:
         if given is not None and options:
             raise TypeError(f"{', '.join(options)}: set it on the HTTP client that is passed in")
+        if unknown := options.keys() - HttpOptions.__annotations__.keys():
+            known = ", ".join(HttpOptions.__annotations__)
+            raise TypeError(f"{', '.join(sorted(unknown))}: known are {known}; for others pass an HTTP client")
         self.options = {"timeout": TIMEOUT, **options}
         self.base = _base_url(base_url, given)
         if token is None and given is None:
@@ -87,7 +91,7 @@ class Link:
         blocks = None if joined is not None else _Blocks(request.pieces, attempts.remaining)
         if blocks is not None or (self._host and request.method in _WITH_BODY):
             headers["Content-Length"] = str(size)
-        if self._host:  # there is nothing to merge, which takes httpx 25 microseconds
+        if self._host:  # there is nothing to merge, which would take httpx longer than all the rest takes
             return httpx.Request(
                 request.method,
                 url,

@@ -1,4 +1,4 @@
-"""The direct way: a train, eval or moments goes from the HTTP parser to its answer without ASGI in between.
+"""The direct way: train, eval, inverse and moments go from the HTTP parser to its answer without ASGI in between.
 
 ASGI costs an eval of 8 KiB about a sixth of its time (measured in `benchmarks/README.md`): a scope, a task, an event
 and four messages for what is one function of the body. What goes this way does what it would do on the other one;
@@ -80,9 +80,10 @@ class DirectProtocol(OutboxProtocol):
             self.cycle = None  # type: ignore[assignment]
             super().on_headers_complete()
             body, parsed = cycle.give_up(), self._parsed
+            if parsed is not None:
+                redirect(self.transport, self)  # first: uvicorn may stop reading for a while when it gets so much
             super().on_body(body[:parsed])
             if parsed is not None:
-                redirect(self.transport, self)
                 self.parser.feed_data(body[parsed:])
         super().shutdown()
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Final
+
+_NOTHING: Final = memoryview(b"")
 
 
 class Inbox(asyncio.BufferedProtocol):
@@ -30,7 +33,8 @@ class Inbox(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """So many have come."""
-        self._rest = self._rest[nbytes:]
+        # uvloop keeps this object until the next one comes, and an empty view of the body would keep all of it.
+        self._rest = self._rest[nbytes:] or _NOTHING
         self._received(nbytes)
 
     def eof_received(self) -> bool | None:

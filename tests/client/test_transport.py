@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
-from batchnorm_client import Client, ConnectionFailed, Retry, TimedOut, UnexpectedAnswer
+from batchnorm_client import AsyncClient, Client, ConnectionFailed, Retry, TimedOut, UnexpectedAnswer
 from batchnorm_client.core import Attempts, Request
 from batchnorm_client.transport import BLOCK, AsyncHttpClient, HttpClient, Link
 
@@ -72,6 +72,13 @@ def test_a_token_that_cannot_be_sent_is_not_shown(token):
 def test_options_besides_an_http_client():
     with httpx.Client() as http, pytest.raises(TypeError, match="timeout"):
         Client(http=http, timeout=5)
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize("option", ["headers", "cookies", "params", "http2", "timeuot"])
+def test_an_option_that_would_not_be_heeded(kind, option):
+    with pytest.raises(TypeError, match=f"^{option}: known are timeout, limits"):
+        kind("http://h", **{option: {"a": "b"}})
 
 
 def test_a_client_that_was_passed_in_stays_open():
@@ -141,7 +148,7 @@ def test_a_client_that_is_made_here_sends_what_httpx_would(own, token, method, h
     assert b"".join(outgoing.stream) == b"".join(pieces)
 
 
-def test_a_client_that_is_made_here_keeps_no_cookies(connect):
+def test_a_client_that_is_made_here_keeps_no_cookies():
     """What would be the first call's cookie is not sent with the second, and no time goes into looking for one."""
     seen = []
 

@@ -2,7 +2,10 @@
 
 import asyncio
 import contextlib
+import gc
 import random
+import types
+import weakref
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 from safetensors.numpy import load, save
 
 from batchnorm_client.contract import SAFETENSORS
+from batchnorm_service import direct
 from batchnorm_service.inbox import Inbox
 
 from .running import answer, get, post, serving, until
@@ -113,6 +117,28 @@ async def test_a_connection_is_as_it_was_after_each_large_batch(service, straigh
                 assert (await answer(reader))[0] == 200
         assert len(straight) == 5
         assert await reader.read() == b""
+
+
+async def test_a_connection_does_not_keep_the_body(service, straight, monkeypatch):
+    """uvloop keeps the inbox until it gets another one."""
+    bodies = []
+
+    def empty(*arguments):
+        made = np.empty(*arguments)
+        bodies.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(direct, "np", types.SimpleNamespace(empty=empty, uint8=np.uint8))
+    async with connection(service) as (reader, writer):
+        writer.write(request(batch(200_000)))
+        assert (await answer(reader))[0] == 200
+        assert len(straight) == len(bodies) == 1
+
+        def gone():
+            gc.collect()
+            return bodies[0]() is None
+
+        await until(gone)
 
 
 async def test_what_is_refused_is_refused_when_it_is_complete(service, straight):

@@ -1,7 +1,7 @@
 """HTTP and nothing else: requests in, calls to `Layers`, answers and problems out.
 
-    shell ── train, eval, moments ──> normalize, moments ─┐     the short way: no router in between
-      └───── all the rest ──> FastAPI ────────────────────┴──> layers.Layers
+    shell ── train, eval, inverse, moments ──> normalize, moments ─┐     the short way: no router in between
+      └───── all the rest ──> FastAPI ─────────────────────────────┴──> layers.Layers
 
 Most calls that bring a batch or its moments come on the direct way, without ASGI (`batchnorm_service.direct`).
 

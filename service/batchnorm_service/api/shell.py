@@ -1,4 +1,4 @@
-"""The outermost layer: what holds for every request, and the short ways to the calls that bring a batch.
+"""The outermost layer: what holds for every request, and the short ways to the calls that bring a batch or its moments.
 
 Plain ASGI, and mostly not even that (`batchnorm_service.direct`): the time of such a call is counted in microseconds.
 """
@@ -99,7 +99,7 @@ class Shell:
             exchange.log(method, target)
 
     def direct_target(self, url: bytes) -> Target | None:
-        """Where a POST goes that may take the direct way: to a call that brings a batch, without a query."""
+        """Where a POST goes that may take the direct way: to a short call, without a query."""
         if b"?" in url or not url.startswith(b"/v1/"):
             return None
         target = target_of(url)

@@ -10,7 +10,7 @@ expire, and they go when their layer is deleted.
 
 from __future__ import annotations
 
-import random
+import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
@@ -37,8 +37,8 @@ class Stamp(NamedTuple):
 
     def next(self) -> Stamp:
         """The stamp of the commit that follows this one."""
-        # Never the same twice, but no secret: the system's random numbers cost a call. A forked process has others.
-        return Stamp(self.incarnation, self.version + 1, random.getrandbits(63))
+        # The system's random numbers: those of `random` would come again in a copy of a virtual machine.
+        return Stamp(self.incarnation, self.version + 1, secrets.randbits(63))
 
 
 @dataclass(frozen=True, slots=True)
