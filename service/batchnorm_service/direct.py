@@ -1,4 +1,4 @@
-"""The direct way: train, eval, inverse and moments go from the HTTP parser to its answer without ASGI in between.
+"""The direct way: train, eval, inverse and moments go from the HTTP parser to their answers without ASGI in between.
 
 ASGI costs an eval of 8 KiB about a sixth of its time (measured in `benchmarks/README.md`): a scope, a task, an event
 and four messages for what is one function of the body. What goes this way does what it would do on the other one;
@@ -13,17 +13,12 @@ from functools import partial
 from typing import Any, Final, Self
 
 import numpy as np
-from httptools import HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from batchnorm_service.api import JOIN_BYTES, Answer, Headers, PendingAnswer, Shell, Target, read_headers
-from batchnorm_service.inbox import Inbox, redirect
 from batchnorm_service.outbox import OutboxProtocol
 
 _NOTHING: Final = memoryview(b"")
-
-_STRAIGHT_BYTES: Final = 1 << 16
-"""If at least so much of a body is still to come, it comes without the parser (`batchnorm_service.inbox`)."""
 
 _NOT_DIRECT: Final = frozenset({b"expect", b"transfer-encoding", b"upgrade"})
 """Headers that ask the server for something; uvicorn's own cycle knows what."""
@@ -34,10 +29,6 @@ _KEEP_ALIVE: Final = b"keep-alive"
 
 class DirectProtocol(OutboxProtocol):
     """uvicorn's HTTP protocol, with a direct way for calls of a `Shell`."""
-
-    parser_class: type[HttpRequestParser] = HttpRequestParser
-    large = False  # whether the last body that came this way is one for `receive_straight`
-    _parsed: int | None = None  # how much of a body the parser has seen whose rest goes past it
 
     def on_headers_complete(self) -> None:
         """A request's head has been read."""
@@ -60,44 +51,13 @@ class DirectProtocol(OutboxProtocol):
         else:
             super().on_message_complete()
 
-    def receive_straight(self) -> None:
-        """Let the rest of the body come without the parser, if what has been parsed is the beginning of a large one."""
-        cycle = self._direct_cycle()
-        if cycle is None or not cycle.reading or len(cycle.rest) < _STRAIGHT_BYTES:
-            return
-        if not (self.flow.read_paused or self.transport.is_closing()):
-            self._parsed = cycle.filled
-            redirect(self.transport, Inbox(self, cycle.rest, self._received))
-
-    def new_parser(self) -> None:
-        """Read what comes next as the beginning of a request."""
-        self.parser = self.parser_class(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
-
     def shutdown(self) -> None:
         """The server stops. A client that is still sending its body is waited for and told, as uvicorn has it."""
         if (cycle := self._direct_cycle()) is not None and cycle.reading:
             self.cycle = None  # type: ignore[assignment]
             super().on_headers_complete()
-            body, parsed = cycle.give_up(), self._parsed
-            if parsed is not None:
-                redirect(self.transport, self)  # first: uvicorn may stop reading for a while when it gets so much
-            super().on_body(body[:parsed])
-            if parsed is not None:
-                self.parser.feed_data(body[parsed:])
+            super().on_body(cycle.give_up())
         super().shutdown()
-
-    def _received(self, count: int) -> None:
-        """So much of a body has come without the parser, which expects it still: a new one reads the next request."""
-        cycle = self._direct_cycle()
-        if cycle is None:
-            return
-        cycle.filled += count
-        if not cycle.rest:
-            self._parsed = None
-            redirect(self.transport, self)
-            self.new_parser()
-            self.on_message_complete()
 
     def _direct_cycle(self) -> DirectCycle | None:
         cycle: object = self.cycle
@@ -115,7 +75,6 @@ class DirectProtocol(OutboxProtocol):
         if not (length.isdigit() and len(length) <= 18 and self._is_plain(headers)):
             return None
         size = int(length)
-        self.large = size >= _STRAIGHT_BYTES
         try:
             cycle = DirectCycle(self, self.app, target, headers, size)
         except MemoryError:
@@ -135,12 +94,12 @@ class DirectCycle:
 
     __slots__ = (
         "_body",
+        "_filled",
         "_headers",
         "_protocol",
         "_shell",
         "_target",
         "disconnected",
-        "filled",
         "keep_alive",
         "reading",
         "response_complete",
@@ -156,18 +115,13 @@ class DirectCycle:
         self._target = target
         self._headers = headers
         self._body = np.empty(size, np.uint8).data
-        self.filled = 0
-
-    @property
-    def rest(self) -> memoryview:
-        """What is still to be filled of the body."""
-        return self._body[self.filled :]
+        self._filled = 0
 
     def fill(self, piece: bytes) -> None:
         """Take a piece of the body. The parser gives no more than was announced."""
-        end = self.filled + len(piece)
-        self._body[self.filled : end] = piece
-        self.filled = end
+        end = self._filled + len(piece)
+        self._body[self._filled : end] = piece
+        self._filled = end
 
     def start(self) -> None:
         """The body is complete: answer, at once if that is possible."""
@@ -190,7 +144,7 @@ class DirectCycle:
         self.reading = False
         self._shell.leave()
         body, self._body = self._body, _NOTHING
-        return bytes(body[: self.filled])
+        return bytes(body[: self._filled])
 
     @property
     def message_event(self) -> Self:

@@ -43,7 +43,6 @@ class Protocol(DirectProtocol):
     """
 
     parser: _Parser
-    parser_class = _Parser
     _in_head = False
     _head_bytes = 0
     _refused = False
@@ -52,7 +51,7 @@ class Protocol(DirectProtocol):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.new_parser()
+        self._new_parser()
 
     def data_received(self, data: bytes) -> None:
         """Bytes from the client."""
@@ -63,7 +62,7 @@ class Protocol(DirectProtocol):
         while self._offered and (end := self.parser.stopped_at) is not None:
             self._offered = False
             head = self._head_without_offer()
-            self.new_parser()  # the old one may be in its last state, after `Connection: close`
+            self._new_parser()  # the old one may be in its last state, after `Connection: close`
             super().data_received(head)
             data = data[end:]
             super().data_received(data)
@@ -71,8 +70,6 @@ class Protocol(DirectProtocol):
             self._head_bytes += len(data)
             if self._head_bytes > MOST_HEAD_BYTES:
                 self._refuse(PayloadTooLarge(f"the request's headers are larger than {MOST_HEAD_BYTES} bytes"))
-        if self.large:
-            self.receive_straight()
 
     def on_message_begin(self) -> None:
         """A request begins."""
@@ -92,6 +89,10 @@ class Protocol(DirectProtocol):
         if not self._offered:
             self._ended = True
             super().on_message_complete()
+
+    def _new_parser(self) -> None:
+        self.parser = _Parser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
 
     def _head_without_offer(self) -> bytes:
         line = b" ".join([self.parser.get_method(), self.url, b"HTTP/" + self.parser.get_http_version().encode()])

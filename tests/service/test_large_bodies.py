@@ -1,4 +1,4 @@
-"""Large bodies: their rest comes past the parser, and nothing else of the connection changes."""
+"""Large bodies on the direct way: in pieces, followed by others, and never complete."""
 
 import asyncio
 import contextlib
@@ -14,13 +14,13 @@ from safetensors.numpy import load, save
 
 from batchnorm_client.contract import SAFETENSORS
 from batchnorm_service import direct
-from batchnorm_service.inbox import Inbox
 
 from .running import answer, get, post, serving, until
 
 pytestmark = pytest.mark.anyio
 
 PIECE = 1 << 16
+BAD = b"no request\r\n\r\n"
 EVAL, TRAIN = "/v1/layers/bn/eval", "/v1/layers/bn/train"
 
 
@@ -33,25 +33,6 @@ def anyio_backend(request):
 async def service(anyio_backend, monkeypatch):
     async with serving(monkeypatch) as running:
         yield running
-
-
-@pytest.fixture
-def straight(monkeypatch):
-    """How many bytes each inbox took."""
-    counts = []
-    begin, update = Inbox.__init__, Inbox.buffer_updated
-
-    def begun(self, *arguments):
-        counts.append(0)
-        begin(self, *arguments)
-
-    def updated(self, count):
-        counts[-1] += count
-        update(self, count)
-
-    monkeypatch.setattr(Inbox, "__init__", begun)
-    monkeypatch.setattr(Inbox, "buffer_updated", updated)
-    return counts
 
 
 def batch(rows):
@@ -80,8 +61,8 @@ async def connection(service):
 
 
 @pytest.mark.parametrize("sizes", [[], [1], [300, PIECE], None], ids=["at once", "a byte", "a head", "many"])
-async def test_a_large_batch_in_pieces_is_the_same_batch(service, straight, sizes):
-    """Followed by a small one in the same bytes, of which the inbox must take none."""
+async def test_a_large_batch_in_pieces_is_the_same_batch(service, sizes):
+    """Followed by a small one in the same bytes."""
     batches = [batch(100_000), batch(3), batch(70_000)]
     data = b"".join(request(x, TRAIN) for x in batches)
     rng = random.Random(1)
@@ -99,28 +80,20 @@ async def test_a_large_batch_in_pieces_is_the_same_batch(service, straight, size
             status, headers, body = await answer(reader)
             assert (status, headers["num-batches-tracked"]) == (200, str(number))
             np.testing.assert_array_equal(load(body)["output"], output)
-        assert straight
-        assert sum(straight) >= PIECE
         ((_, _, body),) = await service.ask(get("/v1/layers/bn/state", f"Accept: {SAFETENSORS}\r\n"))
         np.testing.assert_array_equal(load(body)["running_mean"], layer.running_mean.numpy())
 
 
-async def test_a_connection_is_as_it_was_after_each_large_batch(service, straight):
+async def test_a_connection_is_as_it_was_after_each_large_batch(service):
     async with connection(service) as (reader, writer):
-        x = batch(200_000)
-        for number in range(3):
-            for asked in (request(x), get("/v1/layers/bn"), b"x" if number == 2 else get("/healthz"), request(x)):
-                writer.write(asked)
-                if asked == b"x":
-                    assert (await answer(reader))[0] == 400
-                    break
-                assert (await answer(reader))[0] == 200
-        assert len(straight) == 5
+        x = request(batch(200_000))
+        for asked, status in [(x, 200), (get("/v1/layers/bn"), 200)] * 3 + [(x, 200), (BAD, 400)]:
+            writer.write(asked)
+            assert (await answer(reader))[0] == status
         assert await reader.read() == b""
 
 
-async def test_a_connection_does_not_keep_the_body(service, straight, monkeypatch):
-    """uvloop keeps the inbox until it gets another one."""
+async def test_a_connection_does_not_keep_the_body(service, monkeypatch):
     bodies = []
 
     def empty(*arguments):
@@ -132,7 +105,7 @@ async def test_a_connection_does_not_keep_the_body(service, straight, monkeypatc
     async with connection(service) as (reader, writer):
         writer.write(request(batch(200_000)))
         assert (await answer(reader))[0] == 200
-        assert len(straight) == len(bodies) == 1
+        assert len(bodies) == 1
 
         def gone():
             gc.collect()
@@ -141,20 +114,18 @@ async def test_a_connection_does_not_keep_the_body(service, straight, monkeypatc
         await until(gone)
 
 
-async def test_what_is_refused_is_refused_when_it_is_complete(service, straight):
+async def test_what_is_refused_is_refused_when_it_is_complete(service):
     async with connection(service) as (reader, writer):
         writer.write(request(batch(100_000).reshape(-1, 4)) + request(batch(3)))
         assert (await answer(reader))[0] == 422
         assert (await answer(reader))[0] == 200
-        assert len(straight) == 1
 
 
 @pytest.mark.parametrize("abort", [True, False])
-async def test_who_leaves_in_the_middle_leaves_no_trace(service, straight, caplog, abort):
+async def test_who_leaves_in_the_middle_leaves_no_trace(service, caplog, abort):
     async with connection(service) as (_, writer):
         writer.write(request(batch(200_000), TRAIN)[: 1 << 20])
-        await until(lambda: sum(straight) > PIECE)
-        assert service.shell._running == 1
+        await until(lambda: service.shell._running == 1)
         if abort:
             writer.transport.abort()
         else:
@@ -166,28 +137,23 @@ async def test_who_leaves_in_the_middle_leaves_no_trace(service, straight, caplo
         assert caplog.text == ""
 
 
-async def test_who_says_no_more_in_the_middle_is_hung_up_on(service, straight):
+async def test_who_says_no_more_in_the_middle_is_hung_up_on(service):
     async with connection(service) as (reader, writer):
         writer.write(request(batch(200_000))[: 1 << 20])
-        await until(lambda: sum(straight) > PIECE)
+        await until(lambda: service.shell._running == 1)
         writer.write_eof()
         assert await reader.read() == b""
         await until(lambda: not service.state.connections)
 
 
-@pytest.mark.parametrize("rows", [200_000, 1000], ids=["straight", "by the parser"])
-async def test_a_server_that_stops_waits_for_the_rest_and_closes(service, straight, rows):
+@pytest.mark.parametrize("rows", [200_000, 1000])
+async def test_a_server_that_stops_waits_for_the_rest_and_closes(service, rows):
     x = batch(rows)
     sent = request(x, TRAIN)
     async with connection(service) as (reader, writer):
-        before = request(batch(50_000))  # one that came straight, almost from its first byte on
-        writer.write(before[:300])
-        await until(lambda: straight)
-        writer.write(before[300:])
-        assert (await answer(reader))[0] == 200
         half = len(sent) // 2
         writer.write(sent[:half])
-        await until(lambda: service.shell._running == 1 and (rows < PIECE or len(straight) == 2))
+        await until(lambda: service.shell._running == 1)
         (protocol,) = service.state.connections
         protocol.shutdown()
         writer.write(sent[half:])
@@ -195,12 +161,3 @@ async def test_a_server_that_stops_waits_for_the_rest_and_closes(service, straig
         assert (status, headers["connection"], service.by_asgi) == (200, "close", 1)
         np.testing.assert_array_equal(load(body)["output"], expected(x)[0][0])
         assert await reader.read() == b""
-
-
-async def test_small_bodies_come_through_the_parser(service, straight):
-    async with connection(service) as (reader, writer):
-        writer.write(request(batch(4000))[:1000])
-        await asyncio.sleep(0.05)
-        writer.write(request(batch(4000))[1000:])
-        assert (await answer(reader))[0] == 200
-        assert not straight
