@@ -64,6 +64,13 @@ class Server:
                 return int(line.split()[1]) * 1024
         raise LookupError(field)
 
+    def used(self, *, main_thread: bool = False) -> float:
+        """Seconds of processor time that its first process has had so far, or that process's main thread alone."""
+        process = self.process.pid
+        stat = Path(f"/proc/{process}/task/{process}/stat" if main_thread else f"/proc/{process}/stat")
+        fields = stat.read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # user and system
+
     def forget_peak(self) -> None:
         """Let `VmHWM` start again from what is used now."""
         Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")

@@ -12,7 +12,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -21,55 +20,30 @@ from benchmarks.bench import QUICK, Bench
 from benchmarks.bodies import KIB, call, json_call, safetensors, square
 from benchmarks.load import Call, background, drive
 from benchmarks.process import Server
+from benchmarks.rows.binary import over_layers
 
-_TICKS: Final = 100  # per second, as Linux counts in /proc
 _LEAST: Final = 0.015
 _MAIN: Final = "run (batchnorm_service/server.py)"
 _OURS: Final = ("batchnorm_", "uvicorn/", "asyncio/runners.py", "numpy/")
 _WAITING: Final = "SqliteThread._round ("  # as the last frame: for work
 
 
-def _layers(bench: Bench) -> Call:
-    body = safetensors(8 * KIB)
-    return Call(bench.service.port, [call(bench.layer(f"many-{n}"), "train", body) for n in range(64)], 32)
-
-
 LOADS: Final[dict[str, Callable[[Bench], Call]]] = {
     "eval": lambda bench: Call(bench.service.port, [call(bench.layer("one"), "eval", safetensors(8 * KIB))], 8),
     "train": lambda bench: Call(bench.service.port, [call(bench.layer("one"), "train", safetensors(8 * KIB))], 32),
-    "layers": _layers,
+    "layers": over_layers,
     "json": lambda bench: Call(bench.service.port, [json_call(bench.layer("square", 256), square())], 4),
 }
 """As in the rows of the same names."""
 
 
-@dataclass(frozen=True)
-class Threads:
-    """Processor time in microseconds per call: of the thread with the event loop, and of all others."""
-
-    main: float
-    others: float
-
-
-def measure(server: Server, load: Call, seconds: float) -> tuple[float, Threads]:
-    """Answers per second, and what they cost."""
-    before = _spent(server.process.pid)
+def measure(server: Server, load: Call, seconds: float) -> tuple[float, float, float]:
+    """Answers per second, and microseconds of processor time per answer: of the event loop's thread, of all others."""
+    before = server.used(main_thread=True), server.used()
     done = drive(load, seconds)
-    main, others = (b - a for a, b in zip(before, _spent(server.process.pid), strict=True))
-    each = 1e6 / _TICKS / len(done.latencies)
-    return done.rate, Threads(main * each, others * each)
-
-
-def _spent(process: int) -> tuple[int, int]:
-    main = others = 0
-    for task in Path(f"/proc/{process}/task").iterdir():
-        fields = (task / "stat").read_text().rpartition(")")[2].split()
-        ticks = int(fields[11]) + int(fields[12])  # user and system
-        if int(task.name) == process:
-            main += ticks
-        else:
-            others += ticks
-    return main, others
+    main, whole = server.used(main_thread=True) - before[0], server.used() - before[1]
+    each = 1e6 / len(done.latencies)
+    return done.rate, main * each, (whole - main) * each
 
 
 def sample(server: Server, load: Call, seconds: float) -> list[str]:
@@ -120,11 +94,11 @@ def main() -> None:
     with Bench(QUICK) as bench:
         load = LOADS[asked.load](bench)
         drive(load, min(1.0, asked.seconds))
-        rate, cost = measure(bench.service, load, asked.seconds)
+        rate, main_cost, other_cost = measure(bench.service, load, asked.seconds)
         lines = sample(bench.service, load, asked.seconds)
-    print(f"{asked.load}: {rate:,.0f} answers per second, {cost.main + cost.others:.0f} µs of processor time each")
-    _print("the event loop's thread", cost.main, shares(lines, main=True))
-    _print("all other threads", cost.others, shares(lines, main=False))
+    print(f"{asked.load}: {rate:,.0f} answers per second, {main_cost + other_cost:.0f} µs of processor time each")
+    _print("the event loop's thread", main_cost, shares(lines, main=True))
+    _print("all other threads", other_cost, shares(lines, main=False))
 
 
 if __name__ == "__main__":

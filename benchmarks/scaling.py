@@ -7,7 +7,6 @@ cost, and reckons from it what a million train and ten million eval calls per se
 from __future__ import annotations
 
 import argparse
-import os
 import socket
 import sys
 import tempfile
@@ -49,15 +48,10 @@ def cost(server: Any, process: Server, what: str, layers: int, calls: int) -> Co
     requests = [bodies.call(f"cost{number % layers}", what, body) for number in range(layers)]
     load = Call(process.port, requests, connections=8)
     drive(load, 60, layers)  # every layer is resident
-    before = _used(process.process.pid), _shard_used(server), int(server.info("used_memory"))
+    before = process.used(), _shard_used(server), int(server.info("used_memory"))
     drive(load, 600, calls)
-    after = _used(process.process.pid), _shard_used(server), int(server.info("used_memory"))
+    after = process.used(), _shard_used(server), int(server.info("used_memory"))
     return Cost(*((new - old) / calls for old, new in zip(before, after, strict=True)))
-
-
-def _used(process: int) -> float:
-    fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _shard_used(server: Any) -> float:

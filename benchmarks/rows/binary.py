@@ -24,12 +24,17 @@ def train(bench: Bench) -> Iterator[Row]:
 
 def many_layers(bench: Bench) -> Iterator[Row]:
     """Commits of different layers share a disk flush as those of one layer do."""
-    body, port = safetensors(8 * KIB), bench.service.port
-    many = Call(port, [call(bench.layer(f"many-{n}"), "train", body) for n in range(64)], 32)
-    one = Call(port, [call(bench.layer("one"), "train", body)], 32)
+    many = over_layers(bench)
+    one = Call(bench.service.port, [call(bench.layer("one"), "train", safetensors(8 * KIB))], 32)
     bench.warm(many, one)
     pairs = in_turns(bench.pace.rounds, lambda: bench.rate(many), lambda: bench.rate(one))
     yield ratio("train 8 KiB over 64 layers, 32 connections, against one layer", Target(0.9), pairs)
+
+
+def over_layers(bench: Bench) -> Call:
+    """Train of 8 KiB, on 64 layers in turn."""
+    body = safetensors(8 * KIB)
+    return Call(bench.service.port, [call(bench.layer(f"many-{n}"), "train", body) for n in range(64)], 32)
 
 
 def _against_echo(bench: Bench, what: str, size: int, connections: int, least: float) -> Row:
