@@ -62,13 +62,17 @@ def from_wire(tensor: Tensor, like: A) -> A:
 
 
 def to_torch(tensor: Tensor) -> torch.Tensor:
-    """A torch tensor on a tensor's buffer, which has to be writable; imports torch."""
+    """A torch tensor on a tensor's buffer, which has to be writable; imports torch.
+
+    Its shape is set in place: `reshape` would make a view, and autograd lets nobody modify in place a view that a
+    custom function returned.
+    """
     import torch  # noqa: PLC0415 - only for those who ask for it
 
     dtype = getattr(torch, tensor.dtype)
     if not tensor.nbytes:
         return torch.empty(tensor.shape, dtype=dtype)
-    return torch.frombuffer(tensor.buffer, dtype=dtype).reshape(tensor.shape)
+    return torch.frombuffer(tensor.buffer, dtype=dtype).resize_(tensor.shape)
 
 
 def to_numpy(tensor: Tensor) -> npt.NDArray[Any]:
