@@ -85,10 +85,14 @@ class AsyncClient:
                 return
 
     async def fold_moments(
-        self, layers: Mapping[str, Moments], *, key: str | None = None
+        self, layers: Mapping[str, Moments], *, key: str | Mapping[str, str] | None = None
     ) -> dict[str, FoldResult | ProblemError]:
-        """As `Client.fold_moments`."""
-        return await self._call(calls.fold_many(layers, key=key))
+        """As `Client.fold_moments`; calls with different keys go out one after the other, too."""
+        results: dict[str, FoldResult | ProblemError] = {}
+        for request in calls.fold_many(layers, key=key):
+            folded = await self._call(request)
+            results |= folded
+        return {name: results[name] for name in layers}
 
     async def ready(self) -> bool:
         """As `Client.ready`."""

@@ -120,18 +120,28 @@ class Client:
                 return
 
     def fold_moments(
-        self, layers: Mapping[str, Moments], *, key: str | None = None
+        self, layers: Mapping[str, Moments], *, key: str | Mapping[str, str] | None = None
     ) -> dict[str, FoldResult | ProblemError]:
         """Fold the moments of batches that stayed here into many layers, in one call: each once, or not at all.
 
         Args:
             layers: (count, mean, var) by layer name, as `RemoteLayer.fold_moments` takes them.
-            key: names the whole, and counts for each layer by itself: a repeat folds what was not folded yet.
+            key: names the whole, and counts for each layer by itself: a repeat folds what was not folded yet. Or one
+                key for each layer, by name. A call carries one key, so layers with different keys go out one call
+                after the other, those with equal keys together. If one of the calls fails, it raises, and those before
+                it were folded; a repeat with the same keys counts nothing twice.
 
         Returns:
             What became of each: the result, or the exception that the layer's own call would have raised.
+
+        Raises:
+            ValueError: `key` has other names than `layers`. Nothing was sent.
         """
-        return self._call(calls.fold_many(layers, key=key))
+        results: dict[str, FoldResult | ProblemError] = {}
+        for request in calls.fold_many(layers, key=key):
+            folded = self._call(request)
+            results |= folded
+        return {name: results[name] for name in layers}
 
     def ready(self) -> bool:
         """Whether the service can work now. Asks once; False also when it cannot be reached."""

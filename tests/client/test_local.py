@@ -2,6 +2,7 @@
 
 import json
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from batchnorm_client import (
     NonFinite,
     ShapeMismatch,
     TooFewValues,
+    UnexpectedAnswer,
 )
 
 RNG = np.random.default_rng(5)
@@ -207,6 +209,37 @@ def test_many_layers_at_once(shaky, way, client, name):
     assert isinstance(results[f"{name}.none"], LayerNotFound)
     assert json.dumps(list(results)) == json.dumps([good, bad, f"{name}.none"])
     assert client.layer(bad).inspect().num_batches_tracked == 0
+
+
+def test_many_layers_with_a_key_each(shaky, way, client, name):
+    """Layers that share a key share a call; every key keeps its own layer's batch from counting twice."""
+    names = [f"{name}.{number}" for number in range(3)]
+    for one in names:
+        client.create_layer(one, 2)
+    moments = dict.fromkeys(names, (4, [1.0, 2.0], [1.0, 1.0]))
+    keys = dict(zip(names, ["k", "other", "k"], strict=True))
+    way.faults = [None, "unheard"]
+    results = shaky.fold_moments(moments, key=keys)
+    assert list(results) == names
+    assert [result.replayed for result in results.values()] == [False, True, False]
+    assert [headers["idempotency-key"] for headers in way.headers] == ["k", "other", "other"]
+    repeated = shaky.fold_moments(moments, key=keys | {names[0]: "new"})
+    assert [result.replayed for result in repeated.values()] == [False, True, True]
+    assert [client.layer(one).inspect().num_batches_tracked for one in names] == [2, 1, 1]
+    assert shaky.fold_moments({}, key={}) == {}
+
+
+def test_keys_and_moments_of_different_layers_are_refused_before_anything_is_sent(shaky, way, name):
+    for key in ({}, {name: "k", f"{name}.more": "k"}):
+        with pytest.raises(ValueError, match="different layers"):
+            shaky.fold_moments({name: (4, [1.0], [1.0])}, key=key)
+    assert not way.sent
+
+
+def test_an_answer_that_leaves_a_layer_out_is_no_answer(connect):
+    client = connect.over(lambda _: httpx.Response(200, json={"layers": {}}))
+    with pytest.raises(UnexpectedAnswer, match="the results are those of"):
+        client.fold_moments({"a": (4, [1.0], [1.0])})
 
 
 def test_population_options(client, name):

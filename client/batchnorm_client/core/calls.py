@@ -201,13 +201,30 @@ def fold_moments(name: str, moments: Moments, *, key: str | None, shard: Shard |
     )
 
 
-def fold_many(layers: Mapping[str, Moments], *, key: str | None) -> Request[dict[str, FoldResult | ProblemError]]:
-    """The same for many layers in one call."""
+def fold_many(
+    layers: Mapping[str, Moments], *, key: str | Mapping[str, str] | None
+) -> list[Request[dict[str, FoldResult | ProblemError]]]:
+    """The same for many layers: one call, or one for each key if every layer has its own, since a call carries one.
+
+    Raises:
+        ValueError: the keys are not those of these layers.
+    """
+    if not isinstance(key, Mapping):
+        return [_fold_together(layers, key)]
+    if key.keys() != layers.keys():
+        raise ValueError(f"keys and moments of different layers: {sorted(key.keys() ^ layers.keys())}")
+    by_key: dict[str, dict[str, Moments]] = {}
+    for name, moments in layers.items():
+        by_key.setdefault(key[name], {})[name] = moments
+    return [_fold_together(group, shared) for shared, group in by_key.items()]
+
+
+def _fold_together(layers: Mapping[str, Moments], key: str | None) -> Request[dict[str, FoldResult | ProblemError]]:
     tensors = {f"{name}/{part}": one for name, given in layers.items() for part, one in _moments(given).items()}
     return Request(
         "POST",
         "/v1/moments",
-        readers.many_folded,
+        partial(readers.many_folded, list(layers)),
         headers={"Content-Type": SAFETENSORS} | key_header(key),
         pieces=encode(SAFETENSORS, tensors),
     )

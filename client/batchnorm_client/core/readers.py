@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -97,8 +98,8 @@ def folded(answer: Answer) -> FoldResult:
     return _folded(orjson.loads(answer.body) | {"replayed": _is_replay(answer)})
 
 
-def many_folded(answer: Answer) -> dict[str, FoldResult | ProblemError]:
-    """The answer to moments of many layers."""
+def many_folded(names: Collection[str], answer: Answer) -> dict[str, FoldResult | ProblemError]:
+    """The answer to moments of many layers, which has a result for each of them."""
     _check_form(answer, JSON)
     request_id = answer.headers.get(REQUEST_ID.lower())
     results: dict[str, FoldResult | ProblemError] = {}
@@ -110,6 +111,8 @@ def many_folded(answer: Answer) -> dict[str, FoldResult | ProblemError]:
             results[name] = error
         else:
             results[name] = _folded(document)
+    if results.keys() != set(names):
+        raise ValueError(f"moments of {sorted(names)} were sent, and the results are those of {sorted(results)}")
     return results
 
 

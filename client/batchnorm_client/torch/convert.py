@@ -102,14 +102,18 @@ def revert(module: nn.Module) -> nn.Module:
         `module`, or what replaces it if it is itself a remote batch normalization.
     """
     remotes = [found for found in module.modules() if isinstance(found, RemoteBatchNorm)]
-    return _swap(module, {remote: _twin(remote) for remote in remotes})
+    reverted = _swap(module, {remote: _twin(remote) for remote in remotes})
+    for remote in remotes:
+        if remote._folding is not None:
+            remote._folding.leave(remote)
+    return reverted
 
 
 def _fold_together(root: nn.Module, remotes: list[RemoteBatchNorm], client: Client) -> None:
     folding = Folding(client)
     for remote in remotes:
         remote._folding = folding
-        folding.users.add(remote)
+        folding.join(remote, remote.name)
     folding.attach(root)
 
 
@@ -186,8 +190,6 @@ def _take_over(local: _BatchNorm, remote: RemoteBatchNorm) -> None:
 
 def _twin(remote: RemoteBatchNorm) -> _BatchNorm:
     remote.push()
-    if remote._folding is not None:
-        remote._folding.leave(remote)
     state = remote.layer.state_dict(as_torch=True)
     local_class = next(local for local, cls in _REMOTE.items() if isinstance(remote, cls))
     local = local_class(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from torch import nn
 
-from batchnorm_client import Client, FoldResult, ServiceError
+from batchnorm_client import Client, FoldResult, ProblemError, ServiceError
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -15,56 +18,107 @@ if TYPE_CHECKING:
     from batchnorm_client.core.moments import BatchMoments
 
 
+@dataclass(slots=True)
+class Pending:
+    """The moments of one batch, until it is known that they were folded.
+
+    Attributes:
+        moments: of the batch.
+        key: under which they were sent first, and are sent again until then; None before. Moments of other layers that
+            were first sent in the same call share it.
+    """
+
+    moments: BatchMoments
+    key: str | None = None
+
+
 class Folding:
     """Collects moments by layer, and sends them together: after the root's forward, or when somebody has to see them.
 
+    May be used by threads.
+
     Args:
         client: of the service.
-
-    Attributes:
-        users: the modules that add to it.
     """
 
     def __init__(self, client: Client) -> None:
-        self.users: set[nn.Module] = set()
         self._client = client
-        self._waiting: dict[str, BatchMoments] = {}
-        self._key: str | None = None
-        self._hook: RemovableHandle | None = None
+        self._pending: dict[str, deque[Pending]] = {}
+        self._users: set[nn.Module] = set()
+        self._hooks: list[RemovableHandle] = []
+        self._in_forward = False
+        self._sending = Lock()
 
     def attach(self, root: nn.Module) -> None:
         """Flush after each forward pass of this module, also of one that fails: torch has counted by then, too."""
-        self._hook = root.register_forward_hook(lambda *_: self.flush(), always_call=True)
+
+        def before(*_: object) -> None:
+            self._in_forward = True
+
+        def after(*_: object) -> None:
+            self._in_forward = False
+            self.flush()
+
+        self._hooks = [root.register_forward_pre_hook(before), root.register_forward_hook(after, always_call=True)]
+
+    def detach(self, root: nn.Module) -> None:
+        """Take the hooks out of a copy of the root; out of another module, nothing."""
+        for hook in self._hooks:
+            for hooks in (root._forward_pre_hooks, root._forward_hooks, root._forward_hooks_always_called):
+                hooks.pop(hook.id, None)
+
+    def join(self, user: nn.Module, name: str) -> None:
+        """A module that adds moments for the layer of that name."""
+        self._users.add(user)
+        self._pending[name] = deque()
 
     def leave(self, user: nn.Module) -> None:
-        """Flush; the last one to leave takes the hook away."""
+        """Flush; the last one to leave takes the hooks away."""
         self.flush()
-        self.users.discard(user)
-        if not self.users and self._hook is not None:
-            self._hook.remove()
+        self._users.discard(user)
+        if not self._users:
+            for hook in self._hooks:
+                hook.remove()
 
     def add(self, name: str, moments: BatchMoments) -> None:
-        """Moments for a layer; a second batch for the same layer comes after the first, so that is sent before."""
-        if name in self._waiting:
-            self.flush()
-        self._waiting[name] = moments
+        """Moments for a layer, to be folded after those that it has here already.
 
-    def flush(self) -> None:
-        """Send what waits.
+        Outside of the root's forward pass, a layer's second batch sends both: a part of the model that is called by
+        itself does not collect without end.
 
         Raises:
-            ProblemError: of a layer whose moments were refused; the others' were folded.
-            BatchNormError: of the call. What may be folded or not waits on, under the same key.
+            As `flush`. The moments were added.
         """
-        if not self._waiting:
-            return
-        self._key = self._key or uuid4().hex
-        results = self._client.fold_moments(self._waiting, key=self._key)
-        errors = {name: error for name, error in results.items() if not isinstance(error, FoldResult)}
-        # What is not the batch's fault may be tried again.
-        self._waiting = {name: self._waiting[name] for name in errors if isinstance(errors[name], ServiceError)}
-        if not self._waiting:
-            self._key = None
+        self._pending[name].append(Pending(moments))
+        if len(self._pending[name]) > 1 and not self._in_forward:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what waits: one call for the first batch of each layer, another one for the second, and so on.
+
+        Raises:
+            ProblemError: of a layer. If its moments were refused (4xx) they are dropped; otherwise they wait on. Those
+                of other layers were folded.
+            BatchNormError: of the call. What may be folded or not waits on, each batch under the key that it had.
+        """
+        errors: dict[str, ProblemError] = {}
+        with self._sending:
+            stuck: set[str] = set()
+            while heads := {name: queue[0] for name, queue in self._pending.items() if queue and name not in stuck}:
+                for name, result in self._send(heads).items():
+                    if not isinstance(result, FoldResult):
+                        errors.setdefault(name, result)
+                    if isinstance(result, ServiceError):  # not the batch's fault: another try may succeed
+                        stuck.add(name)
+                    else:
+                        self._pending[name].popleft()
         for name, error in errors.items():
-            error.add_note(f"layer {name!r}, one of {len(results)}")
+            error.add_note(f"layer {name!r}, one of {len(self._pending)}")
             raise error
+
+    def _send(self, heads: dict[str, Pending]) -> dict[str, FoldResult | ProblemError]:
+        fresh = uuid4().hex
+        keys: dict[str, str] = {}
+        for name, head in heads.items():
+            head.key = keys[name] = head.key or fresh
+        return self._client.fold_moments({name: head.moments for name, head in heads.items()}, key=keys)
