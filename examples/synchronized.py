@@ -101,7 +101,8 @@ def work(rank: int, url: str, run: str, meeting: str, steps: int, results) -> No
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=len(SHARDS))
     with Client(url) as client:
-        model = convert_batchnorm(net(), client, prefix="digits.", group=run, group_size=len(SHARDS))
+        # Adopt: another process may have come first.
+        model = convert_batchnorm(net(), client, prefix="digits.", existing="adopt", group=run, group_size=len(SHARDS))
         together = shard(rank, model, steps)
     apart = shard(rank, net(), steps)
     if rank == 0:

@@ -192,7 +192,10 @@ class NotAcceptable(RequestError):
 
 
 class LayerExists(RequestError):
-    """A layer with this name exists and was created with another config. Take another name, or delete it first."""
+    """A layer with this name exists and was created with another config. Take another name, or delete it first.
+
+    In Python, `convert_batchnorm` raises it for layers that were used before, too, unless it is told what to do then.
+    """
 
     name, status, title = "layer-exists", 409, "The layer exists with another config"
 

@@ -12,8 +12,9 @@
 Importing this package imports torch; `batchnorm_client` itself does not.
 """
 
-from batchnorm_client.torch.convert import convert_batchnorm, flush, revert
+from batchnorm_client.torch.convert import convert_batchnorm, flush
 from batchnorm_client.torch.modules import RemoteBatchNorm
+from batchnorm_client.torch.plain import revert
 from batchnorm_client.torch.twins import RemoteBatchNorm1d, RemoteBatchNorm2d, RemoteBatchNorm3d
 
 __all__ = [

@@ -1,27 +1,20 @@
-"""Whole models: every batch normalization into the service, and back out of it."""
+"""Whole models: every batch normalization into the service."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
-from typing import Literal, NamedTuple, TypedDict, Unpack
+from typing import Literal, TypedDict, TypeGuard, Unpack, cast, get_args
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm_client import Client
-from batchnorm_client.errors import VersionMismatch
+from batchnorm_client import Client, LayerOptions
 from batchnorm_client.torch.folding import Folding
 from batchnorm_client.torch.groups import Compute
-from batchnorm_client.torch.modules import RemoteBatchNorm, without_bias
-from batchnorm_client.torch.twins import RemoteBatchNorm1d, RemoteBatchNorm2d, RemoteBatchNorm3d
-
-_REMOTE: dict[type[_BatchNorm], type[RemoteBatchNorm]] = {
-    nn.BatchNorm1d: RemoteBatchNorm1d,
-    nn.BatchNorm2d: RemoteBatchNorm2d,
-    nn.BatchNorm3d: RemoteBatchNorm3d,
-}
+from batchnorm_client.torch.modules import RemoteBatchNorm, layer_options
+from batchnorm_client.torch.plain import M, swap
+from batchnorm_client.torch.takeover import Claim, Existing, take_over
+from batchnorm_client.torch.twins import REMOTE
 
 
 class RemoteOptions(TypedDict, total=False):
@@ -35,13 +28,21 @@ class RemoteOptions(TypedDict, total=False):
 
 
 def convert_batchnorm(
-    module: nn.Module, client: Client, prefix: str = "", **options: Unpack[RemoteOptions]
-) -> nn.Module:
+    module: M, client: Client, prefix: str, *, existing: Existing = "error", **options: Unpack[RemoteOptions]
+) -> M:
     """Swap every `nn.BatchNorm1d/2d/3d` of a model for a layer of the service, as `convert_sync_batchnorm` does.
 
-    A layer that nobody has used yet takes over the module's weight, bias, running statistics and counter. One that was
-    used keeps its state, and the model adopts it: so a job that was started again goes on where it was, and a second
-    worker joins the first. (`load_state_dict` on the converted model overwrites the service's state.)
+    A new layer takes over the module's weight, bias, running statistics and counter, and so does one that exists and
+    was not used. A layer was used if batches were tracked, or if a tensor of it is neither as it was created nor the
+    module's own. What is done about those that were used is for `existing` to say:
+
+        "error"         raise `LayerExists`
+        "adopt"         the model takes their state: for a job that was started again and goes on where it was, and for
+                        data-parallel workers, each of which converts its model
+        "overwrite"     they get the module's state, and their counters are set back to the module's: for a run that
+                        begins anew. Whoever else has these layers is affected
+
+    All layers are looked at before any is written.
 
     Parameters stay the same objects, so that an optimizer that was made before keeps working. Train or eval mode stays.
     A module that occurs twice is one layer, named after the first place. Remote modules are left as they are. Hooks
@@ -51,7 +52,8 @@ def convert_batchnorm(
         module: the model; changed in place.
         client: of the service.
         prefix: layers are called `prefix` + the module's path, such as "resnet." + "layer1.0.bn1"; a model that is
-            itself a batch normalization is called `prefix`.
+            itself a batch normalization is called `prefix`. Models with the same prefix share their layers.
+        existing: what is done about layers that were used before.
         options: `non_finite`, `compute`, `group`, `group_size`, `group_timeout`, as in `RemoteBatchNorm`. With
             `compute="local"` and without a group, one call per training step folds the moments of all layers: after the
             model's forward pass, or before a layer is evaluated or its running statistics are read, or by `flush`.
@@ -61,52 +63,41 @@ def convert_batchnorm(
         `module`, or what replaces it if it is itself a batch normalization.
 
     Raises:
+        LayerExists: a layer was used before, and `existing` is "error"; or a layer was created with another config.
+            Nothing was changed, neither here nor there, unless somebody used a layer at the same time.
         TypeError: a SyncBatchNorm, a lazy one, or another subclass, which does more than a layer of the service; or
-            parameters that are not float32 or float64. Nothing was changed, neither here nor there.
+            parameters that are not float32 or float64. Nothing was changed.
         InvalidRequest: a path makes no layer name. Nothing was changed.
-        LayerExists: such a layer exists with another config. The model was not changed.
+        ValueError: `existing` is none of the three; or a layer to be adopted has a bias, and the module has none.
+            Nothing was changed.
     """
-    plans = [_Plan(path, found, prefix + path) for path, found in module.named_modules() if _is_local(path, found)]
-    for plan in plans:
-        client.layer(plan.name)  # refuses names that cannot be
-    remotes = [_create(plan, client, options) for plan in plans]
-    for plan, remote in zip(plans, remotes, strict=True):
-        _take_over(plan.module, remote)
-    converted = _swap(module, {plan.module: remote for plan, remote in zip(plans, remotes, strict=True)})
+    if existing not in get_args(Existing):
+        raise ValueError(f"existing must be 'error', 'adopt' or 'overwrite', not {existing!r}")
+    found = {prefix + path: local for path, local in module.named_modules() if _is_local(local, path)}
+    non_finite = options.get("non_finite", "reject")
+    take_over(
+        [Claim(local, client, client.layer(name), _layer_options(local, non_finite)) for name, local in found.items()],
+        existing,
+    )
+    remotes = [_remote(local, client, name, options) for name, local in found.items()]
+    for local, remote in zip(found.values(), remotes, strict=True):
+        _move_parameters(local, remote)
+    converted = swap(module, dict(zip(found.values(), remotes, strict=True)))
     if remotes and options.get("compute") == "local" and options.get("group") is None:
         _fold_together(converted, remotes, client)
-    return converted
+    return cast(M, converted)
 
 
 def flush(module: nn.Module) -> None:
     """Send the moments that wait to be sent together: of a model that was converted with `compute="local"`.
 
     Raises:
-        ProblemError: of a layer whose moments were refused.
+        ProblemError: of a layer. Moments that were refused (4xx) are dropped; others wait on.
         BatchNormError: of the call; what may be folded or not waits on, and another flush counts nothing twice.
     """
     for found in module.modules():
         if isinstance(found, RemoteBatchNorm):
             found.flush()
-
-
-def revert(module: nn.Module) -> nn.Module:
-    """Swap every remote batch normalization of a model for its torch twin with the service's state; the way back.
-
-    Weight and bias that changed since they were last sent are sent first. Layers stay in the service.
-
-    Args:
-        module: the model; changed in place. Parameters stay the same objects.
-
-    Returns:
-        `module`, or what replaces it if it is itself a remote batch normalization.
-    """
-    remotes = [found for found in module.modules() if isinstance(found, RemoteBatchNorm)]
-    reverted = _swap(module, {remote: _twin(remote) for remote in remotes})
-    for remote in remotes:
-        if remote._folding is not None:
-            remote._folding.leave(remote)
-    return reverted
 
 
 def _fold_together(root: nn.Module, remotes: list[RemoteBatchNorm], client: Client) -> None:
@@ -117,18 +108,12 @@ def _fold_together(root: nn.Module, remotes: list[RemoteBatchNorm], client: Clie
     folding.attach(root)
 
 
-class _Plan(NamedTuple):
-    path: str
-    module: _BatchNorm
-    name: str
-
-
-def _is_local(path: str, module: nn.Module) -> bool:
+def _is_local(module: nn.Module, path: str) -> TypeGuard[_BatchNorm]:
     """Whether this is to be converted; refuses what looks as if it should be, and cannot."""
     if not isinstance(module, _BatchNorm) or isinstance(module, RemoteBatchNorm):
         return False
     where = f"{type(module).__name__} at {path!r}" if path else type(module).__name__
-    if type(module) not in _REMOTE:
+    if type(module) not in REMOTE:
         hint = ""
         if isinstance(module, nn.SyncBatchNorm):
             hint = ": a layer of the service is shared by all processes anyway; start from nn.BatchNorm*"
@@ -149,70 +134,32 @@ def _dtype(module: _BatchNorm) -> torch.dtype:
     return torch.get_default_dtype()
 
 
-def _lacks_bias(module: _BatchNorm) -> bool:
-    return module.affine and module._parameters["bias"] is None
+def _layer_options(module: _BatchNorm, non_finite: Literal["reject", "allow"]) -> LayerOptions:
+    tracks = module.running_mean is not None
+    return layer_options(
+        module, REMOTE[type(module)]._dimensions, tracks=tracks, dtype=_dtype(module), non_finite=non_finite
+    )
 
 
-def _create(plan: _Plan, client: Client, options: RemoteOptions) -> RemoteBatchNorm:
-    """The remote module, whose layer has the module's state if nobody had used it."""
-    local = plan.module
-    remote = _REMOTE[type(local)](
+def _remote(local: _BatchNorm, client: Client, name: str, options: RemoteOptions) -> RemoteBatchNorm:
+    return REMOTE[type(local)](
         local.num_features,
         eps=local.eps,
         momentum=local.momentum,
         affine=local.affine,
         track_running_stats=local.running_mean is not None,
         dtype=_dtype(local),
-        bias=not _lacks_bias(local),
+        bias=not local.affine or local.bias is not None,
         client=client,
-        name=plan.name,
+        name=name,
         **options,
     )
-    layer, state = remote.pull(), local.state_dict()
-    if layer.updated_at == layer.created_at and state:
-        # If somebody else is faster: adopt what they made of it.
-        with suppress(VersionMismatch):
-            layer = remote.layer.load_state_dict(state, if_match=layer.version)
-            if local.running_mean is not None and not local.track_running_stats:
-                remote.layer.update(track_running_stats=False, if_match=layer.version)
-        remote.pull()
-    return remote
 
 
-def _take_over(local: _BatchNorm, remote: RemoteBatchNorm) -> None:
+def _move_parameters(local: _BatchNorm, remote: RemoteBatchNorm) -> None:
     """Give a remote module the local one's Parameter objects, with the service's values."""
     for name, parameter in list(local.named_parameters(recurse=False)):
         with torch.no_grad():
             parameter.copy_(remote.get_parameter(name))
         remote.register_parameter(name, parameter)
     remote.train(local.training)
-
-
-def _twin(remote: RemoteBatchNorm) -> _BatchNorm:
-    remote.push()
-    state = remote.layer.state_dict(as_torch=True)
-    local_class = next(local for local, cls in _REMOTE.items() if isinstance(remote, cls))
-    local = local_class(
-        remote.num_features,
-        eps=remote.eps,
-        momentum=remote.momentum,
-        affine=remote.affine,
-        track_running_stats="running_mean" in state,
-        device=remote.state_device,
-        dtype=remote.state_dtype,
-        **without_bias(_lacks_bias(remote)),
-    )
-    for name, parameter in remote.named_parameters(recurse=False):
-        local.register_parameter(name, parameter)
-    local.load_state_dict({name: state[name] for name in local.state_dict()})  # population layers have more
-    local.track_running_stats = remote.track_running_stats
-    return local.train(remote.training)
-
-
-def _swap(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Put replacements wherever the originals are: a module may have several places."""
-    for parent in list(module.modules()):
-        for key, child in list(parent._modules.items()):  # named_children() leaves out a second place
-            if child is not None and child in replacements:
-                parent.add_module(key, replacements[child])
-    return replacements.get(module, module)

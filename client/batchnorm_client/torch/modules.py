@@ -7,13 +7,14 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 from torch.nn.functional import batch_norm
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm_client import Client, Layer, LayerChanges
+from batchnorm_client import Client, Layer, LayerChanges, LayerOptions
 from batchnorm_client.core.local import LocalState, train_step
 from batchnorm_client.results import BatchStatistics
 from batchnorm_client.torch.autograd import normalize, normalize_shard
 from batchnorm_client.torch.groups import Compute, Group, GroupStep
-from batchnorm_client.torch.running import RunningInService
+from batchnorm_client.torch.running import RunningInService, parameters_of
 
 
 class RemoteBatchNorm(RunningInService):
@@ -109,17 +110,8 @@ class RemoteBatchNorm(RunningInService):
         self.client = client
         self.state_dtype, self._device = dtype, torch.device("cpu" if device is None else device)
         self._known: dict[str, Any] = {}  # what the service has, as this module last sent or read it
-        self.layer = client.create_layer(
-            name,
-            num_features,
-            eps=eps,
-            momentum=momentum,
-            affine=affine,
-            track_running_stats=track_running_stats,
-            dimensions=self._dimensions,
-            dtype="float64" if dtype == torch.float64 else "float32",
-            non_finite=non_finite,
-        )
+        options = layer_options(self, self._dimensions, tracks=track_running_stats, dtype=dtype, non_finite=non_finite)
+        self.layer = client.create_layer(name, num_features, **options)
         self._shared = None if shared is None else GroupStep(self.layer, shared, 0, compute)
         self.pull()
 
@@ -211,13 +203,14 @@ class RemoteBatchNorm(RunningInService):
         self.flush()
         self._send(self._options() | self._parameters_to_send())
 
-    def _send(self, mine: dict[str, Any]) -> None:
+    def _changes(self, mine: dict[str, Any]) -> dict[str, Any]:
         known = self._known
-        changes = {
-            field: value for field, value in mine.items() if field not in known or not _same(known[field], value)
-        }
+        return {field: value for field, value in mine.items() if field not in known or not _same(known[field], value)}
+
+    def _send(self, mine: dict[str, Any]) -> None:
+        changes = self._changes(mine)
         if changes:
-            self._known = {}  # until it is certain what the service has
+            known, self._known = self._known, {}  # until it is certain what the service has
             self.layer.update(**cast(LayerChanges, changes))
             self._known = known | changes
 
@@ -234,12 +227,7 @@ class RemoteBatchNorm(RunningInService):
         """
         layer = self.layer.inspect()
         self._config = layer.config
-        texts = {"weight": layer.weight, "bias": layer.bias}
-        values = {
-            field: torch.tensor(text, dtype=self.state_dtype) for field, text in texts.items() if text is not None
-        }
-        if self.affine and self._parameters["bias"] is None and values.pop("bias").any():
-            raise ValueError(f"layer {self.name!r} has a bias other than 0, and this module was made with bias=False")
+        values = parameters_of(layer, self)
         with torch.no_grad():
             for field, value in values.items():
                 parameter = self.get_parameter(field)
@@ -284,6 +272,26 @@ class RemoteBatchNorm(RunningInService):
                     f"{type(self).__name__} in its dtype; only its input may be half precision"
                 )
         return {field: torch.empty_like(value, device="cpu").copy_(value) for field, value in parameters.items()}
+
+
+def layer_options(
+    module: _BatchNorm,
+    dimensions: Literal[1, 2, 3],
+    *,
+    tracks: bool,
+    dtype: torch.dtype,
+    non_finite: Literal["reject", "allow"],
+) -> LayerOptions:
+    """How a layer is created for a module, torch's or a remote one."""
+    return {
+        "eps": module.eps,
+        "momentum": module.momentum,
+        "affine": module.affine,
+        "track_running_stats": tracks,
+        "dimensions": dimensions,
+        "dtype": "float64" if dtype == torch.float64 else "float32",
+        "non_finite": non_finite,
+    }
 
 
 def without_bias(leave_out: bool) -> dict[str, bool]:

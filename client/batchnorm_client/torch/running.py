@@ -8,11 +8,33 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm_client import RemoteLayer
+from batchnorm_client import Layer, RemoteLayer
 from batchnorm_client.torch.folding import Folding
 
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 """What torch keeps in buffers, and the service keeps here."""
+
+
+def tensors_of(layer: Layer) -> dict[str, Tensor]:
+    """A layer's tensors under torch's names, on the CPU; those that its config leaves out are not there."""
+    vectors = {name: getattr(layer, name) for name in ("weight", "bias", "running_mean", "running_var")}
+    dtype: torch.dtype = getattr(torch, layer.config.dtype)
+    tensors = {name: torch.tensor(vector, dtype=dtype) for name, vector in vectors.items() if vector is not None}
+    if layer.running_mean is not None:
+        tensors["num_batches_tracked"] = torch.tensor(layer.num_batches_tracked)
+    return tensors
+
+
+def parameters_of(layer: Layer, module: _BatchNorm) -> dict[str, Tensor]:
+    """A layer's weight and bias, as far as a module has them.
+
+    Raises:
+        ValueError: the layer has a bias other than 0, and the module was made without.
+    """
+    values = {name: tensor for name, tensor in tensors_of(layer).items() if name in ("weight", "bias")}
+    if "bias" in values and module._parameters["bias"] is None and values.pop("bias").any():
+        raise ValueError(f"layer {layer.name!r} has a bias other than 0, and this module was made with bias=False")
+    return values
 
 
 class RunningInService(_BatchNorm):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm_client.torch.modules import RemoteBatchNorm
 
@@ -23,3 +24,11 @@ class RemoteBatchNorm3d(RemoteBatchNorm, nn.BatchNorm3d):
     """`nn.BatchNorm3d` as a layer of the service: (N, C, D, H, W). Arguments: see `RemoteBatchNorm`."""
 
     _dimensions = 3
+
+
+REMOTE: dict[type[_BatchNorm], type[RemoteBatchNorm]] = {
+    nn.BatchNorm1d: RemoteBatchNorm1d,
+    nn.BatchNorm2d: RemoteBatchNorm2d,
+    nn.BatchNorm3d: RemoteBatchNorm3d,
+}
+"""The remote module for each of torch's."""

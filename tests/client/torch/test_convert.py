@@ -81,22 +81,6 @@ def test_there_and_back_with_training_in_between(client, name):
     copy.deepcopy(model)
 
 
-def test_layers_that_were_used_keep_their_state_and_the_model_adopts_it(client, name):
-    first = convert_batchnorm(net(), client, prefix=name)
-    steps(first, torch.optim.SGD(first.parameters(), 0.1))
-    for found in first.modules():
-        if isinstance(found, RemoteBatchNorm):
-            found.push()
-    second = net()
-    parameters = list(second.parameters())
-    convert_batchnorm(second, client, prefix=name)
-    assert all(mine is before for mine, before in zip(second.parameters(), parameters, strict=True))
-    theirs = first.state_dict()
-    for key, value in second.state_dict().items():
-        if key.startswith(("stem.1.", "blocks.", "head.2.")):
-            assert torch.equal(value, theirs[key]), key
-
-
 @pytest.mark.parametrize(
     ("local", "remote", "shape"),
     [
@@ -188,22 +172,3 @@ def test_a_layer_with_another_config_leaves_the_model_as_it_is(client, name):
     with pytest.raises(LayerExists):
         convert_batchnorm(model, client, prefix=name)
     assert [type(found) for found in model] == [nn.BatchNorm1d] * 2
-
-
-def test_somebody_else_is_faster(client, name, monkeypatch):
-    """Between creating a layer and giving it a state, another worker does both, and trains it."""
-    local = nn.BatchNorm1d(3)
-    local(torch.randn(4, 3) + 5)
-    first, pull, pulls = copy.deepcopy(local), RemoteBatchNorm.pull, []
-
-    def slow(self):
-        layer = pull(self)
-        pulls.append(layer)
-        if len(pulls) == 2:  # the first is the constructor's, the second looks whether the layer is new
-            monkeypatch.undo()
-            convert_batchnorm(first, client, prefix=name)(torch.randn(4, 3))
-        return layer
-
-    monkeypatch.setattr(RemoteBatchNorm, "pull", slow)
-    remote = convert_batchnorm(local, client, prefix=name)
-    assert remote.num_batches_tracked.item() == 2  # one from before, one of the other worker

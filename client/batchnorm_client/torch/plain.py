@@ -1,0 +1,83 @@
+"""Out of the service again: a model with torch's own modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar, overload
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm_client import Layer
+from batchnorm_client.torch.modules import RemoteBatchNorm, without_bias
+from batchnorm_client.torch.running import RUNNING, tensors_of
+from batchnorm_client.torch.twins import REMOTE
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@overload
+def revert(module: RemoteBatchNorm) -> _BatchNorm: ...
+@overload
+def revert(module: M) -> M: ...
+def revert(module: nn.Module) -> nn.Module:
+    """Swap every remote batch normalization of a model for its torch twin with the service's state; the way back.
+
+    Weight and bias that changed since they were last sent are sent first. Layers stay in the service.
+
+    Args:
+        module: the model; changed in place. Parameters stay the same objects.
+
+    Returns:
+        `module`, or what replaces it if it is itself a remote batch normalization.
+
+    Raises:
+        ValueError: somebody gave a layer a bias, and the module was made with `bias=False`.
+    """
+    remotes = _remotes(module)
+    reverted = swap(module, {remote: _reverted(remote) for remote in remotes})
+    for remote in remotes:
+        if remote._folding is not None:
+            remote._folding.leave(remote)
+    return reverted
+
+
+def swap(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Put replacements wherever the originals are: a module may have several places."""
+    for parent in list(module.modules()):
+        for key, child in list(parent._modules.items()):  # named_children() leaves out a second place
+            if child is not None and child in replacements:
+                parent.add_module(key, replacements[child])
+    return replacements.get(module, module)
+
+
+def _remotes(module: nn.Module) -> list[RemoteBatchNorm]:
+    return [found for found in module.modules() if isinstance(found, RemoteBatchNorm)]
+
+
+def _reverted(remote: RemoteBatchNorm) -> _BatchNorm:
+    remote.push()
+    return _twin(remote, remote.pull())
+
+
+def _twin(remote: RemoteBatchNorm, layer: Layer) -> _BatchNorm:
+    """torch's module with the options and running statistics of a layer, and a remote module's Parameter objects."""
+    tensors = tensors_of(layer)
+    local_class = next(local for local, cls in REMOTE.items() if isinstance(remote, cls))
+    local = local_class(
+        remote.num_features,
+        eps=layer.config.eps,
+        momentum=layer.config.momentum,
+        affine=remote.affine,
+        track_running_stats="running_mean" in tensors,
+        device=remote.state_device,
+        dtype=remote.state_dtype,
+        **without_bias(remote.affine and remote.bias is None),
+    )
+    for name, parameter in remote.named_parameters(recurse=False):
+        local.register_parameter(name, parameter)
+    for name in RUNNING:
+        if name in tensors:
+            local.get_buffer(name).copy_(tensors[name])
+    local.track_running_stats = layer.config.track_running_stats
+    return local.train(remote.training)
