@@ -1,12 +1,13 @@
 """Batch normalization modules whose running statistics live in the service.
 
     from batchnorm_client import Client
-    from batchnorm_client.torch import RemoteBatchNorm2d, convert_batchnorm, revert
+    from batchnorm_client.torch import RemoteBatchNorm2d, convert_batchnorm, revert, snapshot
 
     client = Client("http://127.0.0.1:8000")
     norm = RemoteBatchNorm2d(64, client=client, name="layer1.bn")   # one module, as nn.BatchNorm2d(64)
     model = convert_batchnorm(model, client, prefix="resnet.")      # or every BatchNorm of a model
     ...                                                             # or compute="local": batches stay here
+    copied = snapshot(model)                                        # torch's own modules, the service's state of now
     model = revert(model)                                           # back to nn.BatchNorm*, with the service's state
 
 Importing this package imports torch; `batchnorm_client` itself does not.
@@ -14,7 +15,7 @@ Importing this package imports torch; `batchnorm_client` itself does not.
 
 from batchnorm_client.torch.convert import convert_batchnorm, flush
 from batchnorm_client.torch.modules import RemoteBatchNorm
-from batchnorm_client.torch.plain import revert
+from batchnorm_client.torch.plain import revert, snapshot
 from batchnorm_client.torch.twins import RemoteBatchNorm1d, RemoteBatchNorm2d, RemoteBatchNorm3d
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "convert_batchnorm",
     "flush",
     "revert",
+    "snapshot",
 ]

@@ -33,7 +33,7 @@ class RemoteBatchNorm(RunningInService):
     **Running statistics** have no copy here. `running_mean`, `running_var` and `num_batches_tracked` are read from the
     service at each access, and assigning to them writes there; writing into a tensor that was read (`.zero_()`) changes
     nothing. They are no buffers: `buffers()` leaves them out, and so do broadcasts of DistributedDataParallel. The
-    module is neither copied nor pickled, because the copy would be the same layer: use `state_dict()` or `revert`.
+    module is neither copied nor pickled, because the copy would be the same layer: use `snapshot`.
 
     **With `compute="local"`** the batch stays here: it is normalized by torch's kernel, and a train call sends its
     moments, 16 bytes per channel; an eval call asks whether the statistics have changed. Training uses weight and bias
@@ -202,6 +202,10 @@ class RemoteBatchNorm(RunningInService):
         """
         self.flush()
         self._send(self._options() | self._parameters_to_send())
+
+    def unsent(self) -> dict[str, Any]:
+        """What `push` would send: by name, where this module last left or found something else in the service."""
+        return self._changes(self._options() | {name: value.detach() for name, value in self.named_parameters()})
 
     def _changes(self, mine: dict[str, Any]) -> dict[str, Any]:
         known = self._known

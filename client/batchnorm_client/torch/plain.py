@@ -1,16 +1,18 @@
-"""Out of the service again: a model with torch's own modules."""
+"""Out of the service again: a model with torch's own modules, in place or as a copy."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm_client import Layer
 from batchnorm_client.torch.modules import RemoteBatchNorm, without_bias
-from batchnorm_client.torch.running import RUNNING, tensors_of
+from batchnorm_client.torch.running import RUNNING, parameters_of, tensors_of
 from batchnorm_client.torch.twins import REMOTE
 
 M = TypeVar("M", bound=nn.Module)
@@ -42,6 +44,39 @@ def revert(module: nn.Module) -> nn.Module:
     return reverted
 
 
+@overload
+def snapshot(module: RemoteBatchNorm) -> _BatchNorm: ...
+@overload
+def snapshot(module: M) -> M: ...
+def snapshot(module: nn.Module) -> nn.Module:
+    """A deep copy of a model that has nothing to do with the service: with torch's own modules and the state of now.
+
+    For what copies or pickles models: target networks (DQN, SAC), moving averages of weights (torch's `AveragedModel`
+    takes a snapshot, and its `update_parameters` another one), checkpoints of whole models, other processes. The model
+    and its layers stay as they are; only moments that wait are sent (see `flush`).
+
+    Each layer is read once, so its tensors are of one moment; those of different layers are not. Weight, bias and
+    options that were changed here and not sent yet are copied as they are here. Devices, dtypes, train or eval mode,
+    `requires_grad` and modules or parameters that occur twice are kept. As with `copy.deepcopy`, gradients are not
+    copied; hooks on remote modules are not either.
+
+    Args:
+        module: the model; may have no remote module at all.
+
+    Raises:
+        ValueError: somebody gave a layer a bias, and the module was made with `bias=False`.
+    """
+    memo: dict[int, Any] = {}
+    remotes = _remotes(module)
+    for remote in remotes:
+        memo[id(remote)] = _copied(remote, memo)  # copy.deepcopy takes what is there already
+    copied = copy.deepcopy(module, memo)
+    for folding in {remote._folding for remote in remotes if remote._folding is not None}:
+        for found in copied.modules():
+            folding.detach(found)
+    return copied
+
+
 def swap(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """Put replacements wherever the originals are: a module may have several places."""
     for parent in list(module.modules()):
@@ -58,6 +93,20 @@ def _remotes(module: nn.Module) -> list[RemoteBatchNorm]:
 def _reverted(remote: RemoteBatchNorm) -> _BatchNorm:
     remote.push()
     return _twin(remote, remote.pull())
+
+
+def _copied(remote: RemoteBatchNorm, memo: dict[int, Any]) -> _BatchNorm:
+    remote.flush()
+    unsent = remote.unsent()
+    layer = remote.layer.inspect()
+    values = parameters_of(layer, remote) | unsent
+    local = copy.deepcopy(_twin(remote, layer), memo)
+    with torch.no_grad():
+        for name, parameter in local.named_parameters():
+            parameter.copy_(values[name])
+    local.eps, local.momentum = unsent.get("eps", local.eps), unsent.get("momentum", local.momentum)
+    local.track_running_stats = unsent.get("track_running_stats", local.track_running_stats)
+    return local
 
 
 def _twin(remote: RemoteBatchNorm, layer: Layer) -> _BatchNorm:

@@ -171,5 +171,6 @@ class RunningInService(_BatchNorm):
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise TypeError(
             f"{type(self).__name__} cannot be copied or pickled: the copy would be the same layer of the service. "
-            "Use state_dict(), which nn.BatchNorm* loads, or batchnorm_client.torch.revert(model)"
+            "batchnorm_client.torch.snapshot(model) makes a copy with torch's own modules and the statistics of now; "
+            "state_dict() has what nn.BatchNorm* loads"
         )
