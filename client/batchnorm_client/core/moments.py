@@ -27,7 +27,9 @@ def merge(parts: Iterable[BatchMoments], channels: int) -> BatchMoments:
     """The moments of all parts together (Chan, Golub & LeVeque 1983, eq. 2.1): no squares of large numbers."""
     count, mean, m2 = 0, np.zeros(channels), np.zeros(channels)
     for part in parts:
-        if part.count:
+        if not count:  # the first one is taken as it is: the square of its gap to 0 could overflow
+            count, mean, m2 = part.count, part.mean, part.var * part.count
+        elif part.count:
             total = count + part.count
             gap = part.mean - mean
             mean = mean + gap * (part.count / total)

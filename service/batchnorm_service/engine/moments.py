@@ -153,7 +153,9 @@ def merge(parts: Iterable[Moments], channels: int) -> Moments:
     """
     count, mean, m2 = 0, torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
     for part in parts:
-        if part.count:
+        if not count:  # the first one is taken as it is: the square of its gap to 0 could overflow
+            count, mean, m2 = part.count, part.mean.double(), part.m2().double()
+        elif part.count:
             total = count + part.count
             gap = part.mean.double() - mean
             mean = mean + gap * (part.count / total)
