@@ -167,6 +167,25 @@ def test_a_half_precision_output_that_overflows_is_refused(client, name):
     assert layer.inspect().num_batches_tracked == 0
 
 
+@pytest.mark.parametrize("clip", [70000.0, 3.5e38, 1e308])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_clip_that_the_dtype_does_not_have_is_its_largest_number(client, name, dtype, clip):
+    wide = "float64" if dtype == torch.float64 else "float32"
+    clipped, plain = (
+        client.create_layer(f"{name}.{which}", 3, dtype=wide, clip=bound)
+        for which, bound in (("clipped", clip), ("plain", None))
+    )
+    batch = torch.from_numpy(RNG.normal(size=(8, 3))).to(dtype)
+    for x in (batch,) if dtype == torch.bfloat16 else (batch, batch.numpy()):
+        for call in ("train_local", "eval_local", "train", "eval"):
+            outputs = [getattr(layer, call)(x).output for layer in (clipped, plain)]
+            np.testing.assert_array_equal(*(torch.as_tensor(output).double() for output in outputs))
+        both = (clipped, plain)
+        outputs = [layer.train_local(x, group=f"{type(x).__name__}", size=1).output for layer in both]
+        np.testing.assert_array_equal(*(torch.as_tensor(output).double() for output in outputs))
+    assert clipped.inspect().num_batches_tracked == plain.inspect().num_batches_tracked
+
+
 def test_an_empty_batch_and_a_single_value(client, layer, name):
     assert layer.eval_local(np.zeros((0, 3), np.float32)).output.shape == (0, 3)
     assert layer.eval_local(torch.zeros(0, 3)).output.shape == (0, 3)

@@ -191,7 +191,7 @@ def test_any_grouping_is_the_weighted_mean_and_variance_of_all_samples(
 )
 def test_the_expected_variance_is_the_true_one(size: int, half_life: float | None) -> None:
     """Each channel is a run. The variance is x'Ax, A = (diag(w) - ww' / V1) / freedom, which has expectation s^2 and,
-    for normal samples, standard deviation s^2 sqrt(2 tr(A^2)); the mean over runs deviates by less than five of its own.
+    for normal samples, standard deviation s^2 sqrt(2 tr(A^2)). The mean over runs may be off by five of its deviations.
     (Single values with a half-life of 0.01 are left out: all but the last have faded, and the variance is 1.)
     """
     runs, true, sizes = 2000, 9.0, [size] * (20 if size == 1 else 3)

@@ -13,11 +13,14 @@ from torch import nn
 from batchnorm_client import errors
 from batchnorm_client.contract import LayerConfig, LayerUpdate
 from batchnorm_client.tensors import Tensor
+from batchnorm_service.engine.tensors import to_wire
 from batchnorm_service.layers import GroupCall, Layers
 from batchnorm_service.store.memory import MemoryStore
 from layers.conftest import CONFIG, batch, serving, train
 
 pytestmark = pytest.mark.anyio
+
+PAIR = GroupCall("pair", 2)
 
 
 async def _fold(layers: Layers, array: np.ndarray, key: str | None = None, **options: Any) -> Any:
@@ -167,6 +170,47 @@ async def test_one_bad_shard_refuses_the_whole_and_changes_nothing() -> None:
             return_exceptions=True,
         )
         assert all(isinstance(answer, errors.NonFinite) for answer in answers)
+        assert (await layers.get("a")).version == made.version
+
+
+@pytest.mark.parametrize("clip", [70000.0, 3.5e38, 1e308])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+async def test_a_clip_that_the_dtype_does_not_have_is_its_largest_number(dtype: str, clip: float) -> None:
+    """Once a group is folded nothing may fail: its members would be told so for ever."""
+    wide = "float64" if dtype == "float64" else "float32"
+    shards = [torch.from_numpy(batch(seed)).to(getattr(torch, dtype)) for seed in (1, 2)]
+
+    def reads(shard: torch.Tensor) -> Any:
+        return lambda _: {"input": to_wire(shard)}
+
+    async with serving(MemoryStore()) as layers:
+        for name, bound in (("clipped", clip), ("plain", None)):
+            await layers.create(name, LayerConfig(num_features=3, dtype=wide, clip=bound))
+
+        async def outputs(name: str) -> list[bytes]:
+            together = [layers.batches.train(name, reads(x), f"k{i}", group=PAIR) for i, x in enumerate(shards)]
+            results = await asyncio.gather(*together)
+            assert {one.num_batches_tracked for one in results} == {1}
+            alone = await layers.batches.train(name, reads(shards[0]), None)
+            normal = await layers.batches.eval(name, reads(shards[0]))
+            again = await layers.batches.train(name, reads(shards[1]), "k1", group=PAIR)
+            assert again.replayed
+            return [bytes(one.output.buffer) for one in (*results, alone, normal, again)]
+
+        assert await outputs("clipped") == await outputs("plain")
+
+
+async def test_an_output_that_roundings_make_infinite_is_refused_before_the_fold() -> None:
+    """60000 over sqrt(1e-16): the kernel multiplies up to 6e12, and rounds that by more than 65504."""
+    constant = np.full((20, 3), 60000, np.float16)
+    async with serving(MemoryStore()) as layers:
+        made, _ = await layers.create("a", LayerConfig(num_features=3, eps=1e-16))
+        for call in (
+            [train(layers, "a", constant)],
+            [train(layers, "a", constant, f"k{i}", group=PAIR) for i in range(2)],
+        ):
+            answers = await asyncio.gather(*call, return_exceptions=True)
+            assert all(isinstance(answer, errors.NonFinite) for answer in answers)
         assert (await layers.get("a")).version == made.version
 
 

@@ -61,7 +61,8 @@ def move(batch: Array, source: int, destination: int) -> Array:
 
 
 def clip(batch: Array, bound: float) -> Array:
-    """Clamp."""
+    """Clamp; a bound that the dtype does not have is its largest number."""
+    bound = min(bound, float(np.finfo(batch.dtype).max))
     return np.clip(batch, -bound, bound)
 
 

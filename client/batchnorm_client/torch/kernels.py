@@ -77,7 +77,8 @@ def move(batch: Tensor, source: int, destination: int) -> Tensor:
 
 
 def clip(batch: Tensor, bound: float) -> Tensor:
-    """Clamp."""
+    """Clamp; a bound that the dtype does not have is its largest number."""
+    bound = min(bound, torch.finfo(batch.dtype).max)
     return batch.clamp(-bound, bound)
 
 

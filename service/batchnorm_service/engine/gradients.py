@@ -66,7 +66,8 @@ def backward_step(state: LayerState, batch: Batch, grad_output: Batch, *, traini
         moved, weight, bias, mean, var, training, 1.0 if training else 0.0, config.eps
     )
     if config.clip is not None:
-        grad = grad.masked_fill(output.abs() > config.clip, 0)
+        # A bound that the dtype does not have is its largest number, as for the output.
+        grad = grad.masked_fill(output.abs() > min(config.clip, torch.finfo(output.dtype).max), 0)
     mask = [True, state.weight is not None, state.bias is not None]
     grad_input, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
         grad, moved, weight, mean, var, save_mean, save_invstd, training, config.eps, mask

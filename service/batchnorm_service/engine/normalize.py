@@ -141,19 +141,24 @@ def check_whole(state: LayerState, moments: Moments, ranges: Extremes) -> None:
         return
     moments.check_finite()
     _check_parameters(state)
-    check_finite(moments.biased_var().to(state.dtype), "the batch's variance", "input")
-    scale = torch.rsqrt(moments.biased_var() + state.config.eps)
-    shift = torch.zeros_like(scale)
+    mean, var = moments.mean.to(state.dtype), moments.biased_var().to(state.dtype)
+    check_finite(mean, "the batch's mean", "input")
+    check_finite(var, "the batch's variance", "input")
+    # What the kernel computes on its way to the output, input * scale + (bias - mean * scale), in the state's dtype.
+    scale = invstd = torch.rsqrt(var + state.config.eps)
+    bias = torch.zeros_like(mean)
     if state.weight is not None and state.bias is not None:
-        scale, shift = scale * state.weight.double(), state.bias.double()
-    # What the kernel multiplies on its way to the output, in the state's dtype.
-    for product in (scale, moments.mean * scale):
-        check_finite(product.to(state.dtype), "the output", "input")
+        scale, bias = invstd * state.weight, state.bias
+    offset = mean * scale
+    for step in (invstd, scale, offset):
+        check_finite(step, "the output", "input")
+    shift = (bias - offset).double()
     for bound in (ranges.low, ranges.high):
-        output = (bound - moments.mean) * scale + shift
+        product = bound * scale.double()
+        rounded = _rounding(state.dtype) * (product.abs() + offset.double().abs() + bias.double().abs())
+        fits = (product.abs() <= _most(state.dtype)) & ((product + shift).abs() + rounded <= ranges.limit)
         # An infinite bound is that of no value at all.
-        too_large = bound.isfinite() & ~(output.abs() <= ranges.limit)
-        check_finite(torch.where(too_large, torch.inf, 0.0), "the output", "input")
+        check_finite(torch.where(bound.isfinite() & ~fits, torch.inf, 0.0), "the output", "input")
 
 
 class Frozen(NamedTuple):
@@ -244,9 +249,10 @@ def _check_finite(state: LayerState, step: TrainStep, count: int) -> None:
     """Refuse moments that are not finite, and an output that overflowed its dtype.
 
     A pass over the output is made only where it can have overflowed: |x - mean| / std is at most sqrt(count - 1), so
-    |output| is at most max|weight| * sqrt(count) + max|bias|. On its way there the kernel multiplies x by weight and
-    1 / sqrt(var + eps), and |x| is at most |mean| and those distances. No element is larger than its vector's norm,
-    which is quicker to have; the factor 2 covers rounding.
+    |output| is at most max|weight| * sqrt(count) + max|bias|, and what the kernel's roundings add. On its way there the
+    kernel multiplies x and the mean by weight and 1 / sqrt(var + eps), |x| is at most |mean| and those distances, and
+    what was multiplied is rounded before the difference is taken. No element is larger than its vector's norm, which is
+    quicker to have; the factor 2 covers the rounding of the statistics themselves.
     """
     moments, weight, bias = step.moments, 1.0, 0.0
     if state.weight is None or state.bias is None:
@@ -255,9 +261,11 @@ def _check_finite(state: LayerState, step: TrainStep, count: int) -> None:
         mean, var, weight, bias = sums_of_squares(moments.mean, moments.var, state.weight, state.bias)
     if not (math.isfinite(mean) and math.isfinite(var)):
         moments.check_finite()
+    inner = step.output.dtype if _is_narrow(state, step.output) else state.dtype
     bound = math.sqrt(weight * count) + math.sqrt(bias)
-    on_the_way = bound + math.sqrt(weight / state.config.eps) * (1 + math.sqrt(mean))
-    if not (2 * bound < _most(step.output.dtype) and 2 * on_the_way < _most(state.dtype)):
+    on_the_way = bound + math.sqrt(max(weight, 1.0) / state.config.eps) * (1 + math.sqrt(mean))
+    bound += _rounding(inner) * on_the_way
+    if not (2 * bound < _most(step.output.dtype) and 2 * on_the_way < _most(inner)):
         _check_parameters(state)
         check_finite(step.output, "the output", "input")
 
@@ -274,6 +282,20 @@ def _most(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).max
 
 
+@lru_cache
+def _rounding(dtype: torch.dtype) -> float:
+    """More than all roundings of one normalization in that dtype, as a part of the largest number among its steps.
+
+    torch's kernels have four or five, each of half an eps; on a CUDA device the mean is off by some more.
+    """
+    return 32 * torch.finfo(dtype).eps
+
+
+def _is_narrow(state: LayerState, batch: Batch) -> bool:
+    """Whether torch's kernel keeps mean and deviation in half precision, as it does without any tensor in float32."""
+    return state.weight is None and not state.tracks and batch.dtype in (torch.float16, torch.bfloat16)
+
+
 def _kernel(state: LayerState, moved: Batch, count: int) -> TrainStep:
     """torch's own training kernel, which gives output, mean and unbiased variance in one pass, on the batch's device.
 
@@ -281,7 +303,7 @@ def _kernel(state: LayerState, moved: Batch, count: int) -> TrainStep:
     running statistics gets no buffers, as in torch: half precision is rounded differently then.
     """
     device, eps = moved.device, state.config.eps
-    if state.weight is None and not state.tracks and moved.dtype in (torch.float16, torch.bfloat16):
+    if _is_narrow(state, moved):
         output, _, _ = torch.native_batch_norm(moved, None, None, None, None, True, 0.0, eps)
         axes = [axis for axis in range(moved.dim()) if axis != 1]
         var, mean = torch.var_mean(moved.to(state.dtype), axes, correction=1)
@@ -317,5 +339,6 @@ def _with_statistics(state: LayerState, moved: Batch, mean: Channels, var: Chann
 def _finished(config: LayerConfig, clip: float | None, output: Batch) -> Batch:
     """The kernel's output as the caller gets it: clipped if the layer does, channels where the input had them."""
     if clip is not None:
+        clip = min(clip, _most(output.dtype))  # torch refuses a bound that the dtype does not have
         output = output.clamp_(-clip, clip)
     return channels_back(config, output)
