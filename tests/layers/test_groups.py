@@ -24,12 +24,13 @@ PAIR = GroupCall("pair", 2)
 
 
 async def _fold(layers: Layers, array: np.ndarray, key: str | None = None, **options: Any) -> Any:
-    tensors = {
-        "count": Tensor.of(np.array(len(array), np.int64)),
-        "mean": Tensor.of(array.astype(np.float64).mean(0) if len(array) else np.zeros(3)),
-        "var": Tensor.of(array.astype(np.float64).var(0) if len(array) else np.zeros(3)),
-    }
+    wide = array.astype(np.float64) if len(array) else np.zeros((1, 3))
+    tensors = _tensors(len(array), wide.mean(0), wide.var(0))
     return await layers.batches.fold_moments("a", lambda _: tensors, key, **options)
+
+
+def _tensors(count: int, mean: np.ndarray, var: np.ndarray) -> dict[str, Tensor]:
+    return {"count": Tensor.of(np.array(count, np.int64)), "mean": Tensor.of(mean), "var": Tensor.of(var)}
 
 
 async def _backward(layers: Layers, x: np.ndarray, grad: np.ndarray, key: str | None = None, **options: Any) -> Any:
@@ -214,6 +215,44 @@ async def test_an_output_that_roundings_make_infinite_is_refused_before_the_fold
         assert (await layers.get("a")).version == made.version
 
 
+@pytest.mark.parametrize("counts", [[2**63 - 1] * 2, [2**63 - 1] * 3, [2**62, 2**62, 0], [1, 2**63 - 1]], ids=str)
+@pytest.mark.parametrize("config", [{}, {"non_finite": "allow"}, {"statistics": "population"}], ids=str)
+async def test_counts_that_are_too_large_together_are_refused_to_every_member(counts: list[int], config: dict) -> None:
+    async with serving(MemoryStore()) as layers:
+        made, _ = await layers.create("a", LayerConfig(num_features=3, **config))
+
+        async def post(member: int) -> Any:
+            tensors = _tensors(counts[member], np.zeros(3), np.ones(3))
+            return await layers.batches.fold_moments("a", lambda _: tensors, f"k{member}", group=group)
+
+        group = GroupCall("g", len(counts))
+        for _ in range(2):  # and again, when they come back
+            answers = await asyncio.gather(*(post(i) for i in range(len(counts))), return_exceptions=True)
+            assert [type(answer) for answer in answers] == [errors.InvalidRequest] * len(counts)
+            assert {answer.fields["field"] for answer in answers} == {"count"}
+        assert (await layers.get("a")).version == made.version
+        assert (await train(layers, "a", batch(1))).num_batches_tracked == 1
+
+
+async def test_a_group_that_the_counter_of_samples_has_no_room_for_is_refused_to_every_member() -> None:
+    async with serving(MemoryStore()) as layers:
+        await layers.create("a", CONFIG)
+
+        async def post(name: str, count: int, group: GroupCall | None = None) -> Any:
+            tensors = _tensors(count, np.zeros(3), np.ones(3))
+            return await layers.batches.fold_moments("a", lambda _: tensors, name, group=group)
+
+        assert (await post("alone", 2**63 - 1)).num_batches_tracked == 1
+        with pytest.raises(errors.InvalidRequest):
+            await post("again", 2)
+        for size in ([2, 2], [2**62, 2**61]):
+            group = GroupCall(f"g{size}", 2)
+            together = (post(f"{group.id}-{i}", count, group) for i, count in enumerate(size))
+            answers = await asyncio.gather(*together, return_exceptions=True)
+            assert [answer.fields["field"] for answer in answers] == ["samples_tracked"] * 2
+        assert (await layers.get("a")).samples_tracked == 2**63 - 1
+
+
 async def test_shards_of_a_deleted_layer_do_not_get_into_the_one_that_follows_it() -> None:
     async with serving(MemoryStore()) as layers:
         await layers.create("a", CONFIG)
@@ -289,11 +328,7 @@ async def test_many_layers_at_once_each_all_or_nothing() -> None:
         await layers.create("b", LayerConfig(num_features=2))
 
         def moments(_: Any) -> dict[str, Tensor]:
-            return {
-                "count": Tensor.of(np.array(4, np.int64)),
-                "mean": Tensor.of(np.zeros(3)),
-                "var": Tensor.of(np.ones(3)),
-            }
+            return _tensors(4, np.zeros(3), np.ones(3))
 
         answers = await layers.batches.fold_many(dict.fromkeys(["a", "b", "c"], moments), "key")
         assert answers["a"].num_batches_tracked == 1

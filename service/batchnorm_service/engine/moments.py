@@ -12,9 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from batchnorm_client.errors import NonFinite, TooFewValues
+from batchnorm_client.errors import InvalidRequest, NonFinite, TooFewValues
 
 Channels = Float[Tensor, "C"]
+
+MOST: Final = 2**63 - 1
+"""The largest number that a counter, an int64 tensor, can hold."""
 
 _CHUNK: Final = 1 << 17  # elements: what is widened to float64 at a time, so that it stays in the cache
 
@@ -130,6 +133,12 @@ def check_enough(count: int, least: int, field: str = "input") -> None:
         )
 
 
+def check_fits(name: str, count: int) -> None:
+    """Raise `InvalidRequest` when a counter, an int64 tensor, could not hold that number."""
+    if count > MOST:
+        raise InvalidRequest(f"{name} would be {count}, over {MOST}", field=name, expected=f"<= {MOST}")
+
+
 def exact_moments(batch: Float[Tensor, "N C *rest"]) -> Moments:
     """Count, mean and biased variance in float64, whatever the batch's dtype; on the CPU.
 
@@ -161,4 +170,4 @@ def merge(parts: Iterable[Moments], channels: int) -> Moments:
             mean = mean + gap * (part.count / total)
             m2 = m2 + part.m2().double() + gap * gap * (count * (part.count / total))
             count = total
-    return Moments(count, mean, m2 / max(1, count), correction=0)
+    return Moments(count, mean, m2 / float(max(1, count)), correction=0)  # a sum of counts may be beyond int64

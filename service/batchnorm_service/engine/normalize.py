@@ -27,6 +27,7 @@ from .moments import (
     Moments,
     check_enough,
     check_finite,
+    check_fits,
     exact_moments,
     extremes,
     sums_of_squares,
@@ -133,9 +134,11 @@ def check_whole(state: LayerState, moments: Moments, ranges: Extremes) -> None:
     """Refuse a synchronized batch, before any of its shards is normalized.
 
     Raises:
+        InvalidRequest: its count would not fit 64 bits.
         TooFewValues: fewer than two values per channel; for population statistics, none.
         NonFinite: NaN, infinity or overflow, and the layer rejects that.
     """
+    check_fits("count", moments.count)
     check_enough(moments.count, least_values(state.config))
     if state.config.non_finite == "allow":
         return

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from batchnorm_client.errors import InvalidRequest
-
-from .moments import Moments, check_finite
+from .moments import Moments, check_finite, check_fits
 from .state import LayerState
 
 Array = npt.NDArray[Any]
-
-MOST: Final = 2**63 - 1
-"""The largest number that a counter, an int64 tensor, can hold."""
 
 
 def fold(state: LayerState, moments: Moments) -> LayerState:
@@ -48,8 +43,8 @@ def fold_all(state: LayerState, batches: Sequence[Moments]) -> LayerState:
         return state
     count = state.num_batches_tracked + len(batches)
     samples = state.samples_tracked + sum([moments.count for moments in batches])
-    if max(count, samples) > MOST:
-        raise _overflow(count, samples)
+    check_fits("num_batches_tracked", count)
+    check_fits("samples_tracked", samples)
     population = state.population
     with np.errstate(all="ignore"):  # a layer may allow what is not finite
         if population is None:
@@ -72,11 +67,6 @@ def fold_all(state: LayerState, batches: Sequence[Moments]) -> LayerState:
         num_batches_tracked=count,
         samples_tracked=samples,
     )
-
-
-def _overflow(batches: int, samples: int) -> InvalidRequest:
-    name, count = ("num_batches_tracked", batches) if batches > MOST else ("samples_tracked", samples)
-    return InvalidRequest(f"{name} would be {count}, over {MOST}", field=name, expected=f"<= {MOST}")
 
 
 def _moving(state: LayerState, batches: Sequence[Moments]) -> Array:
