@@ -219,7 +219,11 @@ class VersionMismatch(RequestError):
 
 
 class PayloadTooLarge(RequestError):
-    """The body is larger than the setting BATCHNORM_MAX_BODY_BYTES. Send smaller batches, or raise it."""
+    """The body is larger than the setting BATCHNORM_MAX_BODY_BYTES. Send smaller batches, or raise it.
+
+    Or a batch has more elements than the setting BATCHNORM_MAX_ELEMENTS, a dimension of 0 counted as 1; where it has
+    one, and the request or the answer is JSON, more than 1,048,576.
+    """
 
     name, status, title = "payload-too-large", 413, "The body is too large"
 

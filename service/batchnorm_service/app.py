@@ -59,6 +59,7 @@ def create_app(settings: Settings | None = None, store: Store | None = None) -> 
         layers,
         ApiOptions(
             max_body_bytes=settings.max_body_bytes,
+            max_elements=settings.max_elements or settings.max_body_bytes // 2,
             max_concurrent_requests=settings.max_concurrent_requests,
             guard=Guard(token=_text(settings.token), read_token=_text(settings.read_token)),
         ),

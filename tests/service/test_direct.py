@@ -25,6 +25,7 @@ pytestmark = pytest.mark.anyio
 
 BATCH = np.arange(12, dtype=np.float32).reshape(6, 2) ** 2
 TENSORS = save({"input": BATCH})
+HUGE = save({"input": np.empty((1 << 40, 2, 0), np.float32)})  # some 90 bytes
 ORDINARY = "Connection: TE\r\n"  # says something of the connection that the direct way knows nothing of
 
 
@@ -60,6 +61,7 @@ EVALS = {
     "a dtype": (save({"input": BATCH.astype(np.float64)}), SAFETENSORS, ""),
     "text": (b"1,2", "text/plain", ""),
     "in a thread": (save({"input": np.ones((1 << 18, 2), np.float32)}), SAFETENSORS, ""),
+    "a size that no byte pays for": (HUGE, SAFETENSORS, f"Accept: {JSON}\r\n"),
     "a request id": (TENSORS, SAFETENSORS, "X-Request-ID: mine\r\n"),
 }
 
@@ -84,6 +86,15 @@ async def test_the_answers_are_those_of_asgi(service, case, call):
     assert service.by_asgi == 1
     assert comparable(direct) == comparable(ordinary)
     assert "date" in direct[1]
+
+
+@pytest.mark.parametrize("call", ["train", "eval", "inverse"])
+async def test_a_size_that_no_byte_pays_for_is_refused(service, call):
+    assert len(HUGE) < 100
+    for headers in ("", f"Accept: {JSON}\r\n"):
+        ((status, _, body),) = await service.ask(post(f"/v1/layers/bn/{call}", HUGE, SAFETENSORS, headers))
+        assert (status, json.loads(body)["got"]) == (413, 2 << 40)
+    assert service.by_asgi == 0
 
 
 @pytest.mark.parametrize("case", EVALS)

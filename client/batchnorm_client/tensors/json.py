@@ -17,6 +17,7 @@ import numpy as np
 import orjson
 
 from batchnorm_client.errors import InvalidRequest, MalformedBody, ShapeMismatch
+from batchnorm_client.tensors.brackets import empty_lists, rewrapped
 from batchnorm_client.tensors.tensor import MAX_RANK, Array, Buffer, Tensor, byte_view, check_known
 
 simdjson: ModuleType | None
@@ -58,8 +59,20 @@ def decode_json(body: Buffer, dtypes: Mapping[str, str]) -> dict[str, Tensor]:
 
 def encode_json(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> list[Buffer]:
     """One object: the tensors as nested lists, then the fields."""
-    document = {name: json_list(tensor) for name, tensor in tensors.items()} | dict(fields)
+    document = {name: _json_value(tensor) for name, tensor in tensors.items()} | dict(fields)
     return [orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)]
+
+
+def _json_value(tensor: Tensor) -> Any:
+    """As `json_list`; or its text, where a shape has more lists than the tensor has bytes to pay for them."""
+    dtype, shape, buffer = tensor
+    if not tensor.nbytes:
+        return empty_lists(shape)
+    if 1 not in shape[1:]:
+        return json_list(tensor)
+    squeezed = Tensor(dtype, tuple(n for n in shape if n != 1), buffer)
+    text = orjson.dumps(json_list(squeezed), option=orjson.OPT_SERIALIZE_NUMPY)
+    return orjson.Fragment(rewrapped(text, shape))
 
 
 def json_list(tensor: Tensor) -> Any:

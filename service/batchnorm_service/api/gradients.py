@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fastapi import FastAPI
 from starlette.requests import Request
 
 from batchnorm_client.contract import IDEMPOTENCY_KEY, IDEMPOTENT_REPLAY, JSON, SAFETENSORS, VERSION
-from batchnorm_client.tensors import decode, encode
+from batchnorm_client.tensors import Tensor, decode, encode
 from batchnorm_service.layers import Layers
 
 from .answers import REPLAYED, Answer
@@ -17,6 +19,7 @@ from .headers import idempotency_key, read_headers
 from .negotiation import accepted, content_type
 from .openapi import Json, LayerNamePath, describe, ref, tensor_body, tensor_content, tensors_response
 from .queries import BackwardQuery, parse_query
+from .sizes import check_elements
 
 _FORMS = {JSON: (JSON, SAFETENSORS), SAFETENSORS: (SAFETENSORS, JSON)}
 _GRADIENTS = ("grad_input", "grad_weight", "grad_bias")
@@ -28,7 +31,7 @@ _DOCUMENT: Json = {
 _CONTENT = tensor_content(tuple(_FORMS), _DOCUMENT, f"{', '.join(_GRADIENTS)}; the last two of an affine layer")
 
 
-def add_gradient_routes(app: FastAPI, layers: Layers, max_body_bytes: int) -> None:
+def add_gradient_routes(app: FastAPI, layers: Layers, max_body_bytes: int, max_elements: int) -> None:
     """The backward pass, as a route of `app`."""
 
     @app.post(
@@ -69,9 +72,16 @@ def add_gradient_routes(app: FastAPI, layers: Layers, max_body_bytes: int) -> No
         media = content_type(headers, tuple(_FORMS))
         form = accepted(headers.get(b"accept"), _FORMS[media])[0]
         body = await read_body(headers, request.receive, max_body_bytes)
+
+        def read(dtypes: Mapping[str, str]) -> Mapping[str, Tensor]:
+            tensors = decode(media, body, dtypes)
+            for field, tensor in tensors.items():
+                check_elements(tensor, max_elements, json=JSON in (media, form), field=field)
+            return tensors
+
         call = layers.batches.backward(
             name,
-            lambda dtypes: decode(media, body, dtypes),
+            read,
             key,
             training=query.mode == "train",
             group=query.group_call,

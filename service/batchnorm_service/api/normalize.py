@@ -32,6 +32,7 @@ from .headers import Headers, idempotency_key, read_headers
 from .negotiation import FORMS_FOR, accepted, content_type, tensor_form
 from .openapi import LayerNamePath, describe, tensor_body, tensor_response
 from .queries import NoQuery, NormalizeQuery, TrainQuery, parse_query
+from .sizes import check_elements
 
 Encode = Callable[[Normalized], Answer]
 """Writes an answer in the form that the caller takes."""
@@ -46,16 +47,18 @@ class NormalizeCalls:
     Args:
         layers: what does the work.
         max_body_bytes: larger bodies are refused.
+        max_elements: batches of more are refused; see `check_elements`.
     """
 
-    def __init__(self, layers: Layers, max_body_bytes: int) -> None:
+    def __init__(self, layers: Layers, max_body_bytes: int, max_elements: int) -> None:
         self._batches = layers.batches
         self._max_body_bytes = max_body_bytes
+        self._max_elements = max_elements
 
     async def train(self, name: str, query: bytes, headers: Headers, receive: Receive) -> Answer:
         """Normalize a batch with its own statistics and fold them into the layer's."""
         asked = parse_query(TrainQuery, query)
-        exchange = _Exchange(headers, statistics=asked.statistics == "true")
+        exchange = _Exchange(headers, self._max_elements, statistics=asked.statistics == "true")
         key = idempotency_key(headers)
         exchange.body = await read_body(headers, receive, self._max_body_bytes)
         group = asked.group_call
@@ -67,7 +70,7 @@ class NormalizeCalls:
         if not self._batches.at_once(len(body)):
             return None
         try:
-            exchange = _Exchange(headers, statistics=False)
+            exchange = _Exchange(headers, self._max_elements, statistics=False)
             key = idempotency_key(headers)
         except ProblemError:
             return None
@@ -78,7 +81,7 @@ class NormalizeCalls:
     async def eval(self, name: str, query: bytes, headers: Headers, receive: Receive) -> Answer:
         """Normalize a batch with the layer's running statistics."""
         asked = parse_query(NormalizeQuery, query)
-        exchange = _Exchange(headers, statistics=asked.statistics == "true")
+        exchange = _Exchange(headers, self._max_elements, statistics=asked.statistics == "true")
         exchange.body = await read_body(headers, receive, self._max_body_bytes)
         return exchange.answer(await self._batches.eval(name, exchange.read, statistics=exchange.statistics))
 
@@ -86,7 +89,7 @@ class NormalizeCalls:
         """What `eval` answers to a body that is here, if that waits for nothing; otherwise None."""
         if not self._batches.at_once(len(body)):
             return None
-        exchange = _Exchange(headers, statistics=False)
+        exchange = _Exchange(headers, self._max_elements, statistics=False)
         exchange.body = body
         done = self._batches.eval_now(name, exchange.read)
         return None if done is None else exchange.answer(done)
@@ -94,7 +97,7 @@ class NormalizeCalls:
     async def inverse(self, name: str, query: bytes, headers: Headers, receive: Receive) -> Answer:
         """Undo what eval does to a batch."""
         parse_query(NoQuery, query)
-        exchange = _Exchange(headers, statistics=False)
+        exchange = _Exchange(headers, self._max_elements, statistics=False)
         exchange.body = await read_body(headers, receive, self._max_body_bytes)
         return exchange.answer(await self._batches.inverse(name, exchange.read))
 
@@ -102,9 +105,10 @@ class NormalizeCalls:
 class _Exchange:
     """One request and its answer: what the caller sent, in which form, and in which forms it takes the output."""
 
-    __slots__ = ("_forms", "_media", "body", "statistics")
+    __slots__ = ("_forms", "_max_elements", "_media", "body", "statistics")
 
-    def __init__(self, headers: Headers, *, statistics: bool) -> None:
+    def __init__(self, headers: Headers, max_elements: int, *, statistics: bool) -> None:
+        self._max_elements = max_elements
         self.statistics = statistics
         self.body: bytearray | memoryview = bytearray()
         self._media = content_type(headers, TENSOR_MEDIA_TYPES)
@@ -113,8 +117,9 @@ class _Exchange:
     def read(self, dtypes: Mapping[str, str]) -> Mapping[str, Tensor]:
         """The caller's tensors. Refuses a batch whose output no admitted form can carry, while nothing is folded."""
         tensors = decode(self._media, self.body, dtypes)
-        if "input" in tensors:
-            tensor_form(self._forms, tensors["input"].dtype, self.statistics)
+        if (batch := tensors.get("input")) is not None:
+            form = tensor_form(self._forms, batch.dtype, self.statistics)
+            check_elements(batch, self._max_elements, json=JSON in (self._media, form), field="input")
         return tensors
 
     def answer(self, done: Normalized) -> Answer:

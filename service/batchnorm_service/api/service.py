@@ -39,11 +39,13 @@ class ApiOptions:
 
     Attributes:
         max_body_bytes: larger bodies are refused.
+        max_elements: batches of more are refused, a dimension of 0 counted as 1.
         max_concurrent_requests: calls beyond so many at once are refused.
         guard: who may do what.
     """
 
     max_body_bytes: int = 64 << 20
+    max_elements: int = 32 << 20
     max_concurrent_requests: int = 512
     guard: Guard = field(default_factory=Guard)
 
@@ -66,11 +68,12 @@ def build_api(layers: Layers, options: ApiOptions, lifespan: Lifespan) -> Shell:
             Exception: _answer_problem,
         },
     )
-    calls, moments = NormalizeCalls(layers, options.max_body_bytes), MomentsCalls(layers, options.max_body_bytes)
+    calls = NormalizeCalls(layers, options.max_body_bytes, options.max_elements)
+    moments = MomentsCalls(layers, options.max_body_bytes)
     add_layer_routes(app, layers, options.max_body_bytes)
     add_state_routes(app, layers, options.max_body_bytes)
     add_normalize_routes(app, calls)
-    add_gradient_routes(app, layers, options.max_body_bytes)
+    add_gradient_routes(app, layers, options.max_body_bytes, options.max_elements)
     add_moments_routes(app, moments)
     add_health_routes(app, layers)
     add_pages(app)

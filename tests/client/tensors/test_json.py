@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +79,39 @@ def test_float32_reads_back_exactly(array: np.ndarray) -> None:
     assert back.dtype == np.float32
     np.testing.assert_array_equal(back, array)
     np.testing.assert_array_equal(np.signbit(back[array == 0]), np.signbit(array[array == 0]))
+
+
+@settings(BOTH_WAYS, max_examples=200)
+@given(st.lists(st.sampled_from([1, 1, 1, 2, 3, 0]), max_size=9), st.booleans())
+@example([1] * 64, False)
+@example([2, 1, 1, 3, 1, 2, 1], False)
+@example([12, 1], True)
+@example([4, 1, 0, 1, 5], False)
+def test_dimensions_of_one_and_of_zero_are_written_as_lists(shape: list[int], broken: bool) -> None:
+    flat = np.arange(np.prod(shape, dtype=int), dtype=np.float32) - 1.5
+    array = np.where(broken & (flat % 3 == 0.5), np.float32(np.nan), flat).reshape(shape)
+    text = written(array, version=1)
+    assert text == json.dumps({"input": _named(array.tolist()), "version": 1}, separators=(",", ":")).encode()
+
+
+def _named(nested: Any) -> Any:
+    if isinstance(nested, list):
+        return [_named(inner) for inner in nested]
+    return "NaN" if np.isnan(nested) else nested
+
+
+@pytest.mark.parametrize("shape", [(2**14, *[1] * 63), (2**16, *[1] * 30, 0), (2**18, 1)])
+def test_a_list_that_holds_one_thing_takes_no_memory_but_its_text(shape: tuple[int, ...]) -> None:
+    """orjson takes 100 to 600 bytes for each list of an array."""
+    tensor = Tensor("float32", shape, bytes(4 * np.prod(shape, dtype=int)))
+    before = _peak_memory()
+    (body,) = encode(JSON, {"input": tensor})
+    assert _peak_memory() - before < 8 * len(body) + (16 << 20)
+
+
+def _peak_memory() -> int:
+    """The most bytes that this process has had in memory so far."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @BOTH_WAYS
