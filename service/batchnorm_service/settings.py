@@ -50,7 +50,7 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(64 << 20, ge=1 << 10, le=1 << 40)
     """The largest request body; larger ones get 413."""
 
-    max_elements: int | None = Field(None, ge=1)
+    max_elements: int | None = Field(None, ge=1, le=1 << 40)
     """The most elements of a batch, a dimension of 0 counted as 1; by default half of max_body_bytes. More get 413."""
 
     max_layers: int = Field(1_000_000, ge=1)

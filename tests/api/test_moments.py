@@ -9,6 +9,8 @@ import pytest
 
 from batchnorm_client.contract import JSON, SAFETENSORS
 from batchnorm_client.tensors import Tensor, encode
+from batchnorm_service.engine import statistics
+from batchnorm_service.layers import plan
 
 pytestmark = pytest.mark.anyio
 
@@ -91,6 +93,24 @@ async def test_a_missing_tensor_and_a_npy_body_are_refused(client, population):
     assert (answer.status_code, answer.json()["field"]) == (422, "var")
     answer = await client.post(f"{population}/moments", content=b"", headers={"Content-Type": "application/x-npy"})
     assert answer.status_code == 415
+
+
+async def test_a_fault_of_the_service_in_one_layer_does_not_hide_what_became_of_the_others(
+    client, population, monkeypatch
+):
+    await client.put("/v1/layers/b", json={"num_features": 2})
+    fold = statistics.fold_all
+
+    def broken(state, batches):
+        return 1 / 0 if state.population is None else fold(state, batches)
+
+    monkeypatch.setattr(plan, "fold_all", broken)
+    monkeypatch.setattr(plan, "fold", lambda state, moments: broken(state, [moments]))
+    answer = await client.post("/v1/moments", json={"layers": {"a": MOMENTS, "b": MOMENTS}})
+    results = answer.json()["layers"]
+    assert results["a"] == {"version": 2, "num_batches_tracked": 1, "replayed": False}
+    assert (results["b"]["status"], results["b"]["type"]) == (500, "/problems/internal-error")
+    assert results["b"]["request_id"] == answer.headers["x-request-id"]
 
 
 @pytest.mark.parametrize("form", [JSON, SAFETENSORS])

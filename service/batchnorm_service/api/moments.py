@@ -165,8 +165,8 @@ def _document(done: Folded) -> dict[str, Any]:
     return {"version": done.version, "num_batches_tracked": done.num_batches_tracked}
 
 
-def _told(name: str, result: Folded | ProblemError, request_id: str) -> dict[str, Any]:
-    if isinstance(result, ProblemError):
+def _told(name: str, result: Folded | Exception, request_id: str) -> dict[str, Any]:
+    if isinstance(result, Exception):
         return problem_document(result, f"/v1/layers/{name}/moments", request_id)
     return _document(result) | {"replayed": result.replayed}
 

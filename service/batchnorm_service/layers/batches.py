@@ -116,13 +116,16 @@ class Batches:
             return None
         return Posting(slot.queue.put(fold), lambda: self.fold_moments(name, read, key))
 
-    async def fold_many(self, reads: Mapping[str, Read], key: str | None) -> dict[str, Folded | ProblemError]:
-        """Fold moments into many layers, each all or nothing."""
+    async def fold_many(self, reads: Mapping[str, Read], key: str | None) -> dict[str, Folded | Exception]:
+        """Fold moments into many layers, each all or nothing.
 
-        async def one(name: str, read: Read) -> Folded | ProblemError:
+        Whatever stops one of them, a fault of ours too, is its result: the others may be folded already.
+        """
+
+        async def one(name: str, read: Read) -> Folded | Exception:
             try:
                 return await self.fold_moments(name, read, key)
-            except ProblemError as error:
+            except Exception as error:
                 return error
 
         return dict(zip(reads, await asyncio.gather(*(one(*item) for item in reads.items())), strict=True))
