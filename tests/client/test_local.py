@@ -159,6 +159,18 @@ def test_a_layer_may_allow_what_is_not_finite(client, name):
     assert np.isnan(layer.inspect().running_mean).all()
 
 
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+@pytest.mark.parametrize("call", ["train", "train_local"])
+@pytest.mark.parametrize("statistics", ["moving", "population"])
+def test_a_variance_that_overflows_the_layers_dtype_is_refused(client, name, statistics, call, kind):
+    """Also where the statistics are added up in float64, and fit float32 again with all that was seen before."""
+    layer = client.create_layer(name, 1, statistics=statistics)
+    layer.fold_moments(1000, [0.0], [1.0])
+    with pytest.raises(NonFinite):
+        getattr(layer, call)(kind(np.array([[1e20], [2e20]], np.float32)))
+    assert layer.inspect().num_batches_tracked == 1
+
+
 def test_a_half_precision_output_that_overflows_is_refused(client, name):
     layer = client.create_layer(name, 1)
     layer.update(weight=[1e6])

@@ -86,3 +86,20 @@ def test_a_small_weight_does_not_hide_that_the_deviation_overflows(dtype: torch.
         train_step(layer, batch)
     with pytest.raises(NonFinite, match="the output"):
         check_whole(layer, *shard_moments(layer, batch))
+
+
+@pytest.mark.parametrize("value", [3e37, 1e30])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_what_overflows_the_kernels_sums_is_refused_also_where_the_statistics_are_float64(
+    config: dict, value: float
+) -> None:
+    """The sum of 300 times 3e37, and squares of 1e30, are beyond float32; a population is added up in float64."""
+    tolerant = _layer(torch.float32, non_finite="allow", **config)
+    batch = torch.full((300, 2), value)
+    batch[::2] *= 0.5
+    strided = batch if config.get("channel_axis") == -1 else batch.T.contiguous().T
+    for one in (batch, strided):
+        with pytest.raises(NonFinite):
+            train_step(_layer(torch.float32, **config), one)
+        with pytest.raises(NonFinite):
+            check_whole(_layer(torch.float32, **config), *shard_moments(tolerant, one))

@@ -161,9 +161,11 @@ def eval_step(state: LocalState, batch: A, *, statistics: bool) -> EvalResult[A]
 
 def _step(state: LocalState, kernels: Kernels, output: Any, moments: BatchMoments, used: Any) -> Step[Any]:
     if state.config.non_finite == "reject":
+        with np.errstate(over="ignore"):
+            var = moments.var.astype(state.config.dtype)  # a population's is float64, what normalizes may not be
         for what, finite in (
             ("the batch's mean", bool(np.isfinite(moments.mean).all())),
-            ("the batch's variance", bool(np.isfinite(moments.var).all())),
+            ("the batch's variance", bool(np.isfinite(var).all())),
             ("the output", kernels.all_finite(output)),
         ):
             if not finite:

@@ -258,12 +258,14 @@ def _check_finite(state: LayerState, step: TrainStep, count: int) -> None:
     quicker to have; the factor 2 covers the rounding of the statistics themselves.
     """
     moments, weight, bias = step.moments, 1.0, 0.0
+    # The kernel's own mean: its sums may overflow where a population's, in float64, do not.
     if state.weight is None or state.bias is None:
-        mean, var = sums_of_squares(moments.mean, moments.var)
+        mean, var = sums_of_squares(step.mean, moments.var)
     else:
-        mean, var, weight, bias = sums_of_squares(moments.mean, moments.var, state.weight, state.bias)
-    if not (math.isfinite(mean) and math.isfinite(var)):
+        mean, var, weight, bias = sums_of_squares(step.mean, moments.var, state.weight, state.bias)
+    if not (math.isfinite(mean) and math.sqrt(var) <= _most(state.dtype)):
         moments.check_finite()
+        check_finite(moments.var.to(state.dtype), "the batch's variance", "input")
     inner = step.output.dtype if _is_narrow(state, step.output) else state.dtype
     bound = math.sqrt(weight * count) + math.sqrt(bias)
     on_the_way = bound + math.sqrt(max(weight, 1.0) / state.config.eps) * (1 + math.sqrt(mean))
