@@ -63,7 +63,8 @@ class Settings(BaseSettings):
     """How many calls may wait for one layer's commits; one more gets 503."""
 
     receipt_seconds: float = Field(3600, gt=0, allow_inf_nan=False)
-    """How long an Idempotency-Key is remembered. Each train call leaves a receipt of some 120 bytes for so long."""
+    """How long an Idempotency-Key is remembered, at least twice as long as `store_timeout_seconds`. Each train call
+    leaves a receipt of some 120 bytes for so long."""
 
     store_timeout_seconds: float = Field(10, gt=0, allow_inf_nan=False)
     """How long a call waits for a store that does not answer before it gets 503."""
@@ -103,6 +104,16 @@ class Settings(BaseSettings):
 
     shutdown_seconds: int = Field(30, ge=0)
     """How long a stop waits for requests in flight."""
+
+    @model_validator(mode="after")
+    def _receipts_outlive_retries(self) -> Self:
+        # A commit that lost its reply is repeated until the timeout: without its receipt it would count twice.
+        if self.receipt_seconds < 2 * self.store_timeout_seconds:
+            raise ValueError(
+                f"{PREFIX}RECEIPT_SECONDS ({self.receipt_seconds:g}) must be at least twice"
+                f" {PREFIX}STORE_TIMEOUT_SECONDS ({self.store_timeout_seconds:g})"
+            )
+        return self
 
     @model_validator(mode="after")
     def _tokens_can_be_sent(self) -> Self:

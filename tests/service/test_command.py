@@ -12,6 +12,8 @@ import batchnorm_service
 
 from .conftest import COMMAND, environment
 
+MIGRATE = [sys.executable, "-m", "batchnorm_service", "migrate", "--from", "sqlite:///a.db", "--to", "sqlite:///b.db"]
+
 
 def run(*arguments, **variables):
     return subprocess.run(
@@ -88,6 +90,20 @@ def test_a_port_in_use():
         done = run(*COMMAND, "--store", "memory:", "--port", port)
     assert done.returncode == 1
     assert done.stderr == f"batchnorm-service: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
+
+
+@pytest.mark.parametrize(
+    "command", [COMMAND, [*COMMAND, "--workers", "2"], MIGRATE], ids=["serve", "workers", "migrate"]
+)
+def test_receipts_that_a_retried_commit_may_outlive_are_refused(command, tmp_path):
+    """Seen: a commit whose reply was lost was repeated after its receipt had expired, and counted twice."""
+    variables = {"BATCHNORM_RECEIPT_SECONDS": "3", "BATCHNORM_STORE_TIMEOUT_SECONDS": "2"}
+    done = run(*command, BATCHNORM_STORE=f"sqlite:///{tmp_path}/layers.db", **variables)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "batchnorm-service: BATCHNORM_RECEIPT_SECONDS (3) must be at least twice BATCHNORM_STORE_TIMEOUT_SECONDS (2)\n"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("token", [None, "s3cret'quoted"])

@@ -44,6 +44,8 @@ def test_the_default_store_is_a_file_of_the_user(monkeypatch):
         {"log_level": "loud"},
         {"max_body_bytes": 0},
         {"receipt_seconds": float("inf")},
+        {"receipt_seconds": 19.9},
+        {"store_timeout_seconds": 1800.1},
         {"token": ""},
         {"token": "two words"},
         {"token": "caf\u00e9"},
@@ -54,6 +56,10 @@ def test_the_default_store_is_a_file_of_the_user(monkeypatch):
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValidationError):
         Settings(**wrong)
+
+
+def test_receipts_of_twice_the_stores_timeout_are_enough():
+    assert Settings(receipt_seconds=20).receipt_seconds == 2 * Settings().store_timeout_seconds
 
 
 def test_a_refused_token_is_not_shown():
