@@ -13,7 +13,6 @@ from typing import Final
 from batchnorm_service.settings import Settings
 from batchnorm_service.store.base import (
     Committed,
-    Duplicates,
     Exists,
     Full,
     Lasting,
@@ -206,12 +205,9 @@ class _Migration:
 
     async def _remember(self, name: str, incarnation: int, receipts: Sequence[Lasting]) -> None:
         began = asyncio.get_running_loop().time()
-        plain = [each.receipt for each in receipts]
         await self._target.remember(name, incarnation, receipts)
-        # A commit that expects what no record is leaves it alone, and tells which receipts are there. (To a Valkey with
-        # replicas to wait for it is a replay: the lifetimes of its receipts begin anew.)
-        told = await self._target.commit(name, Stamp(incarnation, -1, -1), None, plain)
-        found = set(told.receipts) if isinstance(told, Duplicates) else set()
+        told = await self._target.find_receipts(name, incarnation, [each.receipt.key for each in receipts])
+        found = set() if isinstance(told, Missing) else set(told)
         passed = asyncio.get_running_loop().time() - began + 1
         if any(each.receipt not in found and each.seconds > passed for each in receipts):
             self._report.changed.append(name)

@@ -346,3 +346,60 @@ async def test_inverse_undoes_eval() -> None:
         normal = await layers.batches.eval("a", lambda _: {"input": Tensor.of(batch(2))})
         back = await layers.batches.inverse("a", lambda _: {"input": normal.output})
         assert np.allclose(back.output.numpy(), batch(2), rtol=1e-5, atol=1e-5)
+
+
+async def test_waiting_for_the_others_commits_nothing() -> None:
+    """Each look for the receipt of a group was a commit that was meant to fail."""
+
+    class Counting(MemoryStore):
+        commits = looks = 0
+        looked = asyncio.Event()
+
+        async def commit(self, *args: Any) -> Any:
+            self.commits += 1
+            return await super().commit(*args)
+
+        async def join(self, *args: Any) -> Any:
+            self.looks += 1
+            if self.looks == 5:
+                self.looked.set()
+            return await super().join(*args)
+
+    store = Counting()
+    async with serving(store) as layers:
+        await layers.create("a", CONFIG)
+        first = asyncio.create_task(train(layers, "a", batch(1), "one", group=GroupCall("g", 2)))
+        await store.looked.wait()
+        assert store.commits == 0
+        await asyncio.gather(first, train(layers, "a", batch(2), "two", group=GroupCall("g", 2)))
+        assert store.commits == 1
+
+
+async def test_a_repeat_for_a_layer_that_was_replaced_is_judged_by_the_new_one() -> None:
+    """Between two looks at the store, the layer that a refused repeat was meant for is deleted and made again."""
+
+    class Replacing(MemoryStore):
+        replace = False
+
+        async def find_receipts(self, *args: Any) -> Any:
+            if self.replace:
+                self.replace = False
+                record = await self.load("a")
+                await self.delete("a", record.stamp)
+                await self.create("a", record.data, 10)
+            return await super().find_receipts(*args)
+
+    store = Replacing(exclusive=False)
+    async with serving(store) as layers:
+        await layers.create("a", CONFIG)
+        poisoned = batch(1)
+        poisoned[0, 0] = np.nan
+        for call in (
+            lambda: train(layers, "a", poisoned, "key"),
+            lambda: layers.reset("a", "all", "key", frozenset([99])),
+        ):
+            store.replace = True
+            with pytest.raises((errors.NonFinite, errors.VersionMismatch)):
+                await call()
+            assert not store.replace
+        assert (await train(layers, "a", batch(2), "key")).num_batches_tracked == 1

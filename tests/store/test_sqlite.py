@@ -9,13 +9,14 @@ import sqlite3
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from batchnorm_service.layers.receipts import ticket
-from batchnorm_service.store.base import Committed, Conflict, Duplicates, Missing, Record, StoreError
+from batchnorm_service.store.base import Committed, Conflict, Duplicates, Missing, Record, Shard, StoreError
 from batchnorm_service.store.sqlite import SqliteStore
 from store.harness import LIMIT, RECEIPT_SECONDS, Clock, Sabotaged, after, child, created, loaded, receipt
 
@@ -333,6 +334,28 @@ def test_what_was_acknowledged_survives_kill_9(path: Path) -> None:
             await store.close()
 
     asyncio.run(check())
+
+
+async def test_looks_at_a_group_wait_for_no_writer(path: Path, anyio_backend: str) -> None:
+    """Each look took the lock for writers, twice."""
+    store = SqliteStore(path, RECEIPT_SECONDS, exclusive=False, busy_seconds=0)
+    await store.open()
+    try:
+        record, used = await created(store, "a"), receipt()
+        made = record.stamp.incarnation
+        assert await store.commit("a", record.stamp, None, [used]) == Committed()
+        member = Shard(b"1" * 16, bytes(16), b"part")
+        came = await store.join("a", made, b"g" * 16, 2, member)
+        before = store.transactions
+        with closing(sqlite3.connect(path, isolation_level=None)) as writer:
+            writer.execute("BEGIN IMMEDIATE")
+            with pytest.raises(StoreError, match="locked"):
+                await store.commit("a", record.stamp, None, [receipt()])
+            assert await store.find_receipts("a", made, [used.key, receipt().key]) == (used,)
+            assert await store.join("a", made, b"g" * 16, 2, member) == came
+        assert store.transactions == before
+    finally:
+        await store.close()
 
 
 async def test_increments_by_several_processes_count_once_each(path: Path, anyio_backend: str) -> None:

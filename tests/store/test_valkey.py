@@ -9,16 +9,21 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from valkey.crc import key_slot
 
+from batchnorm_service.layers import GroupCall
 from batchnorm_service.store.base import (
     Committed,
     Conflict,
     Duplicates,
     Full,
+    Gathering,
     Record,
+    Shard,
     Unchanged,
 )
 from batchnorm_service.store.valkey import ValkeyStore
 from batchnorm_service.store.valkey_keys import BUCKET_SLOTS, BUCKETS, SLOTS, TAGS, Keys, bucket_of
+from batchnorm_service.store.valkey_link import Link
+from layers.conftest import CONFIG, batch, serving, train
 from store.harness import LIMIT, RECEIPT_SECONDS, after, created, receipt
 from store.valkey_servers import Server, flush
 
@@ -147,6 +152,59 @@ async def test_calls_that_wait_together_share_round_trips(opened: ValkeyStore, v
     )
     assert answers == [Committed()] * 100
     assert int(valkey_server.info("total_reads_processed")) - before < 50
+
+
+async def test_receipts_are_asked_for_in_one_round_trip(opened: ValkeyStore, valkey_server: Server) -> None:
+    """Each look at a group took two, and wrote a note of a lost race."""
+    record, used = await created(opened, "a"), receipt()
+    assert await opened.commit("a", record.stamp, None, [used]) == Committed()
+    keys = set(valkey_server.command("KEYS", "*"))
+    await opened.find_receipts("a", record.stamp.incarnation, [used.key])  # the server knows the script from now on
+    before = valkey_server.admin.info("commandstats")["cmdstat_evalsha"]["calls"]
+    for found, key in (((used,), used.key), ((), receipt().key)):
+        assert await opened.find_receipts("a", record.stamp.incarnation, [key]) == found
+    assert valkey_server.admin.info("commandstats")["cmdstat_evalsha"]["calls"] - before == 2
+    assert set(valkey_server.command("KEYS", "*")) == keys
+
+
+@pytest.fixture
+def lost_joins(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The reply to the next `JOIN` is lost, after the server has done it; what was lost is in the list."""
+    reply, lost = Link.reply, []
+
+    async def lose(link: Link) -> object:
+        answer = await reply(link)
+        if not lost and isinstance(answer, list) and len(answer) == 4:
+            lost.append(answer)
+            raise ConnectionResetError(104, "Connection reset by peer")
+        return answer
+
+    monkeypatch.setattr(Link, "reply", lose)
+    return lost
+
+
+async def test_a_join_whose_reply_was_lost_has_added_its_caller(opened: ValkeyStore, lost_joins: list[object]) -> None:
+    made = (await created(opened, "a")).stamp.incarnation
+    first = Shard(b"1" * 16, bytes(16), b"part")
+    answer = await opened.join("a", made, b"g" * 16, 2, first)
+    assert lost_joins
+    assert answer == Gathering(2, {first.member: first.fingerprint}, ())
+    assert answer.added
+    again = await opened.join("a", made, b"g" * 16, 2, first)
+    assert again == answer
+    assert not again.added, "this is another call"
+
+
+async def test_a_member_whose_first_join_lost_its_reply_is_not_told_of_a_replay(
+    opened: ValkeyStore, valkey_server: Server, lost_joins: list[object]
+) -> None:
+    """Seen: `Idempotent-Replay: true` on a call that had never been made before."""
+    async with serving(ValkeyStore(valkey_server.url, RECEIPT_SECONDS, timeout=SLOW)) as layers:
+        await layers.create("a", CONFIG)
+        answers = [await train(layers, "a", batch(1), "key", group=GroupCall("g", 1)) for _ in range(2)]
+        assert lost_joins
+        assert [answer.replayed for answer in answers] == [False, True]
+        assert [answer.num_batches_tracked for answer in answers] == [1, 1]
 
 
 async def test_an_unchanged_record_is_not_sent(opened: ValkeyStore, valkey_server: Server) -> None:

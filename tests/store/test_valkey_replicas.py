@@ -19,7 +19,6 @@ from batchnorm_service.store.base import (
     Exists,
     Lasting,
     Missing,
-    Stamp,
     StoreError,
     StoreRefusedError,
 )
@@ -30,7 +29,6 @@ from store.harness import LIMIT, RECEIPT_SECONDS, after, created, receipt
 from store.valkey_servers import Server, flush, let_pass, replicated, wait_for
 
 pytestmark = pytest.mark.anyio
-NOWHERE = Stamp(-1, -1, -1)  # what `layers/queue.py` expects to find a receipt and to write nothing
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +97,7 @@ async def test_nothing_is_acknowledged_without_the_replica_and_no_replay_either(
     lasting = Lasting(0, receipt(), 100.0)
     calls: list[tuple[str, Callable[[ValkeyStore], Awaitable[object]], object]] = [
         ("a batch", lambda store: store.commit("a", first.stamp, second, [key]), Duplicates((key,))),
-        ("its receipt", lambda store: store.commit("a", NOWHERE, None, [key]), Duplicates((key,))),
+        ("its receipt", lambda store: store.find_receipts("a", first.stamp.incarnation, [key.key]), (key,)),
         ("a layer", lambda store: store.create("new", b"new", LIMIT), Exists),
         ("no layer", lambda store: store.delete("gone", gone.stamp), Missing()),
         ("another layer", lambda store: store.delete("reborn", reborn.stamp), Conflict()),
@@ -118,6 +116,7 @@ async def test_nothing_is_acknowledged_without_the_replica_and_no_replay_either(
                 with pytest.raises(StoreError, match="0 of 1 replicas"):
                     assert await call(another) == "no answer", what
     assert await hasty.load("a") == second, "reads go on, and see what is not acknowledged"
+    assert await hasty.find_receipts("a", first.stamp.incarnation, [receipt().key]) == (), "nothing to wait for"
 
     waiting = [asyncio.ensure_future(call(patient)) for _, call, _ in calls]
     await asyncio.sleep(0.05)

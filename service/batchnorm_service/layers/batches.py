@@ -235,7 +235,10 @@ class Batches:
                 newest = await slot.resident.fresh()
                 if newest.stamp.incarnation != held.stamp.incarnation or not newest.state.normalizes_like(held.state):
                     continue  # it was judged by a layer that has changed since
-                return work, await _repeated(slot, claim, error)
+                try:
+                    return work, await _repeated(slot, newest, claim, error)
+                except ReplacedError:
+                    continue
             if not (claim.from_caller or held.state.tracks):  # nothing to commit, and `held` is fresh
                 batches = held.state.num_batches_tracked
                 return work, Done(held, held.stamp.version, batches, replayed=False)
@@ -266,9 +269,9 @@ async def _prepared(resident: Resident, prepare: Prepare[W]) -> tuple[Held, W, T
     return newest, *prepare(newest)
 
 
-async def _repeated(slot: Slot, claim: Ticket, error: ProblemError) -> Done:
+async def _repeated(slot: Slot, newest: Held, claim: Ticket, error: ProblemError) -> Done:
     """The answer to a repeat of a batch that the layer would refuse now; the error when it is no repeat."""
-    receipt = await slot.queue.find(claim) if claim.from_caller else None
+    receipt = await slot.queue.find(claim, newest.stamp.incarnation) if claim.from_caller else None
     done = error if receipt is None else replay(claim, await slot.resident.fresh(), receipt)
     if isinstance(done, ProblemError):
         raise done

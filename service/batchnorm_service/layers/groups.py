@@ -123,7 +123,7 @@ class Groups:
             with self._listening(name) as news:
                 while True:
                     event = news.event
-                    if (receipt := await self._queue.find(name)) is not None:
+                    if (receipt := await self._queue.find(name, operation.incarnation)) is not None:
                         whole = operation.unpack(_told(Closing.unpack(receipt.payload), call, member))
                         return Outcome(whole, receipt.version, receipt.batch, replayed=not added)
                     gathering = await self._gather(name, call, shard, operation)

@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import TypeVar
 
 from batchnorm_client.errors import Overloaded, ProblemError, StoreUnavailable
 
 from ..store.base import Committed, Conflict, Duplicates, Missing, Receipt, Record, Stamp, Store, StoreError
-from .changes import Change, Deletion, Done, Fold, Note, Queued, check_version, replay, settle
+from .changes import Change, Deletion, Done, Fold, Note, Queued, ReplacedError, check_version, replay, settle
 from .plan import make_plan
 from .receipts import Ticket
 from .records import decode, record
 from .resident import Resident, layer_not_found
 from .rivals import Rivals
 
+T = TypeVar("T")
+
 _log = logging.getLogger(__name__)
-_NOWHERE = Stamp(-1, -1, -1)  # no record has it: a commit that expects it writes nothing, but tells of duplicates
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5  # seconds between tries when the store does not answer
 
 
@@ -72,15 +74,14 @@ class Queue:
         """Wait in the queue until the change is durable. Raises as `put` and its future."""
         return await self.put(queued)
 
-    async def find(self, ticket: Ticket) -> Receipt | None:
-        """The unexpired receipt of this ticket."""
-        outcome = await self._commit(_NOWHERE, None, [ticket.receipt(0, 0)], self._deadline())
-        match outcome:
-            case Duplicates(receipts):
-                return receipts[0]
-            case Missing():
-                raise self._gone()
-        return None
+    async def find(self, ticket: Ticket, incarnation: int) -> Receipt | None:
+        """The unexpired receipt of this ticket. Raises `ReplacedError` when that incarnation is gone."""
+        name, keys = self._resident.name, [ticket.key]
+        found, _ = await self._answer(lambda: self._store.find_receipts(name, incarnation, keys), self._deadline())
+        if isinstance(found, Missing):
+            self._resident.set(None)
+            raise ReplacedError
+        return found[0] if found else None
 
     async def note(self, ticket: Ticket, incarnation: int, payload: bytes) -> Done:
         """Write a receipt and nothing else. Raises `LayerNotFound` when that incarnation is gone."""
@@ -173,9 +174,15 @@ class Queue:
 
     async def _refuse(self, waiting: Fold, error: Exception) -> None:
         """Tell a caller why its batch is not folded, unless it is folded already: the layer may have changed since."""
-        if waiting.ticket.from_caller and (receipt := await self.find(waiting.ticket)) is not None:
-            settle(waiting, replay(waiting.ticket, await self._resident.fresh(), receipt))
-            return
+        if waiting.ticket.from_caller:
+            try:
+                receipt = await self.find(waiting.ticket, waiting.incarnation)
+            except ReplacedError as replaced:
+                settle(waiting, replaced)
+                return
+            if receipt is not None:
+                settle(waiting, replay(waiting.ticket, await self._resident.fresh(), receipt))
+                return
         if not isinstance(error, ProblemError):
             _log.error("a batch for layer %r cannot be folded", self._resident.name, exc_info=error)
         settle(waiting, error)
@@ -197,9 +204,16 @@ class Queue:
                 check_version(change.if_match, held)
             except ProblemError:
                 # A repeat comes with the version that its first try has moved on from.
-                if change.ticket.from_caller and await self._replayed(change):
-                    return
-                raise
+                if not change.ticket.from_caller:
+                    raise
+                try:
+                    found = await self.find(change.ticket, held.stamp.incarnation)
+                except ReplacedError:
+                    continue
+                if found is None:
+                    raise
+                settle(change, replay(change.ticket, await self._resident.fresh(), found))
+                return
             new = held.next(change.apply(held.state))
             receipt = change.ticket.receipt(new.stamp.version, new.state.num_batches_tracked)
             match await self._commit(held.stamp, record(new), [receipt], deadline):
@@ -214,12 +228,6 @@ class Queue:
                     self._lost_race(deadline)
                 case Missing():
                     raise self._gone()
-
-    async def _replayed(self, change: Change) -> bool:
-        if (receipt := await self.find(change.ticket)) is None:
-            return False
-        settle(change, replay(change.ticket, await self._resident.fresh(), receipt))
-        return True
 
     async def _note(self, note: Note) -> None:
         deadline = self._deadline()
@@ -264,21 +272,27 @@ class Queue:
         self, expected: Stamp, new: Record | None, receipts: Sequence[Receipt], deadline: float
     ) -> Committed | Conflict | Missing | Duplicates:
         """Commit, and when the outcome is unknown ask by committing the same again: receipts make that harmless."""
-        pause, uncertain = _FIRST_PAUSE, False
+        name = self._resident.name
+        outcome, repeated = await self._answer(lambda: self._store.commit(name, expected, new, receipts), deadline)
+        if repeated and isinstance(outcome, Duplicates) and set(outcome.receipts) == set(receipts):
+            return Committed()
+        return outcome
+
+    async def _answer(self, call: Callable[[], Awaitable[T]], deadline: float) -> tuple[T, bool]:
+        """What the store answers to a call that may be repeated, and whether it was."""
+        pause, repeated = _FIRST_PAUSE, False
         while True:
             try:
-                outcome = await self._store.commit(self._resident.name, expected, new, receipts)
+                answer = await call()
             except StoreError as error:
-                if not uncertain:
+                if not repeated:
                     _log.warning("layer %r: the store does not answer, trying again: %s", self._resident.name, error)
-                uncertain = True
+                repeated = True
                 pause = await self._pause(pause, deadline, error)
                 continue
-            if uncertain:
+            if repeated:
                 _log.warning("layer %r: the store answers again", self._resident.name)
-            if uncertain and isinstance(outcome, Duplicates) and set(outcome.receipts) == set(receipts):
-                return Committed()
-            return outcome
+            return answer, repeated
 
     async def _remove(self, expected: Stamp, deadline: float) -> Committed | Conflict | Missing:
         """Delete; when the outcome of a try is unknown, finding that incarnation gone is success."""

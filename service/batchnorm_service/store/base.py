@@ -157,7 +157,7 @@ class Gathering:
         size: how many members it was opened for.
         members: those that came, with the fingerprints of their parts.
         parts: all parts, in the order of the members' keys, once the group is complete; empty until then.
-        added: whether this call made its caller a member.
+        added: whether this call made its caller a member, also when the store had to send it twice.
     """
 
     size: int
@@ -232,6 +232,13 @@ class Store(Protocol):
         or in a migration one with a larger version yet.
         Which answer comes when more than one fits: Missing before Duplicates before Conflict. `Duplicates` holds every
         one of the given keys that has an unexpired receipt.
+        """
+        ...
+
+    async def find_receipts(self, name: str, incarnation: int, keys: Sequence[bytes]) -> tuple[Receipt, ...] | Missing:
+        """The unexpired receipts of these keys. Asks only; what it answers is as durable as an acknowledged commit.
+
+        `Missing` when there is no record of that name and incarnation.
         """
         ...
 

@@ -112,7 +112,7 @@ class MemoryStore:
             return Missing()
         now = self._clock()
         incarnation = present.stamp.incarnation
-        if duplicates := self._unexpired(incarnation, receipts, now):
+        if duplicates := self._unexpired(incarnation, [receipt.key for receipt in receipts], now):
             return Duplicates(duplicates)
         if present.stamp != expected:
             if incarnation != expected.incarnation:
@@ -130,6 +130,14 @@ class MemoryStore:
             self._receipts[incarnation, receipt.key] = (now + self._receipt_seconds, receipt)
         self._purge(now, _PURGE_STEP + len(receipts))
         return Committed(len(rivals))
+
+    async def find_receipts(self, name: str, incarnation: int, keys: Sequence[bytes]) -> tuple[Receipt, ...] | Missing:
+        """See `Store.find_receipts`."""
+        await self.ping()
+        present = self._records.get(name)
+        if present is None or present.stamp.incarnation != incarnation:
+            return Missing()
+        return self._unexpired(incarnation, keys, self._clock())
 
     async def delete(self, name: str, expected: Stamp) -> Committed | Conflict | Missing:
         """See `Store.delete`."""
@@ -201,14 +209,14 @@ class MemoryStore:
             return Missing()
         now = self._clock()
         for _, receipt, seconds in receipts:
-            if not self._unexpired(incarnation, [receipt], now):
+            if not self._unexpired(incarnation, [receipt.key], now):
                 # Not in the order of expiry: those behind one that lasts longer leave memory when it does.
                 self._receipts.pop((incarnation, receipt.key), None)
                 self._receipts[incarnation, receipt.key] = (now + seconds, receipt)
         return Committed()
 
-    def _unexpired(self, incarnation: int, receipts: Sequence[Receipt], now: float) -> tuple[Receipt, ...]:
-        found = (self._receipts.get((incarnation, key)) for key in dict.fromkeys(each.key for each in receipts))
+    def _unexpired(self, incarnation: int, keys: Sequence[bytes], now: float) -> tuple[Receipt, ...]:
+        found = (self._receipts.get((incarnation, key)) for key in dict.fromkeys(keys))
         return tuple(each[1] for each in found if each is not None and each[0] > now)
 
     def _purge(self, now: float, limit: int) -> None:

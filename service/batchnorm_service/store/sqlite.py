@@ -114,12 +114,19 @@ class SqliteStore:
         """See `Store.commit`."""
         return await self._do(name, Commit(name, expected, record, receipts), writes=True)
 
+    async def find_receipts(self, name: str, incarnation: int, keys: Sequence[bytes]) -> tuple[Receipt, ...] | Missing:
+        """See `Store.find_receipts`. A read: it does not wait for the transactions of others."""
+        return await self._do(name, lambda c: self._table.find_receipts(c, name, incarnation, keys))
+
     async def delete(self, name: str, expected: Stamp) -> Committed | Conflict | Missing:
         """See `Store.delete`."""
         return await self._do(name, lambda c: self._table.delete(c, name, expected), writes=True)
 
     async def join(self, name: str, incarnation: int, group: bytes, size: int, shard: Shard) -> Gathering | Missing:
-        """See `Store.join`."""
+        """See `Store.join`. A member that only asks who has come makes a read."""
+        found = await self._do(name, lambda c: self._table.joined(c, name, incarnation, group, shard.member))
+        if found is not None:
+            return found
         return await self._do(name, lambda c: self._table.join(c, name, incarnation, group, size, shard), writes=True)
 
     async def leave(self, name: str, incarnation: int, group: bytes, member: bytes | None) -> None:

@@ -145,6 +145,16 @@ class SqliteTable:
         )
         return outcomes
 
+    def find_receipts(
+        self, connection: sqlite3.Connection, name: str, incarnation: int, keys: Sequence[bytes]
+    ) -> tuple[Receipt, ...] | Missing:
+        """See `Store.find_receipts`."""
+        present = _stamp(connection, name)
+        if present is None or present.incarnation != incarnation:
+            return Missing()
+        found = statements.unexpired(connection, [(incarnation, key) for key in keys], self._clock())
+        return tuple(found.values())
+
     def delete(self, connection: sqlite3.Connection, name: str, expected: Stamp) -> Committed | Conflict | Missing:
         """See `Store.delete`."""
         present = _stamp(connection, name)
@@ -165,27 +175,27 @@ class SqliteTable:
             return Missing()
         now = self._clock()
         connection.execute("DELETE FROM shards WHERE expires <= ?", (now,))
-        there = (incarnation, group)
-        found = connection.execute(
-            "SELECT member, fingerprint, size FROM shards WHERE incarnation = ? AND grp = ? ORDER BY member", there
-        ).fetchall()
-        members = {member: fingerprint for member, fingerprint, _ in found}
-        opened = found[0][2] if found else size
-        added = opened == size and shard.member not in members and len(members) < size
-        if added:
+        found = _gathering(connection, incarnation, group, now)
+        opened, members = (size, {}) if found is None else (found.size, found.members)
+        if opened == size and shard.member not in members and len(members) < size:
+            expires = math.ceil(now + self._receipt_seconds)
             connection.execute(
                 "INSERT INTO shards (incarnation, grp, member, size, fingerprint, part, expires)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (*there, shard.member, size, shard.fingerprint, shard.part, math.ceil(now + self._receipt_seconds)),
+                (incarnation, group, shard.member, size, shard.fingerprint, shard.part, expires),
             )
-            members[shard.member] = shard.fingerprint
-        parts: tuple[bytes, ...] = ()
-        if len(members) == opened:
-            rows = connection.execute(
-                "SELECT part FROM shards WHERE incarnation = ? AND grp = ? ORDER BY member", there
-            )
-            parts = tuple(part for (part,) in rows)
-        return Gathering(opened, members, parts, added)
+            found = _gathering(connection, incarnation, group, now, added=True)
+        return found or Gathering(size, {}, ())
+
+    def joined(
+        self, connection: sqlite3.Connection, name: str, incarnation: int, group: bytes, member: bytes
+    ) -> Gathering | Missing | None:
+        """What `join` answers to a member that is there already; None to all others."""
+        present = _stamp(connection, name)
+        if present is None or present.incarnation != incarnation:
+            return Missing()
+        found = _gathering(connection, incarnation, group, self._clock())
+        return None if found is None or member not in found.members else found
 
     def leave(self, connection: sqlite3.Connection, incarnation: int, group: bytes, member: bytes | None) -> None:
         """See `Store.leave`."""
@@ -260,6 +270,28 @@ def _outcome(
             _record(connection, commit.name) if present.incarnation == commit.expected.incarnation else None
         )
     return Committed()
+
+
+def _gathering(
+    connection: sqlite3.Connection, incarnation: int, group: bytes, now: float, *, added: bool = False
+) -> Gathering | None:
+    there = (incarnation, group, now)
+    found = connection.execute(
+        "SELECT member, fingerprint, size FROM shards"
+        " WHERE incarnation = ? AND grp = ? AND expires > ? ORDER BY member",
+        there,
+    ).fetchall()
+    if not found:
+        return None
+    members = {member: fingerprint for member, fingerprint, _ in found}
+    opened: int = found[0][2]
+    parts: tuple[bytes, ...] = ()
+    if len(members) == opened:
+        rows = connection.execute(
+            "SELECT part FROM shards WHERE incarnation = ? AND grp = ? AND expires > ? ORDER BY member", there
+        )
+        parts = tuple(part for (part,) in rows)
+    return Gathering(opened, members, parts, added)
 
 
 def _stamp(connection: sqlite3.Connection, name: str) -> Stamp | None:

@@ -50,6 +50,8 @@ from batchnorm_service.store.valkey_scripts import (
     COUNT,
     CREATE,
     DELETE,
+    FIND,
+    FIND_AND_WAIT,
     HEAD,
     JOIN,
     LEAVE,
@@ -207,6 +209,15 @@ class ValkeyStore:
             incarnation = unpack_number(reply[1])  # of a layer that the caller does not know: it has receipts too
         raise StoreError("the layer is deleted and created again and again")
 
+    async def find_receipts(self, name: str, incarnation: int, keys: Sequence[bytes]) -> tuple[Receipt, ...] | Missing:
+        """See `Store.find_receipts`. One round trip; another for what is found where replicas are to be waited for."""
+        calls, own = self._use().calls, list(dict.fromkeys(keys))
+        names = [self._keys.record(name), *(self._keys.receipt(name, incarnation, key) for key in own)]
+        reply = await calls.run(FIND, bucket_of(name), names, [pack_number(incarnation), 0])
+        if self._waits and len(reply) > 1:
+            reply = await calls.run(FIND_AND_WAIT, bucket_of(name), names, [pack_number(incarnation), 1])
+        return Missing() if reply[0] == Answer.MISSING else _receipts(reply, own)
+
     async def delete(self, name: str, expected: Stamp) -> Committed | Conflict | Missing:
         """See `Store.delete`."""
         opened = self._use()
@@ -221,7 +232,8 @@ class ValkeyStore:
         """See `Store.join`."""
         keys = [self._keys.record(name), *self._keys.group(name, incarnation, group)]
         args: Sequence[bytes | int] = (pack_number(incarnation), shard.member, size, shard.fingerprint, shard.part)
-        reply = await self._use().calls.run(JOIN, bucket_of(name), keys, (*args, self._receipt_milliseconds))
+        call = secrets.token_bytes(8)
+        reply = await self._use().calls.run(JOIN, bucket_of(name), keys, (*args, self._receipt_milliseconds, call))
         if reply[0] == Answer.MISSING:
             return Missing()
         _, added, fields, parts = reply
@@ -291,5 +303,9 @@ def _outcome(reply: Sequence[Any], keys: Sequence[bytes]) -> Committed | Conflic
         case Answer.MISSING:
             return Missing()
         case _:
-            found = zip(reply[1::2], reply[2::2], strict=True)
-            return Duplicates(tuple(unpack_receipt(keys[position], data) for position, data in found))
+            return Duplicates(_receipts(reply, keys))
+
+
+def _receipts(reply: Sequence[Any], keys: Sequence[bytes]) -> tuple[Receipt, ...]:
+    found = zip(reply[1::2], reply[2::2], strict=True)
+    return tuple(unpack_receipt(keys[position], data) for position, data in found)

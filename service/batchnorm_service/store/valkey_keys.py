@@ -10,9 +10,13 @@ an even share of them, because the tags are chosen so that bucket i's slot is on
     PREFIX:{TAG}r:...    a receipt: the incarnation's 8 bytes and the receipt's own 16; it expires by itself
     PREFIX:{TAG}g:...    who has come to a group: the incarnation's 8 bytes and the group's own 16; it expires, too
     PREFIX:{TAG}p:...    and what they have brought
+    PREFIX:{TAG}j:...    and by which call: a call that is sent twice, because its reply was lost, knows its own shard
     PREFIX:{TAG}names    the names in the bucket: a sorted set in the order of their bytes
     PREFIX:{TAG}floor    the largest version that any deleted layer of the bucket had: a new one starts above it
     PREFIX:{TAG}schema   in bucket 0 only: the version of this layout
+
+Releases that know other keys run beside each other: a new key is an addition that older ones neither read nor need.
+`j:` is such a key; they leave it behind, and it expires.
 
 Receipts of a deleted layer are never met again, because the next one has another incarnation: deleting takes as long
 however many there are. They are keys of their own, not fields of a hash, because fields that expire need Redis 7.4 or
@@ -91,10 +95,10 @@ class Keys:
         match = self._receipts.fullmatch(key)
         return None if match is None else (unpack_number(match[1]), match[2])
 
-    def group(self, name: str, incarnation: int, key: bytes) -> tuple[bytes, bytes]:
-        """Of a group's members, and of their parts."""
+    def group(self, name: str, incarnation: int, key: bytes) -> tuple[bytes, bytes, bytes]:
+        """Of a group's members, of their parts, and of the calls that brought them."""
         base, own = self._bases[bucket_of(name)], _NUMBER.pack(incarnation) + key
-        return base + b"g:" + own, base + b"p:" + own
+        return base + b"g:" + own, base + b"p:" + own, base + b"j:" + own
 
     def names(self, bucket: int) -> bytes:
         """Of a bucket's index."""

@@ -46,7 +46,7 @@ class Script:
     Attributes:
         source: in Lua.
         writes: whether it may change anything that somebody relies on.
-        single: whether it reads one record and nothing else.
+        single: whether it reads what belongs to one record, the first of its keys, and writes nothing.
         digest: by which the server knows it.
     """
 
@@ -177,6 +177,24 @@ return {$DONE, rivals}
     writes=True,
 )
 
+_FIND: Final = """
+-- KEYS: record, receipts. ARGV: incarnation, whether a WAIT follows.
+if redis.call('GETRANGE', KEYS[1], 0, 7) ~= ARGV[1] then return {$MISSING} end
+local found = {$DONE}
+for i = 2, #KEYS do
+    local receipt = redis.call('GET', KEYS[i])
+    if receipt then
+        found[#found + 1] = i - 2
+        found[#found + 1] = receipt
+        local left = redis.call('PTTL', KEYS[i])
+        if ARGV[2] == '1' and left >= 0 then redis.call('PEXPIRE', KEYS[i], math.max(left, 1)) end
+    end
+end
+return found
+"""
+FIND: Final = _script(_FIND, flags=_ALLOW_OOM, single=True)
+FIND_AND_WAIT: Final = _script(_FIND, flags=_ALLOW_OOM, writes=True)
+
 DELETE: Final = _script(
     """
 -- KEYS: record, names, floor. ARGV: expected stamp, name, whether a WAIT follows.
@@ -205,8 +223,8 @@ return {$DONE}
 # in the receipt that closes it.
 JOIN: Final = _script(
     """
--- KEYS: record, fingerprints by member and the group's size, parts by member. ARGV: incarnation, member, size,
--- fingerprint, part, milliseconds.
+-- KEYS: record, fingerprints by member and the group's size, parts by member, calls by member. ARGV: incarnation,
+-- member, size, fingerprint, part, milliseconds, call.
 if redis.call('GETRANGE', KEYS[1], 0, 7) ~= ARGV[1] then return {$MISSING} end
 local size = redis.call('HGET', KEYS[2], 'size') or ARGV[3]
 local count = math.max(redis.call('HLEN', KEYS[2]) - 1, 0)
@@ -214,12 +232,15 @@ local added = 0
 if size == ARGV[3] and count < tonumber(size) and redis.call('HEXISTS', KEYS[2], ARGV[2]) == 0 then
     redis.call('HSET', KEYS[2], ARGV[2], ARGV[4], 'size', size)
     redis.call('HSET', KEYS[3], ARGV[2], ARGV[5])
+    redis.call('HSET', KEYS[4], ARGV[2], ARGV[7])
+    redis.call('PEXPIRE', KEYS[4], ARGV[6])
     if count == 0 then
         redis.call('PEXPIRE', KEYS[2], ARGV[6])
         redis.call('PEXPIRE', KEYS[3], ARGV[6])
     end
-    added, count = 1, count + 1
+    count = count + 1
 end
+if redis.call('HGET', KEYS[4], ARGV[2]) == ARGV[7] then added = 1 end  -- by this call, now or before its reply was lost
 local parts = {}
 if count == tonumber(size) then parts = redis.call('HGETALL', KEYS[3]) end
 return {$DONE, added, redis.call('HGETALL', KEYS[2]), parts}
@@ -232,8 +253,9 @@ LEAVE: Final = _script(
 if ARGV[1] ~= '' then
     redis.call('HDEL', KEYS[1], ARGV[1])
     redis.call('HDEL', KEYS[2], ARGV[1])
+    redis.call('HDEL', KEYS[3], ARGV[1])
 end
-if ARGV[1] == '' or redis.call('HLEN', KEYS[1]) < 2 then redis.call('UNLINK', KEYS[1], KEYS[2]) end
+if ARGV[1] == '' or redis.call('HLEN', KEYS[1]) < 2 then redis.call('UNLINK', KEYS[1], KEYS[2], KEYS[3]) end
 return $DONE
 """,
     flags=_ALLOW_OOM,
