@@ -89,7 +89,7 @@ async def migrate(source: Store, target: Store, progress: Progress, *, overwrite
     What the target has and the source has not stays. No service may write to either store meanwhile.
 
     Args:
-        source: not open yet; nothing in it is changed.
+        source: not open yet; nothing in it is changed, but that an SQLite file of an older release is upgraded.
         target: not open yet.
         progress: is told how far it is.
         overwrite: replace layers that the target has otherwise, instead of leaving them alone.

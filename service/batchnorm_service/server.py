@@ -75,7 +75,7 @@ def run(settings: Settings, announce: Announce) -> None:
             runner.run(_serve(server, shell, listener))
 
 
-def uvicorn_config(settings: Settings, app: Shell | str, **options: Any) -> uvicorn.Config:
+def uvicorn_config(settings: Settings, app: Shell | Callable[[], Shell], **options: Any) -> uvicorn.Config:
     """How uvicorn serves `app`."""
     return uvicorn.Config(
         app,

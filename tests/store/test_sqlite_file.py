@@ -164,11 +164,9 @@ async def test_opening_can_be_cancelled(tmp_path: Path) -> None:
     await store.close()
 
 
-@pytest.mark.parametrize(
-    ("version", "way_out"), [(1, "the release that wrote the file, or give"), (7, "or a later one")]
-)
-async def test_a_file_of_another_release_is_refused_with_both_versions(
-    tmp_path: Path, version: int, way_out: str
+@pytest.mark.parametrize("version", [0, 3, 7])
+async def test_a_file_of_a_release_that_is_not_known_is_refused_with_both_versions(
+    tmp_path: Path, version: int
 ) -> None:
     store = SqliteStore(tmp_path / "layers.db")
     await store.open()
@@ -178,7 +176,7 @@ async def test_a_file_of_another_release_is_refused_with_both_versions(
     words = await refusal(store)
     assert f"schema version {version}" in words
     assert "this release knows 2" in words
-    assert way_out in words
+    assert "the release that wrote the file, or a later one" in words
     assert "--store or BATCHNORM_STORE" in words
 
 

@@ -10,7 +10,18 @@ from typing import TypeVar
 
 from batchnorm_client.errors import Overloaded, ProblemError, StoreUnavailable
 
-from ..store.base import Committed, Conflict, Duplicates, Missing, Receipt, Record, Stamp, Store, StoreError
+from ..store.base import (
+    Committed,
+    Conflict,
+    Duplicates,
+    Missing,
+    Receipt,
+    Record,
+    Stamp,
+    Store,
+    StoreError,
+    StoreLostError,
+)
 from .changes import Change, Deletion, Done, Fold, Note, Queued, ReplacedError, check_version, replay, settle
 from .plan import make_plan
 from .receipts import Ticket
@@ -311,9 +322,13 @@ class Queue:
             return outcome
 
     async def _pause(self, pause: float, deadline: float, error: StoreError) -> float:
-        """Wait before the next try; returns the pause after that one. Raises `StoreUnavailable` at the deadline."""
+        """Wait before the next try; returns the pause after that one.
+
+        Raises:
+            StoreUnavailable: the deadline has come, or there is nothing to wait for.
+        """
         self._resident.set(None)
-        if asyncio.get_running_loop().time() + pause > deadline:
+        if isinstance(error, StoreLostError) or asyncio.get_running_loop().time() + pause > deadline:
             raise StoreUnavailable(f"the store does not answer: {error}", retry_after=1) from error
         await asyncio.sleep(pause)
         return min(2 * pause, _LONGEST_PAUSE)

@@ -178,6 +178,10 @@ class StoreError(Exception):
     """The store did not do what it was asked to; whether it took effect may be unknown."""
 
 
+class StoreLostError(StoreError):
+    """The store is not the one that was opened any more: no call has an effect that lasts until it is opened again."""
+
+
 class StoreRefusedError(Exception):
     """A store cannot be opened, with the reason in words: a newer file, a file in use, a URL that means nothing."""
 
@@ -192,7 +196,7 @@ class Store(Protocol):
 
     Attributes:
         exclusive: nobody but this object can write to the store, so that what was read or written through it stays
-            true until the next write through it.
+            true until the next write through it. False from when the store is lost (`StoreLostError`).
         url: where the records live, as a person would write it.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sqlite3
 import time
@@ -26,9 +27,11 @@ from batchnorm_service.store.base import (
     Shard,
     Stamp,
     StoreError,
+    StoreLostError,
     Unchanged,
 )
 from batchnorm_service.store.sqlite_file import open_file
+from batchnorm_service.store.sqlite_identity import SqliteFiles
 from batchnorm_service.store.sqlite_table import Commit, SqliteTable
 from batchnorm_service.store.sqlite_thread import Job, SqliteThread
 
@@ -51,9 +54,13 @@ class SqliteStore:
             on one file: only the stamps order their commits.
         clock: seconds since the epoch.
         busy_seconds: how long a call waits for another process's transaction (`exclusive=False`).
+        monotonic: seconds, of a clock that never goes back.
 
     Attributes:
         path: the file, absolute and without symbolic links.
+        files: what tells the open file from any other that has its name. Once it was deleted, moved or replaced, every
+            call raises `StoreLostError` until the store is opened again. That is checked at `ping`, and at other calls
+            unless it was within the last second: a commit is answered only after a check that is newer.
     """
 
     def __init__(
@@ -64,10 +71,12 @@ class SqliteStore:
         *,
         clock: Callable[[], float] = time.time,
         busy_seconds: float = 5.0,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.exclusive = exclusive
+        self.exclusive = self._locks = exclusive
         self.path = Path(os.path.realpath(path))
         self.url = f"sqlite:///{quote(self.path.as_posix(), safe='/:')}"
+        self.files = SqliteFiles(self.path, Path(path).absolute(), shared=not exclusive, clock=monotonic)
         self._table = SqliteTable(receipt_seconds, clock)
         self._busy_seconds = 0.0 if exclusive else busy_seconds
         self._thread: SqliteThread | None = None
@@ -82,7 +91,8 @@ class SqliteStore:
         if self._thread is not None and not self._thread.stopped:
             raise StoreError(f"{self.path} is open already")
         await self.close()  # one that is still closing holds the lock
-        thread = SqliteThread(self._connect, self._table.commit, self._table.purge)
+        self.exclusive = self._locks
+        thread = SqliteThread(self._connect, self._table.commit, self._table.purge, self._verify)
         opened = thread.start()
         self._thread = thread
         try:
@@ -97,7 +107,8 @@ class SqliteStore:
             await asyncio.wrap_future(self._thread.stop())
 
     async def ping(self) -> None:
-        """Return when the database answers a query."""
+        """Return when the database answers a query, and its files are those that were opened."""
+        self.files.request()
         await self._do("", lambda c: c.execute("SELECT layers FROM meta").fetchone())
 
     async def load(self, name: str, unless: Stamp | None = None) -> Record | Unchanged | Missing:
@@ -151,7 +162,20 @@ class SqliteStore:
         return await self._do(name, lambda c: self._table.remember(c, name, incarnation, receipts), writes=True)
 
     def _connect(self) -> sqlite3.Connection:
-        return open_file(self.path, exclusive=self.exclusive, busy_seconds=self._busy_seconds)
+        return open_file(self.files, exclusive=self._locks, busy_seconds=self._busy_seconds)
+
+    def _verify(self, connection: sqlite3.Connection) -> None:
+        was_lost = self.files.lost
+        try:
+            self.files.verify()
+        except StoreLostError:
+            self.exclusive = False
+            if self._locks and not was_lost:
+                # What is in the log goes to the file while there is a way to both: if only the log was deleted, or the
+                # file was moved, nothing is lost; and no log stays behind for a file that it does not belong to.
+                with contextlib.suppress(sqlite3.Error):
+                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            raise
 
     async def _do(
         self, name: str | None, work: Callable[[sqlite3.Connection], T] | Commit, *, writes: bool = False

@@ -1,4 +1,4 @@
-"""The SQLite file: whether it is one of ours, making a new one, and refusing all others in words."""
+"""The SQLite file: whether it is one of ours, making a new one, upgrading an old one, refusing others in words."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 from typing import Final
 
-from batchnorm_service.store.base import StoreRefusedError
+from batchnorm_service.store.base import StoreError, StoreRefusedError
+from batchnorm_service.store.sqlite_identity import SqliteFiles
 from batchnorm_service.store.sqlite_table import SCHEMA
+from batchnorm_service.store.sqlite_upgrade import STEPS, flush, upgrade
 
 APPLICATION_ID: Final = 0x424E5356  # "BNSV"; `file` and others read it from the header
 SCHEMA_VERSION: Final = 2
@@ -26,15 +28,16 @@ _PRAGMAS: Final = (
 )
 
 
-def open_file(path: Path, *, exclusive: bool, busy_seconds: float) -> sqlite3.Connection:
-    """Open the service's database at `path`, which is made if there is none.
+def open_file(files: SqliteFiles, *, exclusive: bool, busy_seconds: float) -> sqlite3.Connection:
+    """Open the service's database, which is made if there is none, and upgraded if an older release made it.
 
     Nothing here reads a file that SQLite may have open: closing it would drop the locks that this process has on it.
-    And nothing scans a table: opening takes as long for a million layers as for one.
+    And nothing scans a table: opening takes as long for a million layers as for one, but for an upgrade.
 
     Raises:
         StoreRefusedError: with the reason in words.
     """
+    path = files.path
     try:
         if path.exists() and not path.is_file():
             raise StoreRefusedError(f"{path} is {'a directory' if path.is_dir() else 'not a regular file'}")
@@ -46,27 +49,49 @@ def open_file(path: Path, *, exclusive: bool, busy_seconds: float) -> sqlite3.Co
     except OSError as error:
         raise StoreRefusedError(f"{path} cannot be opened: {error}") from error
     try:
-        connection = sqlite3.connect(path, timeout=busy_seconds, isolation_level=None)
-    except sqlite3.Error as error:
+        files.opening()
+        connection = _connect(files, exclusive=exclusive, busy_seconds=busy_seconds)
+        try:
+            for directory in {path.parent, *(each.parent for each in made)}:
+                flush(directory)  # the names of the file and of the directories that were made for it
+            files.opened()
+        except BaseException:
+            connection.close()
+            raise
+    except (sqlite3.Error, OSError, StoreError) as error:
         raise StoreRefusedError(_in_words(path, error)) from error
-    try:
-        _prepare(connection, path, exclusive=exclusive, busy_seconds=busy_seconds)
-        _flush_names(path, made)
-    except BaseException as error:
-        connection.close()
-        if isinstance(error, sqlite3.Error | OSError):
-            raise StoreRefusedError(_in_words(path, error)) from error
-        raise
     return connection
 
 
-def _prepare(connection: sqlite3.Connection, path: Path, *, exclusive: bool, busy_seconds: float) -> None:
+def _connect(files: SqliteFiles, *, exclusive: bool, busy_seconds: float) -> sqlite3.Connection:
+    """A connection that is ready for use, to a file of this release's schema."""
+    path = files.path
+    mode = "rwc" if files.expected is None else "rw"  # of those that are expected, none is to be made
+    connection = sqlite3.connect(f"{path.as_uri()}?mode={mode}", uri=True, timeout=busy_seconds, isolation_level=None)
+    try:
+        version = _prepare(connection, path, exclusive=exclusive, busy_seconds=busy_seconds)
+        if exclusive and version < SCHEMA_VERSION:
+            upgrade(connection, path, version, SCHEMA_VERSION)
+    except BaseException:
+        connection.close()
+        raise
+    if version == SCHEMA_VERSION or exclusive:
+        return connection
+    connection.close()  # an upgrade needs the file for itself
+    _connect(files, exclusive=True, busy_seconds=busy_seconds).close()
+    return _connect(files, exclusive=False, busy_seconds=busy_seconds)
+
+
+def _prepare(connection: sqlite3.Connection, path: Path, *, exclusive: bool, busy_seconds: float) -> int:
+    """Make the tables if there are none, and set what every connection needs. Returns the file's schema version."""
     if exclusive:  # before the first read: then SQLite takes the lock with it, keeps it, and needs no shared memory
         connection.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
     connection.execute("BEGIN IMMEDIATE")  # one process makes the tables; also proves that the file can be written
     # Where two start at once, the one whose BEGIN failed is about to close the file: the other waits for that.
     connection.execute(f"PRAGMA busy_timeout = {round(1000 * max(busy_seconds, 1))}").fetchall()
-    if _is_new(connection, path):
+    version = _version(connection, path)
+    if version is None:
+        version = SCHEMA_VERSION
         for statement in SCHEMA:
             connection.execute(statement)
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -77,6 +102,8 @@ def _prepare(connection: sqlite3.Connection, path: Path, *, exclusive: bool, bus
         raise StoreRefusedError(f"{path} has no write-ahead log on this file system (its journal mode is {mode})")
     for pragma in _PRAGMAS:
         connection.execute(pragma).fetchall()
+    connection.execute("SELECT layers FROM meta").fetchone()  # a read opens the log and the shared memory
+    return version
 
 
 def _write_ahead(connection: sqlite3.Connection, deadline: float) -> object:
@@ -93,42 +120,27 @@ def _write_ahead(connection: sqlite3.Connection, deadline: float) -> object:
             time.sleep(0.01)
 
 
-def _is_new(connection: sqlite3.Connection, path: Path) -> bool:
-    """Whether the file is empty; refuses one that is neither empty nor ours."""
+def _version(connection: sqlite3.Connection, path: Path) -> int | None:
+    """The file's schema version, None if it is empty; refuses one that is neither empty nor ours, or too new."""
     application = _value(connection, "PRAGMA application_id")
     version = _value(connection, "PRAGMA user_version")
     tables = _value(connection, "SELECT count(*) FROM sqlite_master")
     if application == version == tables == 0:
-        return True
+        return None
     if application != APPLICATION_ID:
         raise StoreRefusedError(f"{path} is a database of another application; give the service a file of its own")
-    if version != SCHEMA_VERSION:
+    assert isinstance(version, int)  # noqa: S101 - a field of the file's header
+    if version != SCHEMA_VERSION and version not in STEPS:
         raise StoreRefusedError(
             f"{path} has schema version {version}, and this release knows {SCHEMA_VERSION}: start the release that"
-            f" wrote the file{_newer(version)}, or give this one another file with --store or BATCHNORM_STORE"
+            " wrote the file, or a later one, or give this one another file with --store or BATCHNORM_STORE"
         )
-    return False
-
-
-def _newer(version: object) -> str:
-    return ", or a later one" if isinstance(version, int) and version > SCHEMA_VERSION else ""
+    return version
 
 
 def _value(connection: sqlite3.Connection, statement: str) -> object:
     row: tuple[object] = connection.execute(statement).fetchone()
     return row[0]
-
-
-def _flush_names(path: Path, made: list[Path]) -> None:
-    """Make the file's name durable, and those of the directories that were made for it."""
-    if os.name == "nt":  # has no way to flush a directory
-        return
-    for directory in {path.parent, *(each.parent for each in made)}:
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _in_words(path: Path, error: Exception) -> str:

@@ -67,6 +67,7 @@ class SqliteThread:
         connect: opens the connection; runs in the thread.
         commit: does several commits, no two of one name.
         before_commit: called inside each transaction that wrote, with the number of rows that were changed.
+        verify: called before each round, and before the answers to writes: raises `StoreError` where none may be given.
 
     Attributes:
         transactions: how many write transactions were committed.
@@ -77,11 +78,13 @@ class SqliteThread:
         connect: Callable[[], sqlite3.Connection],
         commit: Callable[[sqlite3.Connection, Sequence[Commit]], list[Any]],
         before_commit: Callable[[sqlite3.Connection, int], None],
+        verify: Callable[[sqlite3.Connection], None],
     ) -> None:
         self.transactions = 0
         self._connect = connect
         self._commit = commit
         self._before_commit = before_commit
+        self._verify = verify
         self._submitted: list[Job[Any]] = []
         self._queue: SimpleQueue[list[Job[Any]] | None] = SimpleQueue()
         self._opened: Future[None] = Future()
@@ -140,7 +143,9 @@ class SqliteThread:
         try:
             while self._round(connection):
                 pass
-            with contextlib.suppress(sqlite3.Error):  # what is not copied back stays in the log, which is as durable
+            # What is not copied back stays in the log, which is as durable.
+            with contextlib.suppress(sqlite3.Error, StoreError):
+                self._verify(connection)
                 connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         finally:
             try:
@@ -159,6 +164,11 @@ class SqliteThread:
             waiting += more
         # Those that were cancelled before they began are left out; from here on cancelling has no effect on them.
         jobs = [job for job in waiting or () if not job.answer.cancelled()]
+        try:
+            self._verify(connection)
+        except StoreError as error:
+            self._fail(jobs, error)
+            return waiting is not None
         written: set[str | None] = set()
         first: list[Job[Any]] = []
         writes: list[Job[Any]] = []
@@ -189,6 +199,7 @@ class SqliteThread:
             runs = _runs(jobs) if together else [[job] for job in jobs]
             try:
                 values = _transact(connection, "BEGIN IMMEDIATE", partial(self._group, runs))
+                self._verify(connection)
             except _FaultError as fault:
                 if len(fault.run) > 1:
                     together = False  # to find out which of them it is
@@ -228,7 +239,7 @@ class SqliteThread:
     def _fail(self, jobs: Sequence[Job[Any]], reason: Exception) -> None:
         answers = []
         for job in jobs:  # each its own exception: a shared one would gather the tracebacks of all who raise it
-            error = StoreError(f"SQLite: {reason}")
+            error = type(reason)(*reason.args) if isinstance(reason, StoreError) else StoreError(f"SQLite: {reason}")
             error.__cause__ = reason
             answers.append((job.answer, error))
         self._answer(answers)

@@ -1,0 +1,165 @@
+"""SQLite files of older releases: copied beside themselves first, then upgraded in one transaction.
+
+A step upgrades from one schema version to the next. Its statements stay as they are when the schema changes again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sqlite3
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from batchnorm_service.store.base import StoreRefusedError
+
+_log = logging.getLogger(__name__)
+
+_LAYERS: Final = ("id", "name", "incarnation", "version", "commit_id", "data")
+_META: Final = ("id", "layers", "floor")
+_SHARDS: Final = ("incarnation", "grp", "member", "size", "fingerprint", "part", "expires")
+_RECEIPTS: Final = (  # of schema 1, which had three layouts: each release with another one wrote the same number
+    ("incarnation", "key", "fingerprint", "version", "batch", "expires"),
+    ("incarnation", "key", "fingerprint", "version", "batch", "payload", "expires"),
+)
+
+
+class Step(NamedTuple):
+    """From one schema version to the next.
+
+    Attributes:
+        known: whether some release made a file with these tables.
+        apply: what to do.
+    """
+
+    known: Callable[[sqlite3.Connection], bool]
+    apply: Callable[[sqlite3.Connection], None]
+
+
+def _known_1(connection: sqlite3.Connection) -> bool:
+    return (
+        _columns(connection, "layers") == _LAYERS
+        and _columns(connection, "meta") == _META
+        and _columns(connection, "receipts") in _RECEIPTS
+        and _columns(connection, "shards") in {(), _SHARDS}
+    )
+
+
+def _from_1(connection: sqlite3.Connection) -> None:
+    """Receipts in the order in which they expire, with an index by key; payloads and shards where there are none."""
+    payload = "payload" if "payload" in _columns(connection, "receipts") else "x''"
+    connection.execute("ALTER TABLE receipts RENAME TO receipts_of_schema_1")
+    connection.execute("""
+    CREATE TABLE receipts (
+        id INTEGER PRIMARY KEY,
+        incarnation INTEGER NOT NULL,
+        key BLOB NOT NULL,
+        fingerprint BLOB NOT NULL,
+        version INTEGER NOT NULL,
+        batch INTEGER NOT NULL,
+        payload BLOB NOT NULL,
+        expires INTEGER NOT NULL,
+        UNIQUE (key, incarnation)
+    )
+    """)
+    connection.execute(
+        "INSERT INTO receipts (incarnation, key, fingerprint, version, batch, payload, expires)"  # noqa: S608
+        f" SELECT incarnation, key, fingerprint, version, batch, {payload}, expires"
+        " FROM receipts_of_schema_1 ORDER BY expires"
+    )
+    connection.execute("DROP TABLE receipts_of_schema_1")  # and its index with it
+    if not _columns(connection, "shards"):
+        connection.execute("""
+    CREATE TABLE shards (
+        incarnation INTEGER NOT NULL,
+        grp BLOB NOT NULL,
+        member BLOB NOT NULL,
+        size INTEGER NOT NULL,
+        fingerprint BLOB NOT NULL,
+        part BLOB NOT NULL,
+        expires INTEGER NOT NULL,
+        PRIMARY KEY (incarnation, grp, member)
+    )
+    """)
+        connection.execute("CREATE INDEX shards_by_expiry ON shards (expires)")
+    connection.execute("CREATE INDEX receipts_by_expiry ON receipts (expires)")
+
+
+STEPS: Final[Mapping[int, Step]] = {1: Step(_known_1, _from_1)}
+"""What upgrades from a schema version to the next."""
+
+
+def upgrade(connection: sqlite3.Connection, path: Path, version: int, target: int) -> None:
+    """Upgrade the file to schema version `target`.
+
+    Until the one transaction is committed, the file is as it was, whatever happens.
+
+    Args:
+        connection: has the file locked for itself, and is in no transaction.
+        path: of the file; the copy is made beside it.
+        version: the file's own.
+        target: the one that it gets.
+
+    Raises:
+        StoreRefusedError: it cannot be upgraded, with the reason in words. The file is as it was.
+    """
+    try:
+        if not STEPS[version].known(connection):
+            raise StoreRefusedError("no release made a file with these tables")
+        copy = _copy(connection, path, version)
+        _log.warning("%s: upgrading schema %d to %d; a copy of the file as it was is %s", path, version, target, copy)
+        connection.execute("BEGIN IMMEDIATE")
+        for each in range(version, target):
+            STEPS[each].apply(connection)
+        connection.execute(f"PRAGMA user_version = {target}")
+        connection.execute("COMMIT")
+    except (sqlite3.Error, OSError, StoreRefusedError) as error:
+        with contextlib.suppress(sqlite3.Error):
+            connection.execute("ROLLBACK")
+        raise StoreRefusedError(f"{path} cannot be upgraded from schema version {version}: {error}") from error
+
+
+def _copy(connection: sqlite3.Connection, path: Path, version: int) -> Path:
+    """A durable copy of the file under a name that nothing has yet."""
+    partial = path.with_name(f"{path.name}.schema-{version}.partial")
+    partial.unlink(missing_ok=True)  # of an upgrade that was killed
+    try:
+        # As private as the file itself: SQLite would make it with the process's default permissions.
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, path.stat().st_mode & 0o777))
+        with closing(sqlite3.connect(partial)) as target:
+            connection.backup(target)
+        flush(partial)
+        copy = _free_name(path.with_name(f"{path.name}.schema-{version}.backup"))
+        partial.rename(copy)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+    return copy
+
+
+def _free_name(path: Path) -> Path:
+    """This name, or the first of `-2`, `-3`, ... that nothing has."""
+    free, number = path, 1
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+def flush(path: Path) -> None:
+    """Make a file or the names in a directory durable."""
+    if os.name == "nt" and path.is_dir():  # has no way to flush a directory
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _columns(connection: sqlite3.Connection, table: str) -> tuple[str, ...]:
+    return tuple(name for _, name, *_ in connection.execute(f"PRAGMA table_info({table})"))
