@@ -45,7 +45,7 @@ class Slots:
         return name in self._slots
 
     def get(self, name: str) -> Slot | None:
-        """The slot of a layer if it is resident; it stays so while its queue is not empty."""
+        """The slot of a layer if it is resident. Not counted as a use: let go of it before anything is awaited."""
         slot = self._slots.get(name)
         if slot is not None:
             self._slots.move_to_end(name)
@@ -58,20 +58,23 @@ class Slots:
 
     @contextmanager
     def use(self, name: str) -> Iterator[Slot]:
-        """The slot of a layer, kept resident while it is used: its queue must not exist twice."""
+        """The slot of a layer, kept resident while it is used: a layer must not have two queues and caches."""
         slot = self._slots.get(name)
+        new = slot is None
         if slot is None:
             slot = self._slots[name] = Slot(name, self._store, self._options)
-            self._evict()
         else:
             self._slots.move_to_end(name)
         slot.users += 1
         try:
+            if new:
+                self._evict()  # after this use is counted, or the new slot might itself be evicted
             yield slot
         finally:
             slot.users -= 1
-            if slot.resident.held is None and slot.idle:  # a name that no layer has takes no room
-                self._slots.pop(name, None)
+            # A name that no layer has takes no room. Only this slot may go: another may stand under the name by now.
+            if slot.resident.held is None and slot.idle and self._slots.get(name) is slot:
+                del self._slots[name]
 
     async def drained(self) -> None:
         """Return when everything that waits in a queue has been answered."""
