@@ -136,6 +136,9 @@ class DirectCycle:
         if pending is None:
             self._answer_later(lambda: self._shell.answer(self._target, self._headers, body))
             return
+        if isinstance(pending, Answer):
+            self._send(pending)
+            return
         self._protocol.tasks.add(pending.folded)  # type: ignore[arg-type] # to be cancelled by a forced stop
         pending.folded.add_done_callback(partial(self._folded, pending))
 

@@ -12,6 +12,8 @@ from torch import nn
 from batchnorm_client import errors
 from batchnorm_client.contract import LayerConfig, LayerUpdate
 from batchnorm_client.tensors import Tensor
+from batchnorm_service.engine.moments import Moments
+from batchnorm_service.engine.state import LayerState
 from batchnorm_service.layers import plan
 from batchnorm_service.store.base import Duplicates, Receipt
 from batchnorm_service.store.memory import MemoryStore
@@ -160,6 +162,45 @@ async def test_batches_that_none_is_refused_of_are_folded_together(monkeypatch: 
         await layers.create("a", CONFIG)
         results = await asyncio.gather(*(train(layers, "a", batch(seed), f"{seed}") for seed in range(5)))
         assert sorted(result.num_batches_tracked for result in results) == [1, 2, 3, 4, 5]
+
+
+async def test_a_bug_in_folding_together_is_no_slow_success(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One by one they would all be folded, and nobody would hear of the bug."""
+    async with serving(MemoryStore()) as layers:
+        await layers.create("a", CONFIG)
+        with monkeypatch.context() as patch:
+            patch.delattr(plan, "fold_all")
+            answers = await asyncio.gather(
+                *(train(layers, "a", batch(seed)) for seed in (1, 2)), return_exceptions=True
+            )
+        assert [type(answer) for answer in answers] == [NameError, NameError]
+        assert "a commit of layer 'a' failed" in caplog.text
+        assert (await layers.get("a")).num_batches_tracked == 0
+        assert (await train(layers, "a", batch(1))).num_batches_tracked == 1
+
+
+async def test_a_bug_that_one_batch_meets_does_not_keep_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    fold, fold_all = plan.fold, plan.fold_all
+
+    def strict(state: LayerState, moments: Moments) -> LayerState:
+        assert moments.count != 7
+        return fold(state, moments)
+
+    def strict_all(state: LayerState, together: list[Moments]) -> LayerState:
+        assert all(moments.count != 7 for moments in together)
+        return fold_all(state, together)
+
+    monkeypatch.setattr(plan, "fold", strict)
+    monkeypatch.setattr(plan, "fold_all", strict_all)
+    async with serving(MemoryStore()) as layers:
+        await layers.create("a", CONFIG)
+        answers = await asyncio.gather(
+            *(train(layers, "a", batch(1, rows)) for rows in (6, 7, 8)), return_exceptions=True
+        )
+        assert [isinstance(answer, AssertionError) for answer in answers] == [False, True, False]
+        assert (await layers.get("a")).num_batches_tracked == 2
 
 
 async def test_eval_sees_the_last_fold_and_changes_nothing() -> None:

@@ -214,6 +214,34 @@ async def test_an_unexpected_error_is_answered_and_its_call_counted_no_longer(se
     assert service.shell._running == 0
 
 
+@pytest.mark.parametrize(
+    ("broken", "path", "body"),
+    [(work.BatchWork, "/v1/layers/bn/train", TENSORS), (work.PostedWork, "/v1/layers/bn/moments", save(moments()))],
+)
+async def test_a_bug_on_the_short_way_is_no_slow_success(service, monkeypatch, caplog, broken, path, body):
+    """Whatever went wrong there, the call was begun anew on the other way, and nobody heard of it."""
+    await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))
+    under_now = broken.under_now
+
+    def fails_once(*arguments):
+        monkeypatch.setattr(broken, "under_now", under_now)
+        raise KeyError("a planted bug")
+
+    monkeypatch.setattr(broken, "under_now", fails_once)
+    first, second = await service.ask(
+        post(path, body, SAFETENSORS, "X-Request-ID: mine\r\n"), post(path, body, SAFETENSORS)
+    )
+    problem = json.loads(first[2])
+    assert (first[0], problem["type"], problem["request_id"]) == (500, "/problems/internal-error", "mine")
+    assert first[1]["x-request-id"] == "mine"
+    assert "a planted bug" not in str(problem)
+    assert "request mine failed" in caplog.text
+    assert "a planted bug" in caplog.text
+    assert (second[0], service.shell._running) == (200, 0)
+    ((_, _, layer),) = await service.ask(get("/v1/layers/bn"))
+    assert json.loads(layer)["num_batches_tracked"] == 1
+
+
 async def test_who_waits_for_a_commit_while_the_server_stops_is_told(service, monkeypatch):
     await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))
     forever = asyncio.Event()

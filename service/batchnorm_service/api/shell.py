@@ -131,11 +131,17 @@ class Shell:
             answer = problem_answer(error, target.path, exchange.request_id)
         return None if answer is None else exchange.finished(answer, target)
 
-    def answer_soon(self, target: Target, headers: Headers, body: memoryview) -> PendingAnswer | None:
-        """The answer to such a POST, if it waits for a commit alone; None as above."""
+    def answer_soon(self, target: Target, headers: Headers, body: memoryview) -> PendingAnswer | Answer | None:
+        """The answer to such a POST, if it waits for a commit alone or has failed already; None as above."""
         call = self._calls.soon.get(target.call)
-        begun = None if call is None else call(target.layer or "", headers, body)
-        return None if begun is None else PendingAnswer(*begun, _Exchange(headers), target)
+        if call is None:
+            return None
+        exchange = _Exchange(headers)
+        try:
+            begun = call(target.layer or "", headers, body)
+        except Exception as error:
+            return exchange.finished(problem_answer(error, target.path, exchange.request_id), target)
+        return None if begun is None else PendingAnswer(*begun, exchange, target)
 
     async def answer(self, target: Target, headers: Headers, body: memoryview) -> Answer:
         """The same, waiting for the layer, a thread or a commit."""

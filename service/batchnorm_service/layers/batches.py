@@ -85,7 +85,7 @@ class Batches:
             work = BatchWork(batch, self._computing)
             work.under_now(held.state)
             fold = Fold(ticket(key, "train", wire), held.stamp.incarnation, work)
-        except Exception:
+        except ProblemError:
             return None
         return Training(slot.queue.put(fold), work, lambda: self.train(name, read, key))
 
@@ -112,7 +112,7 @@ class Batches:
             work = PostedWork(moments)
             work.under_now(held.state)
             fold = Fold(ticket(key, "moments", *tensors), held.stamp.incarnation, work)
-        except Exception:
+        except ProblemError:
             return None
         return Posting(slot.queue.put(fold), lambda: self.fold_moments(name, read, key))
 

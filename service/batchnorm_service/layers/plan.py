@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from batchnorm_client.errors import ProblemError
+
 from ..engine.state import LayerState
 from ..engine.statistics import fold, fold_all
 from ..store.base import Receipt, Record
@@ -59,12 +61,19 @@ async def make_plan(held: Held, waiting: Sequence[Fold]) -> Plan:
     for one in waiting:
         if one.incarnation != held.stamp.incarnation:
             settle(one, ReplacedError())
+    bug: Exception | None = None
     if len({one.ticket.key for one in there}) == len(there):
         try:
             return await _all(held, there)
-        except Exception:  # noqa: S110 - one that cannot be folded must not keep the others from it: who it is, is found below
+        except ProblemError:
             pass
-    return await _each(held, there)
+        except Exception as error:
+            bug = error
+    # One by one, because a fold that fails must not keep the others from being folded.
+    plan = await _each(held, there)
+    if bug is not None and not plan.refused:
+        raise bug  # none of them is to blame: it is in folding them together, and must not pass for a slow success
+    return plan
 
 
 async def _all(held: Held, waiting: Sequence[Fold]) -> Plan:
