@@ -8,7 +8,7 @@ of a header.
 """
 
 from batchnorm_client.tensors.codec import decode, encode, require
-from batchnorm_client.tensors.json import json_list
+from batchnorm_client.tensors.json import json_list, json_pieces
 from batchnorm_client.tensors.safetensors import decode_safetensors, decode_safetensors_header, encode_safetensors
 from batchnorm_client.tensors.tensor import Tensor, itemsize
 
@@ -21,5 +21,6 @@ __all__ = [
     "encode_safetensors",
     "itemsize",
     "json_list",
+    "json_pieces",
     "require",
 ]
