@@ -94,7 +94,7 @@ class Settings(BaseSettings):
     """Torch's intra-op threads. Results depend on their number: keep it the same on every replica."""
 
     inline_bytes: int = Field(1 << 20, ge=0)
-    """Batches up to this size are computed on the event loop, larger ones and those for a CUDA device in a thread."""
+    """Up to this size bodies are read and batches computed on the event loop; larger ones, and on CUDA, in a thread."""
 
     token: SecretStr | None = None
     """A bearer token that allows every call; without it the service is open to whoever reaches it."""

@@ -27,6 +27,21 @@ async def test_small_work_is_done_at_once_and_large_work_in_a_thread(computing):
     assert await computing.run(9, threading.get_ident) != threading.get_ident()
 
 
+async def test_small_bodies_are_read_at_once_and_large_ones_in_a_thread(computing):
+    assert await computing.run_codec(8, threading.get_ident) == threading.get_ident()
+    assert await computing.run_codec(9, threading.get_ident) != threading.get_ident()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there a thread has a niceness")
+async def test_codecs_do_not_wait_for_others(computing):
+    """They hold Python's lock: whoever keeps them from running keeps the event loop from it, too."""
+
+    def niceness():
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    assert await computing.run_codec(9, niceness) == niceness()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only there a thread has a niceness")
 async def test_large_work_waits_for_small_work(computing):
     def niceness():

@@ -326,10 +326,7 @@ async def test_many_layers_at_once_each_all_or_nothing() -> None:
     async with serving(MemoryStore()) as layers:
         await layers.create("a", CONFIG)
         await layers.create("b", LayerConfig(num_features=2))
-
-        def moments(_: Any) -> dict[str, Tensor]:
-            return _tensors(4, np.zeros(3), np.ones(3))
-
+        moments = _tensors(4, np.zeros(3), np.ones(3))
         answers = await layers.batches.fold_many(dict.fromkeys(["a", "b", "c"], moments), "key")
         assert answers["a"].num_batches_tracked == 1
         assert isinstance(answers["b"], errors.ShapeMismatch)

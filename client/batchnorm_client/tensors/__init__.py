@@ -7,13 +7,14 @@ tensors whose buffers are as long as their shapes say, or raises a `ProblemError
 of a header.
 """
 
-from batchnorm_client.tensors.codec import decode, encode, require
-from batchnorm_client.tensors.json import json_list, json_pieces
+from batchnorm_client.tensors.codec import bytes_read, decode, encode, require
+from batchnorm_client.tensors.json import json_list, json_pieces, json_tensors, split_vectors
 from batchnorm_client.tensors.safetensors import decode_safetensors, decode_safetensors_header, encode_safetensors
 from batchnorm_client.tensors.tensor import Tensor, itemsize
 
 __all__ = [
     "Tensor",
+    "bytes_read",
     "decode",
     "decode_safetensors",
     "decode_safetensors_header",
@@ -22,5 +23,7 @@ __all__ = [
     "itemsize",
     "json_list",
     "json_pieces",
+    "json_tensors",
     "require",
+    "split_vectors",
 ]

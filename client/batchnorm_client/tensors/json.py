@@ -12,7 +12,7 @@ alone decides what is refused and why.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from types import ModuleType
 from typing import Any, Final
@@ -39,6 +39,7 @@ _PIECE_BYTES: Final = 1 << 17  # that are read with one call
 _PIECE_ELEMENTS: Final = 1 << 15  # that are written with one call
 _LONGEST_NUMBER: Final = 4096  # bytes, blanks included; no number of a regular body is longer
 _LONGEST_INTEGER: Final = 64
+_MOST_MEMBERS: Final = 64
 
 _FIRST_KEY: Final = re.compile(rb'[ \t\r\n]*\{[ \t\r\n]*"(\w+)"[ \t\r\n]*')
 _NEXT_KEY: Final = re.compile(rb',[ \t\r\n]*"(\w+)"[ \t\r\n]*\Z')
@@ -67,6 +68,33 @@ def decode_json(body: Buffer, dtypes: Mapping[str, str]) -> dict[str, Tensor]:
     if found is None:
         found = _read_any(raw, dtypes)
     return {name: Tensor.of(array) for name, array in found.items()}
+
+
+def json_tensors(document: Any, dtypes: Mapping[str, str]) -> dict[str, Tensor]:
+    """The same of an object that orjson has read. Raises as `decode_json`."""
+    return {name: Tensor.of(array) for name, array in _read_document(document, dtypes).items()}
+
+
+def split_vectors(body: Buffer, names: Collection[str]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """An object's vectors of these names in float64, and its other members; None where anything is unusual.
+
+    Who gets None reads the body in another way, which decides whether it is to be refused.
+    """
+    others: dict[str, Any] = {}
+    vectors: dict[str, Tensor] = {}
+    try:
+        for name, text in _members(byte_view(body), _MOST_MEMBERS):
+            if name in others or name in vectors:
+                return None
+            if name in names:
+                vectors[name] = Tensor.of(_read_lists(text, "float64"))
+            elif len(text) <= _LONGEST_NUMBER:
+                others[name] = orjson.loads(text)
+            else:
+                return None
+    except (_UnusualError, orjson.JSONDecodeError):
+        return None
+    return (others, vectors) if all(len(vector.shape) == 1 for vector in vectors.values()) else None
 
 
 def encode_json(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> list[Buffer]:
@@ -190,10 +218,7 @@ def _members(raw: memoryview, most: int) -> Iterator[tuple[str, memoryview]]:
 
     No value that is taken has a colon, so that each colon in the body ends a key.
     """
-    is_colon = np.frombuffer(raw, np.uint8) == ord(":")
-    if not 1 <= np.count_nonzero(is_colon) <= most:
-        raise _UnusualError
-    colons = np.flatnonzero(is_colon).tolist()
+    colons = _colons(raw, most)
     end = _END.search(raw, max(len(raw) - _LONGEST_KEY, 0))
     key = _FIRST_KEY.fullmatch(raw, 0, colons[0]) if colons[0] <= _LONGEST_KEY else None
     if key is None or end is None:
@@ -207,6 +232,20 @@ def _members(raw: memoryview, most: int) -> Iterator[tuple[str, memoryview]]:
         if key is None:
             raise _UnusualError
         yield name, raw[colon + 1 : key.start()]
+
+
+def _colons(raw: memoryview, most: int) -> list[int]:
+    """Where the body has colons: at least one, and no more than these."""
+    colons: list[int] = []
+    for start in range(0, len(raw), _PIECE_BYTES):
+        piece, at = bytes(raw[start : start + _PIECE_BYTES]), -1
+        while (at := piece.find(b":", at + 1)) >= 0:
+            colons.append(start + at)
+            if len(colons) > most:
+                raise _UnusualError
+    if not colons:
+        raise _UnusualError
+    return colons
 
 
 def _read_integer(text: memoryview) -> Array:
@@ -309,6 +348,10 @@ def _read_any(raw: memoryview, dtypes: Mapping[str, str]) -> dict[str, Array]:
         if "infinity" in error.msg:
             raise InvalidRequest(f"a number does not fit float64: {error}", expected="float64") from None
         raise MalformedBody(f"not JSON: {error}") from None
+    return _read_document(document, dtypes)
+
+
+def _read_document(document: Any, dtypes: Mapping[str, str]) -> dict[str, Array]:
     if not isinstance(document, dict):
         raise MalformedBody("the body must be a JSON object", expected="an object", got=_told(document))
     check_known(document, dtypes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
@@ -11,8 +11,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from batchnorm_client.contract import IDEMPOTENT_REPLAY, JSON
-from batchnorm_client.tensors import json_list
-from batchnorm_service.layers import Snapshot
+from batchnorm_client.tensors import Tensor, json_pieces
+from batchnorm_service.layers import Layers, Snapshot
 
 from .conditions import etag
 
@@ -22,7 +22,8 @@ Piece = bytes | bytearray | memoryview
 JSON_OPTIONS: Final = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_UTC_Z
 REPLAYED: Final[RawHeader] = (IDEMPOTENT_REPLAY.lower().encode(), b"true")
 
-_INLINE_FEATURES: Final = 1 << 13
+_NUMBER_BYTES: Final = 16
+"""About as long is a number in JSON, with its comma: 11 bytes in float32, 20 in float64."""
 
 JOIN_BYTES: Final = 1 << 16
 """Bodies up to this size are sent as one message: copying them costs less than a second message."""
@@ -67,21 +68,24 @@ def empty_answer(status: int, headers: Iterable[RawHeader] = ()) -> Answer:
     return Answer(status, None, [], headers)
 
 
+def text_bytes(form: str, tensors: Iterable[Tensor]) -> int:
+    """About how many bytes of text tensors are in this form; nothing is written of those that go as they are."""
+    return sum(_NUMBER_BYTES * math.prod(tensor.shape) for tensor in tensors) if form == JSON else 0
+
+
 async def layer_answer(
-    status: int, layer: Snapshot, headers: Iterable[RawHeader] = (), *, replayed: bool = False
+    layers: Layers, status: int, layer: Snapshot, headers: Iterable[RawHeader] = (), *, replayed: bool = False
 ) -> Answer:
     """A layer as a contract.Layer. Writing the numbers of a large one takes long enough to be done in a thread.
 
     The version of a repeat is the first call's, but the tensors are the present ones: no ETag stands for both.
     """
     tags = [REPLAYED] if replayed else [(b"etag", etag(layer.version))]
-    if layer.config.num_features <= _INLINE_FEATURES:
-        return _layer_answer(status, layer, [*tags, *headers])
-    return await asyncio.to_thread(_layer_answer, status, layer, [*tags, *headers])
+    size = text_bytes(JSON, layer.tensors.values())
+    return await layers.run_codec(size, _layer_answer, status, layer, [*tags, *headers])
 
 
 def _layer_answer(status: int, layer: Snapshot, headers: Iterable[RawHeader]) -> Answer:
-    """The tensors go from their buffers into the text, not by way of Python numbers."""
     document: dict[str, Any] = {
         "name": layer.name,
         "config": layer.config.model_dump(),
@@ -90,7 +94,7 @@ def _layer_answer(status: int, layer: Snapshot, headers: Iterable[RawHeader]) ->
         "samples_tracked": layer.samples_tracked,
     }
     for name in ("running_mean", "running_var", "weight", "bias"):
-        document[name] = json_list(layer.tensors[name]) if name in layer.tensors else None
+        document[name] = layer.tensors.get(name)
     document["created_at"] = layer.created_at
     document["updated_at"] = layer.updated_at
-    return json_answer(status, document, headers)
+    return Answer(status, JSON, json_pieces(document), headers)

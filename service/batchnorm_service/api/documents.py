@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import math
 from typing import Any, Final, TypeVar
 
 import orjson
@@ -10,8 +10,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from starlette.requests import Request
 
-from batchnorm_client.contract import JSON
+from batchnorm_client.contract import JSON, MAX_FEATURES, LayerUpdate
 from batchnorm_client.errors import InvalidRequest, MalformedBody
+from batchnorm_client.tensors import split_vectors
+from batchnorm_service.layers import Layers
 
 from .bodies import read_body
 from .headers import read_headers
@@ -19,14 +21,20 @@ from .negotiation import content_type
 
 Model = TypeVar("Model", bound=BaseModel)
 
-_INLINE_BYTES: Final = 1 << 16
-"""A document up to this size is parsed on the event loop; a longer one, such as a weight vector, in a thread."""
+_VECTORS: Final = ("weight", "bias")
+_VECTORS_FROM: Final = 1 << 14
+"""Of an update that is longer, the vectors are read as tensors: pydantic looks at each number by itself."""
 
 _SHOWN_ERRORS: Final = 20
 
 
 async def read_document(
-    request: Request, model: type[Model], limit: int, known: tuple[str, ...] = (JSON,), empty: Model | None = None
+    request: Request,
+    layers: Layers,
+    model: type[Model],
+    limit: int,
+    known: tuple[str, ...] = (JSON,),
+    empty: Model | None = None,
 ) -> Model:
     """The request's body as a `model`; `empty`, if given, when there is no body.
 
@@ -44,19 +52,25 @@ async def read_document(
         if not body:
             return empty
         content_type(headers, known)
-    if len(body) <= _INLINE_BYTES:
-        return parse_document(model, body)
-    return await asyncio.to_thread(parse_document, model, body)
+    return await layers.run_codec(len(body), parse_document, model, body)
 
 
 def parse_document(model: type[Model], body: bytes | bytearray | memoryview) -> Model:
-    """The body as a `model`."""
+    """The body as a `model`. Of a large LayerUpdate, weight and bias are tensors."""
+    if model is LayerUpdate and len(body) > _VECTORS_FROM and (split := split_vectors(body, _VECTORS)):
+        others, vectors = split
+        if all(math.prod(vector.shape) <= MAX_FEATURES for vector in vectors.values()):
+            return _validated(model, others).model_copy(update=vectors)
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise MalformedBody(f"the body is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise MalformedBody("the body must be a JSON object")
+    return _validated(model, value)
+
+
+def _validated(model: type[Model], value: dict[str, Any]) -> Model:
     try:
         return model.model_validate(value)
     except ValidationError as error:

@@ -8,10 +8,10 @@ from fastapi import FastAPI
 from starlette.requests import Request
 
 from batchnorm_client.contract import IDEMPOTENCY_KEY, IDEMPOTENT_REPLAY, JSON, SAFETENSORS, VERSION
-from batchnorm_client.tensors import Tensor, decode, encode
+from batchnorm_client.tensors import Tensor, bytes_read, decode, encode
 from batchnorm_service.layers import Layers
 
-from .answers import REPLAYED, Answer
+from .answers import REPLAYED, Answer, text_bytes
 from .bodies import read_body
 from .conditions import etag
 from .hangups import unless_gone
@@ -83,6 +83,7 @@ def add_gradient_routes(app: FastAPI, layers: Layers, max_body_bytes: int, max_e
             name,
             read,
             key,
+            nbytes=bytes_read(media, body),
             training=query.mode == "train",
             group=query.group_call,
         )
@@ -91,4 +92,5 @@ def add_gradient_routes(app: FastAPI, layers: Layers, max_body_bytes: int, max_e
         answer_headers = [(b"etag", etag(done.version)), (VERSION.lower().encode(), b"%d" % done.version)]
         if done.replayed:
             answer_headers.append(REPLAYED)
-        return Answer(200, form, encode(form, done.gradients, fields), answer_headers)
+        size = text_bytes(form, done.gradients.values())
+        return Answer(200, form, await layers.run_codec(size, encode, form, done.gradients, fields), answer_headers)

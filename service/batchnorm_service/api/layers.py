@@ -65,7 +65,7 @@ def _add_reading(app: FastAPI, layers: Layers) -> None:
         parse_query(NoQuery, request.scope["query_string"])
         layer = await layers.get(name)
         if none_match_holds(read_headers(request.scope["headers"]), layer.version):
-            return await layer_answer(200, layer)
+            return await layer_answer(layers, 200, layer)
         return empty_answer(304, [(b"etag", etag(layer.version))])
 
 
@@ -86,11 +86,11 @@ def _add_changing(app: FastAPI, layers: Layers, max_body_bytes: int) -> None:
     async def create_layer(name: LayerNamePath, request: Request) -> Answer:
         """Repeating it with the same config is harmless; what a later PATCH changed does not matter."""
         parse_query(NoQuery, request.scope["query_string"])
-        config = await read_document(request, LayerConfig, max_body_bytes)
+        config = await read_document(request, layers, LayerConfig, max_body_bytes)
         layer, created = await layers.create(name, config)
         if created:
-            return await layer_answer(201, layer, [(b"location", f"/v1/layers/{name}".encode())])
-        return await layer_answer(200, layer)
+            return await layer_answer(layers, 201, layer, [(b"location", f"/v1/layers/{name}".encode())])
+        return await layer_answer(layers, 200, layer)
 
     @app.patch(
         "/v1/layers/{name}",
@@ -107,8 +107,8 @@ def _add_changing(app: FastAPI, layers: Layers, max_body_bytes: int) -> None:
         """A field that is left out stays as it is; `momentum: null` means the cumulative average."""
         parse_query(NoQuery, request.scope["query_string"])
         versions = if_match(read_headers(request.scope["headers"]))
-        update = await read_document(request, LayerUpdate, max_body_bytes, (JSON, MERGE_PATCH_JSON))
-        return await layer_answer(200, await layers.update(name, update, versions))
+        update = await read_document(request, layers, LayerUpdate, max_body_bytes, (JSON, MERGE_PATCH_JSON))
+        return await layer_answer(layers, 200, await layers.update(name, update, versions))
 
     @app.delete(
         "/v1/layers/{name}",
@@ -144,6 +144,6 @@ def _add_reset(app: FastAPI, layers: Layers, max_body_bytes: int) -> None:
         parse_query(NoQuery, request.scope["query_string"])
         headers = read_headers(request.scope["headers"])
         key, versions = idempotency_key(headers), if_match(headers)
-        asked = await read_document(request, ResetRequest, max_body_bytes, empty=ResetRequest())
+        asked = await read_document(request, layers, ResetRequest, max_body_bytes, empty=ResetRequest())
         layer, replayed = await layers.reset(name, asked.what, key, versions)
-        return await layer_answer(200, layer, replayed=replayed)
+        return await layer_answer(layers, 200, layer, replayed=replayed)

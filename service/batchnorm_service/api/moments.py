@@ -13,10 +13,10 @@ from starlette.types import Receive
 
 from batchnorm_client.contract import IDEMPOTENCY_KEY, JSON, SAFETENSORS
 from batchnorm_client.errors import InvalidRequest, MalformedBody, ProblemError
-from batchnorm_client.tensors import Tensor, decode, decode_safetensors, json_list
-from batchnorm_service.layers import Folded, Layers, Posting
+from batchnorm_client.tensors import Tensor, decode, decode_safetensors, json_pieces, json_tensors
+from batchnorm_service.layers import MOMENT_DTYPES, Folded, Layers, Posting
 
-from .answers import REPLAYED, Answer, json_answer
+from .answers import REPLAYED, Answer, json_answer, text_bytes
 from .bodies import read_body
 from .conditions import etag
 from .hangups import unless_gone
@@ -46,7 +46,8 @@ _MANY_BODY: Json = {
     | tensor_content((SAFETENSORS,), {}, "count, mean and var of each layer, named {layer}/count and so on"),
 }
 
-Read = Callable[[Mapping[str, str]], Mapping[str, Tensor]]
+Moments = Mapping[str, Tensor] | ProblemError
+"""A layer's count, mean and var, or why they cannot be read."""
 
 
 class MomentsCalls:
@@ -58,6 +59,7 @@ class MomentsCalls:
     """
 
     def __init__(self, layers: Layers, max_body_bytes: int) -> None:
+        self._layers = layers
         self._batches = layers.batches
         self._max_body_bytes = max_body_bytes
 
@@ -67,8 +69,9 @@ class MomentsCalls:
         key = idempotency_key(headers)
         media = content_type(headers, _FORMS)
         body = await read_body(headers, receive, self._max_body_bytes)
-        call = self._batches.fold_moments(name, partial(decode, media, body), key, group=group)
-        return _answer(await (unless_gone(receive, call) if group else call))
+        call = self._batches.fold_moments(name, partial(decode, media, body), key, nbytes=len(body), group=group)
+        done = await (unless_gone(receive, call) if group else call)
+        return await self._layers.run_codec(text_bytes(JSON, done.moments.values()), _answer, done)
 
     def fold_soon(
         self, name: str, headers: Headers, body: memoryview
@@ -90,18 +93,19 @@ class MomentsCalls:
         key = idempotency_key(headers)
         media = content_type(headers, _FORMS)
         body = await read_body(headers, receive, self._max_body_bytes)
-        reads = _many_from_json(body) if media == JSON else _many_from_safetensors(body)
-        good: dict[str, Read] = {}
+        read = _many_from_json if media == JSON else _many_from_safetensors
+        given = await self._layers.run_codec(len(body), read, body)
+        good: dict[str, Moments] = {}
         results: dict[str, Any] = {}
-        for name, read in reads.items():
+        for name, moments in given.items():
             try:
                 check_layer_name(name)
-                good[name] = read
+                good[name] = moments
             except ProblemError as error:
                 results[name] = _told(name, error, request_id)
         for name, result in (await self._batches.fold_many(good, key)).items():
             results[name] = _told(name, result, request_id)
-        return json_answer(200, {"layers": {name: results[name] for name in reads}})
+        return json_answer(200, {"layers": {name: results[name] for name in given}})
 
 
 def add_moments_routes(app: FastAPI, calls: MomentsCalls) -> None:
@@ -155,10 +159,9 @@ def add_moments_routes(app: FastAPI, calls: MomentsCalls) -> None:
 def _answer(done: Folded) -> Answer:
     document = _document(done)
     if done.count is not None:
-        document["count"] = done.count
-        document |= {name: json_list(tensor) for name, tensor in done.moments.items()}
+        document |= {"count": done.count, **done.moments}
     replayed = [REPLAYED] if done.replayed else []
-    return json_answer(200, document, [(b"etag", etag(done.version)), *replayed])
+    return Answer(200, JSON, json_pieces(document), [(b"etag", etag(done.version)), *replayed])
 
 
 def _document(done: Folded) -> dict[str, Any]:
@@ -171,7 +174,7 @@ def _told(name: str, result: Folded | Exception, request_id: str) -> dict[str, A
     return _document(result) | {"replayed": result.replayed}
 
 
-def _many_from_json(body: bytes | bytearray | memoryview) -> dict[str, Read]:
+def _many_from_json(body: bytes | bytearray | memoryview) -> dict[str, Moments]:
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -184,11 +187,18 @@ def _many_from_json(body: bytes | bytearray | memoryview) -> dict[str, Read]:
     layers = document.get("layers")
     if not isinstance(layers, dict):
         raise InvalidRequest("layers: must be an object of moments by layer name", field="layers", expected="an object")
-    # Each layer's moments go through the same reader as a call of its own.
-    return {name: partial(decode, JSON, orjson.dumps(moments)) for name, moments in _bounded(layers).items()}
+    return {name: _from_json(moments) for name, moments in _bounded(layers).items()}
 
 
-def _many_from_safetensors(body: bytes | bytearray | memoryview) -> dict[str, Read]:
+def _from_json(document: Any) -> Moments:
+    """As a call of its own reads them."""
+    try:
+        return json_tensors(document, MOMENT_DTYPES)
+    except ProblemError as error:
+        return error
+
+
+def _many_from_safetensors(body: bytes | bytearray | memoryview) -> dict[str, Moments]:
     tensors, _ = decode_safetensors(body)
     layers: dict[str, dict[str, Tensor]] = {}
     for path, tensor in tensors.items():
@@ -196,11 +206,7 @@ def _many_from_safetensors(body: bytes | bytearray | memoryview) -> dict[str, Re
         if name not in _MOMENTS:
             raise InvalidRequest(f"the tensor {path!r} is not known", field=path, expected="{layer}/count, mean or var")
         layers.setdefault(layer, {})[name] = tensor
-
-    def given(moments: Mapping[str, Tensor], _dtypes: Mapping[str, str]) -> Mapping[str, Tensor]:
-        return moments
-
-    return {name: partial(given, moments) for name, moments in _bounded(layers).items()}
+    return dict(_bounded(layers))
 
 
 def _bounded(layers: dict[str, Any]) -> dict[str, Any]:

@@ -21,10 +21,10 @@ from batchnorm_client.contract import (
     VERSION,
 )
 from batchnorm_client.errors import ProblemError
-from batchnorm_client.tensors import Tensor, decode, encode
+from batchnorm_client.tensors import Tensor, bytes_read, decode, encode
 from batchnorm_service.layers import Layers, Normalized, Training
 
-from .answers import REPLAYED, Answer, RawHeader
+from .answers import REPLAYED, Answer, RawHeader, text_bytes
 from .bodies import read_body
 from .conditions import etag
 from .hangups import unless_gone
@@ -51,6 +51,7 @@ class NormalizeCalls:
     """
 
     def __init__(self, layers: Layers, max_body_bytes: int, max_elements: int) -> None:
+        self._layers = layers
         self._batches = layers.batches
         self._max_body_bytes = max_body_bytes
         self._max_elements = max_elements
@@ -62,19 +63,21 @@ class NormalizeCalls:
         key = idempotency_key(headers)
         exchange.body = await read_body(headers, receive, self._max_body_bytes)
         group = asked.group_call
-        call = self._batches.train(name, exchange.read, key, statistics=exchange.statistics, group=group)
-        return exchange.answer(await (unless_gone(receive, call) if group else call))
+        call = self._batches.train(
+            name, exchange.read, key, nbytes=exchange.bytes_read, statistics=exchange.statistics, group=group
+        )
+        return await self._answer(exchange, await (unless_gone(receive, call) if group else call))
 
     def train_soon(self, name: str, headers: Headers, body: memoryview) -> tuple[Training, Encode] | None:
         """What `train` begins with a body that is here, if it has to wait for its commit alone; otherwise None."""
-        if not self._batches.at_once(len(body)):
-            return None
         try:
             exchange = _Exchange(headers, self._max_elements, statistics=False)
             key = idempotency_key(headers)
         except ProblemError:
             return None
         exchange.body = body
+        if not self._batches.at_once(exchange.cost):
+            return None
         training = self._batches.train_soon(name, exchange.read, key)
         return None if training is None else (training, exchange.answer)
 
@@ -83,14 +86,15 @@ class NormalizeCalls:
         asked = parse_query(NormalizeQuery, query)
         exchange = _Exchange(headers, self._max_elements, statistics=asked.statistics == "true")
         exchange.body = await read_body(headers, receive, self._max_body_bytes)
-        return exchange.answer(await self._batches.eval(name, exchange.read, statistics=exchange.statistics))
+        done = await self._batches.eval(name, exchange.read, nbytes=exchange.bytes_read, statistics=exchange.statistics)
+        return await self._answer(exchange, done)
 
     def eval_now(self, name: str, headers: Headers, body: memoryview) -> Answer | None:
         """What `eval` answers to a body that is here, if that waits for nothing; otherwise None."""
-        if not self._batches.at_once(len(body)):
-            return None
         exchange = _Exchange(headers, self._max_elements, statistics=False)
         exchange.body = body
+        if not self._batches.at_once(exchange.cost):
+            return None
         done = self._batches.eval_now(name, exchange.read)
         return None if done is None else exchange.answer(done)
 
@@ -99,7 +103,12 @@ class NormalizeCalls:
         parse_query(NoQuery, query)
         exchange = _Exchange(headers, self._max_elements, statistics=False)
         exchange.body = await read_body(headers, receive, self._max_body_bytes)
-        return exchange.answer(await self._batches.inverse(name, exchange.read))
+        return await self._answer(
+            exchange, await self._batches.inverse(name, exchange.read, nbytes=exchange.bytes_read)
+        )
+
+    async def _answer(self, exchange: _Exchange, done: Normalized) -> Answer:
+        return await self._layers.run_codec(exchange.text_bytes(done), exchange.answer, done)
 
 
 class _Exchange:
@@ -113,6 +122,22 @@ class _Exchange:
         self.body: bytearray | memoryview = bytearray()
         self._media = content_type(headers, TENSOR_MEDIA_TYPES)
         self._forms = accepted(headers.get(b"accept"), FORMS_FOR[self._media])
+
+    @property
+    def cost(self) -> int:
+        """About how many bytes are read, and written as text: a float16 of the body may become 16 bytes of JSON."""
+        written_as_text = self._forms[0] == JSON and self._media != JSON
+        return len(self.body) * (8 if written_as_text else 1)
+
+    @property
+    def bytes_read(self) -> int:
+        """How many bytes of the body are read, and not only viewed."""
+        return bytes_read(self._media, self.body)
+
+    def text_bytes(self, done: Normalized) -> int:
+        """How many bytes of text the answer has, about."""
+        form = tensor_form(self._forms, done.output.dtype, self.statistics)
+        return text_bytes(form, (done.output, *done.statistics.values()))
 
     def read(self, dtypes: Mapping[str, str]) -> Mapping[str, Tensor]:
         """The caller's tensors. Refuses a batch whose output no admitted form can carry, while nothing is folded."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import FastAPI
 from starlette.requests import Request
 
@@ -9,7 +11,7 @@ from batchnorm_client.contract import JSON, SAFETENSORS
 from batchnorm_client.tensors import decode, encode
 from batchnorm_service.layers import Layers
 
-from .answers import Answer, empty_answer, layer_answer
+from .answers import Answer, empty_answer, layer_answer, text_bytes
 from .bodies import read_body
 from .conditions import etag, if_match, none_match_holds
 from .headers import read_headers
@@ -56,7 +58,8 @@ def add_state_routes(app: FastAPI, layers: Layers, max_body_bytes: int) -> None:
         tags = [(b"etag", etag(layer.version)), (b"vary", b"accept")]
         if not none_match_holds(headers, layer.version):
             return empty_answer(304, tags)
-        return Answer(200, form, encode(form, layer.tensors), tags)
+        size = text_bytes(form, layer.tensors.values())
+        return Answer(200, form, await layers.run_codec(size, encode, form, layer.tensors), tags)
 
     @app.put(
         "/v1/layers/{name}/state",
@@ -86,5 +89,5 @@ def add_state_routes(app: FastAPI, layers: Layers, max_body_bytes: int) -> None:
         versions = if_match(headers)
         form = content_type(headers, _FORMS)
         body = await read_body(headers, request.receive, max_body_bytes)
-        layer = await layers.replace_state(name, lambda dtypes: decode(form, body, dtypes), versions)
-        return await layer_answer(200, layer)
+        layer = await layers.replace_state(name, partial(decode, form, body), versions, nbytes=len(body))
+        return await layer_answer(layers, 200, layer)

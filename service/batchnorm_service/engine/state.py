@@ -9,10 +9,11 @@ from torch import Tensor
 
 from batchnorm_client.contract import LayerConfig, LayerUpdate
 from batchnorm_client.errors import InvalidRequest, ShapeMismatch
+from batchnorm_client.tensors import Tensor as WireTensor
 
 from .moments import Channels
 from .population import Population, empty_population
-from .tensors import TORCH_DTYPES
+from .tensors import TORCH_DTYPES, to_torch
 
 
 class LayerState(NamedTuple):
@@ -116,7 +117,7 @@ def reset(state: LayerState, what: str) -> LayerState:
 
 
 def update(state: LayerState, change: LayerUpdate) -> LayerState:
-    """The state with the given fields set.
+    """The state with the given fields set; weight and bias are lists of numbers, or float64 tensors.
 
     Raises:
         InvalidRequest: a field that this layer does not have, or that cannot have that value.
@@ -153,17 +154,17 @@ def update(state: LayerState, change: LayerUpdate) -> LayerState:
     return state._replace(config=state.config.model_copy(update=config), **tensors)
 
 
-def _parameter(state: LayerState, field: str, values: list[float]) -> Tensor:
+def _parameter(state: LayerState, field: str, values: list[float] | WireTensor) -> Tensor:
+    exact = to_torch(values) if isinstance(values, WireTensor) else torch.tensor(values, dtype=torch.float64)
     if not state.config.affine:
         raise InvalidRequest(f"the layer has no {field}: affine is false", field=field, expected="no such field")
-    if len(values) != state.config.num_features:
+    if len(exact) != state.config.num_features:
         raise ShapeMismatch(
-            f"{field} must have {state.config.num_features} numbers, got {len(values)}",
+            f"{field} must have {state.config.num_features} numbers, got {len(exact)}",
             field=field,
             expected=[state.config.num_features],
-            got=[len(values)],
+            got=[len(exact)],
         )
-    exact = torch.tensor(values, dtype=torch.float64)
     tensor = exact.to(state.dtype)
     if not torch.equal(exact.isfinite(), tensor.isfinite()):
         raise InvalidRequest(

@@ -1,5 +1,6 @@
 """The only place where a layer's state changes: the cache of resident layers, their fold queues, and the commits."""
 
+from ..engine.posted import MOMENT_DTYPES
 from .batches import Batches
 from .groups import GroupCall
 from .layers import Layers
@@ -7,6 +8,7 @@ from .results import Differentiated, Folded, LayersOptions, Normalized, Snapshot
 from .training import Posting, Training, Waiting
 
 __all__ = [
+    "MOMENT_DTYPES",
     "Batches",
     "Differentiated",
     "Folded",

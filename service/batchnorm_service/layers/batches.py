@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVar
 
 import torch
@@ -34,12 +34,15 @@ Read = Callable[[Mapping[str, str]], Mapping[str, Tensor]]
 
 T = TypeVar("T")
 W = TypeVar("W", bound=Work)
-Prepare = Callable[[Held], tuple[W, Ticket]]
+Prepare = Callable[[Held], Awaitable[tuple[W, Ticket]]]
 """Reads what a call brings, for a layer."""
 
 
 class Batches:
-    """Batches for named layers."""
+    """Batches for named layers.
+
+    `nbytes` of a call says how many bytes `read` has to look at: it is called in a thread where they are many.
+    """
 
     def __init__(self, slots: Slots, computing: Computing) -> None:
         self._slots = slots
@@ -50,7 +53,14 @@ class Batches:
         return self._computing.at_once(nbytes)
 
     async def train(
-        self, name: str, read: Read, key: str | None, *, statistics: bool = False, group: GroupCall | None = None
+        self,
+        name: str,
+        read: Read,
+        key: str | None,
+        *,
+        nbytes: int = 0,
+        statistics: bool = False,
+        group: GroupCall | None = None,
     ) -> Normalized:
         """Normalize a batch with its own statistics and fold them into the running ones, exactly once per key.
 
@@ -58,11 +68,12 @@ class Batches:
         """
         with self._slots.use(name) as slot:
             if group is not None:
-                return await self._train_shard(slot, read, key, group, statistics=statistics)
+                return await self._train_shard(slot, read, key, group, nbytes=nbytes, statistics=statistics)
 
-            def prepare(held: Held) -> tuple[BatchWork, Ticket]:
-                wire = _input(held.state, read)
-                return BatchWork(self._computing.batch(held.state, wire), self._computing), ticket(key, "train", wire)
+            async def prepare(held: Held) -> tuple[BatchWork, Ticket]:
+                wire = await self._computing.run_codec(nbytes, _input, read, held.state)
+                claim = await self._ticket(key, "train", wire)
+                return BatchWork(self._computing.batch(held.state, wire), self._computing), claim
 
             work, done = await self._fold(slot, prepare)
             return normalized(await work.output(done.held.state), done, statistics=statistics)
@@ -78,7 +89,7 @@ class Batches:
         if self._computing.away(held.state):
             return None
         try:
-            wire = _input(held.state, read)
+            wire = _input(read, held.state)
             batch = self._computing.batch(held.state, wire)
             if not self._computing.at_once(batch.nbytes):
                 return None
@@ -89,15 +100,17 @@ class Batches:
             return None
         return Training(slot.queue.put(fold), work, lambda: self.train(name, read, key))
 
-    async def fold_moments(self, name: str, read: Read, key: str | None, *, group: GroupCall | None = None) -> Folded:
+    async def fold_moments(
+        self, name: str, read: Read, key: str | None, *, nbytes: int = 0, group: GroupCall | None = None
+    ) -> Folded:
         """Fold the moments of a batch that stayed with the caller; as a shard of a group, those of all shards."""
         with self._slots.use(name) as slot:
             if group is not None:
-                return await self._fold_shard_moments(slot, read, key, group)
+                return await self._fold_shard_moments(slot, read, key, group, nbytes)
 
-            def prepare(held: Held) -> tuple[PostedWork, Ticket]:
-                moments, tensors = posted_moments(held.state.config, read(MOMENT_DTYPES))
-                return PostedWork(moments), ticket(key, "moments", *tensors)
+            async def prepare(held: Held) -> tuple[PostedWork, Ticket]:
+                moments, claim = await self._computing.run_codec(nbytes, _posted, read, held.state, key, "moments")
+                return PostedWork(moments), claim
 
             _, done = await self._fold(slot, prepare)
             return Folded(done.version, done.batch, done.replayed)
@@ -116,24 +129,36 @@ class Batches:
             return None
         return Posting(slot.queue.put(fold), lambda: self.fold_moments(name, read, key))
 
-    async def fold_many(self, reads: Mapping[str, Read], key: str | None) -> dict[str, Folded | Exception]:
+    async def fold_many(
+        self, moments: Mapping[str, Mapping[str, Tensor] | ProblemError], key: str | None
+    ) -> dict[str, Folded | Exception]:
         """Fold moments into many layers, each all or nothing.
 
         Whatever stops one of them, a fault of ours too, is its result: the others may be folded already.
+
+        Args:
+            moments: by layer; a problem where they cannot be read, which is told unless there is a greater one.
+            key: of the call; it counts for each layer by itself.
         """
 
-        async def one(name: str, read: Read) -> Folded | Exception:
+        async def one(name: str, tensors: Mapping[str, Tensor] | ProblemError) -> Folded | Exception:
+            def read(_: Mapping[str, str]) -> Mapping[str, Tensor]:
+                if isinstance(tensors, ProblemError):
+                    raise tensors
+                return tensors
+
+            nbytes = 0 if isinstance(tensors, ProblemError) else sum(tensor.nbytes for tensor in tensors.values())
             try:
-                return await self.fold_moments(name, read, key)
+                return await self.fold_moments(name, read, key, nbytes=nbytes)
             except Exception as error:
                 return error
 
-        return dict(zip(reads, await asyncio.gather(*(one(*item) for item in reads.items())), strict=True))
+        return dict(zip(moments, await asyncio.gather(*(one(*item) for item in moments.items())), strict=True))
 
-    async def eval(self, name: str, read: Read, *, statistics: bool = False) -> Normalized:
+    async def eval(self, name: str, read: Read, *, nbytes: int = 0, statistics: bool = False) -> Normalized:
         """Normalize a batch with the running statistics. Changes nothing."""
         held = await self._fresh(name)
-        batch = self._computing.batch(held.state, _input(held.state, read))
+        batch = self._computing.batch(held.state, await self._computing.run_codec(nbytes, _input, read, held.state))
         output = await self._computing.run(batch.nbytes, normalize.eval_step, held.state, batch)
         named: dict[str, torch.Tensor] = {}
         if statistics:
@@ -145,25 +170,32 @@ class Batches:
         held = self._slots.certain(name)
         if held is None or self._computing.away(held.state):
             return None
-        batch = self._computing.batch(held.state, _input(held.state, read))
+        batch = self._computing.batch(held.state, _input(read, held.state))
         if not self._computing.at_once(batch.nbytes):
             return None
         return _unchanged(held, normalize.eval_step(held.state, batch), {})
 
-    async def inverse(self, name: str, read: Read) -> Normalized:
+    async def inverse(self, name: str, read: Read, *, nbytes: int = 0) -> Normalized:
         """Undo eval's normalization of a batch. Changes nothing."""
         held = await self._fresh(name)
-        batch = self._computing.batch(held.state, _input(held.state, read))
+        batch = self._computing.batch(held.state, await self._computing.run_codec(nbytes, _input, read, held.state))
         return _unchanged(held, await self._computing.run(batch.nbytes, inverse_step, held.state, batch), {})
 
     async def backward(
-        self, name: str, read: Read, key: str | None, *, training: bool, group: GroupCall | None = None
+        self,
+        name: str,
+        read: Read,
+        key: str | None,
+        *,
+        training: bool,
+        nbytes: int = 0,
+        group: GroupCall | None = None,
     ) -> Differentiated:
         """The gradients of a batch, or of a shard of a synchronized one. Changes nothing."""
         with self._slots.use(name) as slot:
             held = await slot.resident.fresh()
             layer = held.state
-            wires = _batch_and_gradient(layer, read)
+            wires = await self._computing.run_codec(nbytes, _batch_and_gradient, read, layer)
             batch, grad = (self._computing.batch(layer, wire) for wire in wires)
             size = batch.nbytes + grad.nbytes
             if group is None:
@@ -178,7 +210,7 @@ class Batches:
                     expected="mode=train and no clip",
                 )
             sums = await self._computing.run(size, gradients.gradient_sums, layer, batch, grad)
-            member = ticket(key, f"backward {_name(group)}", *wires)
+            member = await self._ticket(key, f"backward {_name(group)}", *wires)
             outcome = await _joined(slot, group, member, sums, GradientGroup(held, slot.queue))
             done = await self._computing.run(size, gradients.shard_backward, layer, batch, grad, outcome.whole)
             return _differentiated(outcome.version, done, replayed=outcome.replayed)
@@ -186,13 +218,12 @@ class Batches:
     # ----------------------------------------------------------------------------------------------------- shards
 
     async def _train_shard(
-        self, slot: Slot, read: Read, key: str | None, group: GroupCall, *, statistics: bool
+        self, slot: Slot, read: Read, key: str | None, group: GroupCall, *, nbytes: int, statistics: bool
     ) -> Normalized:
         held = await slot.resident.fresh()
-        wire = _input(held.state, read)
-        batch = self._computing.batch(held.state, wire)
+        wire = await self._computing.run_codec(nbytes, _input, read, held.state)
+        batch, member = self._computing.batch(held.state, wire), await self._ticket(key, f"train {_name(group)}", wire)
         part = Part(*await self._computing.run(batch.nbytes, normalize.shard_moments, held.state, batch))
-        member = ticket(key, f"train {_name(group)}", wire)
         outcome = await _joined(slot, group, member, part, FoldGroup(held, slot.queue))
         whole = outcome.whole
         assert whole.frozen is not None  # noqa: S101 - what closing a group writes
@@ -202,16 +233,23 @@ class Batches:
         named = normalize.named_statistics(step) if statistics else {}
         return Normalized(to_wire(step.output), outcome.version, outcome.batch, outcome.replayed, _to_wire(named))
 
-    async def _fold_shard_moments(self, slot: Slot, read: Read, key: str | None, group: GroupCall) -> Folded:
+    async def _fold_shard_moments(
+        self, slot: Slot, read: Read, key: str | None, group: GroupCall, nbytes: int
+    ) -> Folded:
         held = await slot.resident.fresh()
-        moments, tensors = posted_moments(held.state.config, read(MOMENT_DTYPES), least=0)
-        member = ticket(key, f"moments {_name(group)}", *tensors)
+        operation = f"moments {_name(group)}"
+        moments, member = await self._computing.run_codec(nbytes, _posted, read, held.state, key, operation, least=0)
         part = Part(moments, no_extremes(held.state.config.num_features))
         outcome = await _joined(slot, group, member, part, FoldGroup(held, slot.queue))
         whole = outcome.whole.moments
         return Folded(outcome.version, outcome.batch, outcome.replayed, whole.count, _to_wire(_moments(whole)))
 
     # ---------------------------------------------------------------------------------------------------- helpers
+
+    async def _ticket(self, key: str | None, operation: str, *tensors: Tensor) -> Ticket:
+        """Taking the fingerprint of a large batch takes long; without a key none is taken."""
+        nbytes = 0 if key is None else sum(tensor.nbytes for tensor in tensors)
+        return await self._computing.run_codec(nbytes, ticket, key, operation, *tensors)
 
     def _here(self, name: str) -> tuple[Slot, Held] | None:
         """A layer that is in memory and takes a fold at once."""
@@ -261,12 +299,12 @@ async def _prepared(resident: Resident, prepare: Prepare[W]) -> tuple[Held, W, T
     if not held.state.tracks:
         held = await resident.fresh()
     try:
-        return held, *prepare(held)
+        return held, *await prepare(held)
     except ProblemError:
         newest = await resident.fresh()
         if newest.stamp == held.stamp:
             raise
-    return newest, *prepare(newest)
+    return newest, *await prepare(newest)
 
 
 async def _repeated(slot: Slot, newest: Held, claim: Ticket, error: ProblemError) -> Done:
@@ -278,7 +316,7 @@ async def _repeated(slot: Slot, newest: Held, claim: Ticket, error: ProblemError
     return done
 
 
-def _input(layer: LayerState, read: Read) -> Tensor:
+def _input(read: Read, layer: LayerState) -> Tensor:
     (tensor,) = require(read({"input": layer.config.dtype}), "input")
     if tensor.shape == (0,):  # all that JSON can say of a batch without rows
         tensor = Tensor(tensor.dtype, normalize.empty_shape(layer.config), tensor.buffer)
@@ -286,7 +324,14 @@ def _input(layer: LayerState, read: Read) -> Tensor:
     return tensor
 
 
-def _batch_and_gradient(layer: LayerState, read: Read) -> tuple[Tensor, Tensor]:
+def _posted(
+    read: Read, layer: LayerState, key: str | None, operation: str, *, least: int | None = None
+) -> tuple[Moments, Ticket]:
+    moments, tensors = posted_moments(layer.config, read(MOMENT_DTYPES), least=least)
+    return moments, ticket(key, operation, *tensors)
+
+
+def _batch_and_gradient(read: Read, layer: LayerState) -> tuple[Tensor, Tensor]:
     names = ("input", "grad_output")
     batch, grad = require(read(dict.fromkeys(names, layer.config.dtype)), *names)
     normalize.check_input(layer.config, batch)

@@ -37,11 +37,20 @@ class Done(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Change:
-    """A change of the state that is a commit of its own: reset, PATCH, PUT state."""
+    """A change of the state that is a commit of its own: reset, PATCH, PUT state.
+
+    Attributes:
+        ticket: the claim to be made once.
+        apply: the change; it is made anew after each conflict, so that nothing in it should take long.
+        if_match: versions that the caller accepts.
+        incarnation: of the layer that it was read for, if it depends on that.
+        done: set once the change is durable or refused.
+    """
 
     ticket: Ticket
     apply: Callable[[LayerState], LayerState]
     if_match: IfMatch = None
+    incarnation: int | None = None
     done: asyncio.Future[Done] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -84,7 +93,7 @@ Queued = Fold | Change | Note | Deletion
 
 
 class ReplacedError(Exception):
-    """The layer was deleted and another was created under its name, since the batch was computed for it."""
+    """The layer was deleted and another was created under its name, since the call was prepared for it."""
 
 
 def check_version(if_match: IfMatch, held: Held) -> None:

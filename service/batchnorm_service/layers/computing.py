@@ -1,4 +1,4 @@
-"""Where arithmetic runs: on which device, and on the event loop or in a thread."""
+"""Where arithmetic and codecs run: on which device, and on the event loop or in a thread."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _let_others_go_first() -> None:
 
 
 class Computing:
-    """Runs engine functions for calls.
+    """Runs engine functions and codecs for calls.
 
     Args:
         default_device: of layers whose config names none.
@@ -58,6 +58,7 @@ class Computing:
         self._inline_bytes = inline_bytes
         self._pool = ThreadPoolExecutor(os.cpu_count(), "batchnorm-compute", _let_others_go_first)
         self._device_pool = ThreadPoolExecutor(_DEVICE_THREADS, "batchnorm-device", _let_others_go_first)
+        self._codec_pool = ThreadPoolExecutor(os.cpu_count(), "batchnorm-codec")
 
     def device(self, name: str | None) -> torch.device:
         """The device of a config. Raises `DeviceUnavailable`."""
@@ -92,7 +93,18 @@ class Computing:
         call = partial(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._pool, call)
 
+    async def run_codec(self, nbytes: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Decode or encode: little at once, and much in a thread, so that other calls go on.
+
+        Unlike torch, a codec often holds the GIL. So these threads are as important as the event loop's: a thread that
+        other processes keep from running while it holds the GIL would keep the event loop from running, too.
+        """
+        if self.at_once(nbytes):
+            return function(*args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._codec_pool, partial(function, *args, **kwargs))
+
     def close(self) -> None:
         """Let go of the threads."""
+        self._codec_pool.shutdown()
         self._pool.shutdown()
         self._device_pool.shutdown()

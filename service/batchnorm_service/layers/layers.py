@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Final
+from functools import partial
+from typing import Final, ParamSpec, TypeVar
 
 from batchnorm_client.contract import LayerConfig, LayerPage, LayerUpdate
-from batchnorm_client.errors import LayerExists, StoreUnavailable, TooManyLayers
+from batchnorm_client.errors import LayerExists, ProblemError, StoreUnavailable, TooManyLayers
 
 from ..engine import state, state_dict
 from ..store.base import Exists, Full, Store, StoreError
 from . import records
 from .batches import Batches, Read
-from .changes import Change, Deletion, IfMatch
+from .changes import Change, Deletion, IfMatch, ReplacedError, check_version
 from .computing import Computing
 from .receipts import ticket
 from .records import Held
 from .results import LayersOptions, Snapshot
 from .slots import Slots
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Layers:
@@ -50,6 +54,10 @@ class Layers:
         """Return when the store answers; raises `StoreUnavailable` when it does not."""
         with _store_errors():
             await self._store.ping()
+
+    async def run_codec(self, nbytes: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Read a request's body or write an answer, of about so many bytes: in a thread where they are many."""
+        return await self._computing.run_codec(nbytes, function, *args, **kwargs)
 
     async def create(self, name: str, config: LayerConfig) -> tuple[Snapshot, bool]:
         """The layer of that name and whether this call made it.
@@ -96,13 +104,23 @@ class Layers:
         """Set tensors back to their initial values; the layer, and whether it had been done before under this key."""
         return await self._change(name, lambda old: state.reset(old, what), if_match, key, f"reset {what}")
 
-    async def replace_state(self, name: str, read: Read, if_match: IfMatch) -> Snapshot:
-        """Replace the tensors that `read` returns."""
-
-        def replaced(old: state.LayerState) -> state.LayerState:
-            return state_dict.replace_tensors(old, read(state_dict.dtypes(old)))
-
-        return (await self._change(name, replaced, if_match))[0]
+    async def replace_state(self, name: str, read: Read, if_match: IfMatch, *, nbytes: int = 0) -> Snapshot:
+        """Replace the tensors that `read` returns, in a thread where the body, `nbytes` long, is large."""
+        with self._slots.use(name) as slot:
+            while True:
+                held = await slot.resident.known()
+                try:
+                    tensors = await self._computing.run_codec(nbytes, read, state_dict.dtypes(held.state))
+                except ProblemError:
+                    newest = await slot.resident.fresh()
+                    check_version(if_match, newest)
+                    if newest.stamp.incarnation != held.stamp.incarnation:
+                        continue  # it was read for a layer that is no more
+                    raise
+                replaced = partial(state_dict.replace_tensors, tensors=tensors)
+                change = Change(ticket(None, ""), replaced, if_match, held.stamp.incarnation)
+                with suppress(ReplacedError):
+                    return _snapshot(name, (await slot.queue.submit(change)).held)
 
     async def delete(self, name: str, if_match: IfMatch) -> None:
         """Remove the layer and its receipts."""

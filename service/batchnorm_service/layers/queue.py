@@ -25,7 +25,7 @@ from ..store.base import (
 from .changes import Change, Deletion, Done, Fold, Note, Queued, ReplacedError, check_version, replay, settle
 from .plan import make_plan
 from .receipts import Ticket
-from .records import decode, record
+from .records import Held, decode, record
 from .resident import Resident, layer_not_found
 from .rivals import Rivals
 
@@ -215,15 +215,15 @@ class Queue:
                 check_version(change.if_match, held)
             except ProblemError:
                 # A repeat comes with the version that its first try has moved on from.
-                if not change.ticket.from_caller:
-                    raise
                 try:
-                    found = await self.find(change.ticket, held.stamp.incarnation)
+                    replayed = await self._replayed(change, held)
                 except ReplacedError:
                     continue
-                if found is None:
-                    raise
-                settle(change, replay(change.ticket, await self._resident.fresh(), found))
+                if replayed:
+                    return
+                raise
+            if change.incarnation not in (None, held.stamp.incarnation):
+                settle(change, ReplacedError())
                 return
             new = held.next(change.apply(held.state))
             receipt = change.ticket.receipt(new.stamp.version, new.state.num_batches_tracked)
@@ -239,6 +239,13 @@ class Queue:
                     self._lost_race(deadline)
                 case Missing():
                     raise self._gone()
+
+    async def _replayed(self, change: Change, held: Held) -> bool:
+        """Whether the change was made before under its key, and is answered. Raises `ReplacedError`."""
+        receipt = await self.find(change.ticket, held.stamp.incarnation) if change.ticket.from_caller else None
+        if receipt is not None:
+            settle(change, replay(change.ticket, await self._resident.fresh(), receipt))
+        return receipt is not None
 
     async def _note(self, note: Note) -> None:
         deadline = self._deadline()

@@ -22,8 +22,8 @@ class LayersOptions:
         resident_layers: how many layers stay in memory; others are loaded again when they are used.
         queue_length: how many calls may wait for one layer's commits.
         store_timeout: seconds for which a call waits for a store that does not answer.
-        inline_bytes: batches up to this size are computed on the event loop, larger ones and those for a CUDA device in
-            a thread.
+        inline_bytes: bodies up to this size are read and written, and batches computed, on the event loop; larger ones
+            and batches for a CUDA device in a thread.
         max_staleness: seconds for which a look at a shared store counts; 0: every call looks.
     """
 

@@ -15,7 +15,7 @@ from safetensors.numpy import save as save_safetensors
 
 from batchnorm_client.contract import JSON, NPY, SAFETENSORS, TENSOR_MEDIA_TYPES
 from batchnorm_client.errors import InvalidRequest, MalformedBody, ProblemError, UnsupportedMediaType
-from batchnorm_client.tensors import Tensor, decode, decode_safetensors_header, encode, itemsize, require
+from batchnorm_client.tensors import Tensor, bytes_read, decode, decode_safetensors_header, encode, itemsize, require
 
 ARRAY = np.array([[1.5, -2.0, 3.25], [0.0, 1e-30, 7.0]], np.float32)
 
@@ -175,3 +175,23 @@ def test_safetensors_headers_that_lie(header: object, data: bytes) -> None:
 )
 def test_any_json(document: object, dtype: str) -> None:
     check(JSON, json.dumps(document).encode(), {"input": dtype, "b": dtype})
+
+
+@pytest.mark.parametrize("askew", [0, 1, 2, 4, 7])
+@pytest.mark.parametrize("form", [NPY, SAFETENSORS])
+def test_what_decode_reads_or_copies_is_counted(form: str, askew: int) -> None:
+    array = np.arange(6.0)
+    pieces = encode(form, {"input": Tensor.of(array)})
+    head, width, fixed = (bytes(pieces[0]), 8, 0) if form == SAFETENSORS else (bytes(pieces[0]), 2, 8)
+    length = int.from_bytes(head[fixed : fixed + width], "little") + askew
+    start = fixed + width
+    text = head[start:].rstrip() + b" " * (len(head) - len(head.rstrip()) + askew)
+    body = np.frombuffer(head[:fixed] + length.to_bytes(width, "little") + text + array.tobytes(), np.uint8).copy()
+    read = decode(form, body.data, {"input": "float64"})["input"].numpy()
+    np.testing.assert_array_equal(read, array)
+    assert np.shares_memory(read, body) == (bytes_read(form, body.data) == 0) == (askew == 0)
+    assert bytes_read(form, body.data) in {0, body.size}
+
+
+def test_all_of_json_is_read() -> None:
+    assert bytes_read(JSON, b'{"input": [1]}') == 14
