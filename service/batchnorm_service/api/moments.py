@@ -21,6 +21,7 @@ from .bodies import read_body
 from .conditions import etag
 from .hangups import unless_gone
 from .headers import Headers, idempotency_key, read_headers
+from .many import read_each_layer
 from .negotiation import content_type
 from .openapi import (
     Json,
@@ -174,7 +175,9 @@ def _told(name: str, result: Folded | Exception, request_id: str) -> dict[str, A
     return _document(result) | {"replayed": result.replayed}
 
 
-def _many_from_json(body: bytes | bytearray | memoryview) -> dict[str, Moments]:
+def _many_from_json(body: bytes | bytearray | memoryview) -> Mapping[str, Moments]:
+    if (each := read_each_layer(body, _MOST_LAYERS)) is not None:
+        return each
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -198,7 +201,7 @@ def _from_json(document: Any) -> Moments:
         return error
 
 
-def _many_from_safetensors(body: bytes | bytearray | memoryview) -> dict[str, Moments]:
+def _many_from_safetensors(body: bytes | bytearray | memoryview) -> Mapping[str, Moments]:
     tensors, _ = decode_safetensors(body)
     layers: dict[str, dict[str, Tensor]] = {}
     for path, tensor in tensors.items():
