@@ -97,7 +97,7 @@ class Settings(BaseSettings):
     """Up to this size bodies are read and batches computed on the event loop; larger ones, and on CUDA, in a thread."""
 
     token: SecretStr | None = None
-    """A bearer token that allows every call; without it the service is open to whoever reaches it."""
+    """A bearer token that allows every call. Once it is set, every path needs a token except those that are open."""
 
     read_token: SecretStr | None = None
     """A second bearer token, which allows GET and eval only."""

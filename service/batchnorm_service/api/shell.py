@@ -51,8 +51,8 @@ class ShortCalls(NamedTuple):
 class Shell:
     """The service as an ASGI application.
 
-    Every answer gets its X-Request-ID here, every call below /v1 is counted and guarded, layer names are checked
-    before anything looks at them, and whatever nobody caught becomes a problem.
+    Every answer gets its X-Request-ID here, every call is guarded, those below /v1 are counted, layer names are
+    checked before anything looks at them, and whatever nobody caught becomes a problem.
 
     Args:
         app: has all routes.
@@ -159,8 +159,8 @@ class Shell:
         return exchange.finished(answer, target)
 
     def _admit(self, target: Target, headers: Headers, method: str) -> None:
+        self._guard.check(headers, method, target)
         if target.versioned:
-            self._guard.check(headers, method, target)
             if self._running > self._max_concurrent_requests:
                 raise Overloaded(f"{self._max_concurrent_requests} calls are running", retry_after=1)
             if target.layer is not None:

@@ -21,7 +21,7 @@ class Target(NamedTuple):
 
     Attributes:
         path: in one spelling: unreserved characters are not escaped, all others are.
-        versioned: it is a call of the API, below /v1; the rest (health, docs, problems) is open to everyone.
+        versioned: it is a call of the API, below /v1, and counts as running. No such path is open to everyone.
         layer: the name in `/v1/layers/{layer}`, not checked yet, or None.
         call: what follows it, such as `train`; empty when nothing does.
     """
