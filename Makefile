@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CONSTRAINTS := -c constraints.txt
+GENERATORS := .venv-generators
 
 .PHONY: help run test check demo bench bench-quick bench-gpu example-digits examples soak clean
 
@@ -14,7 +15,7 @@ help: ## list the targets
 run: $(VENV)/service.stamp ## start the service on 127.0.0.1:8000
 	@exec $(BIN)/batchnorm-service serve $(ARGS)
 
-test: check ## lint, types, arrows, and every test with coverage
+test: check $(GENERATORS)/generators.stamp ## lint, types, arrows, and every test with coverage
 	$(BIN)/pytest --numprocesses 2 --dist worksteal --cov --cov-report term $(ARGS)
 
 check: $(VENV)/dev.stamp ## lint, types and arrows only
@@ -56,6 +57,15 @@ $(VENV)/dev.stamp: $(VENV)/service.stamp
 	@$(PIP) install $(CONSTRAINTS) --editable '.[service,torch,demo,dev]'
 	@touch $@
 
+# What generates clients from the OpenAPI document in tests/generators. Without npm the TypeScript test is skipped.
+$(GENERATORS)/generators.stamp: tests/generators/requirements.txt tests/generators/package-lock.json
+	@echo "Setting up $(GENERATORS) (once) ..."
+	@$(PYTHON) -m venv --clear $(GENERATORS)
+	@$(GENERATORS)/bin/python -m pip --disable-pip-version-check --quiet install -r tests/generators/requirements.txt
+	@cp tests/generators/package.json tests/generators/package-lock.json $(GENERATORS)
+	@if command -v npm > /dev/null; then npm ci --prefix $(GENERATORS) --silent --no-audit --no-fund; fi
+	@touch $@
+
 soak: $(VENV)/dev.stamp ## 2,000 train calls against workers and replicas that are killed and come back
 	BATCHNORM_TEST_CALLS=2000 $(BIN)/pytest tests/service/test_workers.py $(ARGS)
 
@@ -68,4 +78,4 @@ soak: $(VENV)/dev.stamp ## 2,000 train calls against workers and replicas that a
 	@touch $@
 
 clean: ## remove everything that the targets made
-	rm -rf $(VENV) .venv-bench .venv-bench-* .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(GENERATORS) .venv-bench .venv-bench-* .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -63,6 +63,12 @@ _RANKS: Final[dict[int | None, tuple[int, ...]]] = {1: (2, 3), 2: (4,), 3: (5,)}
 class LayerConfig(Document):
     """What a layer is: BatchNorm's constructor arguments in torch's names, and what a service needs beside them."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"num_features": 3}, {"num_features": 3, "statistics": "population", "momentum": None}]
+        }
+    )
+
     num_features: int = Field(ge=1, le=MAX_FEATURES, description="C, the number of channels")
     eps: float = Field(1e-5, gt=0, allow_inf_nan=False, description="added to the variance before the square root")
     statistics: Literal["moving", "population"] = Field(
@@ -73,8 +79,9 @@ class LayerConfig(Document):
         ge=0,
         le=1,
         allow_inf_nan=False,
-        description="torch's sense: running = (1 - momentum) * running + momentum * batch; null = cumulative average. "
-        "Default 0.1; for population statistics null, and nothing else is taken",
+        description="torch's sense: running = (1 - momentum) * running + momentum * batch; null = cumulative average, "
+        "1/i. Population statistics take null only: it is their default, and has to be sent where a client sends 0.1",
+        json_schema_extra={"default": 0.1},  # without it, clients made from the schema send null
     )
     affine: bool = Field(True, description="has weight and bias")
     track_running_stats: bool = Field(True, description="keeps running statistics")
@@ -154,11 +161,24 @@ Element = Annotated[
 Vector = Annotated[list[Element], Field(max_length=MAX_FEATURES, fail_fast=True)]
 
 
+_NEVER_NULL: Final = ("eps", "track_running_stats", "non_finite", "weight", "bias")
+
+
+def _optional(schema: dict[str, Any]) -> None:
+    """Fields that may be absent have no default: a client made from the schema would send null for each of them."""
+    for name, field in schema["properties"].items():
+        del field["default"]
+        if name in _NEVER_NULL:
+            field.update(next(choice for choice in field.pop("anyOf") if choice != {"type": "null"}))
+
+
 class LayerUpdate(Document):
     """What PATCH may set. A field that is absent stays as it is.
 
     `momentum: null` means cumulative; `half_life: null` forgets nothing, `clip: null` clips nothing.
     """
+
+    model_config = ConfigDict(json_schema_extra=_optional)
 
     eps: float | None = Field(None, gt=0, allow_inf_nan=False)
     momentum: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
@@ -169,7 +189,7 @@ class LayerUpdate(Document):
     weight: Vector | None = Field(None, description="gamma, (C,)")
     bias: Vector | None = Field(None, description="beta, (C,)")
 
-    @field_validator("eps", "track_running_stats", "non_finite", "weight", "bias")
+    @field_validator(*_NEVER_NULL)
     @classmethod
     def _not_null(cls, value: Any) -> Any:
         if value is None:

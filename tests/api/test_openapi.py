@@ -1,8 +1,11 @@
 """The OpenAPI document has every call of the contract, and says what an answer can be."""
 
-import pytest
+import json
 
-from batchnorm_client.contract import JSON, NPY, PROBLEM_JSON, SAFETENSORS
+import pytest
+from pydantic import ValidationError
+
+from batchnorm_client.contract import JSON, NPY, PROBLEM_JSON, SAFETENSORS, LayerConfig, LayerUpdate
 from batchnorm_client.errors import PROBLEMS
 
 pytestmark = pytest.mark.anyio
@@ -87,3 +90,59 @@ async def test_every_reference_leads_somewhere(document):
                 walk(child)
 
     walk(document)
+
+
+async def test_a_default_is_what_the_service_takes_for_an_absent_field(document):
+    """`momentum` had none: clients made from the document sent null, and got a cumulative average in silence."""
+    config = document["components"]["schemas"]["LayerConfig"]
+    for name, field in config["properties"].items():
+        assert ("default" in field) == (name not in config["required"])
+        if "default" in field:
+            assert field["default"] == getattr(LayerConfig(num_features=1), name)
+    for example in config["examples"]:
+        LayerConfig.model_validate(example)
+    assert {"num_features": 3, "statistics": "population", "momentum": None} in config["examples"]
+
+
+async def test_an_update_has_no_defaults_and_null_only_where_it_is_taken(document):
+    fields = document["components"]["schemas"]["LayerUpdate"]["properties"]
+    for name, field in fields.items():
+        assert "default" not in field
+        if {"type": "null"} in field.get("anyOf", []):
+            LayerUpdate.model_validate({name: None})
+        else:
+            with pytest.raises(ValidationError, match="must not be null"):
+                LayerUpdate.model_validate({name: None})
+
+
+async def test_a_query_parameter_is_never_null(document):
+    for operation in operations(document):
+        for parameter in operation.get("parameters", []):
+            assert "null" not in json.dumps(parameter)
+
+
+async def test_no_schema_refers_to_itself(document):
+    """openapi-python-client leaves out every call that uses such a schema."""
+    schemas = document["components"]["schemas"]
+
+    def walk(node, above):
+        if isinstance(node, dict):
+            if name := node.get("$ref", "").removeprefix("#/components/schemas/"):
+                assert name not in above
+                walk(schemas[name], {*above, name})
+            for child in node.values():
+                walk(child, above)
+        if isinstance(node, list):
+            for child in node:
+                walk(child, above)
+
+    for name, schema in schemas.items():
+        walk(schema, {name})
+
+
+@pytest.mark.parametrize("call", ["train", "eval", "inverse", "backward", "moments", "state"])
+async def test_a_call_with_tensors_lists_the_form_that_it_answers_in_by_default_first(document, call):
+    """A generated client reads the first form that it can; of GET state that is safetensors."""
+    method = "get" if call == "state" else "post"
+    content = document["paths"][f"/v1/layers/{{name}}/{call}"][method]["responses"]["200"]["content"]
+    assert next(iter(content)) == (SAFETENSORS if call == "state" else JSON)

@@ -17,18 +17,13 @@ from .conditions import etag
 from .hangups import unless_gone
 from .headers import idempotency_key, read_headers
 from .negotiation import accepted, content_type
-from .openapi import Json, LayerNamePath, describe, ref, tensor_body, tensor_content, tensors_response
+from .openapi import LayerNamePath, describe, ref, tensor_body, tensor_content, tensors_response
 from .queries import BackwardQuery, parse_query
 from .sizes import check_elements
 
 _FORMS = {JSON: (JSON, SAFETENSORS), SAFETENSORS: (SAFETENSORS, JSON)}
 _GRADIENTS = ("grad_input", "grad_weight", "grad_bias")
-_DOCUMENT: Json = {
-    "type": "object",
-    "properties": {**{name: ref("Tensor") for name in _GRADIENTS}, "version": {"type": "integer"}},
-    "required": ["grad_input", "version"],
-}
-_CONTENT = tensor_content(tuple(_FORMS), _DOCUMENT, f"{', '.join(_GRADIENTS)}; the last two of an affine layer")
+_CONTENT = tensor_content(tuple(_FORMS), ref("Gradients"), f"{', '.join(_GRADIENTS)}; the last two of an affine layer")
 
 
 def add_gradient_routes(app: FastAPI, layers: Layers, max_body_bytes: int, max_elements: int) -> None:
@@ -41,7 +36,7 @@ def add_gradient_routes(app: FastAPI, layers: Layers, max_body_bytes: int, max_e
             "The gradients of a normalization",
             query=BackwardQuery,
             headers=(IDEMPOTENCY_KEY,),
-            body=tensor_body(tuple(_FORMS), "input", "grad_output"),
+            body=tensor_body(tuple(_FORMS), "GradientInput", "input, grad_output"),
             answers={200: tensors_response("The gradients", _CONTENT, ("ETag", VERSION, IDEMPOTENT_REPLAY))},
             problems=(
                 "malformed-body",

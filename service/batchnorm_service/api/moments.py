@@ -119,7 +119,7 @@ def add_moments_routes(app: FastAPI, calls: MomentsCalls) -> None:
             "Fold the moments of a batch that stays with the caller",
             query=MomentsQuery,
             headers=(IDEMPOTENCY_KEY,),
-            body=tensor_body(_FORMS, *_MOMENTS),
+            body=tensor_body(_FORMS, "MomentsDocument", ", ".join(_MOMENTS)),
             answers={200: folded_response()},
             problems=(
                 *_PROBLEMS,

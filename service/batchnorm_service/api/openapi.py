@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final
 from fastapi import FastAPI, Path
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
+from starlette.responses import Response
 
 from batchnorm_client import contract
 from batchnorm_client.errors import PROBLEMS
@@ -27,6 +28,7 @@ _MODELS: Final = (
     contract.FoldedDocument,
     contract.ManyFolded,
     contract.ManyMoments,
+    contract.MomentsDocument,
     contract.ProblemDocument,
     contract.ResetRequest,
 )
@@ -67,14 +69,22 @@ _ANSWER_HEADERS: Final[dict[str, Json]] = {
     "WWW-Authenticate": {"description": "Bearer", "schema": _TEXT},
 }
 _PROBLEM_HEADERS: Final[dict[int, tuple[str, ...]]] = {401: ("WWW-Authenticate",), 503: ("Retry-After",)}
-_NESTED: Final[Json] = {
-    "description": "Numbers in nested arrays, one level per axis; three strings for the numbers that JSON lacks.",
-    "anyOf": [
-        {"type": "number"},
-        {"type": "string", "enum": ["NaN", "Infinity", "-Infinity"]},
-        {"type": "array", "items": {"$ref": "#/components/schemas/Tensor"}},
-    ],
+
+# openapi-python-client takes no schema that refers to itself, and leaves out every call that uses one. Lists in lists
+# to any depth cannot be said without; so the first two levels, which every batch has, are typed, and the rest is text.
+_BATCH: Final[Json] = {
+    "description": "Nested arrays, one level per axis, at least two; the innermost hold numbers, and the strings NaN, "
+    "Infinity and -Infinity where JSON has no number.",
+    "type": "array",
+    "items": {"type": "array", "items": {}},
+    "examples": [[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]],
 }
+_VECTOR: Final[Json] = {
+    "description": "One number per channel; three strings for the numbers that JSON lacks.",
+    "type": "array",
+    "items": {"anyOf": [{"type": "number"}, {"type": "string", "enum": ["NaN", "Infinity", "-Infinity"]}]},
+}
+_COUNT: Final[Json] = {"type": "integer", "minimum": 0}
 
 
 def describe(
@@ -112,6 +122,7 @@ def describe(
         "tags": [tag],
         "status_code": min(answers),
         "response_model": None,
+        "response_class": Response,  # it has no media type of its own, which would be listed before those of `answers`
         "responses": {**described, **problem_responses((*problems, *_ALWAYS, *(_GUARDED if guarded else ())))},
         "openapi_extra": extra,
     }
@@ -176,15 +187,9 @@ def tensor_content(media_types: Sequence[str], document: Json, names: str) -> Js
     return {media: {"schema": schemas[media]} for media in media_types}
 
 
-def tensor_body(media_types: Sequence[str], *names: str) -> Json:
-    """A request body of the tensors `names`."""
-    document = {
-        "type": "object",
-        "properties": {name: ref("Tensor") for name in names},
-        "required": list(names),
-        "additionalProperties": False,
-    }
-    return {"required": True, "content": tensor_content(media_types, document, ", ".join(names))}
+def tensor_body(media_types: Sequence[str], model: str, names: str) -> Json:
+    """A request body of the tensors `names`, in JSON a `model`."""
+    return {"required": True, "content": tensor_content(media_types, ref(model), names)}
 
 
 def tensors_response(description: str, content: Json, headers: Sequence[str]) -> Json:
@@ -194,22 +199,12 @@ def tensors_response(description: str, content: Json, headers: Sequence[str]) ->
 
 def tensor_response(media_types: Sequence[str], *, replay: bool = False) -> Json:
     """A normalized batch."""
-    optional = ("batch_mean", "batch_var", "batch_invstd")
-    document = {
-        "type": "object",
-        "properties": {
-            **{name: ref("Tensor") for name in ("output", *optional)},
-            "version": {"type": "integer"},
-            "num_batches_tracked": {"type": "integer"},
-        },
-        "required": ["output", "version", "num_batches_tracked"],
-    }
-    names = f"output, and with statistics=true {', '.join(optional)}"
+    names = "output, and with statistics=true batch_mean, batch_var, batch_invstd"
     headers = ["ETag", contract.VERSION, contract.NUM_BATCHES_TRACKED]
     return _with_headers(
         {
             "description": "The normalized batch, in the form that Accept names; by default in the request's",
-            "content": tensor_content(media_types, document, names),
+            "content": tensor_content(media_types, ref("NormalizedBatch"), names),
         },
         [*headers, contract.IDEMPOTENT_REPLAY] if replay else headers,
     )
@@ -221,6 +216,31 @@ def folded_response() -> Json:
     return json_response("FoldedDocument", "Folded; count, mean and var only for a group", headers)
 
 
+def _tensor_documents() -> dict[str, Json]:
+    """The JSON documents that have tensors, which are read and written without pydantic."""
+    batch, vector, count = ref("Batch"), ref("Vector"), _COUNT
+    state = dict.fromkeys(("running_mean", "running_var", "weight", "bias"), vector)
+    population = dict.fromkeys(("population_mean", "population_m2", "population_weights"), vector)
+    counters = dict.fromkeys(("num_batches_tracked", "samples_tracked"), count)
+    closed = {"additionalProperties": False}
+    return {
+        "Batch": _BATCH,
+        "Vector": _VECTOR,
+        "InputBatch": _object({"input": batch}) | closed,
+        "NormalizedBatch": _object(
+            {"output": batch, "version": count, "num_batches_tracked": count},
+            dict.fromkeys(("batch_mean", "batch_var", "batch_invstd"), vector),
+        ),
+        "GradientInput": _object({"input": batch, "grad_output": batch}) | closed,
+        "Gradients": _object({"grad_input": batch, "version": count}, {"grad_weight": vector, "grad_bias": vector}),
+        "LayerState": _object({}, {**state, **population, **counters}) | closed,
+    }
+
+
+def _object(required: Json, optional: Json | None = None) -> Json:
+    return {"type": "object", "properties": {**required, **(optional or {})}, "required": list(required)}
+
+
 def openapi_document(app: FastAPI) -> Json:
     """The whole document of `app`."""
     document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
@@ -230,7 +250,7 @@ def openapi_document(app: FastAPI) -> Json:
     schemas: Json = models["$defs"]
     schemas["ProblemDocument"]["properties"]["type"]["enum"] = [f"/problems/{name}" for name in PROBLEMS]
     components = document.setdefault("components", {})
-    components["schemas"] = {**schemas, "Tensor": _NESTED}
+    components["schemas"] = {**schemas, **_tensor_documents()}
     components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     for path, operations in document["paths"].items():
         for operation in operations.values():
@@ -257,10 +277,19 @@ def _query_parameters(model: type[Query]) -> list[Json]:
             "in": "query",
             "required": False,
             "description": schema.pop("description", ""),
-            "schema": schema,
+            "schema": _without_null(schema),
         }
         for name, schema in properties.items()
     ]
+
+
+def _without_null(schema: Json) -> Json:
+    """What a parameter is that may be left out: a query has no null."""
+    if "anyOf" not in schema:
+        return schema
+    (given,) = (choice for choice in schema["anyOf"] if choice != {"type": "null"})
+    kept = {name: value for name, value in schema.items() if name not in ("anyOf", "default")}
+    return {**kept, **given}
 
 
 def _header_parameters(names: Sequence[str]) -> list[Json]:

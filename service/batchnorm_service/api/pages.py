@@ -10,7 +10,7 @@ from typing import Final
 import orjson
 from fastapi import FastAPI
 from starlette.requests import Request
-from starlette.responses import FileResponse, PlainTextResponse
+from starlette.responses import FileResponse
 
 from batchnorm_client.contract import JSON
 from batchnorm_client.errors import PROBLEMS, NotAcceptable, NotFound, ProblemError
@@ -83,7 +83,6 @@ def add_pages(app: FastAPI) -> None:
 def _add_problem_pages(app: FastAPI) -> None:
     @app.get(
         "/problems",
-        response_class=PlainTextResponse,
         **describe("list_problems", "Every problem type", tag="problems", answers=_TEXT, guarded=False),
     )
     async def list_problems(request: Request) -> Answer:
@@ -94,7 +93,6 @@ def _add_problem_pages(app: FastAPI) -> None:
 
     @app.get(
         "/problems/{problem}",
-        response_class=PlainTextResponse,
         **describe(
             "explain_problem",
             "What a problem type means",

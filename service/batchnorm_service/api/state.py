@@ -16,19 +16,14 @@ from .bodies import read_body
 from .conditions import etag, if_match, none_match_holds
 from .headers import read_headers
 from .negotiation import accepted, content_type
-from .openapi import Json, LayerNamePath, describe, empty_response, json_response, ref, tensor_content, tensors_response
+from .openapi import LayerNamePath, describe, empty_response, json_response, ref, tensor_content, tensors_response
 from .queries import NoQuery, parse_query
 
 _FORMS = (SAFETENSORS, JSON)
 _NAMES = ("running_mean", "running_var", "num_batches_tracked", "weight", "bias")
 _POPULATION = ("samples_tracked", "population_mean", "population_m2", "population_weights")
-_DOCUMENT: Json = {
-    "type": "object",
-    "properties": {name: ref("Tensor") for name in (*_NAMES, *_POPULATION)},
-    "additionalProperties": False,
-}
 _CONTENT = tensor_content(
-    _FORMS, _DOCUMENT, f"{', '.join(_NAMES)}; of a population layer also {', '.join(_POPULATION)}"
+    _FORMS, ref("LayerState"), f"{', '.join(_NAMES)}; of a population layer also {', '.join(_POPULATION)}"
 )
 
 

@@ -1,0 +1,5 @@
+"""Generated clients call a real server."""
+
+from service.conftest import start
+
+__all__ = ["start"]
