@@ -21,6 +21,8 @@ from pydantic import (
     field_validator,
 )
 
+from batchnorm_client.errors import InvalidRequest, shown
+
 JSON: Final = "application/json"
 MERGE_PATCH_JSON: Final = "application/merge-patch+json"
 NPY: Final = "application/x-npy"
@@ -41,6 +43,23 @@ LAYER_NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 """What a layer may be called; torch module paths such as `layer1.0.bn1` fit."""
 
 MAX_FEATURES: Final = 1_048_576
+
+
+def check_layer_name(name: str) -> None:
+    """Refuse what no layer can be called.
+
+    Raises:
+        InvalidRequest: it is no layer name.
+    """
+    if not LAYER_NAME_PATTERN.fullmatch(name):
+        raise InvalidRequest(
+            f"{shown(name)} is no layer name: 1 to 200 letters, digits, dots, underscores and hyphens, "
+            "the first a letter or digit",
+            field="name",
+            expected=LAYER_NAME_PATTERN.pattern,
+            got=name[:200],
+        )
+
 
 INPUT_DTYPES: Final[dict[str, tuple[str, ...]]] = {
     "float32": ("float16", "bfloat16", "float32"),

@@ -219,7 +219,10 @@ class VersionMismatch(RequestError):
 
 
 class PayloadTooLarge(RequestError):
-    """The body is larger than the setting BATCHNORM_MAX_BODY_BYTES. Send smaller batches, or raise it.
+    """The body is larger than the setting BATCHNORM_MAX_BODY_BYTES allows.
+
+    Send smaller batches, raise it, or let the batch stay where it is: `train_local` of the Python client, and the call
+    `moments`, send count, mean and variance instead.
 
     Or a batch has more elements than the setting BATCHNORM_MAX_ELEMENTS, a dimension of 0 counted as 1; where it has
     one, and the request or the answer is JSON, more than 1,048,576.
@@ -313,6 +316,11 @@ class GroupIncomplete(ServiceError):
     """Not all members of the group came before its deadline. Nothing was folded; begin again with a new group id."""
 
     name, status, title = "group-incomplete", 504, "The group is incomplete"
+
+
+def shown(text: str) -> str:
+    """What a caller sent, for a message: quoted, escaped, and cut after 80 characters."""
+    return ascii(text if len(text) <= 80 else f"{text[:77]}...")
 
 
 def _problems(base: type[ProblemError]) -> dict[str, type[ProblemError]]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -216,6 +217,55 @@ async def test_a_bad_name_is_refused_on_every_method(client, name, method, call)
     if method != "HEAD":
         check(answer, 422, "invalid-request")
         assert answer.json()["field"] == "name"
+
+
+@pytest.mark.parametrize(
+    ("path", "repeated"),
+    [
+        ("a%20b", "'a b'"),
+        ("%C3%A9%0A", r"'\xe9\n'"),
+        ("a" * 80 + "!", "'" + "a" * 77 + "...'"),
+        ("%00" * 1000, "'" + r"\x00" * 77 + "...'"),
+    ],
+)
+async def test_a_bad_name_is_repeated(client, path, repeated):
+    """Whoever makes names in a program has to see which one it was; escaped, and no longer than a line."""
+    answer = await client.get(f"/v1/layers/{path}")
+    assert answer.json()["detail"].startswith(f"{repeated} is no layer name: 1 to 200 letters")
+    assert len(answer.json()["got"]) <= 200
+    many = {"layers": {unquote(path): {"count": 2, "mean": [1], "var": [1]}}}
+    (result,) = (await client.post("/v1/moments", json=many)).json()["layers"].values()
+    assert result["detail"] == answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "form", "body"),
+    [
+        ("GET", "/" + "x" * 50_000, JSON, b""),
+        ("PUT", "/v1/layers/bn", JSON, b'{"num_features": 1, "%s": 1}' % (b"x" * 50_000)),
+        ("POST", "/v1/moments", JSON, b'{"%s": 1}' % (b"x" * 50_000)),
+        ("POST", "/v1/moments", SAFETENSORS, save({"x" * 50_000: np.ones(1, "f4")})),
+        ("PUT", "layer1.0.bn1/state", SAFETENSORS, save({"x" * 50_000: np.ones(1, "f4")})),
+    ],
+    ids=["path", "field", "layers", "tensor", "state"],
+)
+async def test_what_is_not_known_is_repeated_in_part(client, layer, method, path, form, body):
+    url = path if path.startswith("/") else layer.replace("layer1.0.bn1", path)
+    answer = await client.request(method, url, content=body, headers={"Content-Type": form})
+    assert 400 <= answer.status_code < 500
+    document = answer.json()
+    assert len(json.dumps({name: value for name, value in document.items() if name != "instance"})) < 1500
+
+
+@pytest.mark.parametrize("call", ["train", "eval", "moments", "state"])
+async def test_too_large_a_body_names_the_setting_and_a_way_without_it(serve, call):
+    async with serve(max_body_bytes=2048) as service, service.client() as client:
+        method, body = "PUT" if call == "state" else "POST", {"input": [[1] * 2048]}
+        answer = await client.request(method, f"/v1/layers/bn/{call}", json=body)
+    check(answer, 413, "payload-too-large")
+    assert "BATCHNORM_MAX_BODY_BYTES" in answer.json()["detail"]
+    assert "train_local" in answer.json()["detail"]
+    assert answer.json()["expected"] == 2048
 
 
 async def test_a_good_name_may_be_escaped(client, layer):

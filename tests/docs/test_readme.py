@@ -16,8 +16,13 @@ PAGES = [README, *sorted((README.parent / "docs").glob("*.md"))]
 
 
 def _examples(page: Path) -> list[tuple[str, str, str]]:
-    shell = r"```sh\n(curl.*?|for .*?|\.venv/bin/python.*?)```\n```(\w+)\n(.*?)```"
+    """Commands, and what they print: its form (json or text) and the text, both empty where the page has none."""
+    shell = r"```sh\n((?:curl|for|\.venv/bin/python) [^`]*)```(?:\n```(\w+)\n(.*?)```)?"
     return re.findall(shell, page.read_text(), re.DOTALL)
+
+
+def _refuses(expected: str) -> bool:
+    return '"type": "/problems/' in expected
 
 
 def _links(page: Path) -> list[str]:
@@ -59,10 +64,25 @@ def test_the_curl_examples_print_what_the_page_says(page: Path, start, tmp_path:
         assert done.returncode == 0, commands + done.stderr
         if number >= len(examples):
             assert form != "json" or json.loads(done.stdout).keys() == json.loads(expected).keys(), commands
+        elif form == "":
+            assert done.stdout, commands
         elif form == "json":
             assert json.loads(done.stdout) == json.loads(expected), commands
         else:
             assert done.stdout.strip() == expected.strip(), commands
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if _examples(page)], ids=lambda page: page.stem)
+def test_a_failing_example_says_so(page: Path, tmp_path: Path) -> None:
+    """`curl -s` was silent when the service was not there, and `-o /dev/null` hid what it answered."""
+    for commands, _, expected in _examples(page):
+        if not commands.startswith(("curl", "for")):
+            continue
+        assert "/dev/null" not in commands, commands
+        assert commands.count("--fail") == (0 if _refuses(expected) else commands.count("curl ")), commands
+        script = commands.replace("127.0.0.1:8000", "127.0.0.1:1")  # nobody listens there
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert "curl: (7)" in done.stderr, commands
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -21,9 +21,12 @@ ENVIRONMENT = HERE.parents[1] / ".venv-generators"
 PYTHON = ENVIRONMENT / "bin" / "python"
 NODE_MODULES = ENVIRONMENT / "node_modules"
 
-needs_python = pytest.mark.skipif(not PYTHON.exists(), reason="no openapi-python-client: make .venv-generators/generators.stamp")
+needs_python = pytest.mark.skipif(
+    not PYTHON.exists(), reason="no openapi-python-client: make .venv-generators/generators.stamp"
+)
 needs_node = pytest.mark.skipif(
-    not (NODE_MODULES.exists() and shutil.which("node")), reason="no openapi-typescript: make .venv-generators/generators.stamp, with node and npm"
+    not (NODE_MODULES.exists() and shutil.which("node")),
+    reason="no openapi-typescript: make .venv-generators/generators.stamp, with node and npm",
 )
 
 

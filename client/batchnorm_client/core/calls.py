@@ -16,10 +16,10 @@ from batchnorm_client.contract import (
     IDEMPOTENCY_KEY,
     JSON,
     KEY_PATTERN,
-    LAYER_NAME_PATTERN,
     SAFETENSORS,
     Layer,
     LayerPage,
+    check_layer_name,
 )
 from batchnorm_client.core import readers
 from batchnorm_client.core.doubt import is_deleted, is_replaced, is_updated
@@ -242,13 +242,7 @@ def layer_path(name: str) -> str:
     Raises:
         InvalidRequest: no layer can be called that. Found here, because `.` and `..` would lead elsewhere.
     """
-    if not LAYER_NAME_PATTERN.fullmatch(name):
-        raise InvalidRequest(
-            "a layer name is 1 to 200 letters, digits, dots, underscores and hyphens, the first a letter or digit",
-            field="name",
-            expected=LAYER_NAME_PATTERN.pattern,
-            got=name[:200],
-        )
+    check_layer_name(name)
     return f"/v1/layers/{name}"
 
 

@@ -72,7 +72,12 @@ async def _chunk(receive: Receive) -> tuple[bytes | memoryview, bool]:
 
 
 def _too_large(limit: int, announced: int | None) -> PayloadTooLarge:
-    return PayloadTooLarge(f"the body is larger than {limit} bytes", expected=limit, got=announced)
+    return PayloadTooLarge(
+        f"the body is larger than the {limit} bytes that BATCHNORM_MAX_BODY_BYTES allows; send smaller batches, raise "
+        "the setting, or send moments instead of batches, as train_local of the Python client does",
+        expected=limit,
+        got=announced,
+    )
 
 
 def _wrong_length(size: int) -> MalformedBody:

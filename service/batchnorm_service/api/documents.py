@@ -95,7 +95,7 @@ def invalid(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
 
 def _described(details: ErrorDetails, model: type[BaseModel]) -> dict[str, Any]:
     message = details["msg"].removeprefix("Value error, ")
-    described: dict[str, Any] = {"field": ".".join(map(str, details["loc"])) or "body", "detail": message}
+    described: dict[str, Any] = {"field": ".".join(map(str, details["loc"]))[:200] or "body", "detail": message}
     given = details["input"]
     match details["type"]:
         case "extra_forbidden":

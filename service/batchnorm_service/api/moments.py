@@ -11,8 +11,8 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.types import Receive
 
-from batchnorm_client.contract import IDEMPOTENCY_KEY, JSON, SAFETENSORS
-from batchnorm_client.errors import InvalidRequest, MalformedBody, ProblemError
+from batchnorm_client.contract import IDEMPOTENCY_KEY, JSON, SAFETENSORS, check_layer_name
+from batchnorm_client.errors import InvalidRequest, MalformedBody, ProblemError, shown
 from batchnorm_client.tensors import Tensor, decode, decode_safetensors, json_pieces, json_tensors
 from batchnorm_service.layers import MOMENT_DTYPES, Folded, Layers, Posting
 
@@ -35,7 +35,6 @@ from .openapi import (
 )
 from .problems import problem_document
 from .queries import MomentsQuery, NoQuery, parse_query
-from .target import check_layer_name
 
 _FORMS: Final = (JSON, SAFETENSORS)
 _MOMENTS: Final = ("count", "mean", "var")
@@ -186,7 +185,9 @@ def _many_from_json(body: bytes | bytearray | memoryview) -> Mapping[str, Moment
         raise MalformedBody('the body must be an object {"layers": {name: {"count", "mean", "var"}}}')
     for field in document:
         if field != "layers":
-            raise InvalidRequest(f"{field}: is not known; known is layers", field=field, expected=["layers"])
+            raise InvalidRequest(
+                f"{shown(field)} is not known; known is layers", field=field[:200], expected=["layers"]
+            )
     layers = document.get("layers")
     if not isinstance(layers, dict):
         raise InvalidRequest("layers: must be an object of moments by layer name", field="layers", expected="an object")
@@ -207,7 +208,9 @@ def _many_from_safetensors(body: bytes | bytearray | memoryview) -> Mapping[str,
     for path, tensor in tensors.items():
         layer, _, name = path.rpartition("/")
         if name not in _MOMENTS:
-            raise InvalidRequest(f"the tensor {path!r} is not known", field=path, expected="{layer}/count, mean or var")
+            raise InvalidRequest(
+                f"the tensor {shown(path)} is not known", field=path[:200], expected="{layer}/count, mean or var"
+            )
         layers.setdefault(layer, {})[name] = tensor
     return dict(_bounded(layers))
 

@@ -18,6 +18,7 @@ from batchnorm_client.errors import (
     ProblemError,
     StoreUnavailable,
     Unauthenticated,
+    shown,
 )
 
 from .answers import Answer, RawHeader
@@ -58,7 +59,7 @@ def _problem(error: Exception, path: str) -> ProblemError:
     if isinstance(error, ProblemError):
         return error
     if isinstance(error, HTTPException) and error.status_code == NotFound.status:
-        return NotFound(f"there is nothing at {path}; /docs lists what there is")
+        return NotFound(f"there is nothing at {shown(path)}; /docs lists what there is")
     return InternalError("something broke inside the service; its log has the cause under the request id")
 
 

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 from fastapi import FastAPI
 from starlette.types import Message, Receive, Scope, Send
 
-from batchnorm_client.contract import REQUEST_ID
+from batchnorm_client.contract import REQUEST_ID, check_layer_name
 from batchnorm_client.errors import Overloaded, ProblemError, StoreUnavailable
 from batchnorm_service.layers import Waiting
 
@@ -24,7 +24,7 @@ from .bodies import ClientGoneError
 from .headers import Headers, read_headers, request_id
 from .problems import problem_answer
 from .security import Guard
-from .target import Target, check_layer_name, read_target, target_of
+from .target import Target, read_target, target_of
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +162,8 @@ class Shell:
         self._guard.check(headers, method, target)
         if target.versioned:
             if self._running > self._max_concurrent_requests:
-                raise Overloaded(f"{self._max_concurrent_requests} calls are running", retry_after=1)
+                running = self._max_concurrent_requests
+                raise Overloaded(f"{running} calls are running: BATCHNORM_MAX_CONCURRENT_REQUESTS", retry_after=1)
             if target.layer is not None:
                 check_layer_name(target.layer)
 

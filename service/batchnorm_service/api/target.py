@@ -12,9 +12,6 @@ from urllib.parse import quote, unquote
 
 from starlette.types import Scope
 
-from batchnorm_client.contract import LAYER_NAME_PATTERN
-from batchnorm_client.errors import InvalidRequest
-
 
 class Target(NamedTuple):
     """Where a request goes.
@@ -53,18 +50,3 @@ def target_of(raw: bytes, root: str = "") -> Target:
             return Target(path, True, None, "")
         case _:
             return Target(path, False, None, "")
-
-
-def check_layer_name(name: str) -> None:
-    """Refuse what no layer can be called.
-
-    Raises:
-        InvalidRequest: it is no layer name.
-    """
-    if not LAYER_NAME_PATTERN.fullmatch(name):
-        raise InvalidRequest(
-            "a layer name is 1 to 200 letters, digits, dots, underscores and hyphens, the first a letter or digit",
-            field="name",
-            expected=LAYER_NAME_PATTERN.pattern,
-            got=name[:200],
-        )

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import torch
 
-from batchnorm_client.errors import DtypeMismatch, InvalidRequest, ShapeMismatch
+from batchnorm_client.errors import DtypeMismatch, InvalidRequest, ShapeMismatch, shown
 from batchnorm_client.tensors import Tensor as WireTensor
 
 from .population import Population
@@ -63,7 +63,9 @@ def replace_tensors(state: LayerState, tensors: Mapping[str, WireTensor]) -> Lay
     new: dict[str, Any] = {}
     for name, tensor in tensors.items():
         if name not in known:
-            raise InvalidRequest(f"the layer has no tensor {name!r}", field=name, expected=list(known), got=name)
+            raise InvalidRequest(
+                f"the layer has no tensor {shown(name)}", field=name[:200], expected=list(known), got=name[:200]
+            )
         if name in (BATCHES, SAMPLES):
             new[name] = _count(tensor, name)
         else:

@@ -74,7 +74,7 @@ class Layers:
             outcome = await self._store.create(name, data, self._options.max_layers)
         if isinstance(outcome, Full):
             raise TooManyLayers(
-                f"the store holds {self._options.max_layers} layers, as many as it may",
+                f"the store holds {self._options.max_layers} layers, as many as BATCHNORM_MAX_LAYERS allows",
                 expected=self._options.max_layers,
             )
         if not isinstance(outcome, Exists):

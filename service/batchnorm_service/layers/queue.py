@@ -74,7 +74,8 @@ class Queue:
         """
         if self.full:
             raise Overloaded(
-                f"{self._length} calls are waiting for layer {self._resident.name!r} already", retry_after=1
+                f"{self._length} calls are waiting for layer {self._resident.name!r}: BATCHNORM_QUEUE_LENGTH",
+                retry_after=1,
             )
         self._waiting.append(queued)
         if self._task is None:
