@@ -5,10 +5,10 @@ RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /src
 # Dependencies change rarely and weigh most: torch first and pinned, then the rest, each a layer of its own.
-# TORCH takes pip's arguments for another build, such as one for a GPU, or for the CPU only.
-ARG TORCH="torch==2.13.0"
+# pip reads PIP_EXTRA_INDEX_URL. Without it torch is the CUDA build, gigabytes: README.md, "Which torch".
+ARG PIP_EXTRA_INDEX_URL=""
 COPY constraints.txt pyproject.toml ./
-RUN pip install ${TORCH}
+RUN pip install "$(grep '^torch==' constraints.txt)"
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
     print('\n'.join(p['dependencies'] + p['optional-dependencies']['service']))" > requirements.txt \
     && pip install -c constraints.txt -r requirements.txt

@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CONSTRAINTS := -c constraints.txt
 GENERATORS := .venv-generators
+LOWEST := .venv-lowest
 
-.PHONY: help run test check demo bench bench-quick bench-gpu example-digits examples soak clean
+.PHONY: help run test test-lowest check demo bench bench-quick bench-gpu example-digits examples soak clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -44,7 +45,8 @@ examples: $(VENV)/dev.stamp ## run the examples of docs/sharing.md, and draw the
 	$(BIN)/python examples/reinforcement.py --plot docs/reinforcement.png
 	$(BIN)/python examples/synchronized.py --plot docs/synchronized.png
 
-# torch comes first and pinned: a plain `torch`, or a range, would bring gigabytes of CUDA packages.
+# torch comes first, by itself, because it is most of the download. pip takes the build for a CPU when it finds one:
+# PIP_EXTRA_INDEX_URL, see README.md.
 $(VENV)/service.stamp: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once) ..."
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
@@ -66,6 +68,16 @@ $(GENERATORS)/generators.stamp: tests/generators/requirements.txt tests/generato
 	@if command -v npm > /dev/null; then npm ci --prefix $(GENERATORS) --silent --no-audit --no-fund; fi
 	@touch $@
 
+test-lowest: $(LOWEST)/lowest.stamp ## the tests with the lowest versions that pyproject.toml admits
+	$(LOWEST)/bin/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
+
+$(LOWEST)/lowest.stamp: pyproject.toml tests/install/lowest.py
+	@echo "Setting up $(LOWEST) (once) ..."
+	@$(PYTHON) -m venv --clear $(LOWEST)
+	@$(PYTHON) tests/install/lowest.py > $(LOWEST)/lowest.txt
+	@$(LOWEST)/bin/python -m pip --disable-pip-version-check --quiet install -c $(LOWEST)/lowest.txt --editable '.[service,torch,demo,dev]'
+	@touch $@
+
 soak: $(VENV)/dev.stamp ## 2,000 train calls against workers and replicas that are killed and come back
 	BATCHNORM_TEST_CALLS=2000 $(BIN)/pytest tests/service/test_workers.py $(ARGS)
 
@@ -78,4 +90,4 @@ soak: $(VENV)/dev.stamp ## 2,000 train calls against workers and replicas that a
 	@touch $@
 
 clean: ## remove everything that the targets made
-	rm -rf $(VENV) $(GENERATORS) .venv-bench .venv-bench-* .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(GENERATORS) $(LOWEST) .venv-bench .venv-bench-* .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
