@@ -82,12 +82,6 @@ _RANKS: Final[dict[int | None, tuple[int, ...]]] = {1: (2, 3), 2: (4,), 3: (5,)}
 class LayerConfig(Document):
     """What a layer is: BatchNorm's constructor arguments in torch's names, and what a service needs beside them."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"num_features": 3}, {"num_features": 3, "statistics": "population", "momentum": None}]
-        }
-    )
-
     num_features: int = Field(ge=1, le=MAX_FEATURES, description="C, the number of channels")
     eps: float = Field(1e-5, gt=0, allow_inf_nan=False, description="added to the variance before the square root")
     statistics: Literal["moving", "population"] = Field(

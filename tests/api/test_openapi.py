@@ -83,7 +83,8 @@ async def test_every_reference_leads_somewhere(document):
     def walk(node):
         if isinstance(node, dict):
             if isinstance(node.get("$ref"), str):
-                assert node["$ref"].removeprefix("#/components/schemas/") in document["components"]["schemas"]
+                _, components, kind, name = node["$ref"].split("/")
+                assert name in document[components][kind]
             node = list(node.values())
         if isinstance(node, list):
             for child in node:
@@ -99,9 +100,16 @@ async def test_a_default_is_what_the_service_takes_for_an_absent_field(document)
         assert ("default" in field) == (name not in config["required"])
         if "default" in field:
             assert field["default"] == getattr(LayerConfig(num_features=1), name)
-    for example in config["examples"]:
-        LayerConfig.model_validate(example)
-    assert {"num_features": 3, "statistics": "population", "momentum": None} in config["examples"]
+
+
+async def test_creating_a_layer_is_shown_for_both_kinds_of_statistics(document):
+    """A population layer takes no momentum but null, and a client that sends the default has to say so."""
+    body = document["paths"]["/v1/layers/{name}"]["put"]["requestBody"]["content"][JSON]
+    examples = document["components"]["examples"]
+    assert body["examples"] == {name: {"$ref": f"#/components/examples/{name}"} for name in examples}
+    for name in ("moving", "population"):
+        assert LayerConfig.model_validate(examples[name]["value"]).statistics == name
+    assert examples["population"]["value"]["momentum"] is None
 
 
 async def test_an_update_has_no_defaults_and_null_only_where_it_is_taken(document):

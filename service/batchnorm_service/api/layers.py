@@ -20,7 +20,7 @@ from .answers import Answer, empty_answer, json_answer, layer_answer
 from .conditions import etag, if_match, none_match_holds
 from .documents import read_document
 from .headers import idempotency_key, read_headers
-from .openapi import LayerNamePath, describe, empty_response, json_body, json_response
+from .openapi import CONFIG_EXAMPLES, LayerNamePath, describe, empty_response, json_body, json_response
 from .queries import ListQuery, NoQuery, parse_query
 
 _DOCUMENT = ("malformed-body", "payload-too-large", "unsupported-media-type")
@@ -75,7 +75,7 @@ def _add_changing(app: FastAPI, layers: Layers, max_body_bytes: int) -> None:
         **describe(
             "create_layer",
             "Create a layer",
-            body=json_body("LayerConfig"),
+            body=json_body("LayerConfig", examples=tuple(CONFIG_EXAMPLES)),
             answers={
                 200: json_response("Layer", "The layer exists, created with the same config", ("ETag",)),
                 201: json_response("Layer", "The layer is new", ("ETag", "Location")),

@@ -84,6 +84,14 @@ _VECTOR: Final[Json] = {
     "type": "array",
     "items": {"anyOf": [{"type": "number"}, {"type": "string", "enum": ["NaN", "Infinity", "-Infinity"]}]},
 }
+# Among the components, because FastAPI drops what is null from the rest of the document.
+CONFIG_EXAMPLES: Final[Json] = {
+    "moving": {"summary": "Moving statistics, as torch has them", "value": {"num_features": 3}},
+    "population": {
+        "summary": "Population statistics, whose momentum is null",
+        "value": {"num_features": 3, "statistics": "population", "momentum": None},
+    },
+}
 _COUNT: Final[Json] = {"type": "integer", "minimum": 0}
 
 
@@ -162,9 +170,14 @@ def ref(model: str) -> Json:
     return {"$ref": f"#/components/schemas/{model}"}
 
 
-def json_body(model: str, media_types: Sequence[str] = (contract.JSON,), *, required: bool = True) -> Json:
-    """A request body that is a JSON document."""
-    return {"required": required, "content": {media: {"schema": ref(model)} for media in media_types}}
+def json_body(
+    model: str, media_types: Sequence[str] = (contract.JSON,), *, required: bool = True, examples: Sequence[str] = ()
+) -> Json:
+    """A request body that is a JSON document; `examples` are names in the document's components."""
+    content = {"schema": ref(model)}
+    if examples:
+        content["examples"] = {name: {"$ref": f"#/components/examples/{name}"} for name in examples}
+    return {"required": required, "content": dict.fromkeys(media_types, content)}
 
 
 def json_response(model: str, description: str, headers: Sequence[str] = ()) -> Json:
@@ -251,6 +264,7 @@ def openapi_document(app: FastAPI) -> Json:
     schemas["ProblemDocument"]["properties"]["type"]["enum"] = [f"/problems/{name}" for name in PROBLEMS]
     components = document.setdefault("components", {})
     components["schemas"] = {**schemas, **_tensor_documents()}
+    components["examples"] = CONFIG_EXAMPLES
     components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     for path, operations in document["paths"].items():
         for operation in operations.values():
