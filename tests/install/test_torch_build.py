@@ -27,8 +27,8 @@ def index(folder, version):
 
 
 def environment(**variables):
-    """This process's environment without what is set for pip on this machine, and with these."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    """This process's environment without what is set for pip, or by a `make` above, and with these."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "MAKE", "MFLAGS"))}
     return kept | {"PIP_CONFIG_FILE": os.devnull, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **variables}
 
 
