@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from batchnorm_client.arrays import A, to_numpy, to_torch
 from batchnorm_client.contract import Layer, LayerSummary
-from batchnorm_client.core import Answer, Attempts, Request, Retry, calls, local
+from batchnorm_client.core import Attempts, Request, Retry, calls, local
 from batchnorm_client.core.shards import Shard
 from batchnorm_client.errors import BatchNormError, NoAnswer, ProblemError
 from batchnorm_client.options import HttpOptions, LayerChanges, LayerOptions, Mode, What
@@ -35,7 +35,8 @@ class AsyncClient:
             layer = await client.create_layer("obs", num_features=64)
             output = (await layer.train(batch)).output
 
-    Arguments, repeats and exceptions are those of `Client`; `http` is an `httpx.AsyncClient`.
+    Arguments, repeats, forks and exceptions are those of `Client`; `http` is an `httpx.AsyncClient`, and the deadline
+    bounds that, too. A forked child runs an event loop of its own.
     """
 
     def __init__(
@@ -49,20 +50,21 @@ class AsyncClient:
     ) -> None:
         import anyio.to_thread  # noqa: PLC0415 - as httpx, which needs it
 
-        from batchnorm_client import transport  # noqa: PLC0415 - httpx takes longer to import than this whole package
+        # httpx takes longer to import than this whole package
+        from batchnorm_client.connections import AsyncConnections  # noqa: PLC0415
+        from batchnorm_client.transport import Link  # noqa: PLC0415
 
-        self._transport = transport
         self._sleep = anyio.sleep
         self._in_thread = anyio.to_thread.run_sync
-        self._link = transport.Link(base_url, token, http, options)
-        self._own = http is None
-        self._http = transport.AsyncHttpClient(**self._link.options) if http is None else http
+        link = Link(base_url, token, http, options)
+        self._base_url = link.base
+        self._connections = AsyncConnections(link, http)
         self._retry = retry or Retry()
 
     @property
     def base_url(self) -> str:
         """The service's address."""
-        return self._link.base
+        return self._base_url
 
     async def create_layer(self, name: str, num_features: int, **options: Unpack[LayerOptions]) -> AsyncRemoteLayer:
         """As `Client.create_layer`."""
@@ -103,8 +105,7 @@ class AsyncClient:
 
     async def aclose(self) -> None:
         """Close the connections, unless the HTTP client was passed in."""
-        if self._own:
-            await self._http.aclose()
+        await self._connections.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -121,21 +122,10 @@ class AsyncClient:
         attempts = Attempts(request, retry or self._retry)
         while True:
             try:
-                return attempts.receive(await self._send(attempts))
+                return attempts.receive(await self._connections.send(attempts))
             except BatchNormError as error:
                 wait = attempts.pause(error)
             await self._sleep(wait)
-
-    async def _send(self, attempts: Attempts[Any]) -> Answer:
-        with self._transport.our_errors():
-            response = await self._http.send(self._link.outgoing(self._http, attempts.request, attempts), stream=True)
-            try:
-                incoming = self._transport.Incoming(response, attempts.remaining)
-                async for part in response.aiter_bytes():
-                    incoming.add(part)
-            finally:
-                await response.aclose()
-        return incoming.answer()
 
 
 class AsyncRemoteLayer:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
 from batchnorm_client.contract import LayerSummary
-from batchnorm_client.core import Answer, Attempts, Request, Retry, calls
+from batchnorm_client.core import Attempts, Request, Retry, calls
 from batchnorm_client.errors import BatchNormError, NoAnswer, ProblemError
 from batchnorm_client.layer import RemoteLayer
 from batchnorm_client.options import HttpOptions, LayerOptions
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class Client:
-    """A batch-normalization service, from Python. A context manager; may be shared by threads.
+    """A batch-normalization service, from Python. A context manager; may be shared by threads, and used after a fork.
 
         with Client("http://127.0.0.1:8000") as client:
             layer = client.create_layer("obs", num_features=64)
@@ -44,14 +44,21 @@ class Client:
 
     Repeated are failures to connect, cut connections, timeouts and the statuses 502, 503 and 504. Waits between tries
     grow, and respect `Retry-After`. A group that stayed incomplete (`GroupIncomplete`) is never tried again: it needs a
-    new id.
+    new id. Each repeat is logged before it is sent, as a WARNING of the logger `batchnorm_client`.
+
+    After a fork (`os.fork`, `multiprocessing`) the child may go on with a client that its parent made: each process
+    opens connections of its own. With `http` it may not, because that shares its parent's; such a call is refused.
+
+    A call of a client that is closed raises `ConnectionFailed`, also one that is under way.
 
     Args:
         base_url: of the service, also with a path. By default that of `http` if it has one, else the environment
             variable BATCHNORM_URL, else http://127.0.0.1:8000.
         token: a bearer token. By default the environment variable BATCHNORM_TOKEN; with `http`, none.
         retry: how often a call is tried, and the deadline for all tries together.
-        http: an HTTP client to be used as it is, and not closed. Without it one is made, from the options below.
+        http: an HTTP client to be used as it is, and not closed. Its timeouts bound each read by itself: of an answer's
+            headers that come byte by byte it waits for all, also beyond the deadline. Without it connections are made
+            here, from the options below.
         options: httpx's own: `timeout` (by default 30 s, and 5 s to connect), `limits`, `verify`, `cert`, `proxy`,
             `trust_env`.
 
@@ -69,18 +76,19 @@ class Client:
         http: httpx.Client | None = None,
         **options: Unpack[HttpOptions],
     ) -> None:
-        from batchnorm_client import transport  # noqa: PLC0415 - httpx takes longer to import than this whole package
+        # httpx takes longer to import than this whole package
+        from batchnorm_client.connections import Connections  # noqa: PLC0415
+        from batchnorm_client.transport import Link  # noqa: PLC0415
 
-        self._transport = transport
-        self._link = transport.Link(base_url, token, http, options)
-        self._own = http is None
-        self._http = transport.HttpClient(**self._link.options) if http is None else http
+        link = Link(base_url, token, http, options)
+        self._base_url = link.base
+        self._connections = Connections(link, http)
         self._retry = retry or Retry()
 
     @property
     def base_url(self) -> str:
         """The service's address."""
-        return self._link.base
+        return self._base_url
 
     def create_layer(self, name: str, num_features: int, **options: Unpack[LayerOptions]) -> RemoteLayer:
         """Create a layer, or make sure that it exists: repeating the call with the same config is harmless.
@@ -152,8 +160,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connections, unless the HTTP client was passed in."""
-        if self._own:
-            self._http.close()
+        self._connections.close()
 
     def __enter__(self) -> Self:
         return self
@@ -170,18 +177,7 @@ class Client:
         attempts = Attempts(request, retry or self._retry)
         while True:
             try:
-                return attempts.receive(self._send(attempts))
+                return attempts.receive(self._connections.send(attempts))
             except BatchNormError as error:
                 wait = attempts.pause(error)
             time.sleep(wait)
-
-    def _send(self, attempts: Attempts[Any]) -> Answer:
-        with self._transport.our_errors():
-            response = self._http.send(self._link.outgoing(self._http, attempts.request, attempts), stream=True)
-            try:
-                incoming = self._transport.Incoming(response, attempts.remaining)
-                for part in response.iter_bytes():
-                    incoming.add(part)
-            finally:
-                response.close()
-        return incoming.answer()

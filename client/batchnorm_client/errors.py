@@ -2,7 +2,7 @@
 
     BatchNormError
     ├── NoAnswer                            the service did not answer (client only)
-    │   ├── ConnectionFailed                it cannot be reached, or the connection was cut
+    │   ├── ConnectionFailed                it cannot be reached, the connection was cut, the client is closed
     │   └── TimedOut                        not in time
     ├── UnexpectedAnswer                    an answer that is not in the contract, such as a proxy's page (client only)
     └── ProblemError                        the service answered with application/problem+json
@@ -61,16 +61,20 @@ class NoAnswer(BatchNormError):
 
     Attributes:
         permanent: another try would end the same way, such as with a certificate that is not trusted.
+        proxy: the proxy that could not be reached, or would not connect to the service; None if it was the service.
     """
 
-    def __init__(self, detail: str, *, outcome_unknown: bool = False, permanent: bool = False) -> None:
+    def __init__(
+        self, detail: str, *, outcome_unknown: bool = False, permanent: bool = False, proxy: str | None = None
+    ) -> None:
         super().__init__(detail)
         self.outcome_unknown = outcome_unknown
         self.permanent = permanent
+        self.proxy = proxy
 
 
 class ConnectionFailed(NoAnswer):
-    """The service cannot be reached, or the connection was cut before the answer was complete."""
+    """The service cannot be reached, the connection was cut before the answer was complete, or the client is closed."""
 
 
 class TimedOut(NoAnswer):

@@ -1,4 +1,4 @@
-"""What both clients do with httpx beside sending: settings, headers, bodies, and its errors as ours.
+"""What both clients do with httpx beside sending: settings, headers and bodies.
 
 Imported by a client when it is made and not before: httpx takes longer to import than all the rest.
 """
@@ -6,9 +6,8 @@ Imported by a client when it is made and not before: httpx takes longer to impor
 from __future__ import annotations
 
 import os
-import ssl
+from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Any, Final
@@ -16,9 +15,9 @@ from typing import Any, Final
 import httpx
 import numpy as np
 
-from batchnorm_client.core import Answer, Attempts, Request
-from batchnorm_client.errors import ConnectionFailed, NoAnswer, TimedOut
+from batchnorm_client.core import Answer, Attempts
 from batchnorm_client.options import HttpOptions
+from batchnorm_client.proxies import proxy_for
 from batchnorm_client.tensors.tensor import Buffer, byte_view
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
@@ -32,19 +31,22 @@ at once: 25 MB there and back took 44 ms as one piece, 36 ms in blocks; up to 1 
 _WITH_BODY: Final = ("POST", "PUT", "PATCH")
 """Methods that say how long their body is even if there is none (RFC 9110, 8.6)."""
 
-_NOT_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
-_PERMANENT: Final = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)
-
 
 class Link:
-    """The way to one service: its address, the headers of every call, and the HTTP client.
+    """The way to one service: its address, the headers of every call, and the settings of its connections.
 
     Args:
         base_url: by default the HTTP client's, if one was passed in that has one; else BATCHNORM_URL; else
             http://127.0.0.1:8000.
         token: by default BATCHNORM_TOKEN, unless an HTTP client was passed in.
         given: the HTTP client that was passed in, which is used as it is.
-        options: httpx's, for a client that is made here.
+        options: httpx's, for connections that are made here.
+
+    Attributes:
+        base: the service's URL, without a slash at its end.
+        address: its scheme, host and port.
+        proxy: between here and there; None also with an HTTP client that was passed in, which knows its own.
+        options: of an httpx transport.
 
     Raises:
         ValueError: the address is no http or https URL, or the token cannot be sent.
@@ -63,39 +65,51 @@ class Link:
         if unknown := options.keys() - HttpOptions.__annotations__.keys():
             known = ", ".join(HttpOptions.__annotations__)
             raise TypeError(f"{', '.join(sorted(unknown))}: known are {known}; for others pass an HTTP client")
-        self.options = {"timeout": TIMEOUT, **options}
-        self.base = _base_url(base_url, given)
+        url = _base_url(base_url, given)
+        self._given = given
+        self._timeout = httpx.Timeout(options.get("timeout", TIMEOUT))
+        self.base = str(url).rstrip("/")
+        self.address = f"{url.scheme}://{url.netloc.decode('ascii')}"
+        self.options = {name: value for name, value in options.items() if name not in {"timeout", "proxy"}}
+        self.proxy = None
+        if given is None:
+            self.proxy = proxy_for(url, options.get("proxy"), options.get("trust_env", True))
+            self.options["proxy"] = None if self.proxy is None else self.proxy.http
         if token is None and given is None:
             token = os.environ.get("BATCHNORM_TOKEN") or None
-        # A compressed answer would have to be unpacked into another buffer, and floats hardly shrink.
-        self._headers = {"Accept-Encoding": "identity"}
-        self._host = ""  # of a client that is made here, whose requests are too
+        self._headers = {}
         if given is None:
-            self._host = httpx.URL(self.base).netloc.decode("ascii")
+            self._headers["Host"] = url.netloc.decode("ascii")
             self._headers["Accept"] = "*/*"
             self._headers["User-Agent"] = f"batchnorm-client/{version('batchnorm-service')}"
+        # A compressed answer would have to be unpacked into another buffer, and floats hardly shrink.
+        self._headers["Accept-Encoding"] = "identity"
         if token is not None:
             if not token or not token.isascii() or not token.isprintable() or " " in token:
                 raise ValueError("the token must be printable ASCII without spaces")  # and it is not shown
             self._headers["Authorization"] = f"Bearer {token}"
+        if given is None and url.userinfo:  # as httpx does, also in that it goes before a token
+            self._headers["Authorization"] = f"Basic {b64encode(_credentials(url)).decode('ascii')}"
 
-    def outgoing(
-        self, http: httpx.Client | httpx.AsyncClient, request: Request[Any], attempts: Attempts[Any]
-    ) -> httpx.Request:
-        """A request for httpx, whose timeouts end at the deadline."""
-        remaining = attempts.remaining()
+    def outgoing(self, attempts: Attempts[Any]) -> httpx.Request:
+        """A request for httpx, whose timeouts end at the deadline.
+
+        Raises:
+            TimedOut: the deadline has passed.
+        """
+        remaining, request, http = attempts.remaining(), attempts.request, self._given
         size, url = request.size, _url(self.base + request.target)
-        timeout = _until(_patient(http.timeout, request.waits), remaining)
+        timeout = _until(_patient(self._timeout if http is None else http.timeout, request.waits), remaining)
         headers = {**self._headers, **request.headers}
         joined = b"".join(request.pieces) if size <= BLOCK else None
         blocks = None if joined is not None else _Blocks(request.pieces, attempts.remaining)
-        if blocks is not None or (self._host and request.method in _WITH_BODY):
+        if blocks is not None or (http is None and request.method in _WITH_BODY):
             headers["Content-Length"] = str(size)
-        if self._host:  # there is nothing to merge, which would take httpx longer than all the rest takes
+        if http is None:  # there is nothing to merge, which would take httpx longer than all the rest takes
             return httpx.Request(
                 request.method,
                 url,
-                headers={"Host": self._host, **headers},
+                headers=headers,
                 stream=blocks or httpx.ByteStream(joined or b""),
                 extensions={"timeout": timeout.as_dict()},
             )
@@ -109,28 +123,6 @@ class Link:
 def _url(text: str) -> httpx.URL:
     """Parsed once: that costs more than writing the request."""
     return httpx.URL(text)
-
-
-class _NoCookies(httpx.Cookies):
-    """The service sets none, and looking for them in each answer costs more than reading its tensors.
-
-    Whoever needs a load balancer's (sticky sessions) passes an HTTP client.
-    """
-
-    def extract_cookies(self, response: httpx.Response) -> None:
-        """Take none."""
-
-
-class HttpClient(httpx.Client):
-    """httpx's, without cookies."""
-
-    cookies = _NoCookies()  # type: ignore[override] # httpx has a property, which would make a jar of its own
-
-
-class AsyncHttpClient(httpx.AsyncClient):
-    """httpx's, without cookies."""
-
-    cookies = _NoCookies()  # type: ignore[override]
 
 
 class _Blocks(httpx.SyncByteStream, httpx.AsyncByteStream):
@@ -192,43 +184,7 @@ class Incoming:
         return Answer(self._response.status_code, headers, body)
 
 
-@contextmanager
-def our_errors() -> Iterator[None]:
-    """Httpx's errors as `NoAnswer`."""
-    try:
-        yield
-    except (httpx.TransportError, httpx.DecodingError) as error:
-        raise _no_answer(error) from error
-
-
-def _no_answer(error: httpx.RequestError) -> NoAnswer:
-    unknown = not isinstance(error, _NOT_SENT + _PERMANENT)
-    text = str(error) or type(error).__name__
-    if isinstance(error, httpx.TimeoutException):
-        what = {httpx.ConnectTimeout: "connect", httpx.PoolTimeout: "get a connection from the pool"}
-        did = what.get(type(error), "answer" if isinstance(error, httpx.ReadTimeout) else "take the request")
-        return TimedOut(f"{_address(error)} did not {did} in time", outcome_unknown=unknown)
-    if unknown:
-        return ConnectionFailed(f"the connection to {_address(error)} was cut: {text}", outcome_unknown=True)
-    return ConnectionFailed(f"cannot reach {_address(error)}: {text}", permanent=_is_permanent(error))
-
-
-def _address(error: httpx.RequestError) -> str:
-    url = error.request.url
-    return f"{url.scheme}://{url.netloc.decode('ascii')}"
-
-
-def _is_permanent(error: BaseException | None) -> bool:
-    if isinstance(error, _PERMANENT):
-        return True
-    while error is not None:
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _base_url(base_url: str | None, given: httpx.Client | httpx.AsyncClient | None) -> str:
+def _base_url(base_url: str | None, given: httpx.Client | httpx.AsyncClient | None) -> httpx.URL:
     if base_url is None and given is not None and given.base_url.host:
         base_url = str(given.base_url)
     if base_url is None:
@@ -239,7 +195,11 @@ def _base_url(base_url: str | None, given: httpx.Client | httpx.AsyncClient | No
         raise ValueError(f"{base_url!r} is no URL: {error}") from error
     if url.scheme not in {"http", "https"} or not url.host or url.query or url.fragment:
         raise ValueError(f"{base_url!r} must be a URL such as {DEFAULT_URL}")
-    return str(url).rstrip("/")
+    return url
+
+
+def _credentials(url: httpx.URL) -> bytes:
+    return f"{url.username}:{url.password}".encode()
 
 
 def _patient(timeout: httpx.Timeout, waits: float) -> httpx.Timeout:

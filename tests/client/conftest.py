@@ -2,11 +2,14 @@
 
 import contextlib
 import itertools
+import shutil
+import ssl
+import subprocess
 
 import pytest
 
 from batchnorm_client import Client
-from client.harness import NOW, Clients, Way, serving
+from client.harness import NOW, Clients, Listener, Way, serving
 
 _names = (f"layer-{number}" for number in itertools.count())
 
@@ -66,3 +69,38 @@ def way(url):
 def shaky(connect, way):
     """A client on the way that loses answers."""
     return connect.over(way)
+
+
+@pytest.fixture
+def listen():
+    """`listen(behave)` starts a server of bare sockets; `behave(connection)` is done with each."""
+    with contextlib.ExitStack() as stack:
+
+        def listen(behave, context=None):
+            listener = Listener(behave, context)
+            stack.callback(listener.close)
+            return listener
+
+        yield listen
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    """A certificate of 127.0.0.1, signed by itself, and its key, in one file."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is needed to make a certificate")
+    folder = tmp_path_factory.mktemp("tls")
+    options = "-x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=test"
+    name = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", folder / "key.pem", "-out", folder / "certificate.pem"]
+    subprocess.run(["openssl", "req", *options.split(), *name], check=True, capture_output=True)
+    both = folder / "both.pem"
+    both.write_text((folder / "key.pem").read_text() + (folder / "certificate.pem").read_text())
+    return both
+
+
+@pytest.fixture
+def tls(certificate):
+    """The server's context."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate)
+    return context

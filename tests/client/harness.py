@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -125,6 +126,13 @@ class Clients:
         self._stack.callback(lambda: self._portal.call(client.aclose))
         return client
 
+    def close_http(self, http):
+        """Close one of these now."""
+        if self.kind == "sync":
+            http.close()
+        else:
+            self._portal.call(http.aclose)
+
     def over(self, handler, **options):
         """A client whose requests `handler(request) -> response` answers, without a socket."""
         return self(http=self.http(transport=httpx.MockTransport(handler), base_url="http://service"), **options)
@@ -175,3 +183,80 @@ class Way:
 
     def close(self):
         self._http.close()
+
+
+class Listener:
+    """Accepts connections, and does with each what it is told, one after the other.
+
+    Args:
+        behave: is called with each connection.
+        context: for TLS.
+
+    Attributes:
+        url: its address.
+        accepted: how many connections there were.
+    """
+
+    def __init__(self, behave, context=None):
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http{'s' if context else ''}://127.0.0.1:{self.socket.getsockname()[1]}"
+        self.accepted = 0
+        self._behave = behave
+        self._context = context
+        self._open = []
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self):
+        while True:
+            try:
+                connection, _ = self.socket.accept()
+            except OSError:
+                return
+            if self._context:
+                connection = self._context.wrap_socket(connection, server_side=True)
+            self.accepted += 1
+            self._open.append(connection)
+            self._behave(connection)
+
+    def close(self):
+        self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+        self._thread.join()
+        for connection in self._open:
+            connection.close()
+
+
+class Relay(Listener):
+    """Passes connections on to a service, so that it can count them and end TLS."""
+
+    def __init__(self, url, context=None):
+        host, port = url.removeprefix("http://").split(":")
+        self._there = (host, int(port))
+        self._threads = []
+        super().__init__(self._pass_on, context)
+
+    def _pass_on(self, connection):
+        there = socket.create_connection(self._there)
+        self._open.append(there)
+        for each in (connection, there):
+            each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for source, target in ((connection, there), (there, connection)):
+            self._threads.append(threading.Thread(target=self._copy, args=(source, target)))
+            self._threads[-1].start()
+
+    @staticmethod
+    def _copy(source, target):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: TLS that was shut down
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        for connection in list(self._open):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        super().close()
+        for thread in self._threads:
+            thread.join()

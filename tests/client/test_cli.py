@@ -67,6 +67,10 @@ def test_layers(run, other, name):
     assert "2,000" in table
     found = json.loads(run("layers", "--prefix", name, "--json").stdout)
     assert [(each["name"], each["num_batches_tracked"]) for each in found] == [(f"{name}.a", 0), (f"{name}.b", 0)]
+    shown = json.loads(run("show", f"{name}.a", "--json").stdout)
+    assert {key: shown[key] for key in ("version", "updated_at")} == {
+        key: found[0][key] for key in ("version", "updated_at")
+    }
 
 
 def test_show(run, layer):
@@ -362,6 +366,32 @@ def test_nobody_there(run, layer):
     assert refused.stderr.startswith("batchnorm: cannot reach http://127.0.0.1:1")
     assert len(refused.stderr.splitlines()) == 1
     assert "URL" in run("show", layer.name, "--url", "nowhere", code=2).stderr
+
+
+def test_a_proxy_that_is_not_there(run, layer, monkeypatch):
+    """It is of no use then to look at --url."""
+    for variable in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    refused = run("show", layer.name, code=5)
+    assert refused.stderr.startswith("batchnorm: cannot reach the proxy http://127.0.0.1:1 (from http_proxy)")
+    assert "--url" not in refused.stderr
+
+
+@pytest.mark.parametrize(("quiet", "warnings"), [(3600, 0), (0, 3)])
+def test_only_a_command_that_takes_long_says_what_it_tries_again(run, layer, monkeypatch, caplog, quiet, warnings):
+    monkeypatch.setattr("batchnorm_client.cli.service._QUIET_SECONDS", quiet)
+    run("show", layer.name, "--url", "http://127.0.0.1:1", code=5)
+    assert len(caplog.records) == warnings
+
+
+def test_batches_that_are_too_large(run, data):
+    with serving(max_body_bytes=1024) as small:
+        run("create", "bn", "--num-features", 3, "--url", small)
+        np.save("large.npy", np.zeros((1000, 3), np.float32))
+        refused = run("train", "bn", "large.npy", "--url", small, code=4)
+        assert "BATCHNORM_MAX_BODY_BYTES" in refused.stderr
+        assert "--batch-size" in refused.stderr
 
 
 def test_a_token_is_asked_for(run):

@@ -1,6 +1,7 @@
 """Every error answer becomes an exception of the tree."""
 
 import json
+import traceback
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
@@ -45,6 +46,28 @@ def test_every_problem_becomes_its_exception(name):
     assert str(error) == error.detail == "what was wrong"
     assert (error.status, error.request_id, error.retry_after) == (cls.status, "r", 7)
     assert error.fields == {"field": "eps", "expected": [1], "request_id": "a member of that name", "self": 1}
+
+
+@pytest.mark.parametrize(
+    "detail",
+    [
+        "the body is larger than 8 bytes",
+        "the body is larger than the 8 bytes that BATCHNORM_MAX_BODY_BYTES allows",
+        "larger than BATCHNORM_MAX_BODY_BYTES; train_local sends moments instead",
+    ],
+)
+def test_a_body_that_is_too_large(detail):
+    """What a user sees names the setting and the way around it, once, also where the service's text does not."""
+    error = error_of(answer(413, {"type": "/problems/payload-too-large", "detail": detail}))
+    seen = "".join(traceback.format_exception(error))
+    assert (seen.count("BATCHNORM_MAX_BODY_BYTES"), seen.count("train_local")) == (1, 1)
+    assert error.detail == detail
+
+
+def test_a_body_that_is_too_large_for_something_in_between():
+    error = error_of(answer(413, body=b"<h1>413</h1>", media_type="text/html"))
+    assert isinstance(error, UnexpectedAnswer)
+    assert "train_local" in str(error)
 
 
 def test_the_services_own_problems(client, url, name):

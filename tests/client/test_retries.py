@@ -188,3 +188,28 @@ def test_errors_are_read_before_results(clock):
 def test_settings_that_make_no_sense(wrong):
     with pytest.raises(ValueError, match="must be"):
         Retry(**wrong)
+
+
+def test_what_is_tried_again_is_told(clock, caplog):
+    """Before the second try and each one after it: what, why, and for how long; ten tries were silent for 17.5 s."""
+    attempts = Attempts(NEW, Retry(attempts=3, deadline=60, wait_initial=1), clock)
+    attempts.pause(cut())
+    clock.now += 20
+    attempts.pause(refused())
+    with pytest.raises(ConnectionFailed):
+        attempts.pause(refused())
+    assert {(record.name, record.levelname) for record in caplog.records} == {("batchnorm_client", "WARNING")}
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith("POST /v1/layers/bn/train: ConnectionFailed: cut; sending it again in ")
+    assert first.endswith("(try 2 of 3, until the deadline in 60.0 s)")
+    assert second.endswith("(try 3 of 3, until the deadline in 40.0 s)")
+
+
+def test_what_is_tried_again_without_a_deadline_is_told(clock, caplog):
+    Attempts(NEW, Retry(deadline=None), clock).pause(cut())
+    assert caplog.messages[0].endswith("(try 2 of 10, no deadline)")
+
+
+def test_a_first_try_that_is_answered_says_nothing(clock, caplog):
+    Attempts(READ, Retry(), clock).receive(Answer(200, {}, b""))
+    assert not caplog.records

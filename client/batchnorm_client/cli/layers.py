@@ -21,7 +21,7 @@ def layers(
     with calling(url, token) as client:
         found = list(client.layers(prefix))
     if json:
-        print_json([layer.model_dump() for layer in found])
+        print_json([layer.model_dump(mode="json") for layer in found])
     elif found:
         console().print(layers_table(found, console().width))
     else:

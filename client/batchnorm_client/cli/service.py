@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from batchnorm_client.errors import (
     BatchNormError,
     ConnectionFailed,
     LayerNotFound,
+    PayloadTooLarge,
     ProblemError,
     Unauthenticated,
     UnexpectedAnswer,
@@ -39,6 +42,9 @@ QUICK: Final = Retry(attempts=4)
 
 PATIENT: Final = Retry(attempts=1000, deadline=120)
 """A long run outlives a restart of the service."""
+
+_QUIET_SECONDS: Final = 1.0
+"""A command that is over by then says how it ended; only what takes longer also says what it tries again."""
 
 Url = Annotated[
     str | None,
@@ -72,7 +78,7 @@ def calling(url: str | None, token: str | None, retry: Retry = QUICK) -> Iterato
         client = Client(url, token=token or None, retry=retry)
     except ValueError as error:
         fail(str(error), USAGE)
-    with client:
+    with client, _quiet_at_first():
         try:
             yield client
         except BatchNormError as error:
@@ -83,6 +89,21 @@ def calling(url: str | None, token: str | None, retry: Retry = QUICK) -> Iterato
             fail(str(error), USAGE)
         except OSError as error:
             fail(_file_error(error), 1)
+
+
+@contextmanager
+def _quiet_at_first() -> Iterator[None]:
+    """Show the client's warnings, which Python prints on stderr, once the command takes long."""
+    logger, start = logging.getLogger("batchnorm_client"), time.monotonic()
+
+    def is_late(_record: logging.LogRecord) -> bool:
+        return time.monotonic() - start >= _QUIET_SECONDS
+
+    logger.addFilter(is_late)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_late)
 
 
 def exit_code(error: BatchNormError) -> int:
@@ -100,7 +121,7 @@ def sentence(error: BatchNormError) -> str:
     if error.outcome_unknown:
         text += "; the call may have taken effect all the same"
     text = "; ".join([text, *getattr(error, "__notes__", [])])
-    if isinstance(error, ConnectionFailed) and not error.outcome_unknown:
+    if isinstance(error, ConnectionFailed) and not error.outcome_unknown and error.proxy is None:
         text += "; --url or BATCHNORM_URL says where the service is"
     request_id = getattr(error, "request_id", None)
     if exit_code(error) == SERVICE and request_id:
@@ -111,7 +132,7 @@ def sentence(error: BatchNormError) -> str:
 def _in_terms_of_options(error: BatchNormError, text: str) -> str:
     """The service speaks of HTTP: of headers, and of the call that creates a layer."""
     match error:
-        case LayerNotFound():
+        case LayerNotFound() | PayloadTooLarge():
             return text.partition(";")[0]
         case Unauthenticated():
             return f"{text.partition(':')[0]}; it is given with --token or BATCHNORM_TOKEN"

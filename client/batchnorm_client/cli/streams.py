@@ -17,7 +17,7 @@ from batchnorm_client.cli.data import Batches, progress, written
 from batchnorm_client.cli.output import Json, print_json, say
 from batchnorm_client.cli.service import PATIENT, REFUSED, USAGE, Name, Token, Url, calling, count, fail
 from batchnorm_client.contract import Layer
-from batchnorm_client.errors import BatchNormError, DtypeMismatch, IdempotencyKeyReused, TooFewValues
+from batchnorm_client.errors import BatchNormError, DtypeMismatch, IdempotencyKeyReused, PayloadTooLarge, TooFewValues
 
 Size = Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Samples in a batch.")]
 Cast = Annotated[
@@ -84,6 +84,9 @@ def _explained(run: str = "", counts: Mapping[str, int] | None = None, total: in
         yield
     except DtypeMismatch as error:
         error.add_note("--dtype converts each batch")
+        raise
+    except PayloadTooLarge as error:
+        error.add_note("a smaller --batch-size sends less at once")
         raise
     except IdempotencyKeyReused:
         begun = f"run {run} was begun with another file or --batch-size"

@@ -12,7 +12,13 @@ import orjson
 
 from batchnorm_client.contract import JSON, PROBLEM_JSON, REQUEST_ID
 from batchnorm_client.core.exchange import Answer
-from batchnorm_client.errors import PROBLEMS, ProblemError, UnexpectedAnswer
+from batchnorm_client.errors import PROBLEMS, PayloadTooLarge, ProblemError, UnexpectedAnswer
+
+_ADVICE = {
+    "BATCHNORM_MAX_": "the limit is the service's setting BATCHNORM_MAX_BODY_BYTES",
+    "train_local": "train_local and eval_local do not send the batch, whatever its size",
+}
+"""What to do about a body that is too large, by a word of it: a note for where the service's text does not say it."""
 
 _STANDARD = {"type", "title", "status", "detail", "instance"}
 _SECONDS = re.compile(r"[0-9]{1,9}")
@@ -38,6 +44,10 @@ def problem_of(document: dict[str, Any], request_id: str | None) -> ProblemError
     if name not in PROBLEMS:
         return None
     error = PROBLEMS[name](str(document.get("detail") or PROBLEMS[name].title))
+    if isinstance(error, PayloadTooLarge):
+        for word, advice in _ADVICE.items():
+            if word not in error.detail:
+                error.add_note(advice)
     # Not as keyword arguments: members may be called anything.
     error.fields.update(_fields(document))
     error.request_id = request_id
@@ -73,6 +83,8 @@ def _detail(answer: Answer, document: dict[str, Any]) -> str:
         if isinstance(document.get(member), str):
             return f"status {answer.status}: {document[member]}"
     kind = answer.media_type or "no Content-Type"
+    if answer.status == 413:
+        return f"status 413 ({kind}): something before the service takes no body of this size; {_ADVICE['train_local']}"
     return f"status {answer.status} ({kind}) is no answer of a batch-normalization service; is something in between?"
 
 

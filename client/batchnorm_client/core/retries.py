@@ -74,16 +74,22 @@ class Attempts(Generic[T]):
     Attributes:
         request: what to send next.
         in_doubt: a try failed, and may have taken effect all the same.
+        deadline: seconds for the call with all its tries; infinite without one.
     """
 
     def __init__(self, request: Request[T], retry: Retry, clock: Callable[[], float] = time.monotonic) -> None:
         self.request = request
         self.in_doubt = False
+        self.deadline = math.inf if retry.deadline is None else retry.deadline + request.waits
         self._retry = retry
         self._clock = clock
         self._tries = 0
         self._unsettled: BatchNormError | None = None
-        self._end = math.inf if retry.deadline is None else clock() + retry.deadline + request.waits
+        self._end = clock() + self.deadline
+
+    def left(self) -> float:
+        """Seconds until the deadline; infinite without one, and 0 or less when it has passed."""
+        return self._end - self._clock()
 
     def remaining(self) -> float:
         """Seconds until the deadline; infinite without one.
@@ -91,10 +97,14 @@ class Attempts(Generic[T]):
         Raises:
             TimedOut: it has passed.
         """
-        seconds = self._end - self._clock()
+        seconds = self.left()
         if seconds <= 0:
-            raise TimedOut(f"no answer within the deadline of {self._retry.deadline:g} s", outcome_unknown=True)
+            raise self.timed_out()
         return seconds
+
+    def timed_out(self) -> TimedOut:
+        """What to raise for a call that the deadline ended."""
+        return TimedOut(f"no answer within the deadline of {self.deadline:g} s", outcome_unknown=True)
 
     def receive(self, answer: Answer) -> T:
         """The result.
@@ -125,11 +135,27 @@ class Attempts(Generic[T]):
         if self._tries >= self._retry.attempts or self._clock() + wait >= self._end:
             error.add_note(f"after {self._tries} tries")
             raise error
-        call = f"{self.request.method} {self.request.target}"
-        _log.info("%s: %s: %s; next try in %.2f s", call, type(error).__name__, error, wait)
+        self._warn(error, wait, follow_up)
         if follow_up is not None:
             self.request, self._unsettled = follow_up, error
         return wait
+
+    def _warn(self, error: BatchNormError, wait: float, follow_up: Request[T] | None) -> None:
+        """Say what is sent next, and when it will be over: else a service that is not there is long silence."""
+        what = "sending it again" if follow_up is None else f"asking with {follow_up.method} whether it took effect"
+        end = "no deadline" if self._end == math.inf else f"until the deadline in {self.left():.1f} s"
+        _log.warning(
+            "%s %s: %s: %s; %s in %.2f s (try %d of %d, %s)",
+            self.request.method,
+            self.request.target,
+            type(error).__name__,
+            error,
+            what,
+            wait,
+            self._tries + 1,
+            self._retry.attempts,
+            end,
+        )
 
     def _again(self, error: BatchNormError) -> bool:
         return _is_passing(error) and (self.request.repeat_in_doubt or not self.in_doubt)

@@ -1,0 +1,51 @@
+"""The proxy between a client and its service."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from urllib.request import getproxies, proxy_bypass
+
+import httpx
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """A proxy, and who named it.
+
+    Attributes:
+        http: for httpx.
+        source: the environment variable, or the option.
+    """
+
+    http: httpx.Proxy
+    source: str
+
+    def __str__(self) -> str:
+        """For messages, which credentials stay out of."""
+        url = self.http.url
+        return f"the proxy {url.scheme}://{url.netloc.decode('ascii')} (from {self.source})"
+
+
+def proxy_for(url: httpx.URL, given: str | httpx.URL | httpx.Proxy | None, trust_env: bool) -> Proxy | None:
+    """The proxy for a service.
+
+    Args:
+        url: the service's.
+        given: the option `proxy`.
+        trust_env: whether HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY count, as the standard library reads them.
+
+    Raises:
+        ValueError: a proxy's URL has a scheme that is none of http, https, socks5 and socks5h.
+    """
+    if given is not None:
+        return Proxy(given if isinstance(given, httpx.Proxy) else httpx.Proxy(given), "the option proxy")
+    if not trust_env or proxy_bypass(url.host) or proxy_bypass(url.netloc.decode("ascii")):
+        return None
+    named = getproxies()
+    for scheme in (url.scheme, "all"):
+        if address := named.get(scheme):
+            names = (f"{scheme}_proxy", f"{scheme.upper()}_PROXY")
+            source = next((name for name in names if name in os.environ), "the system's settings")
+            return Proxy(httpx.Proxy(address if "://" in address else f"http://{address}"), source)
+    return None
