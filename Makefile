@@ -8,7 +8,7 @@ CONSTRAINTS := -c constraints.txt
 GENERATORS := .venv-generators
 LOWEST := .venv-lowest
 
-.PHONY: help run test test-lowest check demo bench bench-quick bench-gpu example-digits examples soak clean
+.PHONY: help run test test-lowest check demo bench bench-quick bench-gpu example-digits examples pictures soak clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -37,10 +37,16 @@ bench-quick: .venv-bench/bench.stamp ## the same without other servers, in two m
 bench-gpu: .venv-bench/bench.stamp ## the engine on a CUDA device, against torch's own module and against copying
 	@.venv-bench/bin/python -m benchmarks.gpu
 
-example-digits: $(VENV)/dev.stamp ## train two nets on digits with remote layers, beside torch; draws docs/digits_training.png
-	$(BIN)/python examples/digits_training.py --plot docs/digits_training.png
+example-digits: $(VENV)/dev.stamp ## train two nets on digits with remote layers, beside torch
+	$(BIN)/python examples/digits_training.py
 
-examples: $(VENV)/dev.stamp ## run the examples of docs/sharing.md, and draw their pictures again
+examples: $(VENV)/dev.stamp ## run the examples of docs/sharing.md
+	$(BIN)/python examples/federated.py
+	$(BIN)/python examples/reinforcement.py
+	$(BIN)/python examples/synchronized.py
+
+pictures: $(VENV)/dev.stamp ## run all examples, and draw the pictures in docs/ again
+	$(BIN)/python examples/digits_training.py --plot docs/digits_training.png
 	$(BIN)/python examples/federated.py --plot docs/federated.png
 	$(BIN)/python examples/reinforcement.py --plot docs/reinforcement.png
 	$(BIN)/python examples/synchronized.py --plot docs/synchronized.png

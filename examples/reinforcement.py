@@ -6,6 +6,10 @@ Each actor is a process that plays its own copy of a small environment with its 
 observations than the rest. With a normalizer of its own (running mean and variance, as VecNormalize keeps them) each
 process ends with other numbers, and the same observation means something else to each. Through the service they all
 fold into one population layer, and end with one state: mean and variance of everything that anybody observed.
+
+A policy is to be given observations normalized by these running statistics: `fold_moments`, then `eval_local` (or
+`eval`). What `train` returns is normalized by the batch's own statistics: the mean of each rollout becomes 0, and a
+cart that stays on the left looks like one that stays on the right.
 """
 
 from __future__ import annotations
@@ -58,12 +62,16 @@ class Report:
         private: mean and variance of its own normalizer.
         seen: how the shared normalizer and its own see one and the same observation, (2, 3).
         means: of its own normalizer after each rollout, (rollouts, 3).
+        running: its last rollout, normalized by the shared running statistics, (ROLLOUT, 3).
+        batch: the same by the rollout's own statistics, as `train` would return it, (ROLLOUT, 3).
     """
 
     observations: np.ndarray
     private: tuple[np.ndarray, np.ndarray]
     seen: np.ndarray
     means: np.ndarray
+    running: np.ndarray
+    batch: np.ndarray
 
 
 class Private:
@@ -91,13 +99,16 @@ def act(url: str, actor: int, rollouts: int, barrier: multiprocessing.synchroniz
         for rollout in range(rollouts):
             batch = np.array([cart.step(policy(actor, rollout * ROLLOUT + step)) for step in range(ROLLOUT)])
             played.append(batch)
-            shared.train_local(batch)  # a real actor would feed the output to its policy
+            shared.fold_moments(len(batch), batch.mean(0), batch.var(0))
+            running = shared.eval_local(batch).output  # what a policy that learns would be given
             private.fold(batch)
             means.append(private.mean)
         barrier.wait()  # from here on nobody folds
         probe = np.array([[1.0, 1.0, 25.0]])
         seen = np.concatenate([shared.eval_local(probe).output, private.normalize(probe)])
-        reports.put((actor, Report(np.concatenate(played), (private.mean, private.var), seen, np.array(means))))
+        own = (batch - batch.mean(0)) / np.sqrt(batch.var(0) + EPS)
+        report = Report(np.concatenate(played), (private.mean, private.var), seen, np.array(means), running, own)
+        reports.put((actor, report))
 
 
 def play(url: str, rollouts: int) -> tuple[dict[int, Report], dict[str, np.ndarray]]:
@@ -123,11 +134,11 @@ def drift(report: Report, state: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def plot(found: dict[int, Report], state: dict[str, np.ndarray], path: Path) -> None:
-    """How far private means drift, and what the actors make of one observation."""
+    """How far private means drift, what the actors make of one observation, and why `train`'s output is no input."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - only who wants a picture waits for it
 
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     colors = ("#f2a65a", "#c8553d", "#588157", "#6d6875")
     for actor in sorted(found):
         left.plot(
@@ -142,20 +153,28 @@ def plot(found: dict[int, Report], state: dict[str, np.ndarray], path: Path) -> 
     left.set_title("private means do not come together", fontsize=11)
     places = np.arange(len(NAMES))
     for actor in sorted(found):
-        right.bar(
+        middle.bar(
             places + 0.16 * (actor - 2), found[actor].seen[1], 0.16, color=colors[actor], label=f"actor {actor}'s own"
         )
-    right.bar(places + 0.16 * 2, found[0].seen[0], 0.16, color="#1b3a5c", label="shared, for all actors")
-    right.axhline(0, color="#444444", linewidth=0.8)
-    right.set_xticks(places, NAMES)
-    right.set_ylabel("normalized value")
-    right.set_title("one observation, as each actor sees it", fontsize=11)
-    for axis in (left, right):
+    middle.bar(places + 0.16 * 2, found[0].seen[0], 0.16, color="#1b3a5c", label="shared, for all actors")
+    middle.axhline(0, color="#444444", linewidth=0.8)
+    middle.set_xticks(places, NAMES)
+    middle.set_ylabel("normalized value")
+    middle.set_title("one observation, as each actor sees it", fontsize=11)
+    for actor, side in ((0, "pushed right"), (1, "pushed left")):
+        color = colors[actor]
+        right.plot(found[actor].running[:, 0], color=color, linewidth=2, label=f"{side}, by running statistics")
+        right.plot(found[actor].batch[:, 0], color=color, linestyle=":", label=f"{side}, by its own batch")
+    right.set_xlabel("step of the last rollout")
+    right.set_ylabel("normalized position")
+    right.set_title("a batch's own statistics hide the side", fontsize=11)
+    for axis in (left, middle, right):
         axis.grid(color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     left.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.08))
-    right.legend(frameon=False, fontsize=8, loc="lower center")
+    middle.legend(frameon=False, fontsize=8, loc="lower center")
+    right.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=100, metadata={"Software": None}, pil_kwargs={"optimize": True})
 
 
@@ -183,6 +202,11 @@ def main() -> int:
     off = max(drift(found[i], state)[-1] for i in found)
     print(f"the shared state differs from all observations by {max(errors):.1e}, relatively")
     print(f"the actors see one observation alike: {agree}; a private mean is up to {off:.2f} standard deviations off")
+    for way in ("running", "batch"):
+        sides = [getattr(found[actor], way)[:, 0].mean() for actor in (0, 1)]
+        print(
+            f"mean position of the last rollout, by {way} statistics: pushed right {sides[0]:.2f}, left {sides[1]:.2f}"
+        )
     if arguments.plot:
         plot(found, state, arguments.plot)
         print(f"the picture is in {arguments.plot}")

@@ -35,3 +35,13 @@ def test_an_example(script, short, promise, tmp_path):
     assert picture.stat().st_size < 100_000
     if script == "synchronized":
         assert "ValueError: SyncBatchNorm expected input tensor to be on GPU" in done.stdout
+
+
+@pytest.mark.parametrize("target", ["demo", "example-digits", "examples"])
+def test_the_examples_write_no_tracked_file_unless_asked(target):
+    """`make pictures` draws those in docs/."""
+    for name, drawn in ((target, False), ("pictures", True)):
+        command = ["make", "--dry-run", "--assume-old=.venv/dev.stamp", name]
+        done = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, check=True)
+        assert "examples/" in done.stdout
+        assert ("--plot" in done.stdout) == drawn
