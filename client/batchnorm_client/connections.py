@@ -48,8 +48,8 @@ class _Connections(Generic[T, G]):
         self._make = make
         self._made_in = os.getpid()
         self._closed = False
-        # By process. A dict, because setdefault lets two threads of a new child agree on one pool without a lock,
-        # which a fork could inherit locked.
+        # By process id. setdefault lets two threads of a new child agree on one pool without a lock, which a fork could
+        # inherit while it is held.
         self._pools: dict[int, T] = {}
         if given is None:
             self._pool()  # options that cannot be used are refused now
@@ -65,7 +65,8 @@ class _Connections(Generic[T, G]):
         if pool is None:
             if self._closed:
                 raise ConnectionFailed("the client is closed", permanent=True)
-            _inherited.extend(self._pools.values())
+            # Also so that no descendant finds one when the system gives it an ancestor's number.
+            _inherited.extend(self._pools.pop(other, None) for other in list(self._pools) if other != pid)
             pool = self._pools.setdefault(pid, self._make())
         return pool
 
