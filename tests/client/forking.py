@@ -3,7 +3,7 @@
     python forking.py URL WAY [CERTIFICATE]
 
 Ways: sync; async; uvloop; busy, forked while other threads are in calls; locked, while another thread holds the locks
-of the pool; torch, a module.
+of the pool; torch, a module; waiting, while its moments wait to be sent.
 """
 
 import asyncio
@@ -163,6 +163,30 @@ def torch(client):
     join(children)
 
 
+def waiting(client):
+    """Moments of a model wait to be sent, and another thread is sending, when the process forks."""
+    import torch  # noqa: PLC0415
+    from torch import nn  # noqa: PLC0415
+
+    from batchnorm_client.torch import convert_batchnorm, flush  # noqa: PLC0415
+
+    torch.set_num_threads(1)
+    local = nn.Sequential(nn.BatchNorm1d(3, affine=False))
+    model = convert_batchnorm(local, client, "waiting.", compute="local", existing="overwrite")
+    model[0](torch.eye(3))  # not by way of the root, whose forward pass would send them
+
+    def work():
+        flush(model)
+        model(torch.eye(3))
+
+    sending = model[0]._folding._sending
+    with sending:
+        children = [child(work) for _ in range(CHILDREN)]
+        join(children)
+    flush(model)
+    assert client.layer("waiting.0").inspect().num_batches_tracked == 1 + CHILDREN
+
+
 async def asynchronous(client):
     layer = client.layer("bn")
 
@@ -189,7 +213,7 @@ def main(url, way, certificate=None):
         for name in ("bn", "trained"):
             client.create_layer(name, 3, affine=False).reset()
         if way not in ("async", "uvloop"):
-            {"sync": sync, "busy": busy, "locked": locked, "torch": torch}[way](client)
+            {"sync": sync, "busy": busy, "locked": locked, "torch": torch, "waiting": waiting}[way](client)
     if way == "async":
         asyncio.run(asynchronous(AsyncClient(url, **options)))
     elif way == "uvloop":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from dataclasses import dataclass
 from threading import Lock
@@ -48,6 +49,7 @@ class Folding:
         self._hooks: list[RemovableHandle] = []
         self._in_forward = False
         self._sending = Lock()
+        self._process = os.getpid()
 
     def attach(self, root: nn.Module) -> None:
         """Flush after each forward pass of this module, also of one that fails: torch has counted by then, too."""
@@ -89,6 +91,7 @@ class Folding:
         Raises:
             As `flush`. The moments were added.
         """
+        self._forget_the_parents()
         self._pending[name].append(Pending(moments))
         if len(self._pending[name]) > 1 and not self._in_forward:
             self.flush()
@@ -101,6 +104,7 @@ class Folding:
                 of other layers were folded.
             BatchNormError: of the call. What may be folded or not waits on, each batch under the key that it had.
         """
+        self._forget_the_parents()
         errors: dict[str, ProblemError] = {}
         with self._sending:
             stuck: set[str] = set()
@@ -115,6 +119,13 @@ class Folding:
         for name, error in errors.items():
             error.add_note(f"layer {name!r}, one of {len(self._pending)}")
             raise error
+
+    def _forget_the_parents(self) -> None:
+        """After a fork: what waited is the parent's to send, or it would count twice, and its lock may be held."""
+        if self._process != os.getpid():
+            self._process, self._sending = os.getpid(), Lock()
+            for queue in self._pending.values():
+                queue.clear()
 
     def _send(self, heads: dict[str, Pending]) -> dict[str, FoldResult | ProblemError]:
         fresh = uuid4().hex
