@@ -239,6 +239,17 @@ async def test_a_script_that_the_server_forgot_is_sent_again(opened: ValkeyStore
         assert await asyncio.gather(*(opened.load("a", record.stamp) for _ in range(10))) == [Unchanged()] * 10
 
 
+async def test_a_call_whose_script_the_server_forgot_is_finished_by_close(
+    opened: ValkeyStore, valkey_server: Server
+) -> None:
+    """It had to be sent a second time, and was told that the store is closed."""
+    valkey_server.command("SCRIPT", "FLUSH")
+    tasks = [asyncio.ensure_future(opened.create(f"n{n}", b"", LIMIT)) for n in range(5)]
+    await asyncio.sleep(0)
+    await opened.close()
+    assert all(isinstance(answer, Record) for answer in await asyncio.gather(*tasks))
+
+
 async def test_conflicts_are_told_from_stale_incarnations(opened: ValkeyStore) -> None:
     first = await created(opened, "a")
     await opened.delete("a", first.stamp)

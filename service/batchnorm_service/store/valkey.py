@@ -151,6 +151,7 @@ class ValkeyStore:
         """Finish what was begun, then disconnect."""
         if self._opened is not None:
             opened, self._opened = self._opened, None
+            await opened.calls.finish()
             await opened.shards.close()
 
     async def ping(self) -> None:

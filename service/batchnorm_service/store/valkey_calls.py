@@ -31,6 +31,8 @@ class Calls:
     def __init__(self, shards: Shards, timeout: float) -> None:
         self._shards = shards
         self._timeout = timeout
+        self._running = 0
+        self._ended = asyncio.Event()
 
     def run(
         self, script: Script, bucket: int, keys: Sequence[bytes], args: Sequence[bytes | int] = ()
@@ -43,7 +45,21 @@ class Calls:
         attempt = _Attempt(self._shards, Job(script, bucket, keys, args))
         return self._answer(attempt, attempt.send())
 
+    async def finish(self) -> None:
+        """Return when nobody waits for a call any more; one that has to be sent again still is."""
+        while self._running:
+            self._ended.clear()
+            await self._ended.wait()
+
     async def _answer(self, attempt: _Attempt, answer: asyncio.Future[Any]) -> Any:
+        self._running += 1
+        try:
+            return await self._sent(attempt, answer)
+        finally:
+            self._running -= 1
+            self._ended.set()
+
+    async def _sent(self, attempt: _Attempt, answer: asyncio.Future[Any]) -> Any:
         deadline = asyncio.get_running_loop().time() + self._timeout
         while True:
             try:
