@@ -14,6 +14,7 @@
         │   │   └── LayerNotFound           404 layer-not-found
         │   ├── MethodNotAllowed            405 method-not-allowed
         │   ├── NotAcceptable               406 not-acceptable
+        │   ├── RequestTimeout              408 request-timeout
         │   ├── LayerExists                 409 layer-exists
         │   ├── TooManyLayers               409 too-many-layers
         │   ├── GroupClosed                 409 group-closed
@@ -193,6 +194,15 @@ class NotAcceptable(RequestError):
     """The answer cannot be given in any form that `Accept` admits, such as .npy for a bfloat16 output."""
 
     name, status, title = "not-acceptable", 406, "No acceptable form of the answer"
+
+
+class RequestTimeout(RequestError):
+    """The request came too slowly: nothing for BATCHNORM_READ_TIMEOUT_SECONDS, or less than 1 KiB/s on average.
+
+    The connection is closed. The same call can be sent again on another one.
+    """
+
+    name, status, title = "request-timeout", 408, "The request came too slowly"
 
 
 class LayerExists(RequestError):

@@ -12,10 +12,19 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Final, Self
 
-import numpy as np
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
-from batchnorm_service.api import JOIN_BYTES, Answer, Headers, PendingAnswer, Shell, Target, read_headers
+from batchnorm_client.errors import Overloaded, ProblemError
+from batchnorm_service.api import (
+    JOIN_BYTES,
+    Answer,
+    BodyBuffer,
+    Headers,
+    PendingAnswer,
+    Shell,
+    Target,
+    read_headers,
+)
 from batchnorm_service.outbox import OutboxProtocol
 
 _NOTHING: Final = memoryview(b"")
@@ -51,6 +60,10 @@ class DirectProtocol(OutboxProtocol):
         else:
             super().on_message_complete()
 
+    def was_read(self) -> None:
+        """A request that was answered before has been read to its end."""
+        self._becomes_idle()
+
     def shutdown(self) -> None:
         """The server stops. A client that is still sending its body is waited for and told, as uvicorn has it."""
         if (cycle := self._direct_cycle()) is not None and cycle.reading:
@@ -75,11 +88,9 @@ class DirectProtocol(OutboxProtocol):
         if not (length.isdigit() and len(length) <= 18 and self._is_plain(headers)):
             return None
         size = int(length)
-        try:
-            cycle = DirectCycle(self, self.app, target, headers, size)
-        except MemoryError:
-            return None  # on the ordinary way the caller is told
-        return cycle if self.app.enter(target, headers, size) else None
+        if not self.app.admits(target, headers, size):
+            return None
+        return DirectCycle(self, self.app, target, headers, size)
 
     def _is_plain(self, headers: Headers) -> bool:
         """Whether the head asks for nothing but an answer."""
@@ -94,16 +105,19 @@ class DirectCycle:
 
     __slots__ = (
         "_body",
-        "_filled",
+        "_buffer",
         "_headers",
         "_protocol",
         "_shell",
+        "_size",
         "_target",
         "disconnected",
         "keep_alive",
         "reading",
         "response_complete",
     )
+
+    response_started = False
 
     def __init__(self, protocol: DirectProtocol, shell: Shell, target: Target, headers: Headers, size: int) -> None:
         self.keep_alive = True
@@ -114,29 +128,40 @@ class DirectCycle:
         self._shell = shell
         self._target = target
         self._headers = headers
-        self._body = np.empty(size, np.uint8).data
-        self._filled = 0
+        self._size = size
+        self._body = _NOTHING
+        self._buffer: BodyBuffer | None = None
 
     def fill(self, piece: bytes) -> None:
         """Take a piece of the body. The parser gives no more than was announced."""
-        end = self._filled + len(piece)
-        self._body[self._filled : end] = piece
-        self._filled = end
+        if len(piece) == self._size:
+            self._body = memoryview(bytearray(piece))  # decoding wants it writable
+        elif self.reading:
+            self._fill_in_part(piece)
 
     def start(self) -> None:
         """The body is complete: answer, at once if that is possible."""
+        if not self.reading:
+            self._protocol.was_read()
+            return
         self.reading = False
         # The connection keeps this cycle until its next request; it must not keep the body.
-        body, self._body = self._body, _NOTHING
-        answer = self._shell.answer_now(self._target, self._headers, body)
+        body, self._body = self._body if self._buffer is None else self._take(), _NOTHING
+        shell = self._shell
+        if shell.enter():
+            answer = shell.answer_now(self._target, self._headers, body)
+        else:
+            answer = shell.refuse(None, self._target, self._headers)
         if answer is not None:
+            shell.leave()
             self._send(answer)
             return
-        pending = self._shell.answer_soon(self._target, self._headers, body)
+        pending = shell.answer_soon(self._target, self._headers, body)
         if pending is None:
-            self._answer_later(lambda: self._shell.answer(self._target, self._headers, body))
+            self._answer_later(lambda: shell.answer(self._target, self._headers, body))
             return
         if isinstance(pending, Answer):
+            shell.leave()
             self._send(pending)
             return
         self._protocol.tasks.add(pending.folded)  # type: ignore[arg-type] # to be cancelled by a forced stop
@@ -145,9 +170,7 @@ class DirectCycle:
     def give_up(self) -> bytes:
         """Let go of the request; what has come of its body."""
         self.reading = False
-        self._shell.leave()
-        body, self._body = self._body, _NOTHING
-        return bytes(body[: self._filled])
+        return bytes(self._take())
 
     @property
     def message_event(self) -> Self:
@@ -159,17 +182,48 @@ class DirectCycle:
         if self.reading:
             self.give_up()
 
+    def _fill_in_part(self, piece: bytes) -> None:
+        if self._buffer is None:
+            self._buffer = BodyBuffer(self._size)
+        transfers = self._shell.transfers
+        try:
+            transfers.receive(len(piece))
+            try:
+                self._buffer.add(piece)
+            except Overloaded:
+                transfers.release(len(piece))
+                raise
+        except Overloaded as problem:
+            self._refuse(problem)
+
+    def _take(self) -> memoryview:
+        """What has come of the body, which is not on its way in any more."""
+        buffer, self._buffer = self._buffer, None
+        if buffer is None:
+            return _NOTHING
+        self._shell.transfers.release(buffer.filled)
+        return buffer.take()
+
+    def _refuse(self, problem: ProblemError) -> None:
+        """Answer before the body is complete. What else comes of it is dropped."""
+        self.reading = False
+        self._take()
+        self._send(self._shell.refuse(problem, self._target, self._headers))
+
     def _folded(self, pending: PendingAnswer, future: Future[Any]) -> None:
         self._protocol.tasks.discard(future)
         answer = pending.now()
         if answer is None:
             self._answer_later(pending.later)
         else:
+            self._shell.leave()
             self._send(answer)
 
     def _answer_later(self, coming: Callable[[], Awaitable[Answer]]) -> None:
         async def answer() -> None:
-            self._send(await coming())
+            answer = await coming()
+            self._shell.leave()
+            self._send(answer)
 
         task = self._protocol.loop.create_task(answer())
         self._protocol.tasks.add(task)
@@ -182,7 +236,6 @@ class DirectCycle:
 
     def _send(self, answer: Answer) -> None:
         protocol, transport = self._protocol, self._protocol.transport
-        self._shell.leave()
         self.response_complete = True
         if self.disconnected or transport.is_closing():
             return

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any, Final, cast
 
-from batchnorm_service.idle import IdleProtocol
+from batchnorm_service.trailers import TrailerProtocol
 
 _AT_ONCE: Final = 1 << 16
 """Writes from this size on go out directly: joining them to others would cost a copy that counts."""
@@ -19,7 +19,7 @@ _AT_ONCE: Final = 1 << 16
 Data = bytes | bytearray | memoryview
 
 
-class OutboxProtocol(IdleProtocol):
+class OutboxProtocol(TrailerProtocol):
     """uvicorn's HTTP protocol over an `Outbox`."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

@@ -10,13 +10,10 @@ from typing import Any, Final
 from httptools import HttpParserUpgrade, HttpRequestParser
 
 from batchnorm_client.contract import REQUEST_ID
-from batchnorm_client.errors import MalformedBody, PayloadTooLarge, ProblemError
+from batchnorm_client.errors import MalformedBody, PayloadTooLarge, ProblemError, RequestTimeout
 from batchnorm_service.api.problems import problem_answer
 from batchnorm_service.direct import DirectProtocol
-
-MOST_HEAD_BYTES: Final = 1 << 16
-"""A request line with its headers; what is read of one that has not ended yet is kept in memory."""
-
+from batchnorm_service.trailers import MOST_HEAD_BYTES
 
 LINGER_SECONDS: Final = 1.0
 
@@ -44,7 +41,6 @@ class Protocol(DirectProtocol):
 
     parser: _Parser
     _in_head = False
-    _head_bytes = 0
     _refused = False
     _offered = False
     _ended = False
@@ -66,28 +62,26 @@ class Protocol(DirectProtocol):
             super().data_received(head)
             data = data[end:]
             super().data_received(data)
-        if self._in_head and not self._ended:  # a piece that another request ends in is not the head's alone
-            self._head_bytes += len(data)
-            if self._head_bytes > MOST_HEAD_BYTES:
-                self._refuse(PayloadTooLarge(f"the request's headers are larger than {MOST_HEAD_BYTES} bytes"))
+        if self._receiving and not self._refused:
+            self._received_in_part(len(data))
 
     def on_message_begin(self) -> None:
         """A request begins."""
-        self._in_head, self._head_bytes = True, 0
+        self._in_head, self._head_bytes, self._received = True, 0, 0
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         """The request's head has been read."""
-        self._in_head = False
         # CONNECT counts as an upgrade by itself, with nothing to leave out. uvicorn refuses it.
         self._offered = self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
         if not self._offered:
             super().on_headers_complete()
+        self._in_head = False
 
     def on_message_complete(self) -> None:
         """The request's body has been read; that of a request with an offer has not, whatever the parser says."""
         if not self._offered:
-            self._ended = True
+            self._ended, self._receiving = True, False
             super().on_message_complete()
 
     def _new_parser(self) -> None:
@@ -101,14 +95,73 @@ class Protocol(DirectProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """What was sent is no HTTP."""
-        self._refuse(MalformedBody(f"this is no HTTP request: {msg}"))
+        if self._head_bytes > MOST_HEAD_BYTES:
+            self._refuse(_too_large())
+        else:
+            self._refuse(MalformedBody(f"this is no HTTP request: {msg}"))
+
+    def request_is_late(self) -> None:
+        """A request comes too slowly."""
+        seconds = self.transfers.read_timeout
+        self._refuse(
+            RequestTimeout(f"nothing of the request came for {seconds:g} s, or less than 1 KiB/s on average since then")
+        )
+
+    def _received_in_part(self, size: int) -> None:
+        super()._received_in_part(size)
+        if self._in_head and not self._ended:  # a piece that another request ends in is not the head's alone
+            self._head_bytes += size
+        if self._head_bytes > MOST_HEAD_BYTES:
+            self._refuse(_too_large())
 
     def _refuse(self, problem: ProblemError) -> None:
-        self._in_head, self._refused = False, True
-        answer = problem_answer(problem, "/", request_id := uuid.uuid4().hex)
-        headers = [*answer.raw_headers, (REQUEST_ID.lower().encode(), request_id.encode()), (b"connection", b"close")]
-        head = f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}\r\n".encode()
-        lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
-        self.transport.write(b"".join([head, lines, b"\r\n", *answer.pieces]))
+        """Read no more; answer with this problem once everything before is answered, and close."""
+        self._refused, self._incoming = True, None
+        farewell = _farewell(problem)
+        cycle = self.cycle
+        waits = cycle is not None and not cycle.response_complete
+        if self._receiving and not self._in_head:  # the request that is refused has a cycle, the newest
+            waits = bool(self.pipeline) and self.pipeline[0][0] is cycle
+            if waits:
+                self.pipeline.popleft()
+            elif cycle.response_complete or cycle.response_started:
+                farewell = b""  # such as 401: it cannot be answered twice
+            cycle.disconnected = True
+            cycle.message_event.set()
+        if waits:
+            self.pipeline.appendleft((_Farewell(self, farewell), self.app))  # type: ignore[arg-type]
+        else:
+            self.say_farewell(farewell)
+
+    def say_farewell(self, farewell: bytes) -> None:
+        """Send these last bytes, and close."""
+        if self.transport.is_closing():
+            return
+        if farewell:
+            self.transport.write(farewell)
         # Closing with unread bytes would reset the connection, and the client might never see the answer.
         self.loop.call_later(LINGER_SECONDS, self.transport.close)
+
+
+class _Farewell:
+    """A refusal that waits in uvicorn's pipeline for the requests before it, in place of a request's cycle."""
+
+    def __init__(self, protocol: Protocol, farewell: bytes) -> None:
+        self._protocol = protocol
+        self._farewell = farewell
+
+    async def run_asgi(self, _app: object) -> None:
+        """What uvicorn calls when all before is answered."""
+        self._protocol.say_farewell(self._farewell)
+
+
+def _farewell(problem: ProblemError) -> bytes:
+    answer = problem_answer(problem, "/", request_id := uuid.uuid4().hex)
+    headers = [*answer.raw_headers, (REQUEST_ID.lower().encode(), request_id.encode()), (b"connection", b"close")]
+    head = f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}\r\n".encode()
+    lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
+    return b"".join([head, lines, b"\r\n", *answer.pieces])
+
+
+def _too_large() -> PayloadTooLarge:
+    return PayloadTooLarge(f"the request's headers and trailers are larger than {MOST_HEAD_BYTES} bytes")

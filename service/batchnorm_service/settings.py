@@ -88,7 +88,16 @@ class Settings(BaseSettings):
     """Processes that share the port and the store. Each has a cache of its own: a store in memory cannot serve them."""
 
     max_concurrent_requests: int = Field(512, ge=1)
-    """How many calls may run at once; one more gets 503. Times the largest body, it bounds the memory."""
+    """How many calls may run at once; one more gets 503. Times the largest body, it bounds their memory."""
+
+    read_timeout_seconds: float = Field(30, gt=0, allow_inf_nan=False)
+    """A request gets 408 when nothing of it comes for so long, or after so long less than 1 KiB/s on average."""
+
+    write_timeout_seconds: float = Field(30, gt=0, allow_inf_nan=False)
+    """A response is dropped when nothing of it is taken for so long, or after so long less than 1 KiB/s on average."""
+
+    max_buffered_bytes: int = Field(1 << 30, ge=1)
+    """Bytes of incomplete request bodies and unsent responses, per process, from which on new requests get 503."""
 
     threads: int = Field(1, ge=1, le=1024)
     """Torch's intra-op threads. Results depend on their number: keep it the same on every replica."""

@@ -1,9 +1,13 @@
 """Bodies as ASGI delivers them: in chunks, with or without their length."""
 
+import types
+
+import numpy as np
 import pytest
 
-from batchnorm_client.errors import MalformedBody, PayloadTooLarge
-from batchnorm_service.api.bodies import ClientGoneError, read_body
+from batchnorm_client.errors import MalformedBody, Overloaded, PayloadTooLarge
+from batchnorm_service.api import bodies as body_module
+from batchnorm_service.api.bodies import BodyBuffer, ClientGoneError, read_body
 
 pytestmark = pytest.mark.anyio
 
@@ -65,3 +69,51 @@ async def test_a_length_that_is_no_number_is_refused():
 async def test_a_client_that_goes_away(headers):
     with pytest.raises(ClientGoneError):
         await read_body(headers, receiver(b"x" * 20, end=False), LIMIT)
+
+
+class Allocations(list):
+    """What `BodyBuffer` allocates."""
+
+    def __init__(self, monkeypatch):
+        monkeypatch.setattr(body_module, "np", types.SimpleNamespace(empty=self.empty, uint8=np.uint8))
+
+    def empty(self, size, dtype):
+        self.append(size)
+        return np.empty(size, dtype)
+
+
+@pytest.mark.parametrize("piece", [1, 3, 1000, 1 << 18, 3 << 20])
+def test_a_buffer_gives_what_came(piece):
+    body = np.random.default_rng(piece).bytes(min(5 << 20, piece * 5000) + 1)
+    buffer = BodyBuffer(len(body))
+    for begin in range(0, len(body), piece):
+        buffer.add(body[begin : begin + piece])
+        assert buffer.filled == min(len(body), begin + piece)
+    taken = buffer.take()
+    assert bytes(taken) == body
+    assert not taken.readonly
+
+
+def test_a_body_that_has_not_come_takes_no_memory(monkeypatch):
+    allocations, gib = Allocations(monkeypatch), 1 << 30
+    buffer = BodyBuffer(gib)
+    assert allocations == []
+    for _ in range(16):
+        buffer.add(bytes(1000))
+    assert bytes(buffer.take()) == bytes(16_000)
+    assert sum(allocations) < 64 * 16_000
+    allocations.clear()
+    buffer = BodyBuffer(gib)
+    for come in range(1, 10_000):
+        buffer.add(b"x")  # in pieces so small that a list of them would be larger than they are
+        assert sum(allocations) <= 128 * come
+
+
+def test_without_memory_for_a_body_it_is_refused(monkeypatch):
+    def empty(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(body_module, "np", types.SimpleNamespace(empty=empty, uint8=np.uint8))
+    buffer = BodyBuffer(8 << 20)
+    with pytest.raises(Overloaded):
+        buffer.add(bytes(2 << 20))

@@ -5,6 +5,8 @@ import logging
 
 import pytest
 
+from service.running import until
+
 pytestmark = pytest.mark.anyio
 
 
@@ -53,22 +55,63 @@ async def test_a_client_that_goes_away_is_no_error(service, bn, caplog, call):
 
 async def test_too_many_calls_at_once(serve):
     async with serve(max_concurrent_requests=1) as service, service.client() as client:
-        blocked = asyncio.Event()
+        (await client.put("/v1/layers/bn", json={"num_features": 1})).raise_for_status()
+        left = asyncio.Event()
+        messages = iter([{"type": "http.request", "body": b'{"input": [[1]]}', "more_body": False}])
 
         async def receive():
-            await blocked.wait()
+            if message := next(messages, None):
+                return message
+            await left.wait()
             return {"type": "http.disconnect"}
 
-        waiting = asyncio.create_task(service.shell(scope(), receive, Sent()))
-        await asyncio.sleep(0)
+        shard = scope() | {"query_string": b"group=g&size=2"}  # which waits for the other one
+        waiting = asyncio.create_task(service.shell(shard, receive, Sent()))
+        await until(lambda: service.shell._running)
         for path in ("/v1/layers", "/v1/layers/bn"):
             answer = await client.get(path)
             assert (answer.status_code, answer.json()["type"]) == (503, "/problems/overloaded")
             assert answer.headers["retry-after"] == "1"
         assert (await client.get("/healthz")).status_code == 200
-        blocked.set()
+        left.set()
         await waiting
         assert (await client.get("/v1/layers")).status_code == 200
+
+
+async def test_bodies_on_their_way_take_no_slot(serve):
+    """512 callers who never finished their bodies gave everybody 503."""
+    async with serve(max_concurrent_requests=1) as service, service.client() as client:
+        (await client.put("/v1/layers/bn", json={"num_features": 1})).raise_for_status()
+        forever = asyncio.Event()
+        waiting = [asyncio.create_task(service.shell(scope(), forever.wait, Sent())) for _ in range(3)]
+        await asyncio.sleep(0)
+        answer = await client.post("/v1/layers/bn/train", json={"input": [[1], [2]]})
+        assert answer.status_code == 200
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
+
+
+async def test_a_response_on_its_way_takes_no_slot_and_counts_as_buffered(serve):
+    async with serve(max_concurrent_requests=1) as service, service.client() as client:
+        (await client.put("/v1/layers/bn", json={"num_features": 1})).raise_for_status()
+        batch = b'{"input": [%s]}' % b",".join([b"[1.5]"] * 50_000)
+        read, unread = asyncio.Event(), []
+
+        async def send(message):
+            unread.append(message)
+            await read.wait()
+
+        url = "/v1/layers/bn/eval"
+        waiting = asyncio.create_task(service.shell(scope(path=url), body(batch), send))
+        await until(lambda: unread)
+        size = int(dict(unread[0]["headers"])[b"content-length"])
+        assert service.shell.transfers.buffered == size
+        assert (await client.post(url, json={"input": [[1]]})).status_code == 200
+        read.set()
+        await waiting
+        assert sum(len(message.get("body", b"")) for message in unread) == size
+        assert service.shell.transfers.buffered == 0
 
 
 async def test_a_call_that_the_server_gives_up_gets_an_answer(service, bn):

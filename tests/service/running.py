@@ -88,8 +88,12 @@ async def serving(monkeypatch, **settings):
         try:
             yield running
             assert shell._running == 0
+            await until(lambda: shell.transfers.buffered == 0)
         finally:
             server.close()
+            for protocol in list(state.connections):
+                protocol.transport.abort()
+            await until(lambda: not state.connections)
 
 
 def get(path, headers=""):

@@ -14,7 +14,6 @@ from safetensors.numpy import load, save
 from batchnorm_client import AsyncClient
 from batchnorm_client.contract import JSON, NPY, SAFETENSORS
 from batchnorm_service.api import Shell
-from batchnorm_service.direct import DirectCycle
 from batchnorm_service.layers import Training, work
 from batchnorm_service.store.base import Missing
 from batchnorm_service.store.memory import MemoryStore
@@ -324,21 +323,28 @@ async def test_a_body_in_pieces(service):
 async def test_who_leaves_in_the_middle_of_a_body_is_counted_no_longer(service):
     _, writer = await asyncio.open_connection("127.0.0.1", service.port)
     writer.write(post("/v1/layers/bn/train", TENSORS, SAFETENSORS)[:-1])
-    await until(lambda: service.shell._running == 1)
+    await until(lambda: service.shell.transfers.buffered == len(TENSORS) - 1)
+    assert service.shell._running == 0  # it runs from the end of its body on
     writer.close()
-    await until(lambda: service.shell._running == 0)
+    await until(lambda: service.shell.transfers.buffered == 0)
     assert service.by_asgi == 0
 
 
-async def test_no_more_calls_run_than_may(monkeypatch):
+@pytest.mark.parametrize("way", ["", ORDINARY])
+async def test_no_more_calls_run_than_may(monkeypatch, way):
     async with serving(monkeypatch, max_concurrent_requests=1) as service:
+        shard = post("/v1/layers/bm/train?group=g&size=2", TENSORS, SAFETENSORS)  # waits for the other
         _, writer = await asyncio.open_connection("127.0.0.1", service.port)
-        writer.write(post("/v1/layers/bn/train", TENSORS, SAFETENSORS)[:-1])
+        writer.write(shard)
         await until(lambda: service.shell._running == 1)
-        ((status, headers, _),) = await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))
+        ((status, headers, _),) = await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS, way))
         assert (status, headers["retry-after"]) == (503, "1")
+        ((status, *_),) = await service.ask(get("/v1/layers"))
+        assert status == 503
         writer.close()
         await until(lambda: service.shell._running == 0)
+        ((status, *_),) = await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS, way))
+        assert status == 200
 
 
 async def test_pipelined_requests_are_answered_in_order(service):
@@ -402,15 +408,6 @@ async def test_a_request_is_not_idle_because_the_one_before_it_is_answered(servi
     assert (await service.ask(post(shard, TENSORS, SAFETENSORS)))[0][0] == 200
     assert (await answer(reader))[0] == 200
     writer.close()
-
-
-async def test_without_memory_for_a_body_the_other_way_is_taken(service, monkeypatch):
-    def no_memory(*_):
-        raise MemoryError
-
-    monkeypatch.setattr(DirectCycle, "__init__", no_memory)
-    assert (await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS)))[0][0] == 200
-    assert service.by_asgi == 1
 
 
 async def test_who_leaves_with_requests_under_way_leaves_no_trace(service, caplog):

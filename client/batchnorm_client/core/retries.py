@@ -29,7 +29,9 @@ from batchnorm_client.errors import (
 T = TypeVar("T")
 
 _log = logging.getLogger("batchnorm_client")
-_GATEWAY: Final = (502, 503, 504)
+_PASSING: Final = (408, 502, 503, 504)
+"""Statuses after which the same call may end better: the network was too slow, or what is behind it was away."""
+
 _NEVER: Final = {"group-incomplete"}
 """Problems whose status says "try again", while their meaning says that it would have to be another call."""
 
@@ -172,7 +174,7 @@ def _is_passing(error: BatchNormError) -> bool:
     if isinstance(error, NoAnswer):
         return not error.permanent
     if isinstance(error, ProblemError | UnexpectedAnswer):
-        return error.status in _GATEWAY and error.name not in _NEVER
+        return error.status in _PASSING and error.name not in _NEVER
     return False
 
 

@@ -10,19 +10,23 @@ Both ways share the modules that read requests (`headers`, `negotiation`, `condi
 """
 
 from batchnorm_service.api.answers import JOIN_BYTES, Answer
+from batchnorm_service.api.bodies import BodyBuffer
 from batchnorm_service.api.headers import Headers, read_headers
 from batchnorm_service.api.service import ApiOptions, build_api
 from batchnorm_service.api.shell import PendingAnswer, Shell
 from batchnorm_service.api.target import Target
+from batchnorm_service.api.transfers import Transfers
 
 __all__ = [
     "JOIN_BYTES",
     "Answer",
     "ApiOptions",
+    "BodyBuffer",
     "Headers",
     "PendingAnswer",
     "Shell",
     "Target",
+    "Transfers",
     "build_api",
     "read_headers",
 ]

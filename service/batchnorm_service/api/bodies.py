@@ -2,27 +2,90 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 from starlette.types import Receive
 
-from batchnorm_client.errors import MalformedBody, PayloadTooLarge
+from batchnorm_client.errors import MalformedBody, Overloaded, PayloadTooLarge
 
 from .headers import Headers
+
+_MOST_PIECES: Final = 64
+_MOST_BYTES_IN_PIECES: Final = 1 << 20
+_GROWTH: Final = 64
 
 
 class ClientGoneError(Exception):
     """The client closed the connection before its request was complete. Nobody waits for an answer."""
 
 
+class BodyBuffer:
+    """A body whose length was announced, as it comes.
+
+    What it takes of the memory follows what has come, not what was announced: up to 1 MiB the pieces are kept as they
+    are; then they are copied into a buffer of at most 64 times that, whose pages are touched only as it fills.
+
+    Args:
+        size: the announced length in bytes.
+
+    Attributes:
+        filled: how many bytes have come.
+    """
+
+    __slots__ = ("_buffer", "_pieces", "_size", "filled")
+
+    def __init__(self, size: int) -> None:
+        self.filled = 0
+        self._size = size
+        self._pieces: list[bytes | memoryview] = []
+        self._buffer = memoryview(bytearray())
+
+    def add(self, piece: bytes | memoryview) -> None:
+        """Take the next piece; the caller sees to it that there are no more bytes than announced.
+
+        Raises:
+            Overloaded: there is no memory for it.
+        """
+        end = self.filled + len(piece)
+        if end > len(self._buffer):
+            if end < self._size and end < _MOST_BYTES_IN_PIECES and len(self._pieces) < _MOST_PIECES:
+                self._pieces.append(piece)
+                self.filled = end
+                return
+            self._grow(min(self._size, end * _GROWTH))
+        self._buffer[self.filled : end] = piece
+        self.filled = end
+
+    def take(self) -> memoryview:
+        """What has come, writable; the whole body if it is complete."""
+        if self._pieces:
+            self._grow(self.filled)
+        return self._buffer[: self.filled]
+
+    def _grow(self, size: int) -> None:
+        try:
+            grown = np.empty(size, np.uint8).data
+        except MemoryError:
+            raise Overloaded(f"there is no memory for a body of {self._size} bytes", retry_after=1) from None
+        begin = 0
+        for part in (self._buffer[: self.filled], *self._pieces):
+            grown[begin : begin + len(part)] = part
+            begin += len(part)
+        self._pieces.clear()
+        self._buffer = grown
+
+
 async def read_body(headers: Headers, receive: Receive, limit: int) -> bytearray | memoryview:
     """The whole body, writable.
 
-    With a Content-Length (all but a few do send one) the body goes chunk by chunk into one buffer of that size. The
-    buffer's pages are touched only as they fill: announcing a large body costs the service nothing.
+    With a Content-Length (all but a few do send one) the body goes chunk by chunk into a `BodyBuffer`: announcing a
+    large body costs the service nothing.
 
     Raises:
         PayloadTooLarge: it is larger than `limit`; found before anything is read if there is a Content-Length.
         MalformedBody: it has another length than announced.
+        Overloaded: there is no memory for it.
         ClientGoneError: the connection was closed first.
     """
     announced = headers.get(b"content-length")
@@ -37,20 +100,17 @@ async def read_body(headers: Headers, receive: Receive, limit: int) -> bytearray
         if len(chunk) != size:
             raise _wrong_length(size)
         return chunk if isinstance(chunk, memoryview) else bytearray(chunk)
-    buffer = np.empty(size, np.uint8).data
-    filled = 0
+    buffer = BodyBuffer(size)
     while True:
-        end = filled + len(chunk)
-        if end > size:
+        if buffer.filled + len(chunk) > size:
             raise _wrong_length(size)
-        buffer[filled:end] = chunk
-        filled = end
+        buffer.add(chunk)
         if not more:
             break
         chunk, more = await _chunk(receive)
-    if filled != size:
+    if buffer.filled != size:
         raise _wrong_length(size)
-    return buffer
+    return buffer.take()
 
 
 async def _read_chunked(receive: Receive, limit: int) -> bytearray:

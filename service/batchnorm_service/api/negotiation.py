@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Final
 
 from batchnorm_client.contract import NPY, TENSOR_MEDIA_TYPES
 from batchnorm_client.errors import NotAcceptable, UnsupportedMediaType
@@ -14,6 +15,9 @@ from .headers import Headers
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # noqa: S105 - RFC 9110's word, not a secret
 _RANGE = re.compile(rf"\s*({_TOKEN})/({_TOKEN})\s*")
 _QUALITY = re.compile(r"\s*q=(0?\.[0-9]{1,3}|0\.?|1(\.0{0,3})?)\s*", re.IGNORECASE)
+
+_MOST_CACHED_BYTES: Final = 256
+"""Longer headers are not cached: callers choose them, and a cache must be bounded in bytes."""
 
 FORMS_FOR = {media: (media, *(m for m in TENSOR_MEDIA_TYPES if m != media)) for media in TENSOR_MEDIA_TYPES}
 """The forms that train and eval answer in, by the request's form, which comes first: it is the default."""
@@ -27,7 +31,9 @@ def content_type(headers: Headers, known: tuple[str, ...]) -> str:
     Raises:
         UnsupportedMediaType: it is none of them, or missing.
     """
-    return _content_type(headers.get(b"content-encoding", b""), headers.get(b"content-type", b""), known)
+    encoding, given = headers.get(b"content-encoding", b""), headers.get(b"content-type", b"")
+    find = _content_type if len(encoding) + len(given) <= _MOST_CACHED_BYTES else _content_type.__wrapped__
+    return find(encoding, given, known)
 
 
 @lru_cache(maxsize=256)
@@ -65,7 +71,6 @@ def _media_type(value: bytes) -> tuple[str, str]:
     return media.strip(), charset
 
 
-@lru_cache(maxsize=256)
 def accepted(header: bytes | None, offered: tuple[str, ...]) -> tuple[str, ...]:
     """Those of `offered` that the caller takes, best first.
 
@@ -76,6 +81,12 @@ def accepted(header: bytes | None, offered: tuple[str, ...]) -> tuple[str, ...]:
     Raises:
         NotAcceptable: the caller takes none of them.
     """
+    find = _accepted if header is None or len(header) <= _MOST_CACHED_BYTES else _accepted.__wrapped__
+    return find(header, offered)
+
+
+@lru_cache(maxsize=256)
+def _accepted(header: bytes | None, offered: tuple[str, ...]) -> tuple[str, ...]:
     ranges = _ranges(header)
     if not ranges:
         return offered[:1]

@@ -37,6 +37,7 @@ _ALWAYS: Final = (
     "invalid-request",
     "internal-error",
     "overloaded",
+    "request-timeout",
     "store-unavailable",
 )
 _TEXT: Final[Json] = {"type": "string"}

@@ -29,6 +29,7 @@ from .problems import problem_answer
 from .security import Guard
 from .shell import Shell, ShortCalls
 from .state import add_state_routes
+from .transfers import Transfers
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
@@ -41,12 +42,17 @@ class ApiOptions:
         max_body_bytes: larger bodies are refused.
         max_elements: batches of more are refused, a dimension of 0 counted as 1.
         max_concurrent_requests: calls beyond so many at once are refused.
+        read_timeout, write_timeout: seconds that a request may take to come, and its response to be taken.
+        max_buffered_bytes: bytes of requests and responses on their way from which on new requests are refused.
         guard: who may do what.
     """
 
     max_body_bytes: int = 64 << 20
     max_elements: int = 32 << 20
     max_concurrent_requests: int = 512
+    read_timeout: float = 30.0
+    write_timeout: float = 30.0
+    max_buffered_bytes: int = 1 << 30
     guard: Guard = field(default_factory=Guard)
 
 
@@ -84,7 +90,10 @@ def build_api(layers: Layers, options: ApiOptions, lifespan: Lifespan) -> Shell:
         soon={"train": calls.train_soon, "moments": moments.fold_soon},
         max_body_bytes=options.max_body_bytes,
     )
-    return Shell(app, short, options.guard, options.max_concurrent_requests)
+    transfers = Transfers(
+        options.read_timeout, options.write_timeout, options.max_buffered_bytes, options.max_body_bytes
+    )
+    return Shell(app, short, options.guard, options.max_concurrent_requests, transfers)
 
 
 async def _answer_problem(request: Request, error: Exception) -> Answer:

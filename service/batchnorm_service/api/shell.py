@@ -19,17 +19,19 @@ from batchnorm_client.contract import REQUEST_ID, check_layer_name
 from batchnorm_client.errors import Overloaded, ProblemError, StoreUnavailable
 from batchnorm_service.layers import Waiting
 
-from .answers import Answer, RawHeader
+from .answers import JOIN_BYTES, Answer, RawHeader
 from .bodies import ClientGoneError
 from .headers import Headers, read_headers, request_id
 from .problems import problem_answer
 from .security import Guard
-from .target import Target, read_target, target_of
+from .target import MOST_CACHED_BYTES, Target, read_target, target_of
+from .transfers import Transfers
 
 log = logging.getLogger(__name__)
 
 _REQUEST_ID: Final = REQUEST_ID.lower().encode()
 _CLOSE: Final = (b"connection", b"close")
+_READ_A_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 
 
 class ShortCalls(NamedTuple):
@@ -58,14 +60,20 @@ class Shell:
         app: has all routes.
         calls: go the short way.
         guard: who may do what.
-        max_concurrent_requests: calls beyond so many at once are refused.
+        max_concurrent_requests: calls beyond so many at once are refused. A call runs from the end of its body until
+            its response is ready to be sent.
+        transfers: bounds what is buffered before and after.
 
     Attributes:
         app: the FastAPI application inside.
+        transfers: as above.
     """
 
-    def __init__(self, app: FastAPI, calls: ShortCalls, guard: Guard, max_concurrent_requests: int) -> None:
+    def __init__(
+        self, app: FastAPI, calls: ShortCalls, guard: Guard, max_concurrent_requests: int, transfers: Transfers
+    ) -> None:
         self.app = app
+        self.transfers = transfers
         self._calls = calls
         self._guard = guard
         self._max_concurrent_requests = max_concurrent_requests
@@ -77,16 +85,18 @@ class Shell:
             await self.app(scope, receive, send)
             return
         headers, target, method = read_headers(scope["headers"]), read_target(scope), scope["method"]
-        exchange = _Exchange(headers)
-        self._running += target.versioned
+        exchange, metered = _Exchange(headers), _Metered(self, receive, send, counted=target.versioned)
         try:
             self._admit(target, headers, method)
+            if method not in _READ_A_BODY:
+                metered.enter()
             call = self._calls.by_name.get(target.call) if target.layer and method == "POST" else None
             if target.layer and call:
-                answer = await call(target.layer, scope["query_string"], headers, receive)
-                await exchange.send_answer(answer, send)
+                answer = await call(target.layer, scope["query_string"], headers, metered.receive)
+                await exchange.send_answer(answer, metered.send)
             else:
-                await self.app(_inner(scope, target, exchange.request_id), receive, exchange.completing(send))
+                inner = _inner(scope, target, exchange.request_id)
+                await self.app(inner, metered.receive, exchange.completing(metered.send))
         except ClientGoneError:
             log.debug("request %s: the client went away", exchange.request_id)
         except asyncio.CancelledError:
@@ -95,29 +105,43 @@ class Shell:
         except Exception as error:
             await exchange.fail(error, target, send)
         finally:
-            self._running -= target.versioned
+            metered.close()
             exchange.log(method, target)
 
     def direct_target(self, url: bytes) -> Target | None:
         """Where a POST goes that may take the direct way: to a short call, without a query."""
-        if b"?" in url or not url.startswith(b"/v1/"):
+        if len(url) > MOST_CACHED_BYTES or b"?" in url or not url.startswith(b"/v1/"):
             return None
         target = target_of(url)
         return target if target.layer and target.call in self._calls.by_name else None
 
-    def enter(self, target: Target, headers: Headers, size: int) -> bool:
-        """Count such a POST as running, from its head on; False when it may not, and the ordinary way says why."""
-        self._running += 1
+    def admits(self, target: Target, headers: Headers, size: int) -> bool:
+        """Whether the body of such a POST may come; if not, it goes by ASGI, which says why."""
         with suppress(ProblemError):
             if size <= self._calls.max_body_bytes:
                 self._admit(target, headers, "POST")
                 return True
-        self._running -= 1
         return False
+
+    def enter(self) -> bool:
+        """Count a call as running, once its body has come; False when too many are. `leave` goes with it either way."""
+        self._running += 1
+        return self._running <= self._max_concurrent_requests
 
     def leave(self) -> None:
         """It runs no longer."""
         self._running -= 1
+
+    def refuse(self, problem: ProblemError | None, target: Target, headers: Headers) -> Answer:
+        """The answer to a POST that is refused after its head; None says that too many calls are running."""
+        exchange = _Exchange(headers)
+        answer = problem_answer(problem or self.too_many(), target.path, exchange.request_id)
+        return exchange.finished(answer, target)
+
+    def too_many(self) -> Overloaded:
+        """What a call is told for which `enter` was false."""
+        running = self._max_concurrent_requests
+        return Overloaded(f"{running} calls are running: BATCHNORM_MAX_CONCURRENT_REQUESTS", retry_after=1)
 
     def answer_now(self, target: Target, headers: Headers, body: memoryview) -> Answer | None:
         """The answer to such a POST, if it waits for nothing; None when it does, and nothing has happened yet."""
@@ -161,11 +185,74 @@ class Shell:
     def _admit(self, target: Target, headers: Headers, method: str) -> None:
         self._guard.check(headers, method, target)
         if target.versioned:
-            if self._running > self._max_concurrent_requests:
-                running = self._max_concurrent_requests
-                raise Overloaded(f"{running} calls are running: BATCHNORM_MAX_CONCURRENT_REQUESTS", retry_after=1)
+            self.transfers.check()
             if target.layer is not None:
                 check_layer_name(target.layer)
+
+
+class _Metered:
+    """ASGI's receive and send of one request: its call counts as running only between its body and its response.
+
+    Before, the part of the body that has come counts as buffered; after, what of the response the server has not taken.
+    """
+
+    __slots__ = ("_buffered", "_counted", "_receive", "_running", "_send", "_shell")
+
+    def __init__(self, shell: Shell, receive: Receive, send: Send, *, counted: bool) -> None:
+        self._shell = shell
+        self._receive = receive
+        self._send = send
+        self._counted = counted
+        self._running = False
+        self._buffered = 0
+
+    def enter(self) -> None:
+        """The request has come whole.
+
+        Raises:
+            Overloaded: too many calls are running.
+        """
+        if self._counted and not self._running:
+            self._running = True
+            if not self._shell.enter():
+                raise self._shell.too_many()
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            if message.get("more_body", False):
+                size = len(message.get("body", b""))
+                self._shell.transfers.receive(size)
+                self._buffered += size
+            else:
+                self._release(self._buffered)
+                self.enter()
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._leave()
+            size = int(dict(message["headers"]).get(b"content-length", 0))
+            if size > JOIN_BYTES:  # it may be sent in pieces, each once there is room for it
+                self._buffered += size
+                self._shell.transfers.hold(size)
+        await self._send(message)
+        if message["type"] == "http.response.body":
+            self._release(min(self._buffered, len(message["body"])))
+
+    def close(self) -> None:
+        """The request is done with, whatever came of it."""
+        self._leave()
+
+    def _leave(self) -> None:
+        self._release(self._buffered)
+        if self._running:
+            self._running, self._counted = False, False  # not a second time
+            self._shell.leave()
+
+    def _release(self, size: int) -> None:
+        self._buffered -= size
+        self._shell.transfers.release(size)
 
 
 class _Exchange:

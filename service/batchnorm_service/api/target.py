@@ -7,10 +7,13 @@ they could smuggle in: `/v1/layers/a%2Fb` names the layer `a/b`, which is a bad 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Final, NamedTuple
 from urllib.parse import quote, unquote
 
 from starlette.types import Scope
+
+MOST_CACHED_BYTES: Final = 256
+"""The path of a call on a layer is shorter: a name has at most 200 characters. Longer paths are not cached."""
 
 
 class Target(NamedTuple):
@@ -32,12 +35,14 @@ class Target(NamedTuple):
 def read_target(scope: Scope) -> Target:
     """The target of an HTTP request's scope."""
     raw = scope.get("raw_path") or quote(scope["path"]).encode()
-    return target_of(raw, scope.get("root_path", ""))
+    # Whoever can connect chooses the path: what is kept of it before a token is asked for must be bounded in bytes.
+    find = target_of if len(raw) <= MOST_CACHED_BYTES else target_of.__wrapped__
+    return find(raw, scope.get("root_path", ""))
 
 
 @lru_cache(maxsize=1024)
 def target_of(raw: bytes, root: str = "") -> Target:
-    """The target of a path as it came, `root` taken off."""
+    """The target of a path as it came, `root` taken off. Only for paths of up to `MOST_CACHED_BYTES` bytes."""
     path = raw.decode("latin-1").removeprefix(root)
     segments = path.split("/")
     if "%" in path or not path.isascii():
