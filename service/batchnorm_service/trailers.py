@@ -27,6 +27,10 @@ class TrailerProtocol(DeadlineProtocol):
         self._in_trailers, self._counted = True, -1
         self.headers = cast(Any, _Trailers(self))  # the application has the list of headers
 
+    def on_chunk_complete(self) -> None:
+        """A chunk, or after the last one the trailers, have been read."""
+        self._in_trailers = False
+
     def on_body(self, body: bytes) -> None:
         """A piece of a body: these were no trailers yet."""
         self._in_trailers = False

@@ -6,6 +6,7 @@ from batchnorm_client import (
     ConnectionFailed,
     LayerNotFound,
     Overloaded,
+    RequestTimeout,
     Retry,
     StoreUnavailable,
     TimedOut,
@@ -72,7 +73,7 @@ def test_what_may_pass_is_tried_again(clock, request_, error):
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_problems(clock, name):
     error = PROBLEMS[name]("no")
-    if error.status in (502, 503, 504) and name != "group-incomplete":
+    if error.status in (408, 502, 503, 504) and name != "group-incomplete":
         assert Attempts(NEW, Retry(), clock).pause(error) > 0
     else:
         with pytest.raises(type(error)):
@@ -98,7 +99,7 @@ def test_what_may_have_taken_effect_is_not_repeated_where_that_matters(clock, er
     assert raised.value.outcome_unknown
 
 
-@pytest.mark.parametrize("error", [refused, lambda: Overloaded("full")])
+@pytest.mark.parametrize("error", [refused, lambda: Overloaded("full"), lambda: RequestTimeout("too slow")])
 def test_what_was_not_begun_can_always_be_repeated(clock, error):
     attempts = Attempts(ONCE, Retry(attempts=3), clock)
     assert attempts.pause(error()) > 0

@@ -165,6 +165,19 @@ async def test_chunks_are_no_trailers(anyio_backend, monkeypatch):
         assert (await answer(reader))[0] == 400  # the file is too long, but it was read whole
 
 
+async def test_a_large_body_after_a_chunked_one_is_no_trailer(anyio_backend, monkeypatch):
+    body = save({"input": np.ones((1 << 18, 2), np.float32)})
+    async with serving(monkeypatch) as service, connection(service) as (reader, writer):
+        writer.write(WHOLE + b"\r\n")
+        assert (await answer(reader))[0] == 200
+        request = post("/v1/layers/bn/eval", body, SAFETENSORS)
+        for begin in range(0, len(request), 1 << 16):
+            writer.write(request[begin : begin + (1 << 16)])
+            await asyncio.sleep(0.001)
+        assert (await answer(reader))[0] == 200
+        assert service.by_asgi == 1
+
+
 async def test_trailers_of_who_was_refused_are_not_kept(anyio_backend, monkeypatch):
     async with serving(monkeypatch, token="t") as service, connection(service) as (reader, writer):
         writer.write(WHOLE + b"x: y\r\n" * (MOST_HEAD_BYTES // 20))
