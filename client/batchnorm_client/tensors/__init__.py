@@ -8,7 +8,7 @@ of a header.
 """
 
 from batchnorm_client.tensors.codec import bytes_read, decode, encode, require
-from batchnorm_client.tensors.json import json_list, json_pieces, json_tensors, split_vectors
+from batchnorm_client.tensors.json import json_list, json_pieces, json_tensors, load_json, split_vectors
 from batchnorm_client.tensors.safetensors import decode_safetensors, decode_safetensors_header, encode_safetensors
 from batchnorm_client.tensors.tensor import Tensor, itemsize
 
@@ -24,6 +24,7 @@ __all__ = [
     "json_list",
     "json_pieces",
     "json_tensors",
+    "load_json",
     "require",
     "split_vectors",
 ]

@@ -20,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 import orjson
 
-from batchnorm_client.errors import InvalidRequest, MalformedBody, ShapeMismatch
+from batchnorm_client.errors import InvalidRequest, MalformedBody, RequestError, ShapeMismatch
 from batchnorm_client.tensors.brackets import empty_lists, rewrapped
 from batchnorm_client.tensors.tensor import MAX_RANK, Array, Buffer, Tensor, byte_view, check_known
 
@@ -40,6 +40,7 @@ _PIECE_ELEMENTS: Final = 1 << 15  # that are written with one call
 _LONGEST_NUMBER: Final = 4096  # bytes, blanks included; no number of a regular body is longer
 _LONGEST_INTEGER: Final = 64
 _MOST_MEMBERS: Final = 64
+_MOST_VALUES: Final = 1 << 18  # lists, objects and others, that orjson reads with one call: some 30 ms and 30 MB
 
 _FIRST_KEY: Final = re.compile(rb'[ \t\r\n]*\{[ \t\r\n]*"(\w+)"[ \t\r\n]*')
 _NEXT_KEY: Final = re.compile(rb',[ \t\r\n]*"(\w+)"[ \t\r\n]*\Z')
@@ -49,7 +50,19 @@ _NUMBERS: Final = b"0123456789+-.eE \t\r\n"
 
 
 class _UnusualError(Exception):
-    """The fast way does not take a body."""
+    """The fast way does not take a body.
+
+    Args:
+        refusal: what its sender is told where it is too large to be read in another way.
+    """
+
+    def __init__(self, refusal: RequestError | None = None) -> None:
+        super().__init__()
+        self.refusal = refusal
+
+
+class _RaggedError(_UnusualError):
+    """Nested lists that are not of one shape, or of one with too many dimensions."""
 
 
 def decode_json(body: Buffer, dtypes: Mapping[str, str]) -> dict[str, Tensor]:
@@ -63,11 +76,51 @@ def decode_json(body: Buffer, dtypes: Mapping[str, str]) -> dict[str, Tensor]:
         InvalidRequest: a tensor that is not known, an element that is not a number, a number that does not fit.
         ShapeMismatch: ragged lists, or more than 64 dimensions.
     """
+    raw, refusal = byte_view(body), None
+    if len(raw) >= _FAST_FROM:
+        try:
+            return {name: Tensor.of(array) for name, array in _read_regular(raw, dtypes).items()}
+        except _UnusualError as unusual:
+            refusal = unusual.refusal
+    return json_tensors(load_json(raw, refusal), dtypes)
+
+
+def load_json(body: Buffer, refusal: RequestError | None = None) -> Any:
+    """What orjson reads of a body. It holds the GIL from the first byte to the last, and makes an object of each value.
+
+    Args:
+        body: the text.
+        refusal: raised for a body of too many values; by default an `InvalidRequest`.
+
+    Raises:
+        MalformedBody: not JSON.
+        InvalidRequest: a number that does not fit float64, or more than 262,144 values.
+    """
     raw = byte_view(body)
-    found = _read_regular(raw, dtypes) if len(raw) >= _FAST_FROM else None
-    if found is None:
-        found = _read_any(raw, dtypes)
-    return {name: Tensor.of(array) for name, array in found.items()}
+    if len(raw) > _MOST_VALUES and not _has_few_values(raw):
+        raise refusal or InvalidRequest(
+            f"body: more than {_MOST_VALUES} values that are not all numbers in nested lists of one length, each under"
+            " the name of a known tensor; which of them is wrong is told of fewer",
+            field="body",
+            expected="regular nested lists of numbers",
+        )
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        if "infinity" in error.msg:
+            raise InvalidRequest(f"a number does not fit float64: {error}", expected="float64") from None
+        raise MalformedBody(f"not JSON: {error}") from None
+
+
+def _has_few_values(raw: memoryview) -> bool:
+    """Every value but the outermost follows a bracket, a brace or a comma."""
+    count = 0
+    for start in range(0, len(raw), _PIECE_BYTES):
+        piece = bytes(raw[start : start + _PIECE_BYTES])
+        count += sum(map(piece.count, (b"[", b"{", b",")))
+        if count > _MOST_VALUES:
+            return False
+    return True
 
 
 def json_tensors(document: Any, dtypes: Mapping[str, str]) -> dict[str, Tensor]:
@@ -201,16 +254,20 @@ def _widened(tensor: Tensor) -> Array:
     return array.astype(np.float32) if tensor.dtype == "float16" else array
 
 
-def _read_regular(raw: memoryview, dtypes: Mapping[str, str]) -> dict[str, Array] | None:
-    """The way for big bodies: None where anything is unusual."""
+def _read_regular(raw: memoryview, dtypes: Mapping[str, str]) -> dict[str, Array]:
+    """The way for big bodies. Raises `_UnusualError`."""
     found: dict[str, Array] = {}
-    try:
-        for name, text in _members(raw, len(dtypes)):
-            if name in found or name not in dtypes:
-                return None
+    for name, text in _members(raw, _MOST_MEMBERS):
+        try:
+            check_known({name: text}, dtypes)
+        except InvalidRequest as refusal:
+            raise _UnusualError(refusal) from None
+        if name in found:
+            raise _UnusualError
+        try:
             found[name] = _read_integer(text) if dtypes[name] == "int64" else _read_lists(text, dtypes[name])
-    except _UnusualError:
-        return None
+        except _RaggedError:
+            raise _UnusualError(ShapeMismatch(f"{name}: ragged", field=name, expected="lists of one length")) from None
     return found
 
 
@@ -283,16 +340,17 @@ def _read_lists(text: memoryview, dtype: str) -> Array:
         begun, ended = marks.count(b"["), marks.count(b"]")
         opened, depth = depth, depth + begun - ended
         flat = _parse_numbers(b"[" * opened + piece + b"]" * depth)
-        if (
-            flat.size != len(marks) - begun - ended + 1
-        ):  # where the marks are not all brackets and commas, no shape fits
+        # Where the marks are not all brackets and commas, no shape fits.
+        if flat.size not in {0, len(marks) - begun - ended + 1}:
             raise _UnusualError
+        if bool(flat.size) != bool(numbers[0].size if numbers else flat.size):
+            raise _RaggedError
         if lost is not None:
             flat = flat.copy()
             flat[lost[0]] = lost[1]
         numbers.append(_rounded(flat, dtype))
         at = end + 1
-    shape = _shape_of(b",".join(structure))
+    shape = _shape_of(b",".join(structure), empty=not numbers[0].size)
     return (numbers[0] if len(numbers) == 1 else np.concatenate(numbers)).reshape(shape)
 
 
@@ -326,33 +384,22 @@ def _parse_numbers(text: bytes) -> Array:
     return np.array(level, np.float64)
 
 
-def _shape_of(structure: bytes) -> tuple[int, ...]:
-    """The shape of regular nested lists that have elements, from their brackets and commas alone."""
+def _shape_of(structure: bytes, *, empty: bool) -> tuple[int, ...]:
+    """The shape of regular nested lists, from their brackets and commas alone; `empty`: they have no elements."""
     rank = len(structure) - len(structure.lstrip(b"["))
-    shape: list[int] = []
-    inner = b""  # of one list of the level below
-    for level in range(rank, 0, -1):
+    shape = [0] if empty else []
+    inner = b"[]" if empty else b""  # of one list of the level below
+    for level in range(rank - len(shape), 0, -1):
         # The first list of this level ends where for the first time so many lists end at once.
         end = structure.find(b"]" * (len(shape) + 1), level) + len(shape)
         length, rest = divmod(end - level + 1, len(inner) + 1)
         if rest or length < 1:
-            raise _UnusualError
+            raise _RaggedError
         shape.append(length)
         inner = b"[" + (inner + b",") * (length - 1) + inner + b"]"
     if rank > MAX_RANK or inner != structure:
-        raise _UnusualError
+        raise _RaggedError
     return tuple(reversed(shape))
-
-
-def _read_any(raw: memoryview, dtypes: Mapping[str, str]) -> dict[str, Array]:
-    """The way for every body, with the refusals."""
-    try:
-        document = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        if "infinity" in error.msg:
-            raise InvalidRequest(f"a number does not fit float64: {error}", expected="float64") from None
-        raise MalformedBody(f"not JSON: {error}") from None
-    return _read_document(document, dtypes)
 
 
 def _read_document(document: Any, dtypes: Mapping[str, str]) -> dict[str, Array]:

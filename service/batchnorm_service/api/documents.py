@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any, Final, TypeVar
 
-import orjson
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from starlette.requests import Request
 
 from batchnorm_client.contract import JSON, MAX_FEATURES, LayerUpdate
 from batchnorm_client.errors import InvalidRequest, MalformedBody
-from batchnorm_client.tensors import split_vectors
+from batchnorm_client.tensors import load_json, split_vectors
 from batchnorm_service.layers import Layers
 
 from .bodies import read_body
@@ -61,10 +60,7 @@ def parse_document(model: type[Model], body: bytes | bytearray | memoryview) -> 
         others, vectors = split
         if all(math.prod(vector.shape) <= MAX_FEATURES for vector in vectors.values()):
             return _validated(model, others).model_copy(update=vectors)
-    try:
-        value = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise MalformedBody(f"the body is not JSON: {error}") from None
+    value = load_json(body)
     if not isinstance(value, dict):
         raise MalformedBody("the body must be a JSON object")
     return _validated(model, value)

@@ -9,15 +9,17 @@ import numpy as np
 import orjson
 
 from batchnorm_client.contract import JSON
-from batchnorm_client.errors import ProblemError
+from batchnorm_client.errors import MalformedBody, ProblemError
 from batchnorm_client.tensors import Tensor, decode
 from batchnorm_service.layers import MOMENT_DTYPES
 
 _LARGE: Final = 1 << 16
 
 
-def read_each_layer(body: bytes | bytearray | memoryview, most: int) -> dict[str, Mapping[str, Tensor]] | None:
-    """The moments by layer, of a large body in which nothing is unusual or wrong; otherwise None.
+def read_each_layer(
+    body: bytes | bytearray | memoryview, most: int
+) -> dict[str, Mapping[str, Tensor] | ProblemError] | None:
+    """The moments by layer, or what is wrong with them, of a large body of the usual form; otherwise None.
 
     The text is `{"layers": {name: {...}, ...}}`. Its innermost objects are cut out, each with its number left in its
     place, between blanks, so that it cannot become a part of what stands beside it. What remains is read by itself:
@@ -45,9 +47,18 @@ def read_each_layer(body: bytes | bytearray | memoryview, most: int) -> dict[str
     if layers is None:
         return None
     try:
-        return {name: decode(JSON, view[starts[n] : ends[n]], MOMENT_DTYPES) for name, n in layers.items()}
-    except ProblemError:
+        return {name: _moments(view[starts[n] : ends[n]]) for name, n in layers.items()}
+    except MalformedBody:
         return None
+
+
+def _moments(text: memoryview) -> Mapping[str, Tensor] | ProblemError:
+    try:
+        return decode(JSON, text, MOMENT_DTYPES)
+    except MalformedBody:
+        raise  # then the whole is no JSON
+    except ProblemError as error:
+        return error
 
 
 def _layers(frame: bytes, count: int) -> dict[str, int] | None:

@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final
 
-import orjson
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.types import Receive
 
 from batchnorm_client.contract import IDEMPOTENCY_KEY, JSON, SAFETENSORS, check_layer_name
 from batchnorm_client.errors import InvalidRequest, MalformedBody, ProblemError, shown
-from batchnorm_client.tensors import Tensor, decode, decode_safetensors, json_pieces, json_tensors
+from batchnorm_client.tensors import Tensor, decode, decode_safetensors, json_pieces, json_tensors, load_json
 from batchnorm_service.layers import MOMENT_DTYPES, Folded, Layers, Posting
 
 from .answers import REPLAYED, Answer, json_answer, text_bytes
@@ -177,10 +176,7 @@ def _told(name: str, result: Folded | Exception, request_id: str) -> dict[str, A
 def _many_from_json(body: bytes | bytearray | memoryview) -> Mapping[str, Moments]:
     if (each := read_each_layer(body, _MOST_LAYERS)) is not None:
         return each
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise MalformedBody(f"the body is not JSON: {error}") from None
+    document = load_json(body)
     if not isinstance(document, dict):
         raise MalformedBody('the body must be an object {"layers": {name: {"count", "mean", "var"}}}')
     for field in document:

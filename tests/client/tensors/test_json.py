@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 from collections.abc import Callable
 from typing import Any
@@ -343,7 +344,7 @@ def test_buffers_do_not_hang_on_the_body() -> None:
 
 def test_a_big_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fast way takes it, so that its speed is not lost unnoticed."""
-    monkeypatch.setattr(codec, "_read_any", None)
+    monkeypatch.setattr(codec, "load_json", None)
     array = np.random.default_rng(0).standard_normal((8, 3, 16, 16)).astype(np.float32)
     np.testing.assert_array_equal(read(written(array)), array)
     wide = np.random.default_rng(1).standard_normal((40, 30))
@@ -357,7 +358,7 @@ def test_a_big_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_what_is_not_finite_is_read_the_fast_way(share: float, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One NaN made reading a body eight times, and writing it six times as slow."""
-    monkeypatch.setattr(codec, "_read_any", None)
+    monkeypatch.setattr(codec, "load_json", None)
     rng = np.random.default_rng(0)
     array = rng.standard_normal((30, 4, 20)).astype(dtype)
     lost = rng.random(array.shape) < share
@@ -411,15 +412,23 @@ NESTED = st.recursive(
 )
 
 
+def _both_ways(raw: bytes, dtypes: dict[str, str]) -> tuple[Any, Any]:
+    """What the fast way reads, None if it does not take the body; and then what the other reads."""
+    try:
+        fast = codec._read_regular(raw, dtypes)
+    except codec._UnusualError:
+        return None, None
+    return fast, codec._read_document(codec.load_json(raw), dtypes)
+
+
 @BOTH_WAYS
 @given(NESTED | arrays.arrays(np.float64, arrays.array_shapes(min_side=0), elements=st.floats()).map(np.ndarray.tolist))
 def test_both_ways_agree(nested: Any) -> None:
     """Whatever the fast way takes, the other reads alike; what the other refuses, the fast way does not take."""
     raw = json.dumps({"input": nested}).replace("NaN", '"NaN"').replace('""NaN""', '"NaN"').encode()
-    fast = codec._read_regular(raw, {"input": "float64"})
+    fast, slow = _both_ways(raw, {"input": "float64"})
     if fast is None:
         return
-    slow = codec._read_any(raw, {"input": "float64"})
     assert fast["input"].shape == slow["input"].shape
     np.testing.assert_array_equal(fast["input"].flat, slow["input"].flat)
 
@@ -434,14 +443,54 @@ def test_both_ways_agree_on_changed_bytes(data: st.DataObject) -> None:
         piece = st.binary(max_size=2) | st.text('[]{},:"\\0123456789.eE+- tn', max_size=4).map(str.encode)
         raw[start : start + data.draw(st.integers(0, 4))] = data.draw(piece)
     dtypes = {"input": "float64", "b": "float32"}
-    fast = codec._read_regular(raw, dtypes)
+    fast, slow = _both_ways(raw, dtypes)
     if fast is None:
         return
-    slow = codec._read_any(raw, dtypes)
     assert fast.keys() == slow.keys()
     for name in fast:
         assert fast[name].shape == slow[name].shape
         np.testing.assert_array_equal(fast[name].flat, slow[name].flat)
+
+
+EMPTY = {"[]": (0,), "[[], []]": (2, 0), "[[[], []],\n[[], []] , [[],[]]]": (3, 2, 0)}
+
+
+@pytest.mark.parametrize("text", EMPTY)
+def test_empty_lists_are_read_the_fast_way(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "load_json", None)
+    assert read_input(text, "float32").shape == EMPTY[text]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("[[1], [2, 3]]", ShapeMismatch),
+        ("[[1, 2], [], [3, 4]]", InvalidRequest),
+        ("[[[]], []]", ShapeMismatch),
+        ("[[1, null, 2]]", InvalidRequest),
+        ('[{"a": 1}, 2, 3]', InvalidRequest),
+    ],
+)
+def test_what_is_wrong_in_many_values_is_refused_without_reading_them_at_once(
+    text: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """60 MiB of `[],` took 2 GiB and the event loop for five seconds, before they were refused."""
+    monkeypatch.setattr(codec, "_MOST_VALUES", 4)
+    monkeypatch.setattr(codec, "orjson", None)
+    monkeypatch.setattr(codec, "_parse_numbers", lambda text: np.array(re.findall(rb"[0-9]+", text), np.float64))
+    with pytest.raises(error):
+        read_input(text, "float64")
+
+
+def test_a_tensor_that_is_not_known_is_named_among_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "_MOST_VALUES", 4)
+    with pytest.raises(InvalidRequest, match="'x'"):
+        decode(JSON, b'{"input": [[1]], "x": [[],[],[],[],[]]}', {"input": "float64"})
+
+
+def test_many_values_that_are_regular_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "_MOST_VALUES", 4)
+    assert read_input("[[1, 2, 3], [4, 5, 6]]", "float64").shape == (2, 3)
 
 
 def test_written_document() -> None:
