@@ -54,7 +54,8 @@ class SqliteFiles:
         self.ids: FileIds = ()
         self.expected: FileIds | None = None
         self.lost = False
-        self._names: Final = (given, Path(f"{path}-wal"), *([Path(f"{path}-shm")] if shared else []))
+        self._given: Final = given
+        self._names: Final = (path, Path(f"{path}-wal"), *([Path(f"{path}-shm")] if shared else []))
         self._clock = clock
         self._checked = -math.inf
         self._due = False
@@ -95,9 +96,15 @@ class SqliteFiles:
             raise StoreLostError("the SQLite file was deleted, moved or replaced while it was served")
 
     def _there(self) -> FileIds:
-        """What is at the path now; empty when something is missing. Raises `StoreError`: that cannot be told."""
+        """What is at the path now; empty when something is missing. Raises `StoreError`: that cannot be told.
+
+        A restart follows symbolic links to the database and looks for the log beside what they lead to. So they must
+        lead where they did, and what is there must be no link itself.
+        """
         try:
-            return tuple(_id(os.stat(name)) for name in self._names)
+            if os.path.realpath(self._given) != str(self.path):
+                return ()
+            return tuple(_id(os.lstat(name)) for name in self._names)
         except (FileNotFoundError, NotADirectoryError):
             return ()
         except OSError as error:
