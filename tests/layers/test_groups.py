@@ -400,3 +400,50 @@ async def test_a_repeat_for_a_layer_that_was_replaced_is_judged_by_the_new_one()
                 await call()
             assert not store.replace
         assert (await train(layers, "a", batch(2), "key")).num_batches_tracked == 1
+
+
+SOLO = GroupCall("solo", 1)
+
+
+@pytest.mark.parametrize("first", [None, SOLO, GroupCall("other", 1)], ids=["alone", "group", "other group"])
+@pytest.mark.parametrize("second", [None, SOLO, GroupCall("other", 1)], ids=["alone", "group", "other group"])
+async def test_a_key_stands_for_one_batch_and_one_group(first: GroupCall | None, second: GroupCall | None) -> None:
+    """The same batch under the same key was folded again when it came alone and in a group."""
+    x = batch(1)
+    async with serving(MemoryStore()) as layers:
+        await layers.create("a", CONFIG)
+        done = await train(layers, "a", x, "key", group=first)
+        if first == second:
+            again = await train(layers, "a", x, "key", group=second)
+            assert again.replayed
+            assert again.version == done.version
+        else:
+            with pytest.raises(errors.IdempotencyKeyReused):
+                await train(layers, "a", x, "key", group=second)
+        with pytest.raises(errors.IdempotencyKeyReused):
+            await layers.reset("a", "all", "key", None)
+        assert (await layers.get("a")).num_batches_tracked == 1
+
+
+class Joined(MemoryStore):
+    """Tells when a shard has come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joined = asyncio.Event()
+
+    async def join(self, *arguments: Any) -> Any:
+        found = await super().join(*arguments)
+        self.joined.set()
+        return found
+
+
+async def test_a_key_that_is_used_while_its_group_waits_does_not_hold_the_group_up() -> None:
+    store = Joined()
+    async with serving(store) as layers:
+        await layers.create("a", CONFIG)
+        waiting = asyncio.ensure_future(train(layers, "a", batch(1), "key", group=PAIR))
+        await store.joined.wait()
+        await train(layers, "a", batch(3), "key")
+        answers = await asyncio.gather(train(layers, "a", batch(2), "b", group=PAIR), waiting)
+        assert {each.num_batches_tracked for each in answers} == {2}  # its shard had come before

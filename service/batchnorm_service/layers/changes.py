@@ -62,12 +62,15 @@ class Fold:
         ticket: the claim to be folded once.
         incarnation: of the layer that the batch was meant for.
         work: its moments, and what depends on the layer's weight, bias and config.
+        members: the fingerprints of a group's shards by the keys that their callers gave: each key gets a receipt of
+            its own, so that it stands for nothing else.
         done: set once the fold is durable or refused.
     """
 
     ticket: Ticket
     incarnation: int
     work: Work
+    members: dict[bytes, bytes] = field(default_factory=dict)
     done: asyncio.Future[Done] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -119,10 +122,18 @@ def settle(queued: Queued, result: Done | Exception) -> None:
 
 def replay(ticket: Ticket, held: Held, receipt: Receipt) -> Done | ProblemError:
     """The answer to a call whose key has a receipt already."""
+    try:
+        refuse_reuse(ticket, receipt)
+    except IdempotencyKeyReused as error:
+        return error
+    return Done(held, receipt.version, receipt.batch, replayed=True)
+
+
+def refuse_reuse(ticket: Ticket, receipt: Receipt) -> None:
+    """Raise `IdempotencyKeyReused` when the receipt of this key is for something else."""
     if receipt.fingerprint != ticket.fingerprint:
-        return IdempotencyKeyReused(
+        raise IdempotencyKeyReused(
             "this Idempotency-Key was used for another batch or call; make a new key for each",
             field="Idempotency-Key",
             expected="a key that was not used for another batch",
         )
-    return Done(held, receipt.version, receipt.batch, replayed=True)

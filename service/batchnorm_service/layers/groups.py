@@ -22,7 +22,7 @@ from batchnorm_client.errors import (
 )
 
 from ..store.base import Gathering, Missing, Shard, Store, StoreError
-from .changes import ReplacedError
+from .changes import ReplacedError, refuse_reuse
 from .closings import Closing
 from .queue import Queue
 from .receipts import Ticket, group_ticket
@@ -70,10 +70,12 @@ class Operation(Protocol[T]):
 
     Attributes:
         name: groups of different operations may have the same id.
+        folds: whether closing the group changes the layer, so that its members' keys stand for nothing else.
         incarnation: of the layer that the call was meant for; groups of another are others.
     """
 
     name: str
+    folds: bool
     incarnation: int
 
     def pack(self, part: T) -> bytes:
@@ -88,9 +90,12 @@ class Operation(Protocol[T]):
         """The whole of the parts."""
         ...
 
-    async def close(self, ticket: Ticket, whole: T, closing: Callable[[bytes], bytes]) -> None:
+    async def close(
+        self, ticket: Ticket, whole: T, members: Mapping[bytes, bytes], closing: Callable[[bytes], bytes]
+    ) -> None:
         """Commit the whole under the group's ticket, with `closing(totals)` as the receipt's payload.
 
+        `members` are the fingerprints of the parts by their keys.
         Raises `ProblemError` for what cannot be committed: nothing is, and every member is told.
         """
         ...
@@ -112,23 +117,26 @@ class Groups:
             GroupIncomplete: not all members came in time; nothing was folded.
             GroupClosed: this member comes too late, or is one too many.
             GroupMismatch: the group has another size.
-            IdempotencyKeyReused: a member with this key has brought another shard.
+            IdempotencyKeyReused: the key was used for another batch, shard or group.
             ReplacedError: the layer is no more.
             ProblemError: what folding the whole refuses; all members are told.
         """
         name = group_ticket(operation.name, call.id)
         shard = Shard(member.key, member.fingerprint, operation.pack(part))
-        deadline, pause, added = _now() + call.timeout, _FIRST_PAUSE, False
+        deadline, pause, came, added = _now() + call.timeout, _FIRST_PAUSE, False, False
         try:
             with self._listening(name) as news:
                 while True:
                     event = news.event
-                    if (receipt := await self._queue.find(name, operation.incarnation)) is not None:
+                    found = await self._queue.find_all([name, member], operation.incarnation)
+                    if (receipt := found.get(name.key)) is not None:
                         whole = operation.unpack(_told(Closing.unpack(receipt.payload), call, member))
                         return Outcome(whole, receipt.version, receipt.batch, replayed=not added)
+                    if not came and operation.folds and (own := found.get(member.key)) is not None:
+                        refuse_reuse(member, own)
                     gathering = await self._gather(name, call, shard, operation)
                     _check_member(gathering.size, gathering.members, call, member)
-                    added = added or gathering.added
+                    came, added = True, added or gathering.added
                     if gathering.parts:
                         await self._close(name, gathering, operation)
                     elif _now() >= deadline:
@@ -156,7 +164,7 @@ class Groups:
     async def _close(self, name: Ticket, gathering: Gathering, operation: Operation[T]) -> None:
         whole = operation.merge([operation.unpack(part) for part in gathering.parts])
         members = dict(gathering.members)
-        await operation.close(name, whole, lambda totals: Closing(gathering.size, members, totals).pack())
+        await operation.close(name, whole, members, lambda totals: Closing(gathering.size, members, totals).pack())
         await self._leave(name, operation, None)  # what came is in the receipt now
 
     async def _leave(self, name: Ticket, operation: Operation[T], member: bytes | None) -> None:

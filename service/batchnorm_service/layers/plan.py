@@ -34,11 +34,18 @@ class Plan:
 
     @property
     def receipts(self) -> list[Receipt]:
-        """A receipt for each fold; none for one that changes nothing and whose caller gave no key."""
+        """A receipt for each fold, and for each key of a group's members.
+
+        There is none for a fold that changes nothing and whose caller gave no key.
+        """
         return [
             self._receipt(waiting, batch)
             for waiting, batch in self.folds
             if self.record is not None or waiting.ticket.from_caller
+        ] + [
+            Receipt(key, fingerprint, self.held.stamp.version, batch)
+            for waiting, batch in self.folds
+            for key, fingerprint in waiting.members.items()
         ]
 
     def settle(self) -> None:

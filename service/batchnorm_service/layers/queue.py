@@ -88,12 +88,16 @@ class Queue:
 
     async def find(self, ticket: Ticket, incarnation: int) -> Receipt | None:
         """The unexpired receipt of this ticket. Raises `ReplacedError` when that incarnation is gone."""
-        name, keys = self._resident.name, [ticket.key]
+        return (await self.find_all([ticket], incarnation)).get(ticket.key)
+
+    async def find_all(self, tickets: Iterable[Ticket], incarnation: int) -> dict[bytes, Receipt]:
+        """The unexpired receipts of these tickets by key. Raises `ReplacedError` when that incarnation is gone."""
+        name, keys = self._resident.name, [ticket.key for ticket in tickets]
         found, _ = await self._answer(lambda: self._store.find_receipts(name, incarnation, keys), self._deadline())
         if isinstance(found, Missing):
             self._resident.set(None)
             raise ReplacedError
-        return found[0] if found else None
+        return {receipt.key: receipt for receipt in found}
 
     async def note(self, ticket: Ticket, incarnation: int, payload: bytes) -> Done:
         """Write a receipt and nothing else. Raises `LayerNotFound` when that incarnation is gone."""
@@ -205,6 +209,8 @@ class Queue:
         for waiting in folds:
             if receipt := by_key.get(waiting.ticket.key):
                 settle(waiting, replay(waiting.ticket, held, receipt))
+            for key in waiting.members.keys() & by_key.keys():  # used for something else since its shard came
+                del waiting.members[key]
 
     # -------------------------------------------------------------------------------------------------- changes
 

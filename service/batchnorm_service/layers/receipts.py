@@ -14,6 +14,8 @@ from batchnorm_client.tensors import Tensor
 from ..store.base import Receipt
 
 KEY_BYTES = 16
+NO_FINGERPRINT = bytes(KEY_BYTES)
+"""Of a call without a key, which nobody can repeat."""
 
 
 class Ticket(NamedTuple):
@@ -47,7 +49,7 @@ def ticket(key: str | None, operation: str, *tensors: Tensor) -> Ticket:
         # Never the same twice, but not hard to guess: os.urandom would be a system call. Ascending, as in a UUID of
         # version 7 (RFC 9562, 5.7), because a store keeps what ascends with less work.
         milliseconds = (time.time_ns() // 1_000_000).to_bytes(6, "big")
-        return Ticket(milliseconds + random.randbytes(KEY_BYTES - 6), bytes(KEY_BYTES), from_caller=False)  # noqa: S311
+        return Ticket(milliseconds + random.randbytes(KEY_BYTES - 6), NO_FINGERPRINT, from_caller=False)  # noqa: S311
     digest = xxhash.xxh3_128(f"{operation}\0".encode())
     for tensor in tensors:
         digest.update(f"{tensor.dtype}\0{tensor.shape}\0".encode())
@@ -57,7 +59,7 @@ def ticket(key: str | None, operation: str, *tensors: Tensor) -> Ticket:
 
 def group_ticket(operation: str, group: str) -> Ticket:
     """The ticket of a group as a whole. No caller's key can be the same: keys have no spaces."""
-    return Ticket(_digest(f"group {operation} {group}"), bytes(KEY_BYTES), from_caller=True)
+    return Ticket(_digest(f"group {operation} {group}"), NO_FINGERPRINT, from_caller=True)
 
 
 def _digest(key: str) -> bytes:

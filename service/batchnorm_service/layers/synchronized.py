@@ -15,7 +15,7 @@ from ..engine.normalize import Frozen
 from ..engine.tensors import to_torch, to_wire
 from .changes import Fold
 from .queue import Queue
-from .receipts import Ticket
+from .receipts import NO_FINGERPRINT, Ticket
 from .records import Held
 from .work import WholeWork
 
@@ -39,6 +39,7 @@ class FoldGroup:
     """Shards that are normalized together and folded once; some may have stayed with their callers."""
 
     name = "fold"
+    folds = True
 
     def __init__(self, held: Held, queue: Queue) -> None:
         self.incarnation = held.stamp.incarnation
@@ -51,7 +52,9 @@ class FoldGroup:
         moments = merge((part.moments for part in parts), channels)
         return Part(moments, merge_extremes([part.extremes for part in parts], channels))
 
-    async def close(self, ticket: Ticket, whole: Part, closing: Callable[[bytes], bytes]) -> None:
+    async def close(
+        self, ticket: Ticket, whole: Part, members: Mapping[bytes, bytes], closing: Callable[[bytes], bytes]
+    ) -> None:
         """Fold the whole once, under the state that the commit is made on."""
 
         def payload(frozen: Frozen) -> bytes:
@@ -59,7 +62,8 @@ class FoldGroup:
 
         work = WholeWork(whole.moments, whole.extremes, payload)
         await work.under(self._held.state)
-        await self._queue.submit(Fold(ticket, self.incarnation, work))
+        keyed = {key: fingerprint for key, fingerprint in members.items() if fingerprint != NO_FINGERPRINT}
+        await self._queue.submit(Fold(ticket, self.incarnation, work, keyed))
 
     def pack(self, part: Part) -> bytes:
         """A safetensors file."""
@@ -86,6 +90,7 @@ class GradientGroup:
     """Shards whose gradients are taken together; nothing is folded."""
 
     name = "backward"
+    folds = False
 
     def __init__(self, held: Held, queue: Queue) -> None:
         self.incarnation = held.stamp.incarnation
@@ -96,7 +101,9 @@ class GradientGroup:
         """All shards' sums in one."""
         return merge_sums(parts, self._channels)
 
-    async def close(self, ticket: Ticket, whole: GradientSums, closing: Callable[[bytes], bytes]) -> None:
+    async def close(
+        self, ticket: Ticket, whole: GradientSums, members: Mapping[bytes, bytes], closing: Callable[[bytes], bytes]
+    ) -> None:
         """Note the sums."""
         await self._queue.note(ticket, self.incarnation, closing(self.pack(whole)))
 
