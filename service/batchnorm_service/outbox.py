@@ -39,7 +39,8 @@ class Outbox:
         """Send this after whatever was written before, soon."""
         if len(data) >= _AT_ONCE:
             self._flush()
-            self._transport.write(data)
+            if not self._transport.is_closing():
+                self._transport.write(data)
             return
         if not self._held:
             self._loop.call_soon(self._flush)
@@ -48,7 +49,8 @@ class Outbox:
     def writelines(self, pieces: Iterable[Data]) -> None:
         """Send these after whatever was written before, without joining them."""
         self._flush()
-        self._transport.writelines(pieces)
+        if not self._transport.is_closing():  # a response that was read too slowly is dropped while it is written
+            self._transport.writelines(pieces)
 
     def close(self) -> None:
         """Send what is left, then close."""

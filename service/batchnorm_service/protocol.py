@@ -13,7 +13,7 @@ from batchnorm_client.contract import REQUEST_ID
 from batchnorm_client.errors import MalformedBody, PayloadTooLarge, ProblemError, RequestTimeout
 from batchnorm_service.api.problems import problem_answer
 from batchnorm_service.direct import DirectProtocol
-from batchnorm_service.trailers import MOST_HEAD_BYTES
+from batchnorm_service.trailers import MOST_HEAD_BYTES, HeadTooLargeError
 
 LINGER_SECONDS: Final = 1.0
 
@@ -44,6 +44,8 @@ class Protocol(DirectProtocol):
     _refused = False
     _offered = False
     _ended = False
+    _may_be_long = False
+    """A whole head may be too large: it has not come in parts, which are counted."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -54,16 +56,14 @@ class Protocol(DirectProtocol):
         if self._refused:
             return
         self._ended = False
+        self._may_be_long = len(data) > MOST_HEAD_BYTES
         super().data_received(data)
+        rest = memoryview(data)
         while self._offered and (end := self.parser.stopped_at) is not None:
-            self._offered = False
-            head = self._head_without_offer()
-            self._new_parser()  # the old one may be in its last state, after `Connection: close`
-            super().data_received(head)
-            data = data[end:]
-            super().data_received(data)
+            rest = rest[end:]
+            self._read_without_offer(rest)
         if self._receiving and not self._refused:
-            self._received_in_part(len(data))
+            self._received_in_part(len(rest))
 
     def on_message_begin(self) -> None:
         """A request begins."""
@@ -74,6 +74,9 @@ class Protocol(DirectProtocol):
         """The request's head has been read."""
         # CONNECT counts as an upgrade by itself, with nothing to leave out. uvicorn refuses it.
         self._offered = self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
+        if self._may_be_long and self._size_of_head() > MOST_HEAD_BYTES:
+            self._head_bytes = MOST_HEAD_BYTES + 1
+            raise HeadTooLargeError
         if not self._offered:
             super().on_headers_complete()
         self._in_head = False
@@ -84,9 +87,20 @@ class Protocol(DirectProtocol):
             self._ended, self._receiving = True, False
             super().on_message_complete()
 
+    def _read_without_offer(self, rest: memoryview) -> None:
+        self._offered = False
+        head = self._head_without_offer()
+        self._new_parser()  # the old one may be in its last state, after `Connection: close`
+        super().data_received(head)
+        if not self._refused:
+            super().data_received(rest)  # type: ignore[arg-type] # a parser takes any buffer
+
     def _new_parser(self) -> None:
         self.parser = _Parser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
+
+    def _size_of_head(self) -> int:
+        return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
 
     def _head_without_offer(self) -> bytes:
         line = b" ".join([self.parser.get_method(), self.url, b"HTTP/" + self.parser.get_http_version().encode()])
@@ -116,6 +130,8 @@ class Protocol(DirectProtocol):
 
     def _refuse(self, problem: ProblemError) -> None:
         """Read no more; answer with this problem once everything before is answered, and close."""
+        if self._refused:
+            return
         self._refused, self._incoming = True, None
         farewell = _farewell(problem)
         cycle = self.cycle

@@ -191,3 +191,32 @@ async def test_trailers_of_who_was_refused_are_not_kept(anyio_backend, monkeypat
         with contextlib.suppress(ConnectionError):
             assert await reader.read() == b""  # it was answered, so all that is left is to close
         assert len(protocol.scope["headers"]) < 10
+
+
+@pytest.mark.parametrize("behind", [b"", get("/healthz")], ids=["alone", "with another behind"])
+async def test_an_offer_with_a_target_that_cannot_be_read_is_refused_once(anyio_backend, monkeypatch, behind):
+    """The head was read a second time without the offer, refused, and what came behind it was refused again."""
+    offer = b"GET http://x HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n"
+    async with serving(monkeypatch) as service, connection(service) as (reader, writer):
+        writer.write(offer + behind)
+        assert (await answer(reader))[0] == 400
+        assert await reader.read() == b""
+
+
+async def test_a_head_that_is_too_large_is_refused_also_when_it_comes_at_once(anyio_backend, monkeypatch):
+    head = get("/healthz", "X-Long: " + "x" * MOST_HEAD_BYTES + "\r\n")
+    async with serving(monkeypatch) as service, connection(service) as (reader, writer):
+        await until(lambda: connections_of(service, writer))
+        connections_of(service, writer)[0].data_received(head)
+        assert (await answer(reader))[0] == 413
+
+
+@pytest.mark.parametrize("length", ["{} ", "{}\t", "00000000000000000000{}"])
+async def test_a_content_length_may_have_blanks_and_zeros(anyio_backend, monkeypatch, length):
+    request = post("/v1/layers/bn/eval", DOCUMENT)
+    given = f"Content-Length: {length.format(len(DOCUMENT))}\r\n".encode()
+    request = request.replace(b"Content-Length: %d\r\n" % len(DOCUMENT), given)
+    async with serving(monkeypatch) as service, connection(service) as (reader, writer):
+        writer.write(request + get("/healthz"))
+        assert (await answer(reader))[0] == 200
+        assert (await answer(reader))[0] == 200

@@ -91,9 +91,10 @@ async def read_body(headers: Headers, receive: Receive, limit: int) -> bytearray
     announced = headers.get(b"content-length")
     if announced is None:
         return await _read_chunked(receive, limit)
+    announced = announced.strip(b" \t")  # optional whitespace (RFC 9110, 5.6.3), which the parser leaves behind
     if not announced.isdigit():
         raise MalformedBody("Content-Length is not a number", field="Content-Length")
-    if len(announced) > 18 or (size := int(announced)) > limit:
+    if len(announced.lstrip(b"0")) > 18 or (size := int(announced)) > limit:
         raise _too_large(limit, int(announced[:100]))
     chunk, more = await _chunk(receive)
     if not more:

@@ -20,9 +20,10 @@ def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> Headers:
     pairs = list(raw)
     headers = dict(pairs)
     if len(headers) != len(pairs):
-        headers.clear()
+        values: dict[bytes, list[bytes]] = {}
         for name, value in pairs:
-            headers[name] = headers[name] + b", " + value if name in headers else value
+            values.setdefault(name, []).append(value)
+        return {name: b", ".join(several) for name, several in values.items()}
     return headers
 
 
