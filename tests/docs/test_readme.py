@@ -89,3 +89,17 @@ def test_a_failing_example_says_so(page: Path, tmp_path: Path) -> None:
 def test_what_a_page_links_to_exists(page: Path) -> None:
     for target in _links(page):
         assert (page.parent / target).exists(), target
+
+
+NAMED = re.findall(r"`(tests/[\w/]+(?:\.py)?)(?:::(\w+))?`", (README.parent / "docs/testing.md").read_text())
+
+
+@pytest.mark.parametrize(("path", "name"), sorted(set(NAMED)))
+def test_the_tests_that_the_documentation_names_are_there(path: str, name: str) -> None:
+    found = README.parent / path
+    assert found.exists()
+    assert not name or f"def {name}" in found.read_text()
+
+
+def test_the_documentation_names_tests() -> None:
+    assert len(NAMED) > 50
