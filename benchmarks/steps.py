@@ -114,6 +114,9 @@ class _Transport:
     def is_closing(self) -> bool:
         return False
 
+    def set_write_buffer_limits(self, high: int) -> None:
+        """What is written has left at once."""
+
     def get_extra_info(self, _name: str, default: Any = None) -> Any:
         return default
 
