@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from batchnorm_client.contract import JSON, SAFETENSORS
-from batchnorm_client.tensors import Tensor, encode
+from batchnorm_client.wire.documents import JSON, SAFETENSORS
+from batchnorm_client.wire.tensors import Tensor, encode
 from benchmarks.load import request
 
 KIB, MIB = 1 << 10, 1 << 20

@@ -23,10 +23,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from batchnorm_client.contract import LayerConfig
-from batchnorm_client.tensors import Tensor
+from batchnorm_client.wire.documents import LayerConfig
+from batchnorm_client.wire.tensors import Tensor
 from batchnorm_service.layers import Layers, LayersOptions
-from batchnorm_service.store.valkey import ValkeyStore
+from batchnorm_service.store.valkey.store import ValkeyStore
 from benchmarks.delay import delayed
 
 # The tests know how to start a server, and how to count what a store is asked.

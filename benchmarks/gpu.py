@@ -16,7 +16,7 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from batchnorm_client.contract import LayerConfig
+from batchnorm_client.wire.documents import LayerConfig
 from batchnorm_service.engine import normalize
 from batchnorm_service.engine.staging import staged
 from batchnorm_service.engine.state import LayerState, initial_state

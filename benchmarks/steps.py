@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from uvicorn.server import ServerState
 
-from batchnorm_client.contract import SAFETENSORS, LayerConfig
-from batchnorm_client.tensors import decode
+from batchnorm_client.wire.documents import SAFETENSORS, LayerConfig
+from batchnorm_client.wire.tensors import decode
 from batchnorm_service.app import create_app
-from batchnorm_service.engine import normalize, statistics, tensors
+from batchnorm_service.engine import normalize, tensors
+from batchnorm_service.engine.accumulators import moving as statistics
+from batchnorm_service.fast_path.protocol import Protocol
 from batchnorm_service.layers import records
-from batchnorm_service.protocol import Protocol
 from batchnorm_service.server import uvicorn_config
 from batchnorm_service.settings import Settings
 from benchmarks import bodies, cores

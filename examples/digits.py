@@ -16,7 +16,7 @@ from rich.table import Table
 from server import server
 from sklearn.datasets import load_digits
 
-from batchnorm_client.contract import IDEMPOTENCY_KEY, NPY
+from batchnorm_client.wire.documents import IDEMPOTENCY_KEY, NPY
 
 BATCH_SIZE = 64
 LAYER = "/v1/layers/digits"

@@ -7,10 +7,10 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from batchnorm_client.contract import LayerConfig
+from batchnorm_client.wire.documents import LayerConfig
 from batchnorm_service.engine.state import initial_state
 from batchnorm_service.layers.records import encode, now
-from batchnorm_service.store.sqlite import SqliteStore
+from batchnorm_service.store.sqlite.store import SqliteStore
 from benchmarks.bench import Bench
 from benchmarks.bodies import KIB, call, safetensors
 from benchmarks.figures import Row, Target

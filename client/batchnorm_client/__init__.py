@@ -12,9 +12,12 @@ the caller, httpx when the first client is made.
 
 from batchnorm_client.async_client import AsyncClient, AsyncRemoteLayer
 from batchnorm_client.client import Client
-from batchnorm_client.contract import Layer, LayerConfig, LayerSummary
 from batchnorm_client.core import Retry
-from batchnorm_client.errors import (
+from batchnorm_client.layer import RemoteLayer
+from batchnorm_client.options import LayerChanges, LayerOptions
+from batchnorm_client.results import BatchStatistics, EvalResult, FoldResult, Gradients, TrainResult
+from batchnorm_client.wire.documents import Layer, LayerConfig, LayerSummary
+from batchnorm_client.wire.errors import (
     PROBLEMS,
     BatchNormError,
     ConnectionFailed,
@@ -52,9 +55,6 @@ from batchnorm_client.errors import (
     UnsupportedMediaType,
     VersionMismatch,
 )
-from batchnorm_client.layer import RemoteLayer
-from batchnorm_client.options import LayerChanges, LayerOptions
-from batchnorm_client.results import BatchStatistics, EvalResult, FoldResult, Gradients, TrainResult
 
 __all__ = [
     "PROBLEMS",

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from batchnorm_client.tensors import Tensor
-from batchnorm_client.tensors.tensor import dtype_name
+from batchnorm_client.wire.tensors import Tensor
+from batchnorm_client.wire.tensors.tensor import dtype_name
 
 if TYPE_CHECKING:
     import torch

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
 import numpy.typing as npt
 
 from batchnorm_client.arrays import A, to_numpy, to_torch
-from batchnorm_client.contract import Layer, LayerSummary
 from batchnorm_client.core import Attempts, Request, Retry, calls, local
 from batchnorm_client.core.shards import Shard
-from batchnorm_client.errors import BatchNormError, NoAnswer, ProblemError
 from batchnorm_client.options import HttpOptions, LayerChanges, LayerOptions, Mode, What
 from batchnorm_client.results import EvalResult, FoldResult, Gradients, TrainResult
+from batchnorm_client.wire.documents import Layer, LayerSummary
+from batchnorm_client.wire.errors import BatchNormError, NoAnswer, ProblemError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,8 +51,8 @@ class AsyncClient:
         import anyio.to_thread  # noqa: PLC0415 - as httpx, which needs it
 
         # httpx takes longer to import than this whole package
-        from batchnorm_client.connections import AsyncConnections  # noqa: PLC0415
-        from batchnorm_client.transport import Link  # noqa: PLC0415
+        from batchnorm_client.transport.pools import AsyncConnections  # noqa: PLC0415
+        from batchnorm_client.transport.requests import Link  # noqa: PLC0415
 
         self._sleep = anyio.sleep
         self._in_thread = anyio.to_thread.run_sync

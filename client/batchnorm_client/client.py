@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
-from batchnorm_client.contract import LayerSummary
 from batchnorm_client.core import Attempts, Request, Retry, calls
-from batchnorm_client.errors import BatchNormError, NoAnswer, ProblemError
 from batchnorm_client.layer import RemoteLayer
 from batchnorm_client.options import HttpOptions, LayerOptions
 from batchnorm_client.results import FoldResult
+from batchnorm_client.wire.documents import LayerSummary
+from batchnorm_client.wire.errors import BatchNormError, NoAnswer, ProblemError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,8 +77,8 @@ class Client:
         **options: Unpack[HttpOptions],
     ) -> None:
         # httpx takes longer to import than this whole package
-        from batchnorm_client.connections import Connections  # noqa: PLC0415
-        from batchnorm_client.transport import Link  # noqa: PLC0415
+        from batchnorm_client.transport.pools import Connections  # noqa: PLC0415
+        from batchnorm_client.transport.requests import Link  # noqa: PLC0415
 
         link = Link(base_url, token, http, options)
         self._base_url = link.base

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 import numpy.typing as npt
 
 from batchnorm_client.arrays import A, to_numpy, to_torch
-from batchnorm_client.contract import Layer
 from batchnorm_client.core import calls, local
 from batchnorm_client.core.shards import Shard
 from batchnorm_client.options import LayerChanges, Mode, What
 from batchnorm_client.results import EvalResult, FoldResult, Gradients, TrainResult
+from batchnorm_client.wire.documents import Layer
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     Numbers = npt.NDArray[Any] | torch.Tensor | Sequence[float]
     Moments = tuple[int, Numbers, Numbers]
-    from batchnorm_client.tensors import Tensor
+    from batchnorm_client.wire.tensors import Tensor
 
     StateDict = Mapping[str, npt.NDArray[Any] | torch.Tensor | Tensor | int]
 

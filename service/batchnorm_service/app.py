@@ -9,12 +9,12 @@ import torch
 from fastapi import FastAPI
 from pydantic import SecretStr
 
-from batchnorm_service.api import ApiOptions, Shell, build_api
-from batchnorm_service.api.security import Guard
 from batchnorm_service.layers import Layers, LayersOptions
+from batchnorm_service.rest import ApiOptions, Shell, build_api
+from batchnorm_service.rest.security import Guard
 from batchnorm_service.settings import Settings
 from batchnorm_service.store.base import Store
-from batchnorm_service.store.urls import store_from_url
+from batchnorm_service.store.registry import store_from_url
 
 
 def create_app(settings: Settings | None = None, store: Store | None = None) -> Shell:

@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from batchnorm_client.errors import DeviceUnavailable
+from batchnorm_client.wire.errors import DeviceUnavailable
 from batchnorm_service import __version__
-from batchnorm_service.migration import Progress, Report, SameStoreError, migrate, store_to_move
 from batchnorm_service.settings import PREFIX, Settings, export, unknown_variables
 from batchnorm_service.store.base import StoreError, StoreRefusedError
+from batchnorm_service.transfer import Progress, Report, SameStoreError, migrate, store_to_move
 
 log = logging.getLogger(__name__)
 

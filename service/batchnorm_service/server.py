@@ -13,10 +13,10 @@ from typing import Any
 
 import uvicorn
 
-from batchnorm_service.api import Shell
 from batchnorm_service.app import create_app
+from batchnorm_service.fast_path.protocol import Protocol
 from batchnorm_service.memory import settle_memory
-from batchnorm_service.protocol import Protocol
+from batchnorm_service.rest import Shell
 from batchnorm_service.settings import Settings
 
 BACKLOG = 2048

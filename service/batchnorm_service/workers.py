@@ -12,14 +12,14 @@ import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors.multiprocess import Multiprocess, Process
 
-from batchnorm_service.api import Shell
 from batchnorm_service.app import create_app, make_store
 from batchnorm_service.memory import settle_memory
+from batchnorm_service.rest import Shell
 from batchnorm_service.server import Announce, address, configure_logging, listen, uvicorn_config
 from batchnorm_service.settings import Settings
 from batchnorm_service.store.base import Store, StoreError, StoreLostError
-from batchnorm_service.store.sqlite import SqliteStore
-from batchnorm_service.store.sqlite_identity import FileIds
+from batchnorm_service.store.sqlite.identity import FileIds
+from batchnorm_service.store.sqlite.store import SqliteStore
 
 _log = logging.getLogger(__name__)
 _GLANCE_SECONDS = 0.05  # how long the supervisor waits for a worker that may not listen yet

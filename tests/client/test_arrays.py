@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from batchnorm_client.arrays import from_wire, to_torch, to_wire
-from batchnorm_client.tensors import Tensor
+from batchnorm_client.wire.tensors import Tensor
 
 ROWS = np.arange(12, dtype=np.float32).reshape(4, 3)
 

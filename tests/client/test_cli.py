@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from batchnorm_client.cli import streams
 from batchnorm_client.cli.app import app
 from batchnorm_client.cli.output import sparkline
-from batchnorm_client.contract import LayerConfig
-from batchnorm_client.errors import ConnectionFailed
 from batchnorm_client.layer import RemoteLayer
+from batchnorm_client.wire.documents import LayerConfig
+from batchnorm_client.wire.errors import ConnectionFailed
 from client.harness import environment, serving
 
 BATCH = np.array([[1, 2, 3], [4, 5, 7], [-1, 0, 2]], np.float32)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from batchnorm_client import Retry, TimedOut
-from batchnorm_client.network import DeadlineBackend, seconds_left
+from batchnorm_client.transport.network import DeadlineBackend, seconds_left
 
 BATCH = np.eye(3, dtype=np.float32)
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n"
@@ -146,7 +146,7 @@ def resolves_to(monkeypatch, *addresses):
     def getaddrinfo(_host, port, **_options):
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
 
-    monkeypatch.setattr("batchnorm_client.network.socket.getaddrinfo", getaddrinfo)
+    monkeypatch.setattr("batchnorm_client.transport.network.socket.getaddrinfo", getaddrinfo)
 
 
 def test_each_address_of_a_host_is_tried(monkeypatch, listen):
@@ -184,7 +184,7 @@ def test_a_host_without_an_address(monkeypatch):
     def getaddrinfo(*_arguments, **_options):
         raise socket.gaierror(-2, "Name or service not known")
 
-    monkeypatch.setattr("batchnorm_client.network.socket.getaddrinfo", getaddrinfo)
+    monkeypatch.setattr("batchnorm_client.transport.network.socket.getaddrinfo", getaddrinfo)
     with pytest.raises(httpcore.ConnectError, match="not known"):
         DeadlineBackend().connect_tcp("host", 80)
 

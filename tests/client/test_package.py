@@ -8,8 +8,9 @@ import sys
 import pytest
 
 import batchnorm_client
-from batchnorm_client import errors, options
-from batchnorm_client.contract import LayerConfig, LayerUpdate
+from batchnorm_client import options
+from batchnorm_client.wire import errors
+from batchnorm_client.wire.documents import LayerConfig, LayerUpdate
 
 CLIENTS = {"AsyncClient", "AsyncRemoteLayer", "Client", "RemoteLayer", "Retry"}
 RESULTS = {

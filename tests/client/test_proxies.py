@@ -4,7 +4,7 @@ import httpx
 import pytest
 
 from batchnorm_client import ConnectionFailed, Retry, TimedOut
-from batchnorm_client.proxies import proxy_for
+from batchnorm_client.transport.proxies import proxy_for
 
 ONCE = Retry(attempts=1)
 

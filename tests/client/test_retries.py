@@ -13,7 +13,7 @@ from batchnorm_client import (
     UnexpectedAnswer,
 )
 from batchnorm_client.core import Answer, Attempts, Request
-from batchnorm_client.errors import PROBLEMS
+from batchnorm_client.wire.errors import PROBLEMS
 
 NEW = Request("POST", "/v1/layers/bn/train", lambda answer: answer.status)
 READ = Request("GET", "/v1/layers/bn", lambda answer: answer.status, reads=True)

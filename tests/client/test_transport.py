@@ -11,7 +11,7 @@ import pytest
 
 from batchnorm_client import AsyncClient, Client, ConnectionFailed, Retry, TimedOut, UnexpectedAnswer
 from batchnorm_client.core import Attempts, Request
-from batchnorm_client.transport import BLOCK, TIMEOUT, Link
+from batchnorm_client.transport.requests import BLOCK, TIMEOUT, Link
 
 BATCH = np.array([[1, 2, 3], [4, 5, 7]], np.float32)
 HEADER = b'{"output":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}}     '

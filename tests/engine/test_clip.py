@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from batchnorm_client.contract import LayerConfig, LayerUpdate
+from batchnorm_client.wire.documents import LayerConfig, LayerUpdate
 from batchnorm_service.engine.gradients import backward_step
 from batchnorm_service.engine.moments import merge
 from batchnorm_service.engine.normalize import check_whole, eval_step, frozen, normalize_with, shard_moments, train_step

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from batchnorm_client.contract import LayerConfig
-from batchnorm_client.tensors import Tensor
+from batchnorm_client.wire.documents import LayerConfig
+from batchnorm_client.wire.tensors import Tensor
+from batchnorm_service.engine.accumulators.moving import fold
 from batchnorm_service.engine.gradients import backward_step, gradient_sums, shard_backward
 from batchnorm_service.engine.inverse import inverse_step
 from batchnorm_service.engine.normalize import (
@@ -27,7 +28,6 @@ from batchnorm_service.engine.normalize import (
 )
 from batchnorm_service.engine.staging import CudaQueue, Staging, staged
 from batchnorm_service.engine.state import initial_state
-from batchnorm_service.engine.statistics import fold
 from batchnorm_service.layers import Layers, LayersOptions
 from batchnorm_service.store.memory import MemoryStore
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm_client import errors
-from batchnorm_client.contract import LayerConfig
+from batchnorm_client.wire import errors
+from batchnorm_client.wire.documents import LayerConfig
 from batchnorm_service.engine.gradients import backward_step, gradient_sums, merge_sums, shard_backward
 from batchnorm_service.engine.normalize import eval_step
 from batchnorm_service.engine.state import LayerState, initial_state

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from batchnorm_client import errors
-from batchnorm_client.contract import LayerConfig, LayerUpdate
+from batchnorm_client.wire import errors
+from batchnorm_client.wire.documents import LayerConfig, LayerUpdate
 from batchnorm_service.engine.inverse import inverse_step
 from batchnorm_service.engine.normalize import eval_step
 from batchnorm_service.engine.state import initial_state, update

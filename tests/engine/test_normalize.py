@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from batchnorm_client import errors
-from batchnorm_client.contract import LayerConfig, LayerUpdate
-from batchnorm_client.tensors import Tensor
+from batchnorm_client.wire import errors
+from batchnorm_client.wire.documents import LayerConfig, LayerUpdate
+from batchnorm_client.wire.tensors import Tensor
+from batchnorm_service.engine.accumulators.moving import fold
 from batchnorm_service.engine.moments import check_finite
 from batchnorm_service.engine.normalize import (
     check_input,
@@ -25,7 +26,6 @@ from batchnorm_service.engine.normalize import (
 )
 from batchnorm_service.engine.state import LayerState, initial_state, update
 from batchnorm_service.engine.state_dict import replace_tensors
-from batchnorm_service.engine.statistics import fold
 from batchnorm_service.engine.tensors import to_wire
 
 

@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from batchnorm_client.contract import LayerConfig, LayerUpdate
-from batchnorm_client.errors import NonFinite
+from batchnorm_client.wire.documents import LayerConfig, LayerUpdate
+from batchnorm_client.wire.errors import NonFinite
 from batchnorm_service.engine.moments import merge, merge_extremes
 from batchnorm_service.engine.normalize import check_whole, frozen, normalize_with, shard_moments, train_step
 from batchnorm_service.engine.state import LayerState, initial_state, update

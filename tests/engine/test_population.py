@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits, load_wine
 from sklearn.preprocessing import StandardScaler
 
-from batchnorm_client import errors
-from batchnorm_client.contract import LayerConfig, LayerUpdate
+from batchnorm_client.wire import errors
+from batchnorm_client.wire.documents import LayerConfig, LayerUpdate
+from batchnorm_service.engine.accumulators.moving import fold
 from batchnorm_service.engine.moments import Moments, exact_moments, merge
 from batchnorm_service.engine.normalize import train_step
 from batchnorm_service.engine.state import LayerState, initial_state, reset, update
 from batchnorm_service.engine.state_dict import population_of, replace_tensors, state_dict
-from batchnorm_service.engine.statistics import fold
 from batchnorm_service.engine.tensors import to_torch, to_wire
 
 # What float64 leaves at an offset: the samples themselves are rounded to eps * offset.

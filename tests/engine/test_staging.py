@@ -14,9 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchnorm_client.contract import LayerConfig
-from batchnorm_client.errors import NonFinite, TooFewValues
+from batchnorm_client.wire.documents import LayerConfig
+from batchnorm_client.wire.errors import NonFinite, TooFewValues
 from batchnorm_service.engine import device_moments, layout, staging
+from batchnorm_service.engine.accumulators.moving import fold
 from batchnorm_service.engine.gradients import backward_step, gradient_sums, merge_sums, shard_backward
 from batchnorm_service.engine.inverse import inverse_step
 from batchnorm_service.engine.normalize import (
@@ -29,7 +30,6 @@ from batchnorm_service.engine.normalize import (
 )
 from batchnorm_service.engine.staging import Staging, staged
 from batchnorm_service.engine.state import initial_state
-from batchnorm_service.engine.statistics import fold
 
 HERE = torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm_client import errors
-from batchnorm_client.contract import LayerConfig, LayerUpdate
-from batchnorm_client.tensors import Tensor
+from batchnorm_client.wire import errors
+from batchnorm_client.wire.documents import LayerConfig, LayerUpdate
+from batchnorm_client.wire.tensors import Tensor
 from batchnorm_service.engine.state import initial_state, reset, update
 from batchnorm_service.engine.state_dict import dtypes, replace_tensors, state_dict
 from batchnorm_service.engine.tensors import to_torch, to_wire

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm_client import errors
-from batchnorm_client.contract import LayerConfig, LayerUpdate
+from batchnorm_client.wire import errors
+from batchnorm_client.wire.documents import LayerConfig, LayerUpdate
+from batchnorm_service.engine.accumulators.moving import fold, fold_all
 from batchnorm_service.engine.moments import Moments, exact_moments
 from batchnorm_service.engine.normalize import train_step
 from batchnorm_service.engine.state import initial_state, update
 from batchnorm_service.engine.state_dict import replace_tensors
-from batchnorm_service.engine.statistics import fold, fold_all
 from batchnorm_service.engine.tensors import to_wire
 
 

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
-from batchnorm_client.contract import LayerConfig
-from batchnorm_client.tensors import Tensor
+from batchnorm_client.wire.documents import LayerConfig
+from batchnorm_client.wire.tensors import Tensor
 from batchnorm_service.layers import Folded, Layers, LayersOptions, Normalized, Waiting
 from batchnorm_service.store.base import Store
 

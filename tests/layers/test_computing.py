@@ -7,10 +7,10 @@ import threading
 import pytest
 import torch
 
-from batchnorm_client.contract import LayerConfig
+from batchnorm_client.wire.documents import LayerConfig
 from batchnorm_service.engine.normalize import eval_step
 from batchnorm_service.engine.state import initial_state
-from batchnorm_service.layers.computing import Computing
+from batchnorm_service.layers.compute import Computing
 
 pytestmark = pytest.mark.anyio
 
@@ -58,8 +58,8 @@ async def test_work_away_is_never_done_on_the_event_loop(monkeypatch):
         return function(*args)
 
     cuda = torch.device("cuda", 1)
-    monkeypatch.setattr("batchnorm_service.layers.computing.staged", fake)
-    monkeypatch.setattr("batchnorm_service.layers.computing.device", lambda name: {"cuda:1": cuda}[name])
+    monkeypatch.setattr("batchnorm_service.layers.compute.staged", fake)
+    monkeypatch.setattr("batchnorm_service.layers.compute.device", lambda name: {"cuda:1": cuda}[name])
     computing = Computing("cpu", inline_bytes=1 << 20)
     here, there = (initial_state(LayerConfig(num_features=3, device=device)) for device in (None, "cuda:1"))
     batch = torch.ones(4, 3)

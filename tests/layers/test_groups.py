@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm_client import errors
-from batchnorm_client.contract import LayerConfig, LayerUpdate
-from batchnorm_client.tensors import Tensor
+from batchnorm_client.wire import errors
+from batchnorm_client.wire.documents import LayerConfig, LayerUpdate
+from batchnorm_client.wire.tensors import Tensor
 from batchnorm_service.engine.tensors import to_wire
 from batchnorm_service.layers import GroupCall, Layers
 from batchnorm_service.store.memory import MemoryStore

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm_client import errors
-from batchnorm_client.contract import LayerConfig, LayerUpdate
-from batchnorm_client.tensors import Tensor
+from batchnorm_client.wire import errors
+from batchnorm_client.wire.documents import LayerConfig, LayerUpdate
+from batchnorm_client.wire.tensors import Tensor
 from batchnorm_service.engine.moments import Moments
 from batchnorm_service.engine.state import LayerState
-from batchnorm_service.layers import plan
+from batchnorm_service.layers import group_commit as plan
 from batchnorm_service.store.base import Duplicates, Receipt
 from batchnorm_service.store.memory import MemoryStore
 from layers.conftest import CONFIG, batch, evaluate, fold_moments, serving, train

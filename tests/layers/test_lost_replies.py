@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm_client import errors
-from batchnorm_client.contract import LayerConfig, LayerUpdate
+from batchnorm_client.wire import errors
+from batchnorm_client.wire.documents import LayerConfig, LayerUpdate
 from batchnorm_service.store.base import StoreError
 from batchnorm_service.store.memory import MemoryStore
 from layers.conftest import CONFIG, batch, evaluate, serving, train

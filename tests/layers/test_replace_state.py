@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from batchnorm_client import errors
-from batchnorm_client.contract import LayerConfig
-from batchnorm_client.tensors import Tensor
+from batchnorm_client.wire import errors
+from batchnorm_client.wire.documents import LayerConfig
+from batchnorm_client.wire.tensors import Tensor
 from batchnorm_service.store.base import Conflict
 from batchnorm_service.store.memory import MemoryStore
 from layers.conftest import CONFIG, batch, serving, train

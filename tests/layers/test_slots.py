@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from batchnorm_client import errors
-from batchnorm_client.contract import LayerUpdate
-from batchnorm_client.tensors import Tensor
+from batchnorm_client.wire import errors
+from batchnorm_client.wire.documents import LayerUpdate
+from batchnorm_client.wire.tensors import Tensor
 from batchnorm_service.engine.normalize import train_step
-from batchnorm_service.layers import Layers, slots
-from batchnorm_service.layers.computing import Computing
+from batchnorm_service.layers import Layers
+from batchnorm_service.layers import cache as slots
+from batchnorm_service.layers.compute import Computing
 from batchnorm_service.store.memory import MemoryStore
 from layers.conftest import CONFIG, batch, evaluate, finished, serving, train
 

@@ -13,8 +13,8 @@ from batchnorm_service.app import create_app
 from batchnorm_service.settings import Settings
 from batchnorm_service.store.base import Store
 from batchnorm_service.store.memory import MemoryStore
-from batchnorm_service.store.sqlite import SqliteStore
-from batchnorm_service.store.valkey import ValkeyStore
+from batchnorm_service.store.sqlite.store import SqliteStore
+from batchnorm_service.store.valkey.store import ValkeyStore
 from store import valkey_servers
 
 Fixture = Callable[[str], Any]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from batchnorm_service.layers.rivals import Rivals
+from batchnorm_service.layers.contention import Rivals
 from batchnorm_service.store.base import Committed, Conflict, Record, Store
 from batchnorm_service.store.memory import MemoryStore
 from layers.conftest import CONFIG, batch, serving, train

@@ -69,7 +69,7 @@ async def test_staleness_is_allowed_up_to_the_setting(
 ) -> None:
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr(
-        "batchnorm_service.layers.resident.time", SimpleNamespace(monotonic=lambda: clock.now), raising=True
+        "batchnorm_service.layers.cached_state.time", SimpleNamespace(monotonic=lambda: clock.now), raising=True
     )
     recorder = Recorder()
     async with running([make_store() for _ in range(2)], max_staleness_ms=60_000) as (writer, reader):

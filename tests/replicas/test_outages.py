@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm_service.store.valkey import ValkeyStore
+from batchnorm_service.store.valkey.store import ValkeyStore
 from store.valkey_servers import Server
 from store.valkey_servers import server as valkey_server
 

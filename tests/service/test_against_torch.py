@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from batchnorm_client.contract import JSON, NPY, SAFETENSORS
-from batchnorm_client.tensors import decode, encode
+from batchnorm_client.wire.documents import JSON, NPY, SAFETENSORS
+from batchnorm_client.wire.tensors import decode, encode
 from batchnorm_service.app import create_app
 from batchnorm_service.engine.tensors import to_torch, to_wire
 from batchnorm_service.settings import Settings

@@ -17,8 +17,8 @@ from typing import Any
 
 from batchnorm_service.store.base import Exists, Full, Receipt, Record, Store
 from batchnorm_service.store.memory import MemoryStore
-from batchnorm_service.store.sqlite import SqliteStore
-from batchnorm_service.store.valkey import ValkeyStore
+from batchnorm_service.store.sqlite.store import SqliteStore
+from batchnorm_service.store.valkey.store import ValkeyStore
 from store.valkey_servers import Cluster, Server, flush, let_pass
 
 RECEIPT_SECONDS = 3600.0

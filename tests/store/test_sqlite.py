@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from batchnorm_service.layers.receipts import ticket
+from batchnorm_service.layers.idempotency import ticket
 from batchnorm_service.store.base import Committed, Conflict, Duplicates, Missing, Record, Shard, StoreError
-from batchnorm_service.store.sqlite import SqliteStore
+from batchnorm_service.store.sqlite.store import SqliteStore
 from store.harness import LIMIT, RECEIPT_SECONDS, Clock, Sabotaged, after, child, created, loaded, receipt
 
 pytestmark = pytest.mark.anyio

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from batchnorm_service.store.base import StoreError, StoreRefusedError
-from batchnorm_service.store.sqlite import SqliteStore
+from batchnorm_service.store.sqlite.store import SqliteStore
 from store.harness import Sabotaged, child, created
 
 pytestmark = pytest.mark.anyio

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from batchnorm_client import errors
+from batchnorm_client.wire import errors
 from batchnorm_service.layers import Layers
 from batchnorm_service.store.base import Committed, Missing, Shard, StoreError, StoreLostError, StoreRefusedError
-from batchnorm_service.store.sqlite import SqliteStore
-from batchnorm_service.store.sqlite_identity import FileId
+from batchnorm_service.store.sqlite.identity import FileId
+from batchnorm_service.store.sqlite.store import SqliteStore
 from layers.conftest import CONFIG, batch, evaluate, serving, train
 from store.harness import LIMIT, Sabotaged, after, created, loaded, receipt
 

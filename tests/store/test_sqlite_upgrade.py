@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from store.test_transfer import command
 from torch import nn
 
-from batchnorm_client import errors
-from batchnorm_client.tensors import Tensor
+from batchnorm_client.wire import errors
+from batchnorm_client.wire.tensors import Tensor
 from batchnorm_service.layers import GroupCall
-from batchnorm_service.migration import migrate
 from batchnorm_service.store.base import Missing, StoreRefusedError
-from batchnorm_service.store.sqlite import SqliteStore
+from batchnorm_service.store.sqlite.store import SqliteStore
+from batchnorm_service.transfer import migrate
 from layers.conftest import serving, train
 from store.harness import Sabotaged, created, loaded
-from store.test_migration import command
 
 pytestmark = pytest.mark.anyio
 

@@ -6,8 +6,8 @@ import pytest
 
 from batchnorm_service.store.base import StoreRefusedError
 from batchnorm_service.store.memory import MemoryStore
-from batchnorm_service.store.sqlite import SqliteStore
-from batchnorm_service.store.urls import store_from_url
+from batchnorm_service.store.registry import store_from_url
+from batchnorm_service.store.sqlite.store import SqliteStore
 
 
 def test_memory() -> None:

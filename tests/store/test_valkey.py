@@ -20,9 +20,9 @@ from batchnorm_service.store.base import (
     Shard,
     Unchanged,
 )
-from batchnorm_service.store.valkey import ValkeyStore
-from batchnorm_service.store.valkey_keys import BUCKET_SLOTS, BUCKETS, SLOTS, TAGS, Keys, bucket_of
-from batchnorm_service.store.valkey_link import Link
+from batchnorm_service.store.valkey.connection import Link
+from batchnorm_service.store.valkey.keys import BUCKET_SLOTS, BUCKETS, SLOTS, TAGS, Keys, bucket_of
+from batchnorm_service.store.valkey.store import ValkeyStore
 from layers.conftest import CONFIG, batch, serving, train
 from store.harness import LIMIT, RECEIPT_SECONDS, after, created, receipt
 from store.valkey_servers import Server, flush

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from batchnorm_service.store.base import StoreRefusedError
-from batchnorm_service.store.urls import store_from_url
-from batchnorm_service.store.valkey import ValkeyStore
-from batchnorm_service.store.valkey_address import Node, parse_address
+from batchnorm_service.store.registry import store_from_url
+from batchnorm_service.store.valkey.address import Node, parse_address
+from batchnorm_service.store.valkey.store import ValkeyStore
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import pytest
 import valkey
 
 from batchnorm_service.store.base import Committed, Duplicates, Exists, Record, StoreError, StoreRefusedError
-from batchnorm_service.store.valkey import ValkeyStore
-from batchnorm_service.store.valkey_keys import BUCKET_SLOTS, bucket_of
+from batchnorm_service.store.valkey.keys import BUCKET_SLOTS, bucket_of
+from batchnorm_service.store.valkey.store import ValkeyStore
 from store.harness import LIMIT, RECEIPT_SECONDS, after, created, loaded, receipt
 from store.valkey_servers import Cluster, Server, cluster, flush, server, wait_for
 

@@ -8,8 +8,8 @@ from typing import Any, Final
 import pytest
 
 from batchnorm_service.store.base import Gathering, Shard
-from batchnorm_service.store.valkey import ValkeyStore
-from batchnorm_service.store.valkey_keys import Keys, pack_number
+from batchnorm_service.store.valkey.keys import Keys, pack_number
+from batchnorm_service.store.valkey.store import ValkeyStore
 from store.harness import RECEIPT_SECONDS, created
 from store.valkey_servers import Server, flush
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from batchnorm_service.migration import Report, migrate
 from batchnorm_service.store.base import (
     Committed,
     Conflict,
@@ -22,9 +21,10 @@ from batchnorm_service.store.base import (
     StoreError,
     StoreRefusedError,
 )
-from batchnorm_service.store.sqlite import SqliteStore
-from batchnorm_service.store.valkey import ValkeyStore
-from batchnorm_service.store.valkey_keys import Keys
+from batchnorm_service.store.sqlite.store import SqliteStore
+from batchnorm_service.store.valkey.keys import Keys
+from batchnorm_service.store.valkey.store import ValkeyStore
+from batchnorm_service.transfer import Report, migrate
 from store.harness import LIMIT, RECEIPT_SECONDS, after, created, receipt
 from store.valkey_servers import Server, flush, let_pass, replicated, wait_for
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from batchnorm_service.store.base import Committed, StoreRefusedError
-from batchnorm_service.store.valkey import ValkeyStore
+from batchnorm_service.store.valkey.store import ValkeyStore
 from store.harness import created, loaded, receipt
 from store.valkey_servers import Server
 

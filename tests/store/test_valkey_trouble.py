@@ -20,9 +20,9 @@ from batchnorm_service.store.base import (
     StoreError,
     StoreRefusedError,
 )
-from batchnorm_service.store.valkey import ValkeyStore
-from batchnorm_service.store.valkey_keys import Keys
-from batchnorm_service.store.valkey_link import unfit
+from batchnorm_service.store.valkey.connection import unfit
+from batchnorm_service.store.valkey.keys import Keys
+from batchnorm_service.store.valkey.store import ValkeyStore
 from store.harness import LIMIT, RECEIPT_SECONDS, after, created, loaded, receipt
 from store.valkey_servers import Server, flush, server
 

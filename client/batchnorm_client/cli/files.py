@@ -11,8 +11,8 @@ import typer
 from batchnorm_client.cli.data import written
 from batchnorm_client.cli.output import Json, print_document, print_json, say
 from batchnorm_client.cli.service import USAGE, IfMatch, Name, Token, Url, calling, fail, size
-from batchnorm_client.errors import ProblemError
-from batchnorm_client.tensors import Tensor, decode_safetensors, encode_safetensors, itemsize
+from batchnorm_client.wire.errors import ProblemError
+from batchnorm_client.wire.tensors import Tensor, decode_safetensors, encode_safetensors, itemsize
 
 _CONFIG = "batchnorm.config"
 """The metadata entry that keeps the config, so that `import --create` can make the same layer again."""

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from batchnorm_client.contract import Layer, LayerSummary
+from batchnorm_client.wire.documents import Layer, LayerSummary
 
 Vector = npt.NDArray[np.float64]
 

@@ -12,9 +12,9 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from batchnorm_client.client import Client
-from batchnorm_client.contract import Layer
 from batchnorm_client.core import Retry
-from batchnorm_client.errors import (
+from batchnorm_client.wire.documents import Layer
+from batchnorm_client.wire.errors import (
     BatchNormError,
     ConnectionFailed,
     LayerNotFound,

@@ -16,8 +16,14 @@ import typer
 from batchnorm_client.cli.data import Batches, progress, written
 from batchnorm_client.cli.output import Json, print_json, say
 from batchnorm_client.cli.service import PATIENT, REFUSED, USAGE, Name, Token, Url, calling, count, fail
-from batchnorm_client.contract import Layer
-from batchnorm_client.errors import BatchNormError, DtypeMismatch, IdempotencyKeyReused, PayloadTooLarge, TooFewValues
+from batchnorm_client.wire.documents import Layer
+from batchnorm_client.wire.errors import (
+    BatchNormError,
+    DtypeMismatch,
+    IdempotencyKeyReused,
+    PayloadTooLarge,
+    TooFewValues,
+)
 
 Size = Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Samples in a batch.")]
 Cast = Annotated[

@@ -12,7 +12,14 @@ import numpy as np
 import orjson
 
 from batchnorm_client.arrays import A, to_wire
-from batchnorm_client.contract import (
+from batchnorm_client.core import readers
+from batchnorm_client.core.exchange import Request
+from batchnorm_client.core.local import LocalState
+from batchnorm_client.core.shards import Shard, waits
+from batchnorm_client.core.unknown_outcome import is_deleted, is_replaced, is_updated
+from batchnorm_client.options import LayerChanges, LayerOptions, Mode, What
+from batchnorm_client.results import EvalResult, FoldResult, Gradients, TrainResult
+from batchnorm_client.wire.documents import (
     IDEMPOTENCY_KEY,
     JSON,
     KEY_PATTERN,
@@ -21,15 +28,8 @@ from batchnorm_client.contract import (
     LayerPage,
     check_layer_name,
 )
-from batchnorm_client.core import readers
-from batchnorm_client.core.doubt import is_deleted, is_replaced, is_updated
-from batchnorm_client.core.exchange import Request
-from batchnorm_client.core.local import LocalState
-from batchnorm_client.core.shards import Shard, waits
-from batchnorm_client.errors import InvalidRequest, ProblemError
-from batchnorm_client.options import LayerChanges, LayerOptions, Mode, What
-from batchnorm_client.results import EvalResult, FoldResult, Gradients, TrainResult
-from batchnorm_client.tensors import Tensor, encode, json_list
+from batchnorm_client.wire.errors import InvalidRequest, ProblemError
+from batchnorm_client.wire.tensors import Tensor, encode, json_list
 
 if TYPE_CHECKING:
     from batchnorm_client.options import Moments, Numbers, StateDict

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from batchnorm_client.errors import BatchNormError
-from batchnorm_client.tensors.tensor import Buffer
+from batchnorm_client.wire.errors import BatchNormError
+from batchnorm_client.wire.tensors.tensor import Buffer
 
 T = TypeVar("T")
 

@@ -14,11 +14,11 @@ from typing import Any, Generic, NamedTuple, Protocol, cast
 import numpy as np
 
 from batchnorm_client.arrays import A
-from batchnorm_client.contract import INPUT_DTYPES, Layer, LayerConfig
-from batchnorm_client.core import numpy_kernels
-from batchnorm_client.core.moments import BatchMoments
-from batchnorm_client.errors import DtypeMismatch, NonFinite, ShapeMismatch, TooFewValues, UnexpectedAnswer
+from batchnorm_client.kernels import numpy as numpy_kernels
+from batchnorm_client.kernels.moments import BatchMoments
 from batchnorm_client.results import BatchStatistics, EvalResult, FoldResult, TrainResult
+from batchnorm_client.wire.documents import INPUT_DTYPES, Layer, LayerConfig
+from batchnorm_client.wire.errors import DtypeMismatch, NonFinite, ShapeMismatch, TooFewValues, UnexpectedAnswer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -188,7 +188,7 @@ def _ready(state: LocalState, batch: Any) -> tuple[Kernels, Any]:
             raise TypeError("a masked array cannot be normalized: its mask would be lost")
         kernels, dtype = cast(Kernels, numpy_kernels), batch.dtype.name
     elif type(batch).__module__.partition(".")[0] == "torch":
-        from batchnorm_client.torch import kernels as torch_kernels  # noqa: PLC0415 - torch is there already
+        from batchnorm_client.kernels import torch as torch_kernels  # noqa: PLC0415 - torch is there already
 
         kernels, dtype = cast(Kernels, torch_kernels), str(batch.dtype).removeprefix("torch.")
         batch = batch.detach()

@@ -10,9 +10,9 @@ from typing import Any
 
 import orjson
 
-from batchnorm_client.contract import JSON, PROBLEM_JSON, REQUEST_ID
 from batchnorm_client.core.exchange import Answer
-from batchnorm_client.errors import PROBLEMS, PayloadTooLarge, ProblemError, UnexpectedAnswer
+from batchnorm_client.wire.documents import JSON, PROBLEM_JSON, REQUEST_ID
+from batchnorm_client.wire.errors import PROBLEMS, PayloadTooLarge, ProblemError, UnexpectedAnswer
 
 _ADVICE = {
     "BATCHNORM_MAX_": "the limit is the service's setting BATCHNORM_MAX_BODY_BYTES",

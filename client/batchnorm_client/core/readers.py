@@ -9,7 +9,11 @@ import numpy as np
 import orjson
 
 from batchnorm_client.arrays import A, from_wire
-from batchnorm_client.contract import (
+from batchnorm_client.core.exchange import Answer
+from batchnorm_client.core.local import LocalState
+from batchnorm_client.core.problems import problem_of
+from batchnorm_client.results import BatchStatistics, EvalResult, FoldResult, Gradients, TrainResult
+from batchnorm_client.wire.documents import (
     IDEMPOTENT_REPLAY,
     JSON,
     NUM_BATCHES_TRACKED,
@@ -20,12 +24,8 @@ from batchnorm_client.contract import (
     Layer,
     LayerPage,
 )
-from batchnorm_client.core.exchange import Answer
-from batchnorm_client.core.local import LocalState
-from batchnorm_client.core.problems import problem_of
-from batchnorm_client.errors import ProblemError
-from batchnorm_client.results import BatchStatistics, EvalResult, FoldResult, Gradients, TrainResult
-from batchnorm_client.tensors import Tensor, decode_safetensors
+from batchnorm_client.wire.errors import ProblemError
+from batchnorm_client.wire.tensors import Tensor, decode_safetensors
 
 _STATISTICS = ("batch_mean", "batch_var", "batch_invstd")
 

@@ -18,7 +18,7 @@ from typing import Final, Generic, TypeVar
 
 from batchnorm_client.core.exchange import Answer, Request
 from batchnorm_client.core.problems import error_of, unreadable
-from batchnorm_client.errors import (
+from batchnorm_client.wire.errors import (
     BatchNormError,
     NoAnswer,
     ProblemError,

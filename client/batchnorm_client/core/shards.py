@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from batchnorm_client.errors import InvalidRequest
+from batchnorm_client.wire.errors import InvalidRequest
 
 GROUP_TIMEOUT = 30.0
 """Seconds that the service waits for a group's members unless it is told otherwise."""

@@ -16,7 +16,7 @@ from batchnorm_client import Client, FoldResult, ProblemError, ServiceError
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-    from batchnorm_client.core.moments import BatchMoments
+    from batchnorm_client.kernels.moments import BatchMoments
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from batchnorm_client.errors import DeviceUnavailable
+from batchnorm_client.wire.errors import DeviceUnavailable
 
 
 def available_devices() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from batchnorm_client.errors import InvalidRequest
+from batchnorm_client.wire.errors import InvalidRequest
 
 from .layout import Batch, beside, channels_back, channels_second, fetch, per_channel
 from .state import LayerState

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from batchnorm_client.contract import LayerConfig
+from batchnorm_client.wire.documents import LayerConfig
 
 from .staging import staging
 

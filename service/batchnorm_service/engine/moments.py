@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from batchnorm_client.errors import InvalidRequest, NonFinite, TooFewValues
+from batchnorm_client.wire.errors import InvalidRequest, NonFinite, TooFewValues
 
 Channels = Float[Tensor, "C"]
 

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import torch
 
-from batchnorm_client.contract import INPUT_DTYPES, LayerConfig
-from batchnorm_client.errors import DtypeMismatch, ShapeMismatch
-from batchnorm_client.tensors import Tensor as WireTensor
+from batchnorm_client.wire.documents import INPUT_DTYPES, LayerConfig
+from batchnorm_client.wire.errors import DtypeMismatch, ShapeMismatch
+from batchnorm_client.wire.tensors import Tensor as WireTensor
 
 from .device_moments import launch_moments, merge_launched
 from .layout import Batch, beside, channels_back, channels_second, fetch, is_dense, values_per_channel

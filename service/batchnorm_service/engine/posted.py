@@ -7,9 +7,9 @@ from typing import Final
 
 import torch
 
-from batchnorm_client.contract import LayerConfig
-from batchnorm_client.errors import DtypeMismatch, InvalidRequest, ShapeMismatch
-from batchnorm_client.tensors import Tensor as WireTensor
+from batchnorm_client.wire.documents import LayerConfig
+from batchnorm_client.wire.errors import DtypeMismatch, InvalidRequest, ShapeMismatch
+from batchnorm_client.wire.tensors import Tensor as WireTensor
 
 from .moments import Channels, Moments, check_enough
 from .normalize import least_values

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from batchnorm_client.contract import LayerConfig, LayerUpdate
-from batchnorm_client.errors import InvalidRequest, ShapeMismatch
-from batchnorm_client.tensors import Tensor as WireTensor
+from batchnorm_client.wire.documents import LayerConfig, LayerUpdate
+from batchnorm_client.wire.errors import InvalidRequest, ShapeMismatch
+from batchnorm_client.wire.tensors import Tensor as WireTensor
 
+from .accumulators.population import Population, empty_population
 from .moments import Channels
-from .population import Population, empty_population
 from .tensors import TORCH_DTYPES, to_torch
 
 

@@ -7,10 +7,10 @@ from typing import Any, Final
 
 import torch
 
-from batchnorm_client.errors import DtypeMismatch, InvalidRequest, ShapeMismatch, shown
-from batchnorm_client.tensors import Tensor as WireTensor
+from batchnorm_client.wire.errors import DtypeMismatch, InvalidRequest, ShapeMismatch, shown
+from batchnorm_client.wire.tensors import Tensor as WireTensor
 
-from .population import Population
+from .accumulators.population import Population
 from .state import LayerState
 from .tensors import to_torch, to_wire, vector
 

@@ -1,4 +1,4 @@
-"""Between the wire's tensors (`batchnorm_client.tensors`) and torch's, without a copy where there need be none."""
+"""Between the wire's tensors (`batchnorm_client.wire.tensors`) and torch's, without a copy where there need be none."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from batchnorm_client.errors import DtypeMismatch, ShapeMismatch
-from batchnorm_client.tensors import Tensor as WireTensor
+from batchnorm_client.wire.errors import DtypeMismatch, ShapeMismatch
+from batchnorm_client.wire.tensors import Tensor as WireTensor
 
 TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
     name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64", "int64")

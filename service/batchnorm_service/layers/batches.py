@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import torch
 
-from batchnorm_client.errors import InvalidRequest, ProblemError, ShapeMismatch
-from batchnorm_client.tensors import Tensor, require
+from batchnorm_client.wire.errors import InvalidRequest, ProblemError, ShapeMismatch
+from batchnorm_client.wire.tensors import Tensor, require
 
 from ..engine import gradients, normalize
 from ..engine.inverse import inverse_step
@@ -17,16 +17,16 @@ from ..engine.moments import Moments, no_extremes
 from ..engine.posted import MOMENT_DTYPES, posted_moments
 from ..engine.state import LayerState
 from ..engine.tensors import to_wire
-from .changes import Done, Fold, ReplacedError, replay
-from .computing import Computing
+from .cache import Slot, Slots
+from .cached_state import Resident, layer_not_found
+from .compute import Computing
 from .groups import GroupCall, Operation, Outcome
-from .receipts import Ticket, ticket
+from .idempotency import Ticket, ticket
 from .records import Held
-from .resident import Resident, layer_not_found
 from .results import Differentiated, Folded, Normalized
-from .slots import Slot, Slots
 from .synchronized import FoldGroup, GradientGroup, Part
 from .training import Posting, Training, normalized
+from .updates import Done, Fold, ReplacedError, replay
 from .work import BatchWork, PostedWork, Work
 
 Read = Callable[[Mapping[str, str]], Mapping[str, Tensor]]

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final, Generic, Protocol, TypeVar
 
-from batchnorm_client.errors import (
+from batchnorm_client.wire.errors import (
     GroupClosed,
     GroupIncomplete,
     GroupMismatch,
@@ -22,10 +22,10 @@ from batchnorm_client.errors import (
 )
 
 from ..store.base import Gathering, Missing, Shard, Store, StoreError
-from .changes import ReplacedError, refuse_reuse
-from .closings import Closing
-from .queue import Queue
-from .receipts import Ticket, group_ticket
+from .group_result import Closing
+from .idempotency import Ticket, group_ticket
+from .update_queue import Queue
+from .updates import ReplacedError, refuse_reuse
 
 T = TypeVar("T")
 

@@ -9,26 +9,26 @@ from dataclasses import replace
 from functools import partial
 from typing import Final, ParamSpec, TypeVar
 
-from batchnorm_client.contract import LayerConfig, LayerPage, LayerUpdate
-from batchnorm_client.errors import LayerExists, ProblemError, StoreUnavailable, TooManyLayers
+from batchnorm_client.wire.documents import LayerConfig, LayerPage, LayerUpdate
+from batchnorm_client.wire.errors import LayerExists, ProblemError, StoreUnavailable, TooManyLayers
 
 from ..engine import state, state_dict
 from ..store.base import Exists, Full, Store, StoreError
 from . import records
 from .batches import Batches, Read
-from .changes import Change, Deletion, IfMatch, ReplacedError, check_version
-from .computing import Computing
-from .receipts import ticket
+from .cache import Slots
+from .compute import Computing
+from .idempotency import ticket
 from .records import Held
 from .results import LayersOptions, Snapshot
-from .slots import Slots
+from .updates import Change, Deletion, IfMatch, ReplacedError, check_version
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 class Layers:
-    """Named layers over a store. All methods raise `batchnorm_client.errors.ProblemError` for what they refuse.
+    """Named layers over a store. All methods raise `batchnorm_client.wire.errors.ProblemError` for what they refuse.
 
     Attributes:
         batches: the calls that bring a batch.

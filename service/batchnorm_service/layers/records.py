@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Final
 
-from batchnorm_client.contract import LayerConfig, LayerSummary
-from batchnorm_client.tensors import decode_safetensors, decode_safetensors_header, encode_safetensors
+from batchnorm_client.wire.documents import LayerConfig, LayerSummary
+from batchnorm_client.wire.tensors import decode_safetensors, decode_safetensors_header, encode_safetensors
 
 from ..engine.state import LayerState
 from ..engine.state_dict import BATCHES, SAMPLES, population_of, scalar, state_dict

@@ -8,8 +8,8 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import NamedTuple
 
-from batchnorm_client.contract import LayerConfig
-from batchnorm_client.tensors import Tensor
+from batchnorm_client.wire.documents import LayerConfig
+from batchnorm_client.wire.tensors import Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-from batchnorm_client.tensors import Tensor, decode_safetensors, encode_safetensors
+from batchnorm_client.wire.tensors import Tensor, decode_safetensors, encode_safetensors
 
 from ..engine.gradients import GradientSums, merge_sums
 from ..engine.moments import Extremes, Moments, merge, merge_extremes
 from ..engine.normalize import Frozen
 from ..engine.tensors import to_torch, to_wire
-from .changes import Fold
-from .queue import Queue
-from .receipts import NO_FINGERPRINT, Ticket
+from .idempotency import NO_FINGERPRINT, Ticket
 from .records import Held
+from .update_queue import Queue
+from .updates import Fold
 from .work import WholeWork
 
 

@@ -8,8 +8,8 @@ from typing import Any, Protocol, TypeVar
 
 from ..engine.normalize import TrainStep, named_statistics
 from ..engine.tensors import to_wire
-from .changes import Done, ReplacedError
 from .results import Folded, Normalized
+from .updates import Done, ReplacedError
 from .work import BatchWork
 
 T_co = TypeVar("T_co", covariant=True)

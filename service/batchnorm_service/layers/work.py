@@ -10,7 +10,7 @@ import torch
 from ..engine.moments import Extremes, Moments, check_enough
 from ..engine.normalize import Frozen, TrainStep, check_whole, frozen, least_values, train_step
 from ..engine.state import LayerState
-from .computing import Computing
+from .compute import Computing
 
 
 class Work(Protocol):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm_client.errors import InvalidRequest, LayerExists
 from batchnorm_client.torch import (
     RemoteBatchNorm,
     RemoteBatchNorm1d,
@@ -15,6 +14,7 @@ from batchnorm_client.torch import (
     convert_batchnorm,
     revert,
 )
+from batchnorm_client.wire.errors import InvalidRequest, LayerExists
 
 
 class Net(nn.Module):

@@ -7,8 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm_client.errors import DtypeMismatch, InvalidRequest, LayerExists, NonFinite, ShapeMismatch, TooFewValues
 from batchnorm_client.torch import RemoteBatchNorm1d, RemoteBatchNorm2d, RemoteBatchNorm3d
+from batchnorm_client.wire.errors import (
+    DtypeMismatch,
+    InvalidRequest,
+    LayerExists,
+    NonFinite,
+    ShapeMismatch,
+    TooFewValues,
+)
 
 TWINS = {
     (6, 3): (RemoteBatchNorm1d, nn.BatchNorm1d),

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm_client.errors import InvalidRequest
 from batchnorm_client.torch import RemoteBatchNorm1d, RemoteBatchNorm2d
+from batchnorm_client.wire.errors import InvalidRequest
 
 
 def trained(model, shape=(6, 3, 4, 4)):

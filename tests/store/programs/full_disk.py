@@ -6,7 +6,7 @@ import resource
 import sys
 
 from batchnorm_service.store.base import StoreError
-from batchnorm_service.store.sqlite import SqliteStore
+from batchnorm_service.store.sqlite.store import SqliteStore
 from store.harness import RECEIPT_SECONDS, after, created, receipt
 
 

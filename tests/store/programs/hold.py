@@ -3,7 +3,7 @@
 import asyncio
 import sys
 
-from batchnorm_service.store.sqlite import SqliteStore
+from batchnorm_service.store.sqlite.store import SqliteStore
 
 
 async def main(path: str) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import sys
 
 from batchnorm_service.store.base import Committed
-from batchnorm_service.store.sqlite import SqliteStore
+from batchnorm_service.store.sqlite.store import SqliteStore
 from store.harness import RECEIPT_SECONDS, after, loaded, receipt
 
 

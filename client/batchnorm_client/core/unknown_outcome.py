@@ -1,0 +1,86 @@
+"""Calls whose answer was lost: how to find out whether they took effect.
+
+Each function is a `Request.settle`: it is asked after an error when an earlier try may have taken effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from batchnorm_client.core import readers
+from batchnorm_client.core.exchange import Answer, Request
+from batchnorm_client.core.problems import error_of
+from batchnorm_client.wire.documents import Layer
+from batchnorm_client.wire.errors import BatchNormError, LayerNotFound, VersionMismatch
+from batchnorm_client.wire.tensors import Tensor, json_list
+
+_PARAMETERS = ("weight", "bias")
+
+
+def is_deleted(path: str, if_match: int | None, error: BatchNormError) -> Request[None] | None:
+    """DELETE: a layer that is gone was deleted.
+
+    With If-Match the call is repeated, and only "no such layer" is looked into: a layer that has the name by now is
+    another one, because no version comes twice. Without, a look replaces the repeat.
+    """
+    if if_match is not None and not isinstance(error, LayerNotFound):
+        return None
+
+    def read(answer: Answer) -> None:
+        if answer.status == 404:
+            found = error_of(answer)
+            if not isinstance(found, LayerNotFound):
+                raise found
+        elif if_match is None:
+            error.add_note("the layer is still there, or there again; repeat with if_match=<its version> to delete it")
+            raise error
+
+    return Request("GET", path, read, (200, 404), reads=True)
+
+
+def is_updated(path: str, asked: Mapping[str, Any], if_match: int, error: BatchNormError) -> Request[Layer] | None:
+    """PATCH with If-Match: refused because of its own first try, if the one commit since has its values."""
+
+    def matches(layer: Layer) -> bool:
+        return all(
+            _same(value, getattr(layer, name), layer) if name in _PARAMETERS else value == getattr(layer.config, name)
+            for name, value in asked.items()
+        )
+
+    return _look(path, if_match, error, matches)
+
+
+def is_replaced(path: str, asked: Mapping[str, Tensor], if_match: int, error: BatchNormError) -> Request[Layer] | None:
+    """PUT state with If-Match: the same, by those of the tensors that a `Layer` shows."""
+
+    def matches(layer: Layer) -> bool:
+        shown = ((json_list(tensor), getattr(layer, name)) for name, tensor in asked.items() if hasattr(layer, name))
+        return all(_same(value, now, layer) for value, now in shown)
+
+    return _look(path, if_match, error, matches)
+
+
+def _look(path: str, if_match: int, error: BatchNormError, matches: Callable[[Layer], bool]) -> Request[Layer] | None:
+    if not isinstance(error, VersionMismatch):
+        return None
+
+    def read(answer: Answer) -> Layer:
+        layer = readers.layer(answer)
+        if layer.version == if_match + 1 and matches(layer):
+            return layer
+        raise error
+
+    return Request("GET", path, read, reads=True)
+
+
+def _same(asked: Any, now: Any, layer: Layer) -> bool:
+    """Whether numbers are equal in the layer's dtype; non-finite ones may be strings."""
+    if now is None or isinstance(now, int):
+        return bool(now == asked)
+    with np.errstate(over="ignore"):
+        # By way of float64: the document's text of a float32 is the shortest that reads back as one.
+        left, right = (np.asarray(numbers, np.float64).astype(layer.config.dtype) for numbers in (asked, now))
+    return np.array_equal(left, right, equal_nan=True)

@@ -1,0 +1,75 @@
+"""Normalizing with numpy: see `local.Kernels`. Sums are taken in float64, so half precision loses nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from batchnorm_client.kernels.moments import BatchMoments, merge
+
+if TYPE_CHECKING:
+    from batchnorm_client.core.local import LocalState
+
+Array = npt.NDArray[Any]
+Statistics = tuple[Array, Array, Array]
+
+_CHUNK = 1 << 17  # elements: what is widened to float64 at a time
+
+
+def own(state: LocalState, batch: Array) -> tuple[Array, BatchMoments, Statistics]:
+    """Normalize (N, C, *) with its own statistics."""
+    found = moments(batch)
+    output, statistics = given(state, batch, found.mean, found.var)
+    return output, found, statistics
+
+
+def given(state: LocalState, batch: Array, mean: Array, var: Array) -> tuple[Array, Statistics]:
+    """Normalize (N, C, *) with a mean and a biased variance, (C,), of any float dtype."""
+    dtype = np.dtype(state.config.dtype)
+    with np.errstate(all="ignore"):  # whether NaN and overflow are errors is for the layer to say
+        invstd = 1 / np.sqrt(var.astype(np.float64) + state.config.eps)
+        scale = invstd if state.weight is None else invstd * state.weight
+        # The mean first: `input * scale + shift` would lose small differences beside a large offset.
+        centered = batch.astype(dtype) - _per_channel(mean.astype(dtype), batch)
+        rest = mean.astype(np.float64) - mean.astype(dtype)
+        offset = (np.zeros_like(scale) if state.bias is None else state.bias) - rest * scale
+        centered *= _per_channel(scale.astype(dtype), batch)
+        centered += _per_channel(offset.astype(dtype), batch)
+        output = centered.astype(batch.dtype, copy=False)
+        return output, (mean.astype(dtype), var.astype(dtype), invstd.astype(dtype))
+
+
+def moments(batch: Array) -> BatchMoments:
+    """The moments of (N, C, *), a piece at a time, so that no second copy of it is made."""
+    channels = batch.shape[1]
+    axes = tuple(axis for axis in range(batch.ndim) if axis != 1)
+    rows = max(1, _CHUNK * batch.shape[0] // max(1, batch.size))
+    pieces = []
+    with np.errstate(all="ignore"):
+        for start in range(0, batch.shape[0], rows):
+            piece = batch[start : start + rows].astype(np.float64)
+            if piece.size:
+                pieces.append(BatchMoments(piece.size // channels, piece.mean(axes), piece.var(axes)))
+        return merge(pieces, channels)
+
+
+def move(batch: Array, source: int, destination: int) -> Array:
+    """Move an axis."""
+    return np.moveaxis(batch, source, destination)
+
+
+def clip(batch: Array, bound: float) -> Array:
+    """Clamp; a bound that the dtype does not have is its largest number."""
+    bound = min(bound, float(np.finfo(batch.dtype).max))
+    return np.clip(batch, -bound, bound)
+
+
+def all_finite(batch: Array) -> bool:
+    """Whether there is neither NaN nor infinity."""
+    return bool(np.isfinite(batch).all())
+
+
+def _per_channel(vector: Array, batch: Array) -> Array:
+    return vector.reshape(-1, *[1] * (batch.ndim - 2))

@@ -1,0 +1,1 @@
+"""What both sides speak: JSON documents, media types, headers, problems, and tensors as bytes."""

@@ -1,0 +1,296 @@
+"""The wire, version 1: media types, headers, and the JSON documents as pydantic models.
+
+Both sides import this module; neither invents a name of its own. Tensors on the wire are in `tensors`, problems in
+`errors`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+)
+
+from batchnorm_client.wire.errors import InvalidRequest, shown
+
+JSON: Final = "application/json"
+MERGE_PATCH_JSON: Final = "application/merge-patch+json"
+NPY: Final = "application/x-npy"
+SAFETENSORS: Final = "application/vnd.safetensors"
+PROBLEM_JSON: Final = "application/problem+json"
+TENSOR_MEDIA_TYPES: Final = (JSON, NPY, SAFETENSORS)
+
+IDEMPOTENCY_KEY: Final = "Idempotency-Key"
+IDEMPOTENT_REPLAY: Final = "Idempotent-Replay"
+NUM_BATCHES_TRACKED: Final = "Num-Batches-Tracked"
+REQUEST_ID: Final = "X-Request-ID"
+VERSION: Final = "Batchnorm-Version"
+
+KEY_PATTERN: Final = re.compile(r"[\x21-\x7e]{1,200}")
+"""What an Idempotency-Key or an X-Request-ID may be."""
+
+LAYER_NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+"""What a layer may be called; torch module paths such as `layer1.0.bn1` fit."""
+
+MAX_FEATURES: Final = 1_048_576
+
+
+def check_layer_name(name: str) -> None:
+    """Refuse what no layer can be called.
+
+    Raises:
+        InvalidRequest: it is no layer name.
+    """
+    if not LAYER_NAME_PATTERN.fullmatch(name):
+        raise InvalidRequest(
+            f"{shown(name)} is no layer name: 1 to 200 letters, digits, dots, underscores and hyphens, "
+            "the first a letter or digit",
+            field="name",
+            expected=LAYER_NAME_PATTERN.pattern,
+            got=name[:200],
+        )
+
+
+INPUT_DTYPES: Final[dict[str, tuple[str, ...]]] = {
+    "float32": ("float16", "bfloat16", "float32"),
+    "float64": ("float64",),
+}
+"""Which input dtypes a layer takes, by the dtype of its state. The output has the input's dtype."""
+
+LayerName = Annotated[str, StringConstraints(pattern=rf"^{LAYER_NAME_PATTERN.pattern}$")]
+
+
+class Document(BaseModel):
+    """A JSON document of the contract: immutable, strict types, unknown fields refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, ser_json_inf_nan="strings")
+
+
+_RANKS: Final[dict[int | None, tuple[int, ...]]] = {1: (2, 3), 2: (4,), 3: (5,)}
+
+
+class LayerConfig(Document):
+    """What a layer is: BatchNorm's constructor arguments in torch's names, and what a service needs beside them."""
+
+    num_features: int = Field(ge=1, le=MAX_FEATURES, description="C, the number of channels")
+    eps: float = Field(1e-5, gt=0, allow_inf_nan=False, description="added to the variance before the square root")
+    statistics: Literal["moving", "population"] = Field(
+        "moving", description="moving: torch's rule; population: exact mean and unbiased variance over all samples seen"
+    )
+    momentum: float | None = Field(
+        default_factory=lambda given: None if given.get("statistics") == "population" else 0.1,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="torch's sense: running = (1 - momentum) * running + momentum * batch; null = cumulative average, "
+        "1/i. Population statistics take null only: it is their default, and has to be sent where a client sends 0.1",
+        json_schema_extra={"default": 0.1},  # without it, clients made from the schema send null
+    )
+    affine: bool = Field(True, description="has weight and bias")
+    track_running_stats: bool = Field(True, description="keeps running statistics")
+    dimensions: Literal[1, 2, 3] | None = Field(
+        None, description="input ranks as BatchNorm1d/2d/3d take them; null = any rank >= 2"
+    )
+    channel_axis: int = Field(1, ge=-63, le=63, description="the axis of the channels; -1 = channels last; never 0")
+    dtype: Literal["float32", "float64"] = Field("float32", description="of the state")
+    device: str | None = Field(
+        None, pattern=r"^(cpu|cuda(:(0|[1-9][0-9]{0,2}))?)$", description="null = the service's default"
+    )
+    non_finite: Literal["reject", "allow"] = Field(
+        "reject", description="what a train batch gets that has NaN or infinity, or overflows its dtype"
+    )
+
+    half_life: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="population statistics only: after so many newer samples per channel, a sample counts half; "
+        "null = every sample counts the same for ever",
+    )
+    clip: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="outputs are clamped to [-clip, clip]; null = not at all, as in torch",
+    )
+
+    @field_validator("half_life")
+    @classmethod
+    def _half_life_of_population(cls, half_life: float | None, info: ValidationInfo) -> float | None:
+        if half_life is not None and info.data.get("statistics") != "population":
+            raise ValueError("must be null unless statistics is population: moving statistics have a momentum")
+        return half_life
+
+    @field_validator("momentum")
+    @classmethod
+    def _no_momentum_for_population(cls, momentum: float | None, info: ValidationInfo) -> float | None:
+        if momentum is not None and info.data.get("statistics") == "population":
+            raise ValueError("must be null for population statistics: every sample has the same weight")
+        return momentum
+
+    @field_validator("dimensions", mode="before")
+    @classmethod
+    def _true_is_not_one(cls, dimensions: Any) -> Any:
+        if isinstance(dimensions, bool):
+            raise ValueError("must be null, 1, 2 or 3")
+        return dimensions
+
+    @field_validator("channel_axis")
+    @classmethod
+    def _axis_exists(cls, axis: int, info: ValidationInfo) -> int:
+        ranks = _RANKS.get(info.data.get("dimensions"), range(2, 65))
+        if axis == 0 or not any(-rank < axis < rank for rank in ranks):
+            raise ValueError("must name an axis of the input other than 0, which is the batch")
+        return axis
+
+    @property
+    def input_ranks(self) -> tuple[int, ...] | None:
+        """The ranks that a batch may have; None for any rank >= 2 (torch's BatchNorm1d/2d/3d)."""
+        return _RANKS.get(self.dimensions)
+
+
+def _number_or_name(value: Any) -> Any:
+    """JSON has no NaN: non-finite elements travel as strings."""
+    if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity"):
+        return float(value)
+    return value
+
+
+Element = Annotated[
+    float,
+    BeforeValidator(_number_or_name, json_schema_input_type=float | Literal["NaN", "Infinity", "-Infinity"]),
+]
+# One wrong element is enough to know: listing a million of them would take seconds and gigabytes.
+Vector = Annotated[list[Element], Field(max_length=MAX_FEATURES, fail_fast=True)]
+
+
+_NEVER_NULL: Final = ("eps", "track_running_stats", "non_finite", "weight", "bias")
+
+
+def _optional(schema: dict[str, Any]) -> None:
+    """Fields that may be absent have no default: a client made from the schema would send null for each of them."""
+    for name, field in schema["properties"].items():
+        del field["default"]
+        if name in _NEVER_NULL:
+            field.update(next(choice for choice in field.pop("anyOf") if choice != {"type": "null"}))
+
+
+class LayerUpdate(Document):
+    """What PATCH may set. A field that is absent stays as it is.
+
+    `momentum: null` means cumulative; `half_life: null` forgets nothing, `clip: null` clips nothing.
+    """
+
+    model_config = ConfigDict(json_schema_extra=_optional)
+
+    eps: float | None = Field(None, gt=0, allow_inf_nan=False)
+    momentum: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    track_running_stats: bool | None = None
+    non_finite: Literal["reject", "allow"] | None = None
+    half_life: float | None = Field(None, gt=0, allow_inf_nan=False, description="in samples; population only")
+    clip: float | None = Field(None, gt=0, allow_inf_nan=False)
+    weight: Vector | None = Field(None, description="gamma, (C,)")
+    bias: Vector | None = Field(None, description="beta, (C,)")
+
+    @field_validator(*_NEVER_NULL)
+    @classmethod
+    def _not_null(cls, value: Any) -> Any:
+        if value is None:
+            raise ValueError("must not be null; leave it out to keep it as it is")
+        return value
+
+    def given(self) -> Iterator[tuple[str, Any]]:
+        """The fields that the caller gave, with their values."""
+        return ((name, getattr(self, name)) for name in type(self).model_fields if name in self.model_fields_set)
+
+
+class ResetRequest(Document):
+    """What to set back to its initial value, as torch's `reset_running_stats` and `reset_parameters` do."""
+
+    what: Literal["running_stats", "parameters", "all"] = "running_stats"
+
+
+class Layer(Document):
+    """A layer's config and state. A tensor that the config leaves out is null."""
+
+    name: str
+    config: LayerConfig
+    version: int
+    num_batches_tracked: int
+    samples_tracked: int = Field(description="values per channel that were folded, N*H*W each batch")
+    running_mean: Vector | None
+    running_var: Vector | None
+    weight: Vector | None
+    bias: Vector | None
+    created_at: datetime = Field(strict=False)
+    updated_at: datetime = Field(strict=False)
+
+
+class LayerSummary(Document):
+    """A layer as a listing shows it."""
+
+    name: str
+    num_features: int
+    version: int
+    num_batches_tracked: int
+    updated_at: datetime = Field(strict=False)
+
+
+class LayerPage(Document):
+    """A page of a listing, by name; `next` goes into `after` of the next call, null on the last page."""
+
+    layers: list[LayerSummary]
+    next: str | None
+
+
+class ProblemDocument(BaseModel):
+    """RFC 9457 problem details; extra members are fields that a program can use, such as `expected` and `got`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+
+
+class MomentsDocument(Document):
+    """The moments of a batch: what a layer's running statistics need of it."""
+
+    count: int = Field(ge=0, description="values per channel, N*H*W")
+    mean: Vector
+    var: Vector = Field(description="biased: divided by count")
+
+
+class FoldedDocument(Document):
+    """Moments that were folded; the last three are of all shards of a group."""
+
+    version: int
+    num_batches_tracked: int
+    replayed: bool = False
+    count: int | None = None
+    mean: Vector | None = None
+    var: Vector | None = None
+
+
+class ManyMoments(Document):
+    """The moments of many layers."""
+
+    layers: dict[str, MomentsDocument]
+
+
+class ManyFolded(Document):
+    """What became of them: a result or a problem for each layer."""
+
+    layers: dict[str, FoldedDocument | ProblemDocument]

@@ -1,0 +1,1 @@
+"""Running statistics: one module per kind, moving and population."""

@@ -1,0 +1,1 @@
+"""Everything that knows uvicorn's insides: requests and responses without ASGI, deadlines, pipelining, writes."""

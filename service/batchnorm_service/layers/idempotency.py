@@ -1,0 +1,66 @@
+"""Names for folds: what a receipt is filed under, and what tells one batch from another."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from typing import NamedTuple
+
+import xxhash
+
+from batchnorm_client.wire.tensors import Tensor
+
+from ..store.base import Receipt
+
+KEY_BYTES = 16
+NO_FINGERPRINT = bytes(KEY_BYTES)
+"""Of a call without a key, which nobody can repeat."""
+
+
+class Ticket(NamedTuple):
+    """The claim of one change to be made exactly once.
+
+    Attributes:
+        key: 16 bytes, the digest of the caller's Idempotency-Key, or the time and random bits.
+        fingerprint: 16 bytes, of what the caller asked for.
+        from_caller: whether the caller gave the key. (A change without one has a receipt all the same: it tells what
+            became of a commit whose reply was lost.)
+    """
+
+    key: bytes
+    fingerprint: bytes
+    from_caller: bool
+
+    def receipt(self, version: int, batch: int, payload: bytes = b"") -> Receipt:
+        """The receipt to be written with the change."""
+        return Receipt(self.key, self.fingerprint, version, batch, payload)
+
+
+def ticket(key: str | None, operation: str, *tensors: Tensor) -> Ticket:
+    """The ticket of a call; the fingerprint covers operation, dtypes, shapes and bytes, whatever the form on the wire.
+
+    Args:
+        key: the caller's Idempotency-Key.
+        operation: what the call does, with everything that makes it another call.
+        tensors: the batch.
+    """
+    if key is None:
+        # Never the same twice, but not hard to guess: os.urandom would be a system call. Ascending, as in a UUID of
+        # version 7 (RFC 9562, 5.7), because a store keeps what ascends with less work.
+        milliseconds = (time.time_ns() // 1_000_000).to_bytes(6, "big")
+        return Ticket(milliseconds + random.randbytes(KEY_BYTES - 6), NO_FINGERPRINT, from_caller=False)  # noqa: S311
+    digest = xxhash.xxh3_128(f"{operation}\0".encode())
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}\0{tensor.shape}\0".encode())
+        digest.update(tensor.buffer)
+    return Ticket(_digest(key), digest.digest(), from_caller=True)
+
+
+def group_ticket(operation: str, group: str) -> Ticket:
+    """The ticket of a group as a whole. No caller's key can be the same: keys have no spaces."""
+    return Ticket(_digest(f"group {operation} {group}"), NO_FINGERPRINT, from_caller=True)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.blake2b(key.encode(), digest_size=KEY_BYTES).digest()

@@ -1,0 +1,366 @@
+"""A layer's queue and its one committer: whatever waits is folded in order and committed once (group commit)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import TypeVar
+
+from batchnorm_client.wire.errors import Overloaded, ProblemError, StoreUnavailable
+
+from ..store.base import (
+    Committed,
+    Conflict,
+    Duplicates,
+    Missing,
+    Receipt,
+    Record,
+    Stamp,
+    Store,
+    StoreError,
+    StoreLostError,
+)
+from .cached_state import Resident, layer_not_found
+from .contention import Rivals
+from .group_commit import make_plan
+from .idempotency import Ticket
+from .records import Held, decode, record
+from .updates import Change, Deletion, Done, Fold, Note, Queued, ReplacedError, check_version, replay, settle
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5  # seconds between tries when the store does not answer
+
+
+class Queue:
+    """What waits for one layer's commits, and the task that makes them.
+
+    Nothing is acknowledged before the store said that it is written. A commit whose outcome is unknown is repeated as
+    it was: its receipts come back as duplicates if the first try took effect, so that nothing is folded twice.
+    """
+
+    def __init__(self, resident: Resident, store: Store, length: int, timeout: float) -> None:
+        self._resident = resident
+        self._store = store
+        self._length = length
+        self._timeout = timeout
+        self._rivals = Rivals()
+        self._waiting: deque[Queued] = deque()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits and nothing is being committed."""
+        return self._task is None
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing more may wait."""
+        return len(self._waiting) >= self._length
+
+    def put(self, queued: Queued) -> asyncio.Future[Done]:
+        """Let a change wait in the queue; the future is done when it is durable or refused.
+
+        Raises:
+            Overloaded: the queue is full; nothing was done.
+
+        The future raises:
+            StoreUnavailable: the store does not answer; the outcome may be unknown.
+            ReplacedError: the batch was computed for a layer that is no more, and another has its name.
+            ProblemError: what the change itself refuses.
+        """
+        if self.full:
+            raise Overloaded(
+                f"{self._length} calls are waiting for layer {self._resident.name!r}: BATCHNORM_QUEUE_LENGTH",
+                retry_after=1,
+            )
+        self._waiting.append(queued)
+        if self._task is None:
+            self._task = asyncio.create_task(self._drain())
+        return queued.done
+
+    async def submit(self, queued: Queued) -> Done:
+        """Wait in the queue until the change is durable. Raises as `put` and its future."""
+        return await self.put(queued)
+
+    async def find(self, ticket: Ticket, incarnation: int) -> Receipt | None:
+        """The unexpired receipt of this ticket. Raises `ReplacedError` when that incarnation is gone."""
+        return (await self.find_all([ticket], incarnation)).get(ticket.key)
+
+    async def find_all(self, tickets: Iterable[Ticket], incarnation: int) -> dict[bytes, Receipt]:
+        """The unexpired receipts of these tickets by key. Raises `ReplacedError` when that incarnation is gone."""
+        name, keys = self._resident.name, [ticket.key for ticket in tickets]
+        found, _ = await self._answer(lambda: self._store.find_receipts(name, incarnation, keys), self._deadline())
+        if isinstance(found, Missing):
+            self._resident.set(None)
+            raise ReplacedError
+        return {receipt.key: receipt for receipt in found}
+
+    async def note(self, ticket: Ticket, incarnation: int, payload: bytes) -> Done:
+        """Write a receipt and nothing else. Raises `LayerNotFound` when that incarnation is gone."""
+        return await self.submit(Note(ticket, incarnation, payload))
+
+    async def drained(self) -> None:
+        """Return when everything that waits has been answered."""
+        while self._task is not None:
+            await asyncio.wait([self._task])
+
+    async def _drain(self) -> None:
+        try:
+            while self._waiting:
+                taken = self._take()
+                try:
+                    await self._process(taken)
+                except ProblemError as error:
+                    _settle_all(taken, error)
+                except Exception as error:
+                    _log.exception("a commit of layer %r failed", self._resident.name)
+                    self._resident.set(None)
+                    _settle_all(taken, error)
+        finally:
+            self._task = None
+
+    def _take(self) -> list[Queued]:
+        """Every fold at the head of the queue, or else the one change there."""
+        return self._take_folds() or [self._waiting.popleft()]
+
+    def _take_folds(self) -> list[Queued]:
+        taken: list[Queued] = []
+        while self._waiting and isinstance(self._waiting[0], Fold):
+            taken.append(self._waiting.popleft())
+        return taken
+
+    async def _process(self, taken: list[Queued]) -> None:
+        match taken[0]:
+            case Deletion() as deletion:
+                await self._delete(deletion)
+            case Change() as change:
+                await self._change(change)
+            case Note() as note:
+                await self._note(note)
+            case Fold():
+                await self._fold(taken)
+
+    # ---------------------------------------------------------------------------------------------------- folds
+
+    async def _fold(self, taken: list[Queued]) -> None:
+        deadline, losses = self._deadline(), 0
+        while folds := [waiting for waiting in taken if isinstance(waiting, Fold) and not waiting.done.done()]:
+            held = await self._resident.known()
+            began = asyncio.get_running_loop().time()
+            plan = await make_plan(held, folds)
+            for waiting, error in plan.refused:
+                await self._refuse(waiting, error)
+            if not plan.folds:
+                return
+            outcome = await self._commit(held.stamp, plan.record, plan.receipts, deadline)
+            self._rivals.took(asyncio.get_running_loop().time() - began)
+            match outcome:
+                case Committed(told):
+                    self._resident.set(plan.held)
+                    plan.settle()
+                    known = plan.held.stamp
+                    del plan, folds  # the batches of calls that are answered need not wait for rivals
+                    taken.clear()
+                    await self._give_way(known, told, losses)
+                    return
+                case Duplicates(receipts):
+                    await self._answer_from_receipts(folds, receipts)
+                case Conflict(found):
+                    self._lost_race(deadline, found)
+                    losses += 1
+                    taken += self._take_folds()  # they need not wait for another commit
+                case Missing():
+                    raise self._gone()
+
+    async def _give_way(self, known: Stamp, told: int | None, losses: int) -> None:
+        """Let rivals go first; a look at what they left is cheaper than folding onto what was before."""
+        passed = 0
+
+        def others() -> int:
+            return passed
+
+        for seconds in self._rivals.pauses(told, losses, others):
+            await asyncio.sleep(seconds)
+            self._resident.set(None)
+            passed = (await self._resident.known()).stamp.version - known.version
+
+    async def _refuse(self, waiting: Fold, error: Exception) -> None:
+        """Tell a caller why its batch is not folded, unless it is folded already: the layer may have changed since."""
+        if waiting.ticket.from_caller:
+            try:
+                receipt = await self.find(waiting.ticket, waiting.incarnation)
+            except ReplacedError as replaced:
+                settle(waiting, replaced)
+                return
+            if receipt is not None:
+                settle(waiting, replay(waiting.ticket, await self._resident.fresh(), receipt))
+                return
+        if not isinstance(error, ProblemError):
+            _log.error("a batch for layer %r cannot be folded", self._resident.name, exc_info=error)
+        settle(waiting, error)
+
+    async def _answer_from_receipts(self, folds: Iterable[Fold], receipts: Iterable[Receipt]) -> None:
+        by_key = {receipt.key: receipt for receipt in receipts}
+        held = await self._resident.fresh()
+        for waiting in folds:
+            if receipt := by_key.get(waiting.ticket.key):
+                settle(waiting, replay(waiting.ticket, held, receipt))
+            for key in waiting.members.keys() & by_key.keys():  # used for something else since its shard came
+                del waiting.members[key]
+
+    # -------------------------------------------------------------------------------------------------- changes
+
+    async def _change(self, change: Change) -> None:
+        deadline = self._deadline()
+        while True:
+            held = await self._resident.fresh()
+            try:
+                check_version(change.if_match, held)
+            except ProblemError:
+                # A repeat comes with the version that its first try has moved on from.
+                try:
+                    replayed = await self._replayed(change, held)
+                except ReplacedError:
+                    continue
+                if replayed:
+                    return
+                raise
+            if change.incarnation not in (None, held.stamp.incarnation):
+                settle(change, ReplacedError())
+                return
+            new = held.next(change.apply(held.state))
+            receipt = change.ticket.receipt(new.stamp.version, new.state.num_batches_tracked)
+            match await self._commit(held.stamp, record(new), [receipt], deadline):
+                case Committed():
+                    self._resident.set(new)
+                    settle(change, Done(new, receipt.version, receipt.batch, replayed=False))
+                    return
+                case Duplicates(receipts):
+                    settle(change, replay(change.ticket, await self._resident.fresh(), receipts[0]))
+                    return
+                case Conflict():
+                    self._lost_race(deadline)
+                case Missing():
+                    raise self._gone()
+
+    async def _replayed(self, change: Change, held: Held) -> bool:
+        """Whether the change was made before under its key, and is answered. Raises `ReplacedError`."""
+        receipt = await self.find(change.ticket, held.stamp.incarnation) if change.ticket.from_caller else None
+        if receipt is not None:
+            settle(change, replay(change.ticket, await self._resident.fresh(), receipt))
+        return receipt is not None
+
+    async def _note(self, note: Note) -> None:
+        deadline = self._deadline()
+        while True:
+            held = await self._resident.fresh()
+            if held.stamp.incarnation != note.incarnation:
+                raise layer_not_found(self._resident.name)
+            receipt = note.ticket.receipt(held.stamp.version, held.state.num_batches_tracked, note.payload)
+            match await self._commit(held.stamp, None, [receipt], deadline):
+                case Committed():
+                    settle(note, Done(held, receipt.version, receipt.batch, replayed=False))
+                    return
+                case Duplicates(receipts):
+                    settle(note, replay(note.ticket, held, receipts[0]))
+                    return
+                case Conflict():
+                    self._lost_race(deadline)
+                case Missing():
+                    raise self._gone()
+
+    async def _delete(self, deletion: Deletion) -> None:
+        deadline = self._deadline()
+        while True:
+            held = await self._resident.fresh()
+            check_version(deletion.if_match, held)
+            match await self._remove(held.stamp, deadline):
+                case Committed():
+                    self._resident.set(None)
+                    settle(deletion, Done(held, held.stamp.version, held.state.num_batches_tracked, replayed=False))
+                    # Whatever waits behind was meant for the layer that has just gone.
+                    _settle_all(self._waiting, layer_not_found(self._resident.name))
+                    self._waiting.clear()
+                    return
+                case Conflict():
+                    self._lost_race(deadline)
+                case Missing():
+                    raise self._gone()
+
+    # ---------------------------------------------------------------------------------------------------- store
+
+    async def _commit(
+        self, expected: Stamp, new: Record | None, receipts: Sequence[Receipt], deadline: float
+    ) -> Committed | Conflict | Missing | Duplicates:
+        """Commit, and when the outcome is unknown ask by committing the same again: receipts make that harmless."""
+        name = self._resident.name
+        outcome, repeated = await self._answer(lambda: self._store.commit(name, expected, new, receipts), deadline)
+        if repeated and isinstance(outcome, Duplicates) and set(outcome.receipts) == set(receipts):
+            return Committed()
+        return outcome
+
+    async def _answer(self, call: Callable[[], Awaitable[T]], deadline: float) -> tuple[T, bool]:
+        """What the store answers to a call that may be repeated, and whether it was."""
+        pause, repeated = _FIRST_PAUSE, False
+        while True:
+            try:
+                answer = await call()
+            except StoreError as error:
+                if not repeated:
+                    _log.warning("layer %r: the store does not answer, trying again: %s", self._resident.name, error)
+                repeated = True
+                pause = await self._pause(pause, deadline, error)
+                continue
+            if repeated:
+                _log.warning("layer %r: the store answers again", self._resident.name)
+            return answer, repeated
+
+    async def _remove(self, expected: Stamp, deadline: float) -> Committed | Conflict | Missing:
+        """Delete; when the outcome of a try is unknown, finding that incarnation gone is success."""
+        pause, uncertain = _FIRST_PAUSE, False
+        while True:
+            try:
+                outcome = await self._store.delete(self._resident.name, expected)
+                if uncertain and not isinstance(outcome, Committed):
+                    found = await self._store.load(self._resident.name)
+                    if not isinstance(found, Record) or found.stamp.incarnation != expected.incarnation:
+                        return Committed()
+            except StoreError as error:
+                uncertain = True
+                pause = await self._pause(pause, deadline, error)
+                continue
+            return outcome
+
+    async def _pause(self, pause: float, deadline: float, error: StoreError) -> float:
+        """Wait before the next try; returns the pause after that one.
+
+        Raises:
+            StoreUnavailable: the deadline has come, or there is nothing to wait for.
+        """
+        self._resident.set(None)
+        if isinstance(error, StoreLostError) or asyncio.get_running_loop().time() + pause > deadline:
+            raise StoreUnavailable(f"the store does not answer: {error}", retry_after=1) from error
+        await asyncio.sleep(pause)
+        return min(2 * pause, _LONGEST_PAUSE)
+
+    def _lost_race(self, deadline: float, found: Record | None = None) -> None:
+        """Take what another process has made of the layer, or forget it, to load it again; give up at the deadline."""
+        self._resident.set(None if found is None else decode(found))
+        if asyncio.get_running_loop().time() > deadline:
+            raise Overloaded("too many processes change this layer at once; nothing was done", retry_after=1)
+
+    def _gone(self) -> ProblemError:
+        self._resident.set(None)
+        return layer_not_found(self._resident.name)
+
+    def _deadline(self) -> float:
+        return asyncio.get_running_loop().time() + self._timeout
+
+
+def _settle_all(queued: Iterable[Queued], error: Exception) -> None:
+    for waiting in queued:
+        settle(waiting, error)

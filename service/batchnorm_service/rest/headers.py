@@ -1,0 +1,52 @@
+"""Request headers: read once into a dict, and the two that are tokens of the caller's."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+
+from batchnorm_client.wire.documents import IDEMPOTENCY_KEY, KEY_PATTERN, REQUEST_ID
+from batchnorm_client.wire.errors import InvalidRequest
+
+Headers = dict[bytes, bytes]
+"""Header values by their names in lower case; a header that came more than once is joined by commas (RFC 9110)."""
+
+_IDEMPOTENCY_KEY = IDEMPOTENCY_KEY.lower().encode()
+_REQUEST_ID = REQUEST_ID.lower().encode()
+
+
+def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> Headers:
+    """The headers of an ASGI scope as a dict."""
+    pairs = list(raw)
+    headers = dict(pairs)
+    if len(headers) != len(pairs):
+        values: dict[bytes, list[bytes]] = {}
+        for name, value in pairs:
+            values.setdefault(name, []).append(value)
+        return {name: b", ".join(several) for name, several in values.items()}
+    return headers
+
+
+def request_id(headers: Headers) -> str:
+    """The caller's X-Request-ID when it has the form of a key, otherwise a new one."""
+    given = headers.get(_REQUEST_ID)
+    if given is not None:
+        text = given.decode("latin-1")
+        if KEY_PATTERN.fullmatch(text):
+            return text
+    return f"{random.getrandbits(128):032x}"  # a name, not a secret: os.urandom would be a system call
+
+
+def idempotency_key(headers: Headers) -> str | None:
+    """The caller's Idempotency-Key, if there is one. Two such headers are no key: joined, they contain a space."""
+    given = headers.get(_IDEMPOTENCY_KEY)
+    if given is None:
+        return None
+    key = given.decode("latin-1")
+    if not KEY_PATTERN.fullmatch(key):
+        raise InvalidRequest(
+            "an Idempotency-Key is 1 to 200 characters of ASCII 0x21 to 0x7E, and there is only one",
+            field=IDEMPOTENCY_KEY,
+            expected=KEY_PATTERN.pattern,
+        )
+    return key

@@ -1,0 +1,72 @@
+"""Moments of many layers in one JSON document, read layer by layer: one call of a parser would hold the GIL for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+import orjson
+
+from batchnorm_client.wire.documents import JSON
+from batchnorm_client.wire.errors import MalformedBody, ProblemError
+from batchnorm_client.wire.tensors import Tensor, decode
+from batchnorm_service.layers import MOMENT_DTYPES
+
+_LARGE: Final = 1 << 16
+
+
+def read_each_layer(
+    body: bytes | bytearray | memoryview, most: int
+) -> dict[str, Mapping[str, Tensor] | ProblemError] | None:
+    """The moments by layer, or what is wrong with them, of a large body of the usual form; otherwise None.
+
+    The text is `{"layers": {name: {...}, ...}}`. Its innermost objects are cut out, each with its number left in its
+    place, between blanks, so that it cannot become a part of what stands beside it. What remains is read by itself:
+    if the numbers are all its values, each once, then the objects were the values of its names.
+
+    Args:
+        body: the text.
+        most: of more layers nothing is read.
+    """
+    if len(body) < _LARGE:
+        return None
+    raw = np.frombuffer(body, np.uint8)
+    is_brace = (raw == ord("{")) | (raw == ord("}"))
+    if not 6 <= np.count_nonzero(is_brace) <= 2 * most + 4:
+        return None
+    braces = np.flatnonzero(is_brace)
+    count = len(braces) // 2 - 2
+    if raw[braces].tobytes() != b"{{" + b"{}" * count + b"}}":
+        return None
+    starts, ends = braces[2:-2:2].tolist(), (braces[3:-2:2] + 1).tolist()
+    view = memoryview(body)
+    between = [bytes(view[begin:end]) for begin, end in zip([0, *ends], [*starts, len(view)], strict=True)]
+    numbered = [b"%b %d " % (text, n) for n, text in enumerate(between[:-1])]
+    layers = _layers(b"".join([*numbered, between[-1]]), count)
+    if layers is None:
+        return None
+    try:
+        return {name: _moments(view[starts[n] : ends[n]]) for name, n in layers.items()}
+    except MalformedBody:
+        return None
+
+
+def _moments(text: memoryview) -> Mapping[str, Tensor] | ProblemError:
+    try:
+        return decode(JSON, text, MOMENT_DTYPES)
+    except MalformedBody:
+        raise  # then the whole is no JSON
+    except ProblemError as error:
+        return error
+
+
+def _layers(frame: bytes, count: int) -> dict[str, int] | None:
+    try:
+        document: Any = orjson.loads(frame)
+    except orjson.JSONDecodeError:
+        return None
+    layers = document.get("layers") if isinstance(document, dict) and len(document) == 1 else None
+    if not isinstance(layers, dict) or not all(type(n) is int for n in layers.values()):
+        return None
+    return layers if sorted(layers.values()) == list(range(count)) else None

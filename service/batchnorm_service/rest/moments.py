@@ -1,0 +1,219 @@
+"""Moments instead of batches: of one layer, and of many layers in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Final
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.types import Receive
+
+from batchnorm_client.wire.documents import IDEMPOTENCY_KEY, JSON, SAFETENSORS, check_layer_name
+from batchnorm_client.wire.errors import InvalidRequest, MalformedBody, ProblemError, shown
+from batchnorm_client.wire.tensors import Tensor, decode, decode_safetensors, json_pieces, json_tensors, load_json
+from batchnorm_service.layers import MOMENT_DTYPES, Folded, Layers, Posting
+
+from .bodies import read_body
+from .disconnects import unless_gone
+from .headers import Headers, idempotency_key, read_headers
+from .many import read_each_layer
+from .negotiation import content_type
+from .openapi import (
+    Json,
+    LayerNamePath,
+    describe,
+    folded_response,
+    json_body,
+    json_response,
+    tensor_body,
+    tensor_content,
+)
+from .preconditions import etag
+from .problems import problem_document
+from .queries import MomentsQuery, NoQuery, parse_query
+from .responses import REPLAYED, Answer, json_answer, text_bytes
+
+_FORMS: Final = (JSON, SAFETENSORS)
+_MOMENTS: Final = ("count", "mean", "var")
+_MOST_LAYERS: Final = 10_000
+_PROBLEMS: Final = ("malformed-body", "payload-too-large", "unsupported-media-type")
+_MANY_BODY: Json = {
+    "required": True,
+    "content": json_body("ManyMoments")["content"]
+    | tensor_content((SAFETENSORS,), {}, "count, mean and var of each layer, named {layer}/count and so on"),
+}
+
+Moments = Mapping[str, Tensor] | ProblemError
+"""A layer's count, mean and var, or why they cannot be read."""
+
+
+class MomentsCalls:
+    """Moments over HTTP, of one layer and of many.
+
+    Args:
+        layers: what does the work.
+        max_body_bytes: larger bodies are refused.
+    """
+
+    def __init__(self, layers: Layers, max_body_bytes: int) -> None:
+        self._layers = layers
+        self._batches = layers.batches
+        self._max_body_bytes = max_body_bytes
+
+    async def fold(self, name: str, query: bytes, headers: Headers, receive: Receive) -> Answer:
+        """Fold the moments of a batch that stays with the caller."""
+        group = parse_query(MomentsQuery, query).group_call
+        key = idempotency_key(headers)
+        media = content_type(headers, _FORMS)
+        body = await read_body(headers, receive, self._max_body_bytes)
+        call = self._batches.fold_moments(name, partial(decode, media, body), key, nbytes=len(body), group=group)
+        done = await (unless_gone(receive, call) if group else call)
+        return await self._layers.run_codec(text_bytes(JSON, done.moments.values()), _answer, done)
+
+    def fold_soon(
+        self, name: str, headers: Headers, body: memoryview
+    ) -> tuple[Posting, Callable[[Folded], Answer]] | None:
+        """What `fold` begins with a body that is here, if it has to wait for its commit alone; otherwise None."""
+        if not self._batches.at_once(len(body)):
+            return None
+        try:
+            key = idempotency_key(headers)
+            media = content_type(headers, _FORMS)
+        except ProblemError:
+            return None
+        posting = self._batches.fold_moments_soon(name, partial(decode, media, body), key)
+        return None if posting is None else (posting, _answer)
+
+    async def fold_many(self, query: bytes, headers: Headers, receive: Receive, request_id: str) -> Answer:
+        """The same for many layers, each all or nothing."""
+        parse_query(NoQuery, query)
+        key = idempotency_key(headers)
+        media = content_type(headers, _FORMS)
+        body = await read_body(headers, receive, self._max_body_bytes)
+        read = _many_from_json if media == JSON else _many_from_safetensors
+        given = await self._layers.run_codec(len(body), read, body)
+        good: dict[str, Moments] = {}
+        results: dict[str, Any] = {}
+        for name, moments in given.items():
+            try:
+                check_layer_name(name)
+                good[name] = moments
+            except ProblemError as error:
+                results[name] = _told(name, error, request_id)
+        for name, result in (await self._batches.fold_many(good, key)).items():
+            results[name] = _told(name, result, request_id)
+        return json_answer(200, {"layers": {name: results[name] for name in given}})
+
+
+def add_moments_routes(app: FastAPI, calls: MomentsCalls) -> None:
+    """Both calls as routes of `app`."""
+
+    @app.post(
+        "/v1/layers/{name}/moments",
+        **describe(
+            "fold_moments",
+            "Fold the moments of a batch that stays with the caller",
+            query=MomentsQuery,
+            headers=(IDEMPOTENCY_KEY,),
+            body=tensor_body(_FORMS, "MomentsDocument", ", ".join(_MOMENTS)),
+            answers={200: folded_response()},
+            problems=(
+                *_PROBLEMS,
+                "layer-not-found",
+                "group-closed",
+                "shape-mismatch",
+                "dtype-mismatch",
+                "too-few-values",
+                "non-finite",
+                "idempotency-key-reused",
+                "group-mismatch",
+                "group-incomplete",
+            ),
+        ),
+    )
+    async def fold_moments(name: LayerNamePath, request: Request) -> Answer:
+        """`count` is values per channel, `var` is biased. A group's members also get count, mean and var of all."""
+        headers = read_headers(request.scope["headers"])
+        return await calls.fold(name, request.scope["query_string"], headers, request.receive)
+
+    @app.post(
+        "/v1/moments",
+        **describe(
+            "fold_many_moments",
+            "Fold the moments of many layers",
+            headers=(IDEMPOTENCY_KEY,),
+            body=_MANY_BODY,
+            answers={200: json_response("ManyFolded", "One result or problem for each layer")},
+            problems=_PROBLEMS,
+        ),
+    )
+    async def fold_many_moments(request: Request) -> Answer:
+        """Each layer all or nothing. An Idempotency-Key counts for each layer by itself: a repeat does the rest."""
+        headers = read_headers(request.scope["headers"])
+        return await calls.fold_many(request.scope["query_string"], headers, request.receive, request.state.request_id)
+
+
+def _answer(done: Folded) -> Answer:
+    document = _document(done)
+    if done.count is not None:
+        document |= {"count": done.count, **done.moments}
+    replayed = [REPLAYED] if done.replayed else []
+    return Answer(200, JSON, json_pieces(document), [(b"etag", etag(done.version)), *replayed])
+
+
+def _document(done: Folded) -> dict[str, Any]:
+    return {"version": done.version, "num_batches_tracked": done.num_batches_tracked}
+
+
+def _told(name: str, result: Folded | Exception, request_id: str) -> dict[str, Any]:
+    if isinstance(result, Exception):
+        return problem_document(result, f"/v1/layers/{name}/moments", request_id)
+    return _document(result) | {"replayed": result.replayed}
+
+
+def _many_from_json(body: bytes | bytearray | memoryview) -> Mapping[str, Moments]:
+    if (each := read_each_layer(body, _MOST_LAYERS)) is not None:
+        return each
+    document = load_json(body)
+    if not isinstance(document, dict):
+        raise MalformedBody('the body must be an object {"layers": {name: {"count", "mean", "var"}}}')
+    for field in document:
+        if field != "layers":
+            raise InvalidRequest(
+                f"{shown(field)} is not known; known is layers", field=field[:200], expected=["layers"]
+            )
+    layers = document.get("layers")
+    if not isinstance(layers, dict):
+        raise InvalidRequest("layers: must be an object of moments by layer name", field="layers", expected="an object")
+    return {name: _from_json(moments) for name, moments in _bounded(layers).items()}
+
+
+def _from_json(document: Any) -> Moments:
+    """As a call of its own reads them."""
+    try:
+        return json_tensors(document, MOMENT_DTYPES)
+    except ProblemError as error:
+        return error
+
+
+def _many_from_safetensors(body: bytes | bytearray | memoryview) -> Mapping[str, Moments]:
+    tensors, _ = decode_safetensors(body)
+    layers: dict[str, dict[str, Tensor]] = {}
+    for path, tensor in tensors.items():
+        layer, _, name = path.rpartition("/")
+        if name not in _MOMENTS:
+            raise InvalidRequest(
+                f"the tensor {shown(path)} is not known", field=path[:200], expected="{layer}/count, mean or var"
+            )
+        layers.setdefault(layer, {})[name] = tensor
+    return dict(_bounded(layers))
+
+
+def _bounded(layers: dict[str, Any]) -> dict[str, Any]:
+    if len(layers) > _MOST_LAYERS:
+        raise InvalidRequest(
+            f"layers: at most {_MOST_LAYERS} in one call", field="layers", expected=_MOST_LAYERS, got=len(layers)
+        )
+    return layers

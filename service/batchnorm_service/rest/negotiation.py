@@ -1,0 +1,139 @@
+"""Which form a body has (Content-Type) and which one the answer gets (Accept), as RFC 9110 has it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Final
+
+from batchnorm_client.wire.documents import NPY, TENSOR_MEDIA_TYPES
+from batchnorm_client.wire.errors import NotAcceptable, UnsupportedMediaType
+
+from .headers import Headers
+
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # noqa: S105 - RFC 9110's word, not a secret
+_RANGE = re.compile(rf"\s*({_TOKEN})/({_TOKEN})\s*")
+_QUALITY = re.compile(r"\s*q=(0?\.[0-9]{1,3}|0\.?|1(\.0{0,3})?)\s*", re.IGNORECASE)
+
+_MOST_CACHED_BYTES: Final = 256
+"""Longer headers are not cached: callers choose them, and a cache must be bounded in bytes."""
+
+FORMS_FOR = {media: (media, *(m for m in TENSOR_MEDIA_TYPES if m != media)) for media in TENSOR_MEDIA_TYPES}
+"""The forms that train and eval answer in, by the request's form, which comes first: it is the default."""
+
+
+def content_type(headers: Headers, known: tuple[str, ...]) -> str:
+    """The media type of the body, one of `known`.
+
+    A charset other than UTF-8 is refused, as is a Content-Encoding; other parameters mean nothing here.
+
+    Raises:
+        UnsupportedMediaType: it is none of them, or missing.
+    """
+    encoding, given = headers.get(b"content-encoding", b""), headers.get(b"content-type", b"")
+    find = _content_type if len(encoding) + len(given) <= _MOST_CACHED_BYTES else _content_type.__wrapped__
+    return find(encoding, given, known)
+
+
+@lru_cache(maxsize=256)
+def _content_type(encoding: bytes, given: bytes, known: tuple[str, ...]) -> str:
+    if encoding.strip().lower() not in {b"identity", b""}:
+        raise UnsupportedMediaType(
+            "the service reads no compressed bodies", field="Content-Encoding", expected=["identity"]
+        )
+    media, charset = _media_type(given)
+    if media not in known:
+        detail = f"the body is {media!r}" if media else "the body has no Content-Type"
+        raise UnsupportedMediaType(
+            f"{detail}; here the service reads {', '.join(known)}",
+            field="Content-Type",
+            expected=list(known),
+            got=media,
+        )
+    if charset not in {"", "utf-8", "utf8"}:
+        raise UnsupportedMediaType(
+            f"the charset is {charset!r}; the service reads UTF-8 only",
+            field="Content-Type",
+            expected=["utf-8"],
+            got=charset,
+        )
+    return media
+
+
+def _media_type(value: bytes) -> tuple[str, str]:
+    media, *parameters = value.decode("latin-1").lower().split(";")
+    charset = ""
+    for parameter in parameters:
+        name, _, text = parameter.partition("=")
+        if name.strip() == "charset":
+            charset = text.strip().strip('"')
+    return media.strip(), charset
+
+
+def accepted(header: bytes | None, offered: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `offered` that the caller takes, best first.
+
+    A form that is named goes before one that a wildcard admits, at the same q. A wildcard stands for one form: the
+    first of `offered` that is not named, the default. So `*/*` never turns an answer into a form that the caller may
+    not expect. An element that cannot be parsed is skipped; when none can, it is as though there was no Accept.
+
+    Raises:
+        NotAcceptable: the caller takes none of them.
+    """
+    find = _accepted if header is None or len(header) <= _MOST_CACHED_BYTES else _accepted.__wrapped__
+    return find(header, offered)
+
+
+@lru_cache(maxsize=256)
+def _accepted(header: bytes | None, offered: tuple[str, ...]) -> tuple[str, ...]:
+    ranges = _ranges(header)
+    if not ranges:
+        return offered[:1]
+    found: list[tuple[float, int, str]] = []
+    unnamed = [form for form in offered if form not in ranges]
+    for media, quality in ranges.items():
+        if media in offered:
+            found.append((quality, 1, media))
+    wildcard = ranges.get("application/*", ranges.get("*/*"))
+    if wildcard is not None and unnamed:
+        found.append((wildcard, 0, unnamed[0]))
+    found.sort(key=lambda item: (-item[0], -item[1], offered.index(item[2])))
+    forms = tuple(form for quality, _, form in found if quality > 0)
+    if not forms:
+        raise NotAcceptable(f"the answer can be {', '.join(offered)}", field="Accept", expected=list(offered))
+    return forms
+
+
+def _ranges(header: bytes | None) -> dict[str, float]:
+    ranges: dict[str, float] = {}
+    for element in (header or b"").decode("latin-1").split(","):
+        media, *parameters = element.split(";")
+        quality = 1.0
+        parsed = _RANGE.fullmatch(media)
+        for parameter in parameters:
+            if parameter.strip().lower().startswith("q="):
+                match = _QUALITY.fullmatch(parameter)
+                parsed = parsed if match else None
+                quality = float(match[1]) if match else 0.0
+        if parsed:
+            ranges[f"{parsed[1]}/{parsed[2]}".lower()] = quality
+    return ranges
+
+
+def tensor_form(forms: Sequence[str], dtype: str, statistics: bool) -> str:
+    """The first of `forms` that can carry the answer: .npy has one tensor, and no bfloat16.
+
+    Raises:
+        NotAcceptable: none of them can.
+    """
+    for form in forms:
+        if form != NPY or not (statistics or dtype == "bfloat16"):
+            return form
+    why = "carries one tensor, and statistics are several" if statistics else "has no bfloat16"
+    raise NotAcceptable(
+        f"a .npy file {why}; name another form in Accept",
+        field="Accept",
+        expected=[form for form in TENSOR_MEDIA_TYPES if form != NPY],
+        got=NPY,
+    )

@@ -1,0 +1,81 @@
+"""Problems: whatever went wrong becomes application/problem+json (RFC 9457), here and nowhere else."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import orjson
+from starlette.exceptions import HTTPException
+
+from batchnorm_client.wire.documents import PROBLEM_JSON
+from batchnorm_client.wire.errors import (
+    InternalError,
+    MethodNotAllowed,
+    NotFound,
+    Overloaded,
+    ProblemError,
+    StoreUnavailable,
+    Unauthenticated,
+    shown,
+)
+
+from .responses import Answer, RawHeader
+
+log = logging.getLogger(__name__)
+
+_OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+
+
+def problem_answer(error: Exception, path: str, request_id: str) -> Answer:
+    """The answer to a request that ended in `error`.
+
+    What is no `ProblemError` is a fault of the service: the log gets the traceback, the caller the request id.
+    """
+    document = problem_document(error, path, request_id)
+    problem = _problem(error, path)
+    body = orjson.dumps(document, default=_listed, option=_OPTIONS)
+    return Answer(problem.status, PROBLEM_JSON, [body], _headers(problem))
+
+
+def problem_document(error: Exception, path: str, request_id: str) -> dict[str, Any]:
+    """What is said of an error, on its own or as one of many results."""
+    problem = _problem(error, path)
+    if isinstance(problem, InternalError):
+        log.error("request %s failed", request_id, exc_info=error)
+        problem.fields.setdefault("request_id", request_id)
+    document: dict[str, Any] = {
+        "type": f"/problems/{problem.name}",
+        "title": problem.title,
+        "status": problem.status,
+        "detail": problem.detail,
+        "instance": path,
+    }
+    return document | {name: value for name, value in problem.fields.items() if name not in document}
+
+
+def _problem(error: Exception, path: str) -> ProblemError:
+    if isinstance(error, ProblemError):
+        return error
+    if isinstance(error, HTTPException) and error.status_code == NotFound.status:
+        return NotFound(f"there is nothing at {shown(path)}; /docs lists what there is")
+    return InternalError("something broke inside the service; its log has the cause under the request id")
+
+
+def _headers(problem: ProblemError) -> list[RawHeader]:
+    match problem:
+        case MethodNotAllowed():
+            return [(b"allow", ", ".join(problem.fields.get("expected", ())).encode())]
+        case Unauthenticated():
+            return [(b"www-authenticate", b"Bearer")]
+        case Overloaded() | StoreUnavailable():
+            return [(b"retry-after", b"%d" % max(1, math.ceil(problem.retry_after or 1)))]
+        case _:
+            return []
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return str(value)

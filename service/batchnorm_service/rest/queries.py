@@ -1,0 +1,132 @@
+"""Query parameters: as models, so that what is not known is refused, and OpenAPI has them from one place."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Final, Literal, TypeVar, cast
+from urllib.parse import parse_qsl
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from batchnorm_client.wire.documents import KEY_PATTERN
+from batchnorm_client.wire.errors import InvalidRequest
+from batchnorm_service.layers import GroupCall
+
+from .documents import invalid
+
+MOST_MEMBERS: Final = 4096
+
+
+class Query(BaseModel):
+    """The base of all query parameters."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NoQuery(Query):
+    """A call without query parameters."""
+
+
+class ListQuery(Query):
+    """Which layers a listing shows."""
+
+    prefix: str = Field("", max_length=200, description="only layers whose names start with this")
+    after: str = Field("", max_length=200, description="only layers after this name: `next` of the page before")
+    limit: int = Field(100, ge=1, le=1000, description="at most so many layers")
+
+
+class NormalizeQuery(Query):
+    """What an answer to train or eval carries besides the output."""
+
+    statistics: Literal["true", "false"] = Field(
+        "false", description="also answer batch_mean, batch_var (biased) and batch_invstd; not in .npy"
+    )
+
+
+class GroupQuery(Query):
+    """Which synchronized batch a call is a shard of."""
+
+    group: str | None = Field(
+        None, pattern=f"^{KEY_PATTERN.pattern}$", description="the id of one synchronized batch; not used twice"
+    )
+    size: int | None = Field(
+        None, ge=1, le=MOST_MEMBERS, validate_default=True, description="how many members the group has"
+    )
+    timeout: float = Field(
+        30.0, gt=0, le=600, allow_inf_nan=False, description="seconds that this member waits for the others"
+    )
+
+    @field_validator("size")
+    @classmethod
+    def _goes_with_group(cls, size: int | None, info: ValidationInfo) -> int | None:
+        if "group" in info.data and (size is None) != (info.data["group"] is None):
+            raise ValueError("group and size go together")
+        return size
+
+    @property
+    def group_call(self) -> GroupCall | None:
+        """What `layers` needs to know of the group."""
+        if self.group is None or self.size is None:
+            return None
+        return GroupCall(self.group, self.size, self.timeout)
+
+
+class MomentsQuery(GroupQuery):
+    """What posted moments may be part of."""
+
+
+class TrainQuery(GroupQuery, NormalizeQuery):
+    """What a train call may be part of, and what its answer carries besides the output."""
+
+
+class BackwardQuery(GroupQuery):
+    """Through which step a gradient goes."""
+
+    mode: Literal["train", "eval"] = Field("train", description="the step that made the output")
+
+
+Q = TypeVar("Q", bound=Query)
+
+
+def parse_query(model: type[Q], query_string: bytes) -> Q:
+    """The query parameters as a `model`.
+
+    Raises:
+        InvalidRequest: a parameter is unknown, repeated or out of range.
+    """
+    if len(query_string) <= 64:
+        return cast(Q, _parse_cached(model, query_string))  # none, or ?statistics=true, comes again and again
+    return _parse(model, query_string)
+
+
+def _parse(model: type[Q], query_string: bytes) -> Q:
+    if not query_string:
+        return model()
+    try:
+        pairs = parse_qsl(
+            query_string.decode("ascii"),
+            keep_blank_values=True,
+            strict_parsing=True,
+            errors="strict",
+            max_num_fields=50,
+        )
+    except ValueError:
+        raise InvalidRequest(
+            "the query string cannot be read", field="query", expected=list(model.model_fields)
+        ) from None
+    values: dict[str, str] = {}
+    for name, value in pairs:
+        if name in values:
+            raise InvalidRequest(
+                f"{name}: is given more than once",
+                field=name,
+                expected=f"one of {', '.join(model.model_fields) or 'none'}",
+            )
+        values[name] = value
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise invalid(error, model) from None
+
+
+_parse_cached = lru_cache(maxsize=256)(_parse)

@@ -1,0 +1,100 @@
+"""Answers: a status, headers, and a body in pieces that are sent without joining them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from batchnorm_client.wire.documents import IDEMPOTENT_REPLAY, JSON
+from batchnorm_client.wire.tensors import Tensor, json_pieces
+from batchnorm_service.layers import Layers, Snapshot
+
+from .preconditions import etag
+
+RawHeader = tuple[bytes, bytes]
+Piece = bytes | bytearray | memoryview
+
+JSON_OPTIONS: Final = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_UTC_Z
+REPLAYED: Final[RawHeader] = (IDEMPOTENT_REPLAY.lower().encode(), b"true")
+
+_NUMBER_BYTES: Final = 16
+"""About as long is a number in JSON, with its comma: 11 bytes in float32, 20 in float64."""
+
+JOIN_BYTES: Final = 1 << 16
+"""Bodies up to this size are sent as one message: copying them costs less than a second message."""
+
+
+class Answer(Response):
+    """What goes back to the caller: on FastAPI's way as its response, on the short way as it is."""
+
+    def __init__(
+        self, status: int, media_type: str | None, pieces: Sequence[Piece], headers: Iterable[RawHeader] = ()
+    ) -> None:
+        # Response.__init__ would copy and encode what is ready to be sent.
+        self.status_code = status
+        self.pieces = pieces
+        self.size = 0
+        for piece in pieces:
+            self.size += piece.nbytes if isinstance(piece, memoryview) else len(piece)
+        self.background = None
+        self.raw_headers = list(headers)
+        if media_type is not None:
+            self.raw_headers.append((b"content-type", media_type.encode()))
+            self.raw_headers.append((b"content-length", b"%d" % self.size))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        if self.size <= JOIN_BYTES:
+            await send({"type": "http.response.body", "body": b"".join(self.pieces)})
+            return
+        for piece in self.pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+def json_answer(status: int, value: Any, headers: Iterable[RawHeader] = ()) -> Answer:
+    """A JSON document."""
+    return Answer(status, JSON, [orjson.dumps(value, option=JSON_OPTIONS)], headers)
+
+
+def empty_answer(status: int, headers: Iterable[RawHeader] = ()) -> Answer:
+    """An answer that has no body by definition: 204 or 304."""
+    return Answer(status, None, [], headers)
+
+
+def text_bytes(form: str, tensors: Iterable[Tensor]) -> int:
+    """About how many bytes of text tensors are in this form; nothing is written of those that go as they are."""
+    return sum(_NUMBER_BYTES * math.prod(tensor.shape) for tensor in tensors) if form == JSON else 0
+
+
+async def layer_answer(
+    layers: Layers, status: int, layer: Snapshot, headers: Iterable[RawHeader] = (), *, replayed: bool = False
+) -> Answer:
+    """A layer as a contract.Layer. Writing the numbers of a large one takes long enough to be done in a thread.
+
+    The version of a repeat is the first call's, but the tensors are the present ones: no ETag stands for both.
+    """
+    tags = [REPLAYED] if replayed else [(b"etag", etag(layer.version))]
+    size = text_bytes(JSON, layer.tensors.values())
+    return await layers.run_codec(size, _layer_answer, status, layer, [*tags, *headers])
+
+
+def _layer_answer(status: int, layer: Snapshot, headers: Iterable[RawHeader]) -> Answer:
+    document: dict[str, Any] = {
+        "name": layer.name,
+        "config": layer.config.model_dump(),
+        "version": layer.version,
+        "num_batches_tracked": layer.num_batches_tracked,
+        "samples_tracked": layer.samples_tracked,
+    }
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        document[name] = layer.tensors.get(name)
+    document["created_at"] = layer.created_at
+    document["updated_at"] = layer.updated_at
+    return Answer(status, JSON, json_pieces(document), headers)

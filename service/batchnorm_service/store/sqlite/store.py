@@ -1,0 +1,185 @@
+"""Records in an SQLite file: the default. An answer always means that it is on disk."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import quote
+
+from batchnorm_service.store.base import (
+    Committed,
+    Conflict,
+    Duplicates,
+    Entry,
+    Exists,
+    Full,
+    Gathering,
+    Lasting,
+    Missing,
+    Receipt,
+    Record,
+    Shard,
+    Stamp,
+    StoreError,
+    StoreLostError,
+    Unchanged,
+)
+from batchnorm_service.store.sqlite.file import open_file
+from batchnorm_service.store.sqlite.identity import SqliteFiles
+from batchnorm_service.store.sqlite.table import Commit, SqliteTable
+from batchnorm_service.store.sqlite.thread import Job, SqliteThread
+
+T = TypeVar("T")
+
+_PAGE = 1000
+
+
+class SqliteStore:
+    """A table of records in an SQLite file.
+
+    The file is in WAL mode with `synchronous=FULL`: a commit that was answered survives a loss of power. Writes that
+    wait at the same moment share one transaction (`SqliteThread`), because a disk flush costs the same for one as for
+    many. After a failed transaction (disk full, say) the next one is tried afresh.
+
+    Args:
+        path: the file; it and its parent directories are made if missing.
+        receipt_seconds: how long a receipt counts, rounded up to a whole second.
+        exclusive: lock the file until `close`, so that no other process can open it. False is for several processes
+            on one file: only the stamps order their commits.
+        clock: seconds since the epoch.
+        busy_seconds: how long a call waits for another process's transaction (`exclusive=False`).
+        monotonic: seconds, of a clock that never goes back.
+
+    Attributes:
+        path: the file, absolute and without symbolic links.
+        files: what tells the open file from any other that has its name. Once it was deleted, moved or replaced, every
+            call raises `StoreLostError` until the store is opened again. That is checked at `ping`, and at other calls
+            unless it was within the last second: a commit is answered only after a check that is newer.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        receipt_seconds: float = 3600.0,
+        exclusive: bool = True,
+        *,
+        clock: Callable[[], float] = time.time,
+        busy_seconds: float = 5.0,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.exclusive = self._locks = exclusive
+        self.path = Path(os.path.realpath(path))
+        self.url = f"sqlite:///{quote(self.path.as_posix(), safe='/:')}"
+        self.files = SqliteFiles(self.path, Path(path).absolute(), shared=not exclusive, clock=monotonic)
+        self._table = SqliteTable(receipt_seconds, clock)
+        self._busy_seconds = 0.0 if exclusive else busy_seconds
+        self._thread: SqliteThread | None = None
+
+    @property
+    def transactions(self) -> int:
+        """How many write transactions were committed since `open`: group commit makes it less than the commits."""
+        return 0 if self._thread is None else self._thread.transactions
+
+    async def open(self) -> None:
+        """Open the file or make it. Raises `StoreRefusedError` with the reason in words."""
+        if self._thread is not None and not self._thread.stopped:
+            raise StoreError(f"{self.path} is open already")
+        await self.close()  # one that is still closing holds the lock
+        self.exclusive = self._locks
+        thread = SqliteThread(self._connect, self._table.commit, self._table.purge, self._verify)
+        opened = thread.start()
+        self._thread = thread
+        try:
+            await asyncio.wrap_future(opened)
+        except BaseException:
+            thread.stop()  # not awaited: refused, there is nothing to wait for; cancelled, nobody does
+            raise
+
+    async def close(self) -> None:
+        """Finish what is queued, copy the log back into the file, and close it."""
+        if self._thread is not None:
+            await asyncio.wrap_future(self._thread.stop())
+
+    async def ping(self) -> None:
+        """Return when the database answers a query, and its files are those that were opened."""
+        self.files.request()
+        await self._do("", lambda c: c.execute("SELECT layers FROM meta").fetchone())
+
+    async def load(self, name: str, unless: Stamp | None = None) -> Record | Unchanged | Missing:
+        """See `Store.load`."""
+        return await self._do(name, lambda c: self._table.load(c, name, unless))
+
+    async def create(self, name: str, data: bytes, limit: int) -> Record | Exists | Full:
+        """See `Store.create`."""
+        return await self._do(name, lambda c: self._table.create(c, name, data, limit), writes=True)
+
+    async def commit(
+        self, name: str, expected: Stamp, record: Record | None, receipts: Sequence[Receipt]
+    ) -> Committed | Conflict | Missing | Duplicates:
+        """See `Store.commit`."""
+        return await self._do(name, Commit(name, expected, record, receipts), writes=True)
+
+    async def find_receipts(self, name: str, incarnation: int, keys: Sequence[bytes]) -> tuple[Receipt, ...] | Missing:
+        """See `Store.find_receipts`. A read: it does not wait for the transactions of others."""
+        return await self._do(name, lambda c: self._table.find_receipts(c, name, incarnation, keys))
+
+    async def delete(self, name: str, expected: Stamp) -> Committed | Conflict | Missing:
+        """See `Store.delete`."""
+        return await self._do(name, lambda c: self._table.delete(c, name, expected), writes=True)
+
+    async def join(self, name: str, incarnation: int, group: bytes, size: int, shard: Shard) -> Gathering | Missing:
+        """See `Store.join`. A member that only asks who has come makes a read."""
+        found = await self._do(name, lambda c: self._table.joined(c, name, incarnation, group, shard.member))
+        if found is not None:
+            return found
+        return await self._do(name, lambda c: self._table.join(c, name, incarnation, group, size, shard), writes=True)
+
+    async def leave(self, name: str, incarnation: int, group: bytes, member: bytes | None) -> None:
+        """See `Store.leave`."""
+        await self._do(name, lambda c: self._table.leave(c, incarnation, group, member), writes=True)
+
+    async def list(self, prefix: str, after: str, limit: int) -> list[Entry]:
+        """See `Store.list`."""
+        return await self._do(None, lambda c: self._table.list(c, prefix, after, limit))
+
+    async def receipts(self) -> AsyncIterator[Sequence[Lasting]]:
+        """See `Store.receipts`."""
+        after = 0
+        while True:
+            page, after = await self._do(None, lambda c, after=after: self._table.receipts(c, after, _PAGE))  # type: ignore[misc]
+            if not page:
+                return
+            yield page
+
+    async def remember(self, name: str, incarnation: int, receipts: Sequence[Lasting]) -> Committed | Missing:
+        """See `Store.remember`."""
+        return await self._do(name, lambda c: self._table.remember(c, name, incarnation, receipts), writes=True)
+
+    def _connect(self) -> sqlite3.Connection:
+        return open_file(self.files, exclusive=self._locks, busy_seconds=self._busy_seconds)
+
+    def _verify(self, connection: sqlite3.Connection) -> None:
+        was_lost = self.files.lost
+        try:
+            self.files.verify()
+        except StoreLostError:
+            self.exclusive = False
+            if self._locks and not was_lost:
+                # What is in the log goes to the file while there is a way to both: if only the log was deleted, or the
+                # file was moved, nothing is lost; and no log stays behind for a file that it does not belong to.
+                with contextlib.suppress(sqlite3.Error):
+                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            raise
+
+    async def _do(
+        self, name: str | None, work: Callable[[sqlite3.Connection], T] | Commit, *, writes: bool = False
+    ) -> T:
+        if self._thread is None:
+            raise StoreError("the SQLite store is not open")
+        return await self._thread.submit(Job(name, writes, work))

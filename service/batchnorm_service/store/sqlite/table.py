@@ -1,0 +1,305 @@
+"""What each call of the store protocol does to the tables of an SQLite database, inside a transaction."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import sqlite3
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, NamedTuple
+
+from batchnorm_service.store.base import (
+    HEAD_BYTES,
+    Committed,
+    Conflict,
+    Duplicates,
+    Entry,
+    Exists,
+    Full,
+    Gathering,
+    Lasting,
+    Missing,
+    Receipt,
+    Record,
+    Shard,
+    Stamp,
+    Unchanged,
+)
+from batchnorm_service.store.sqlite import statements
+
+SCHEMA: Final = (
+    # The stamp stands before the data: reading it touches one page, however large the data are.
+    """
+    CREATE TABLE layers (
+        id INTEGER PRIMARY KEY,
+        name TEXT NOT NULL UNIQUE COLLATE BINARY,
+        incarnation INTEGER NOT NULL,
+        version INTEGER NOT NULL,
+        commit_id INTEGER NOT NULL,
+        data BLOB NOT NULL
+    )
+    """,
+    # A receipt belongs to an incarnation, not to a name: deleting a layer is O(1) however many it has, because they
+    # can never match again, and the purge takes them as they expire. `expires` is in whole seconds since the epoch.
+    # New rows stand behind all others, in the table and by expiry. In the one index where each could be anywhere, an
+    # entry is short, and the key comes first: keys that callers did not give ascend, whatever the layer.
+    """
+    CREATE TABLE receipts (
+        id INTEGER PRIMARY KEY,
+        incarnation INTEGER NOT NULL,
+        key BLOB NOT NULL,
+        fingerprint BLOB NOT NULL,
+        version INTEGER NOT NULL,
+        batch INTEGER NOT NULL,
+        payload BLOB NOT NULL,
+        expires INTEGER NOT NULL,
+        UNIQUE (key, incarnation)
+    )
+    """,
+    # Shards of groups that have not closed yet; small, few, and gone when their group closes.
+    """
+    CREATE TABLE shards (
+        incarnation INTEGER NOT NULL,
+        grp BLOB NOT NULL,
+        member BLOB NOT NULL,
+        size INTEGER NOT NULL,
+        fingerprint BLOB NOT NULL,
+        part BLOB NOT NULL,
+        expires INTEGER NOT NULL,
+        PRIMARY KEY (incarnation, grp, member)
+    )
+    """,
+    "CREATE INDEX shards_by_expiry ON shards (expires)",
+    "CREATE INDEX receipts_by_expiry ON receipts (expires)",
+    # How many layers there are (counting rows would take longer the more there are), and the largest version that
+    # any deleted layer had: a new layer starts above it, so versions never repeat for a name.
+    "CREATE TABLE meta (id INTEGER PRIMARY KEY CHECK (id = 1), layers INTEGER NOT NULL, floor INTEGER NOT NULL)",
+    "INSERT INTO meta (id, layers, floor) VALUES (1, 0, 0)",
+)
+
+_PURGE_STEP: Final = 100
+
+
+class Commit(NamedTuple):
+    """What `Store.commit` is called with."""
+
+    name: str
+    expected: Stamp
+    record: Record | None
+    receipts: Sequence[Receipt]
+
+
+class SqliteTable:
+    """The statements.
+
+    Args:
+        receipt_seconds: how long a receipt counts, rounded up to a whole second.
+        clock: seconds since the epoch; a wall clock, because receipts outlive the process.
+    """
+
+    def __init__(self, receipt_seconds: float, clock: Callable[[], float]) -> None:
+        self._receipt_seconds = receipt_seconds
+        self._clock = clock
+
+    def load(self, connection: sqlite3.Connection, name: str, unless: Stamp | None) -> Record | Unchanged | Missing:
+        """See `Store.load`."""
+        if unless is not None and _stamp(connection, name) == unless:
+            return Unchanged()
+        return _record(connection, name) or Missing()
+
+    def create(self, connection: sqlite3.Connection, name: str, data: bytes, limit: int) -> Record | Exists | Full:
+        """See `Store.create`."""
+        if (present := _record(connection, name)) is not None:
+            return Exists(present)
+        layers, floor = connection.execute("SELECT layers, floor FROM meta").fetchone()
+        if layers >= limit:
+            return Full()
+        record = Record(Stamp(secrets.randbits(63), floor + 1, secrets.randbits(63)), data)
+        connection.execute(
+            "INSERT INTO layers (name, incarnation, version, commit_id, data) VALUES (?, ?, ?, ?, ?)",
+            (name, *record.stamp, data),
+        )
+        connection.execute("UPDATE meta SET layers = layers + 1")
+        return record
+
+    def commit(
+        self, connection: sqlite3.Connection, commits: Sequence[Commit]
+    ) -> list[Committed | Conflict | Missing | Duplicates]:
+        """See `Store.commit`: several, no two of one name, with a few statements for all of them together."""
+        present = statements.stamps(connection, [commit.name for commit in commits])
+        now = self._clock()
+        keys = [
+            (present[commit.name].incarnation, receipt.key)
+            for commit in commits
+            if commit.name in present
+            for receipt in commit.receipts
+        ]
+        there = statements.unexpired(connection, keys, now)
+        outcomes = [_outcome(connection, commit, present.get(commit.name), there) for commit in commits]
+        done = [commit for commit, outcome in zip(commits, outcomes, strict=True) if isinstance(outcome, Committed)]
+        statements.update_records(connection, [(commit.name, commit.record) for commit in done if commit.record])
+        expires = math.ceil(now + self._receipt_seconds)
+        statements.insert_receipts(
+            connection,
+            [(commit.expected.incarnation, *receipt, expires) for commit in done for receipt in commit.receipts],
+        )
+        return outcomes
+
+    def find_receipts(
+        self, connection: sqlite3.Connection, name: str, incarnation: int, keys: Sequence[bytes]
+    ) -> tuple[Receipt, ...] | Missing:
+        """See `Store.find_receipts`."""
+        present = _stamp(connection, name)
+        if present is None or present.incarnation != incarnation:
+            return Missing()
+        found = statements.unexpired(connection, [(incarnation, key) for key in keys], self._clock())
+        return tuple(found.values())
+
+    def delete(self, connection: sqlite3.Connection, name: str, expected: Stamp) -> Committed | Conflict | Missing:
+        """See `Store.delete`."""
+        present = _stamp(connection, name)
+        if present is None:
+            return Missing()
+        if present != expected:
+            return Conflict()
+        connection.execute("DELETE FROM layers WHERE name = ?", (name,))
+        connection.execute("UPDATE meta SET layers = layers - 1, floor = max(floor, ?)", (present.version,))
+        return Committed()
+
+    def join(
+        self, connection: sqlite3.Connection, name: str, incarnation: int, group: bytes, size: int, shard: Shard
+    ) -> Gathering | Missing:
+        """See `Store.join`."""
+        present = _stamp(connection, name)
+        if present is None or present.incarnation != incarnation:
+            return Missing()
+        now = self._clock()
+        connection.execute("DELETE FROM shards WHERE expires <= ?", (now,))
+        found = _gathering(connection, incarnation, group, now)
+        opened, members = (size, {}) if found is None else (found.size, found.members)
+        if opened == size and shard.member not in members and len(members) < size:
+            expires = math.ceil(now + self._receipt_seconds)
+            connection.execute(
+                "INSERT INTO shards (incarnation, grp, member, size, fingerprint, part, expires)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (incarnation, group, shard.member, size, shard.fingerprint, shard.part, expires),
+            )
+            found = _gathering(connection, incarnation, group, now, added=True)
+        return found or Gathering(size, {}, ())
+
+    def joined(
+        self, connection: sqlite3.Connection, name: str, incarnation: int, group: bytes, member: bytes
+    ) -> Gathering | Missing | None:
+        """What `join` answers to a member that is there already; None to all others."""
+        present = _stamp(connection, name)
+        if present is None or present.incarnation != incarnation:
+            return Missing()
+        found = _gathering(connection, incarnation, group, self._clock())
+        return None if found is None or member not in found.members else found
+
+    def leave(self, connection: sqlite3.Connection, incarnation: int, group: bytes, member: bytes | None) -> None:
+        """See `Store.leave`."""
+        connection.execute(
+            "DELETE FROM shards WHERE incarnation = ? AND grp = ? AND member = coalesce(?, member)",
+            (incarnation, group, member),
+        )
+
+    def list(self, connection: sqlite3.Connection, prefix: str, after: str, limit: int) -> list[Entry]:
+        """See `Store.list`."""
+        rows = connection.execute(
+            "SELECT name, incarnation, version, commit_id, id FROM layers"
+            " WHERE name >= ? AND name > ? ORDER BY name LIMIT ?",
+            (prefix, after, max(limit, 0)),  # to SQLite a negative limit is none
+        )
+        entries: list[Entry] = []
+        for name, incarnation, version, commit_id, row in rows:
+            if not name.startswith(prefix):  # the rows are in order, so no later one does
+                break
+            # `substr(data, 1, n)` would read the whole of each blob first.
+            with connection.blobopen("layers", "data", row, readonly=True) as blob:
+                entries.append(Entry(name, Stamp(incarnation, version, commit_id), blob.read(HEAD_BYTES)))
+        return entries
+
+    def receipts(self, connection: sqlite3.Connection, after: int, limit: int) -> tuple[Sequence[Lasting], int]:
+        """Up to `limit` unexpired receipts that follow a row, and the last of their rows."""
+        now = self._clock()
+        rows = connection.execute(
+            "SELECT id, incarnation, expires, key, fingerprint, version, batch, payload FROM receipts"
+            " WHERE id > ? AND expires > ? ORDER BY id LIMIT ?",
+            (after, now, limit),
+        ).fetchall()
+        return [Lasting(row[1], Receipt(*row[3:]), row[2] - now) for row in rows], rows[-1][0] if rows else after
+
+    def remember(
+        self, connection: sqlite3.Connection, name: str, incarnation: int, receipts: Sequence[Lasting]
+    ) -> Committed | Missing:
+        """See `Store.remember`."""
+        present = _stamp(connection, name)
+        if present is None or present.incarnation != incarnation:
+            return Missing()
+        now = self._clock()
+        there = statements.unexpired(connection, [(incarnation, each.receipt.key) for each in receipts], now)
+        statements.insert_receipts(
+            connection,
+            [
+                (incarnation, *receipt, math.ceil(now + seconds))
+                for _, receipt, seconds in receipts
+                if (incarnation, receipt.key) not in there
+            ],
+        )
+        return Committed()
+
+    def purge(self, connection: sqlite3.Connection, changes: int) -> None:
+        """Remove some expired receipts: more than `changes`, so that they go faster than new ones come."""
+        connection.execute(
+            "DELETE FROM receipts WHERE id IN (SELECT id FROM receipts WHERE expires <= ? ORDER BY expires LIMIT ?)",
+            (self._clock(), _PURGE_STEP + changes),
+        )
+
+
+def _outcome(
+    connection: sqlite3.Connection, commit: Commit, present: Stamp | None, there: Mapping[tuple[int, bytes], Receipt]
+) -> Committed | Conflict | Missing | Duplicates:
+    if present is None:
+        return Missing()
+    keys = dict.fromkeys((present.incarnation, receipt.key) for receipt in commit.receipts)
+    if duplicates := tuple(there[key] for key in keys if key in there):
+        return Duplicates(duplicates)
+    if present != commit.expected:
+        return Conflict(
+            _record(connection, commit.name) if present.incarnation == commit.expected.incarnation else None
+        )
+    return Committed()
+
+
+def _gathering(
+    connection: sqlite3.Connection, incarnation: int, group: bytes, now: float, *, added: bool = False
+) -> Gathering | None:
+    there = (incarnation, group, now)
+    found = connection.execute(
+        "SELECT member, fingerprint, size FROM shards"
+        " WHERE incarnation = ? AND grp = ? AND expires > ? ORDER BY member",
+        there,
+    ).fetchall()
+    if not found:
+        return None
+    members = {member: fingerprint for member, fingerprint, _ in found}
+    opened: int = found[0][2]
+    parts: tuple[bytes, ...] = ()
+    if len(members) == opened:
+        rows = connection.execute(
+            "SELECT part FROM shards WHERE incarnation = ? AND grp = ? AND expires > ? ORDER BY member", there
+        )
+        parts = tuple(part for (part,) in rows)
+    return Gathering(opened, members, parts, added)
+
+
+def _stamp(connection: sqlite3.Connection, name: str) -> Stamp | None:
+    return statements.stamps(connection, [name]).get(name)
+
+
+def _record(connection: sqlite3.Connection, name: str) -> Record | None:
+    row = connection.execute(
+        "SELECT incarnation, version, commit_id, data FROM layers WHERE name = ?", (name,)
+    ).fetchone()
+    return None if row is None else Record(Stamp(*row[:3]), row[3])

@@ -1,0 +1,1 @@
+"""Layers in Valkey or Redis: one server, one with replicas, or a Cluster."""

@@ -1,0 +1,173 @@
+"""One connection to a server that was found fit for use, and what is wrong with those that are not."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import ssl
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, Protocol
+
+from valkey.asyncio.cluster import ClusterParser
+from valkey.asyncio.connection import Connection, SSLConnection
+from valkey.exceptions import AuthenticationError, ResponseError, ValkeyError
+from valkey.exceptions import TimeoutError as ValkeyTimeoutError
+
+from batchnorm_service.store.base import StoreRefusedError
+from batchnorm_service.store.valkey.address import Address, Node
+
+FAULTS: Final = (ValkeyError, OSError)  # a TimeoutError is an OSError
+"""What a connection may raise. `ResponseError`, one of them, is an answer: the connection goes on."""
+
+Command = Sequence[bytes | int]
+
+
+class _Connection(Protocol):
+    """What is used of valkey-py's connection, which has no types."""
+
+    async def connect(self) -> None: ...
+    async def disconnect(self, nowait: bool = False) -> None: ...
+    async def can_read_destructive(self) -> bool: ...
+    async def send_packed_command(self, command: Iterable[bytes], check_health: bool = True) -> None: ...
+    async def read_response(self) -> Any: ...
+    def pack_commands(self, commands: Iterable[Command]) -> list[bytes]: ...
+
+
+class Link:
+    """A connection. Whoever has it sends commands and reads as many answers; after anything else it is dropped.
+
+    Attributes:
+        node: the server at its other end.
+        keeps: whether the server writes what it acknowledges to a file before or soon after.
+    """
+
+    def __init__(self, connection: _Connection, node: Node) -> None:
+        self.node = node
+        self.keeps = False
+        self._connection = connection
+
+    async def send(self, commands: Iterable[Command]) -> None:
+        """Send commands in one go."""
+        await self._connection.send_packed_command(self._connection.pack_commands(commands), check_health=False)
+
+    async def reply(self) -> Any:
+        """The answer to the next of them. Raises what is in `FAULTS`."""
+        return await self._connection.read_response()
+
+    async def hung_up(self) -> bool:
+        """Whether the other side has closed the connection, as far as is known here."""
+        try:
+            return await self._connection.can_read_destructive()
+        except FAULTS:
+            return True
+
+    async def close(self) -> None:
+        """Close the connection in good order."""
+        with contextlib.suppress(*FAULTS):
+            await self._connection.disconnect()
+
+    async def drop(self) -> None:
+        """Close the connection at once, whatever state it is in."""
+        writer: asyncio.StreamWriter | None = getattr(self._connection, "_writer", None)
+        if writer is not None:  # a plain close would try to send first what is waiting, perhaps for ever
+            writer.transport.abort()
+        with contextlib.suppress(*FAULTS):
+            await self._connection.disconnect(nowait=True)
+
+
+class Dialer:
+    """Makes connections.
+
+    Args:
+        address: with user, password and so on.
+        timeout: seconds that connecting may take.
+    """
+
+    def __init__(self, address: Address, timeout: float) -> None:
+        self.address = address
+        self.timeout = timeout
+
+    async def dial(self, node: Node) -> Link:
+        """Connect to a server and see whether it can be used.
+
+        Raises:
+            StoreRefusedError: it cannot, with the reason in words.
+        """
+        link = Link(self._connection(node), node)
+        try:
+            async with asyncio.timeout(self.timeout):
+                await link.send([(b"INFO",)])
+                info = parse_info(await link.reply())
+        except FAULTS as error:
+            await link.drop()
+            raise StoreRefusedError(f"{node}: {in_words(error)}") from error
+        except BaseException:
+            await link.drop()
+            raise
+        if fault := unfit(info, cluster=self.address.cluster):
+            await link.close()
+            raise StoreRefusedError(f"{node} {fault}")
+        link.keeps = info.get("aof_enabled") == "1"
+        return link
+
+    def _connection(self, node: Node) -> _Connection:
+        address = self.address
+        options: dict[str, Any] = {
+            "host": node.host,
+            "port": node.port,
+            "db": address.database,
+            "username": address.user,
+            "password": address.password,
+            "client_name": "batchnorm-service",
+            "lib_name": None,  # each would be another round trip
+            "lib_version": None,
+            "parser_class": ClusterParser,  # knows all errors that the other does, and redirections
+            "socket_timeout": None,  # time limits are those of whoever has the link
+            "socket_connect_timeout": self.timeout,
+            "socket_keepalive": True,
+        }
+        if not address.tls:
+            return Connection(**options)  # type: ignore[no-untyped-call,no-any-return,unused-ignore]
+        return SSLConnection(  # type: ignore[no-untyped-call,no-any-return,unused-ignore]
+            ssl_cert_reqs="required", ssl_check_hostname=True, ssl_ca_certs=address.ca, **options
+        )
+
+
+def parse_info(text: bytes) -> dict[str, str]:
+    """What a server says of itself."""
+    pairs = (line.split(":", 1) for line in text.decode(errors="replace").splitlines())
+    return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
+
+
+def unfit(info: Mapping[str, str], *, cluster: bool) -> str | None:
+    """Why a server cannot be used: the rest of a sentence that begins with its name."""
+    version = info.get("redis_version", "0")  # Valkey says here which Redis it is compatible with
+    policy = info.get("maxmemory_policy", "noeviction")
+    clustered = info.get("cluster_enabled", "0") != "0"
+    faults = {
+        f"is Redis {version}; Redis 7.0 or any Valkey is needed": int(version.split(".")[0]) < 7,
+        "is still loading its data": info.get("loading", "0") != "0",
+        "is not in cluster mode: its URL is valkey://host:port/0": cluster and not clustered,
+        "is a node of a cluster: its URL is valkey+cluster://host:port": clustered and not cluster,
+        "is a replica: the URL must name its primary": not cluster and info.get("role") != "master",
+        f"evicts keys when its memory is full (maxmemory-policy {policy}): layers and receipts would be lost;"
+        " set maxmemory-policy to noeviction": policy != "noeviction",
+    }
+    return next((words for words, applies in faults.items() if applies), None)
+
+
+def in_words(error: BaseException) -> str:
+    """What went wrong, in few words and without anything that the user wrote in the URL."""
+    if isinstance(error, AuthenticationError):
+        return "a password is needed" if "required" in str(error) else "the server refuses the user or the password"
+    if isinstance(error, TimeoutError | ValkeyTimeoutError):
+        return "no answer in time"
+    if isinstance(error.__context__, ssl.SSLCertVerificationError):
+        return f"its certificate cannot be trusted: {error.__context__.verify_message}"
+    if isinstance(error.__context__, OSError) and (error.__context__.errno or 0) > 0:
+        return os.strerror(error.__context__.errno or 0).lower()
+    words = " ".join(str(error).split())[:200] or type(error).__name__
+    if isinstance(error, ResponseError) and type(error) is not ResponseError:  # valkey-py took the first word off
+        return f"{type(error).__name__.removesuffix('Error').upper()} {words}"
+    return words

@@ -1,0 +1,286 @@
+"""The scripts that run in the server: each reads and writes one bucket, atomically.
+
+All begin with `#!lua`, which makes the server refuse a script as a whole when it could not write (out of memory, a
+disk error, too few replicas, a replica instead of a primary) instead of stopping in its middle. Those that only read
+do not say so on purpose: a server that may not write, such as a primary that became a replica, must not answer reads
+either, for they would be stale. A stamp's numbers are compared as bytes, because Lua's have 53 bits.
+
+WAIT speaks of the last write on its own connection. What a repeat would write may be there already, by another try
+over another connection, and not be on the replicas yet. So where a WAIT follows, a script that finds it writes
+something all the same: a commit renews the receipts, the others write again what they found. (A write that leaves a
+value as it is, is replicated like any other.)
+
+A commit that loses a race is noted beside the record until it wins, and whoever wins is told how many wait. These
+notes go neither to replicas nor to the append-only file: they are a hint that nobody misses after a failover, and a
+commit that writes nothing must not wait for replicas or a disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from hashlib import sha1
+from string import Template
+from typing import Final
+
+from batchnorm_service.store.base import HEAD_BYTES, LOST_SECONDS
+from batchnorm_service.store.valkey.keys import STAMP_BYTES
+
+
+class Answer(IntEnum):
+    """What a script says first. `OTHER`: the record has another incarnation than the receipts' keys are for."""
+
+    MISSING = 0
+    CONFLICT = 1
+    DUPLICATES = 2
+    DONE = 3
+    EXISTS = 4
+    FULL = 5
+    OTHER = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A script of the server's.
+
+    Attributes:
+        source: in Lua.
+        writes: whether it may change anything that somebody relies on.
+        single: whether it reads what belongs to one record, the first of its keys, and writes nothing.
+        digest: by which the server knows it.
+    """
+
+    source: bytes
+    writes: bool = False
+    single: bool = False
+    digest: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        digest = sha1(self.source, usedforsecurity=False).hexdigest()
+        object.__setattr__(self, "digest", digest.encode())
+
+
+def _script(body: str, *, flags: str = "", writes: bool = False, single: bool = False) -> Script:
+    answers = {answer.name: answer.value for answer in Answer}
+    numbers = {"STAMP_BYTES": STAMP_BYTES, "HEAD_BYTES": HEAD_BYTES, "LOST_SECONDS": LOST_SECONDS}
+    lua = Template(body.strip()).substitute(answers, **numbers)
+    return Script(f"#!lua{flags}\n{lua}\n".encode(), writes, single)
+
+
+_ALLOW_OOM: Final = " flags=allow-oom"  # what needs no more memory goes on when there is none
+
+LOAD: Final = _script(
+    """
+-- KEYS: record. ARGV: a stamp, or nothing.
+local stamp = redis.call('GETRANGE', KEYS[1], 0, $STAMP_BYTES - 1)
+if stamp == '' then return $MISSING end
+if stamp == ARGV[1] then return $DONE end
+return redis.call('GET', KEYS[1])
+""",
+    flags=_ALLOW_OOM,
+    single=True,
+)
+
+HEAD: Final = _script(
+    """
+-- KEYS: record.
+return redis.call('GETRANGE', KEYS[1], 0, $STAMP_BYTES + $HEAD_BYTES - 1)
+""",
+    flags=_ALLOW_OOM,
+    single=True,
+)
+
+NAMES: Final = _script(
+    """
+-- KEYS: names. ARGV: from, to, how many.
+return redis.call('ZRANGE', KEYS[1], ARGV[1], ARGV[2], 'BYLEX', 'LIMIT', 0, ARGV[3])
+""",
+    flags=_ALLOW_OOM,
+)
+
+COUNT: Final = _script(
+    """
+-- KEYS: names.
+return redis.call('ZCARD', KEYS[1])
+""",
+    flags=_ALLOW_OOM,
+)
+
+CREATE: Final = _script(
+    """
+-- KEYS: record, names, floor. ARGV: incarnation, commit id, data, name, whether there is room, whether a WAIT follows.
+local present = redis.call('GET', KEYS[1])
+if present then
+    if ARGV[6] == '1' then redis.call('SETRANGE', KEYS[1], 0, string.sub(present, 1, $STAMP_BYTES)) end
+    return {$EXISTS, present}
+end
+if ARGV[5] == '0' then return {$FULL} end
+local high, low = 0, 0
+local floor = redis.call('GET', KEYS[3])
+if floor then high, low = struct.unpack('>I4I4', floor) end
+low = low + 1
+if low == 4294967296 then high, low = high + 1, 0 end
+local version = struct.pack('>I4I4', high, low)
+redis.call('SET', KEYS[1], ARGV[1] .. version .. ARGV[2] .. ARGV[3])
+redis.call('ZADD', KEYS[2], 0, ARGV[4])
+return {$DONE, version}
+""",
+    writes=True,
+)
+
+COMMIT: Final = _script(
+    """
+-- KEYS: record, losers, receipts. ARGV: expected stamp, the incarnation that the receipts' keys are for, their
+-- milliseconds, whether a WAIT follows, the new record or nothing, the receipts.
+local function now()
+    local time = redis.call('TIME')
+    return time[1] + time[2] / 1000000
+end
+local stamp = redis.call('GETRANGE', KEYS[1], 0, $STAMP_BYTES - 1)
+if stamp == '' then return {$MISSING} end
+if #KEYS > 2 and string.sub(stamp, 1, 8) ~= ARGV[2] then return {$OTHER, string.sub(stamp, 1, 8)} end
+local found = {$DUPLICATES}
+for i = 3, #KEYS do
+    local receipt = redis.call('GET', KEYS[i])
+    if receipt then
+        found[#found + 1] = i - 3
+        found[#found + 1] = receipt
+        if ARGV[4] == '1' then  -- one that was moved here may last longer than those that are made here
+            redis.call('PEXPIRE', KEYS[i], math.max(tonumber(ARGV[3]), redis.call('PTTL', KEYS[i])))
+        end
+    end
+end
+if #found > 1 then return found end
+if stamp ~= ARGV[1] then
+    if string.sub(stamp, 1, 8) ~= string.sub(ARGV[1], 1, 8) then return {$CONFLICT} end
+    if #KEYS > 2 then
+        redis.set_repl(redis.REPL_NONE)
+        redis.call('ZADD', KEYS[2], 'NX', now(), KEYS[3])
+        redis.call('PEXPIRE', KEYS[2], 1000 * $LOST_SECONDS)
+    end
+    return {$CONFLICT, redis.call('GET', KEYS[1])}
+end
+local rivals = 0
+if redis.call('EXISTS', KEYS[2]) == 1 then
+    redis.set_repl(redis.REPL_NONE)
+    for i = 3, #KEYS, 1000 do  -- Lua passes some thousands of arguments, not more
+        redis.call('ZREM', KEYS[2], unpack(KEYS, i, math.min(i + 999, #KEYS)))
+    end
+    redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now() - $LOST_SECONDS)
+    rivals = redis.call('ZCARD', KEYS[2])
+    redis.set_repl(redis.REPL_ALL)
+end
+if ARGV[5] ~= '' then redis.call('SET', KEYS[1], ARGV[5]) end
+for i = 3, #KEYS do redis.call('SET', KEYS[i], ARGV[3 + i], 'PX', ARGV[3]) end
+return {$DONE, rivals}
+""",
+    writes=True,
+)
+
+_FIND: Final = """
+-- KEYS: record, receipts. ARGV: incarnation, whether a WAIT follows.
+if redis.call('GETRANGE', KEYS[1], 0, 7) ~= ARGV[1] then return {$MISSING} end
+local found = {$DONE}
+for i = 2, #KEYS do
+    local receipt = redis.call('GET', KEYS[i])
+    if receipt then
+        found[#found + 1] = i - 2
+        found[#found + 1] = receipt
+        local left = redis.call('PTTL', KEYS[i])
+        if ARGV[2] == '1' and left >= 0 then redis.call('PEXPIRE', KEYS[i], math.max(left, 1)) end
+    end
+end
+return found
+"""
+FIND: Final = _script(_FIND, flags=_ALLOW_OOM, single=True)
+FIND_AND_WAIT: Final = _script(_FIND, flags=_ALLOW_OOM, writes=True)
+
+DELETE: Final = _script(
+    """
+-- KEYS: record, names, floor. ARGV: expected stamp, name, whether a WAIT follows.
+local stamp = redis.call('GETRANGE', KEYS[1], 0, $STAMP_BYTES - 1)
+local floor = redis.call('GET', KEYS[3])
+if stamp ~= ARGV[1] then
+    -- Deleted by another try? Then there is a floor.
+    if floor and ARGV[3] == '1' then redis.call('SETRANGE', KEYS[3], 0, floor) end
+    if stamp == '' then return {$MISSING} end
+    return {$CONFLICT}
+end
+local version = string.sub(stamp, 9, 16)
+local high, low = struct.unpack('>I4I4', version)
+local floor_high, floor_low = -1, 0
+if floor then floor_high, floor_low = struct.unpack('>I4I4', floor) end
+if high > floor_high or (high == floor_high and low > floor_low) then redis.call('SET', KEYS[3], version) end
+redis.call('UNLINK', KEYS[1])
+redis.call('ZREM', KEYS[2], ARGV[2])
+return {$DONE}
+""",
+    flags=_ALLOW_OOM,
+    writes=True,
+)
+
+# Not among those that write, the next two neither: a repeat settles what became of them, and what a group comes to is
+# in the receipt that closes it.
+JOIN: Final = _script(
+    """
+-- KEYS: record, fingerprints by member and the group's size, parts by member, calls by member. ARGV: incarnation,
+-- member, size, fingerprint, part, milliseconds, call.
+if redis.call('GETRANGE', KEYS[1], 0, 7) ~= ARGV[1] then return {$MISSING} end
+local size = redis.call('HGET', KEYS[2], 'size') or ARGV[3]
+local count = math.max(redis.call('HLEN', KEYS[2]) - 1, 0)
+local added = 0
+if size == ARGV[3] and count < tonumber(size) and redis.call('HEXISTS', KEYS[2], ARGV[2]) == 0 then
+    redis.call('HSET', KEYS[2], ARGV[2], ARGV[4], 'size', size)
+    redis.call('HSET', KEYS[3], ARGV[2], ARGV[5])
+    redis.call('HSET', KEYS[4], ARGV[2], ARGV[7])
+    redis.call('PEXPIRE', KEYS[4], ARGV[6])
+    if count == 0 then
+        redis.call('PEXPIRE', KEYS[2], ARGV[6])
+        redis.call('PEXPIRE', KEYS[3], ARGV[6])
+    end
+    count = count + 1
+end
+if redis.call('HGET', KEYS[4], ARGV[2]) == ARGV[7] then added = 1 end  -- by this call, now or before its reply was lost
+local parts = {}
+if count == tonumber(size) then parts = redis.call('HGETALL', KEYS[3]) end
+return {$DONE, added, redis.call('HGETALL', KEYS[2]), parts}
+"""
+)
+
+LEAVE: Final = _script(
+    """
+-- KEYS: as those of a group in JOIN. ARGV: member, or nothing for all.
+if ARGV[1] ~= '' then
+    redis.call('HDEL', KEYS[1], ARGV[1])
+    redis.call('HDEL', KEYS[2], ARGV[1])
+    redis.call('HDEL', KEYS[3], ARGV[1])
+end
+if ARGV[1] == '' or redis.call('HLEN', KEYS[1]) < 2 then redis.call('UNLINK', KEYS[1], KEYS[2], KEYS[3]) end
+return $DONE
+""",
+    flags=_ALLOW_OOM,
+)
+
+REMEMBER: Final = _script(
+    """
+-- KEYS: record, receipts. ARGV: incarnation, then the milliseconds and the bytes of each receipt.
+if redis.call('GETRANGE', KEYS[1], 0, 7) ~= ARGV[1] then return $MISSING end
+for i = 2, #KEYS do
+    if not redis.call('SET', KEYS[i], ARGV[2 * i - 1], 'PX', ARGV[2 * i - 2], 'NX') then
+        redis.call('PEXPIRE', KEYS[i], redis.call('PTTL', KEYS[i]))  -- for a WAIT
+    end
+end
+return $DONE
+""",
+    writes=True,
+)
+
+# Whoever comes next notes it again, so no replica need have it.
+SCHEMA: Final = _script(
+    """
+-- KEYS: schema. ARGV: the version to note where there is none.
+redis.call('TIME')  -- a user that may not ask for it is to be refused now, and not at the first lost race
+redis.call('SET', KEYS[1], ARGV[1], 'NX')
+return redis.call('GET', KEYS[1])
+"""
+)

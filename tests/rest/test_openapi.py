@@ -1,0 +1,156 @@
+"""The OpenAPI document has every call of the contract, and says what an answer can be."""
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from batchnorm_client.wire.documents import JSON, NPY, PROBLEM_JSON, SAFETENSORS, LayerConfig, LayerUpdate
+from batchnorm_client.wire.errors import PROBLEMS
+
+pytestmark = pytest.mark.anyio
+
+CALLS = {
+    "/v1/layers": {"get"},
+    "/v1/layers/{name}": {"put", "get", "patch", "delete"},
+    "/v1/layers/{name}/reset": {"post"},
+    "/v1/layers/{name}/state": {"get", "put"},
+    "/v1/layers/{name}/train": {"post"},
+    "/v1/layers/{name}/eval": {"post"},
+    "/v1/layers/{name}/inverse": {"post"},
+    "/v1/layers/{name}/backward": {"post"},
+    "/v1/layers/{name}/moments": {"post"},
+    "/v1/moments": {"post"},
+    "/": {"get"},
+    "/healthz": {"get"},
+    "/readyz": {"get"},
+    "/problems": {"get"},
+    "/problems/{problem}": {"get"},
+}
+
+
+@pytest.fixture
+async def document(client):
+    return (await client.get("/openapi.json")).json()
+
+
+def operations(document):
+    return [operation for operations in document["paths"].values() for operation in operations.values()]
+
+
+async def test_every_call_is_there(document):
+    assert {path: set(operations) for path, operations in document["paths"].items()} == CALLS
+
+
+async def test_every_operation_is_described(document):
+    identifiers = [operation["operationId"] for operation in operations(document)]
+    assert len(set(identifiers)) == len(identifiers)
+    for operation in operations(document):
+        assert operation["summary"]
+        assert operation["tags"]
+        assert {"500", "503", "default"} <= set(operation["responses"])
+
+
+async def test_every_problem_is_there(document):
+    examples = set()
+    for operation in operations(document):
+        for status, response in operation["responses"].items():
+            for name, example in response.get("content", {}).get(PROBLEM_JSON, {}).get("examples", {}).items():
+                examples.add(name)
+                assert status == str(PROBLEMS[name].status) == str(example["value"]["status"])
+    # A document of paths that exist has no place for those two, besides the schema and each `default` answer.
+    assert examples | {"not-found", "method-not-allowed"} == set(PROBLEMS)
+    assert set(document["components"]["schemas"]["ProblemDocument"]["properties"]["type"]["enum"]) == {
+        f"/problems/{name}" for name in PROBLEMS
+    }
+
+
+@pytest.mark.parametrize("call", ["train", "eval"])
+async def test_the_hot_calls_have_all_three_forms(document, call):
+    operation = document["paths"][f"/v1/layers/{{name}}/{call}"]["post"]
+    assert set(operation["requestBody"]["content"]) == {JSON, NPY, SAFETENSORS}
+    answer = operation["responses"]["200"]
+    assert set(answer["content"]) == {JSON, NPY, SAFETENSORS}
+    assert all(form["schema"] for form in answer["content"].values())
+    headers = {"X-Request-ID", "ETag", "Batchnorm-Version", "Num-Batches-Tracked"}
+    assert set(answer["headers"]) == headers | ({"Idempotent-Replay"} if call == "train" else set())
+    parameters = {parameter["name"] for parameter in operation["parameters"]}
+    of_train = {"Idempotency-Key", "group", "size", "timeout"} if call == "train" else set()
+    assert parameters == {"name", "statistics", "X-Request-ID"} | of_train
+
+
+async def test_every_reference_leads_somewhere(document):
+    def walk(node):
+        if isinstance(node, dict):
+            if isinstance(node.get("$ref"), str):
+                _, components, kind, name = node["$ref"].split("/")
+                assert name in document[components][kind]
+            node = list(node.values())
+        if isinstance(node, list):
+            for child in node:
+                walk(child)
+
+    walk(document)
+
+
+async def test_a_default_is_what_the_service_takes_for_an_absent_field(document):
+    """`momentum` had none: clients made from the document sent null, and got a cumulative average in silence."""
+    config = document["components"]["schemas"]["LayerConfig"]
+    for name, field in config["properties"].items():
+        assert ("default" in field) == (name not in config["required"])
+        if "default" in field:
+            assert field["default"] == getattr(LayerConfig(num_features=1), name)
+
+
+async def test_creating_a_layer_is_shown_for_both_kinds_of_statistics(document):
+    """A population layer takes no momentum but null, and a client that sends the default has to say so."""
+    body = document["paths"]["/v1/layers/{name}"]["put"]["requestBody"]["content"][JSON]
+    examples = document["components"]["examples"]
+    assert body["examples"] == {name: {"$ref": f"#/components/examples/{name}"} for name in examples}
+    for name in ("moving", "population"):
+        assert LayerConfig.model_validate(examples[name]["value"]).statistics == name
+    assert examples["population"]["value"]["momentum"] is None
+
+
+async def test_an_update_has_no_defaults_and_null_only_where_it_is_taken(document):
+    fields = document["components"]["schemas"]["LayerUpdate"]["properties"]
+    for name, field in fields.items():
+        assert "default" not in field
+        if {"type": "null"} in field.get("anyOf", []):
+            LayerUpdate.model_validate({name: None})
+        else:
+            with pytest.raises(ValidationError, match="must not be null"):
+                LayerUpdate.model_validate({name: None})
+
+
+async def test_a_query_parameter_is_never_null(document):
+    for operation in operations(document):
+        for parameter in operation.get("parameters", []):
+            assert "null" not in json.dumps(parameter)
+
+
+async def test_no_schema_refers_to_itself(document):
+    """openapi-python-client leaves out every call that uses such a schema."""
+    schemas = document["components"]["schemas"]
+
+    def walk(node, above):
+        if isinstance(node, dict):
+            if name := node.get("$ref", "").removeprefix("#/components/schemas/"):
+                assert name not in above
+                walk(schemas[name], {*above, name})
+            for child in node.values():
+                walk(child, above)
+        if isinstance(node, list):
+            for child in node:
+                walk(child, above)
+
+    for name, schema in schemas.items():
+        walk(schema, {name})
+
+
+@pytest.mark.parametrize("call", ["train", "eval", "inverse", "backward", "moments", "state"])
+async def test_a_call_with_tensors_lists_the_form_that_it_answers_in_by_default_first(document, call):
+    """A generated client reads the first form that it can; of GET state that is safetensors."""
+    method = "get" if call == "state" else "post"
+    content = document["paths"][f"/v1/layers/{{name}}/{call}"][method]["responses"]["200"]["content"]
+    assert next(iter(content)) == (SAFETENSORS if call == "state" else JSON)
