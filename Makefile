@@ -16,10 +16,10 @@ help: ## list the targets
 run: $(VENV)/service.stamp ## start the service on 127.0.0.1:8000
 	@exec $(BIN)/batchnorm-service serve $(ARGS)
 
-test: check $(GENERATORS)/generators.stamp ## lint, types, arrows, and every test with coverage
+test: check $(GENERATORS)/generators.stamp ## lint, types, dependency rules, and every test with coverage
 	$(BIN)/pytest --numprocesses 2 --dist worksteal --cov --cov-report term $(ARGS)
 
-check: $(VENV)/dev.stamp ## lint, types and arrows only
+check: $(VENV)/dev.stamp ## lint, types and dependency rules only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=client:service $(BIN)/mypy

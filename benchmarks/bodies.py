@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from batchnorm_client.wire.documents import JSON, SAFETENSORS
+from batchnorm_client.wire.media_types import JSON, SAFETENSORS
 from batchnorm_client.wire.tensors import Tensor, encode
 from benchmarks.load import request
 

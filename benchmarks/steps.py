@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from uvicorn.server import ServerState
 
-from batchnorm_client.wire.documents import SAFETENSORS, LayerConfig
+from batchnorm_client.wire.documents import LayerConfig
+from batchnorm_client.wire.media_types import SAFETENSORS
 from batchnorm_client.wire.tensors import decode
 from batchnorm_service.app import create_app
 from batchnorm_service.engine import normalize, tensors
@@ -34,20 +35,20 @@ _ROUNDS, _CALLS = 60, 200
 async def steps(directory: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     """The steps by name, each ready to be called again and again."""
     settings = Settings(store=f"sqlite:///{directory}/layers.db")
-    shell = create_app(settings)
-    async with shell.app.router.lifespan_context(shell.app):
-        layers = shell.app.state.layers
+    gateway = create_app(settings)
+    async with gateway.app.router.lifespan_context(gateway.app):
+        layers = gateway.app.state.layers
         await layers.create("bench", LayerConfig(num_features=bodies.CHANNELS))
         body = bytearray(bodies.safetensors(8 * bodies.KIB))
         request = bodies.call("bench", "eval", bytes(body))
         loop = _Loop()
-        config = uvicorn_config(settings, shell, lifespan="off")
+        config = uvicorn_config(settings, gateway, lifespan="off")
         protocol = Protocol(config, ServerState(), {}, loop)  # type: ignore[arg-type]
         transport = _Transport()
         protocol.connection_made(transport)  # type: ignore[arg-type]
         wire = decode(SAFETENSORS, body, {"input": "float32"})["input"]
         await layers.batches.eval("bench", lambda _: {"input": wire})
-        held = records.decode(await shell.app.state.store.load("bench"))
+        held = records.decode(await gateway.app.state.store.load("bench"))
         batch = tensors.to_torch(wire)
         output, step = normalize.eval_step(held.state, batch), normalize.train_step(held.state, batch)
         folded = held.next(statistics.fold(held.state, step.moments))

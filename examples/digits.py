@@ -16,7 +16,8 @@ from rich.table import Table
 from server import server
 from sklearn.datasets import load_digits
 
-from batchnorm_client.wire.documents import IDEMPOTENCY_KEY, NPY
+from batchnorm_client.wire.headers import IDEMPOTENCY_KEY
+from batchnorm_client.wire.media_types import NPY
 
 BATCH_SIZE = 64
 LAYER = "/v1/layers/digits"

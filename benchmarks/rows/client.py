@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import httpx
 
 from batchnorm_client import Client
-from batchnorm_client.wire.documents import SAFETENSORS
+from batchnorm_client.wire.media_types import SAFETENSORS
 from benchmarks.bench import Bench
 from benchmarks.bodies import KIB, batch, safetensors
 from benchmarks.figures import Row, Target, in_turns, ratio

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from batchnorm_client.arrays import A, to_numpy, to_torch
 from batchnorm_client.core import Attempts, Request, Retry, calls, local
-from batchnorm_client.core.shards import Shard
+from batchnorm_client.core.group_member import GroupMember
 from batchnorm_client.options import HttpOptions, LayerChanges, LayerOptions, Mode, What
 from batchnorm_client.results import EvalResult, FoldResult, Gradients, TrainResult
 from batchnorm_client.wire.documents import Layer, LayerSummary
@@ -52,13 +52,13 @@ class AsyncClient:
 
         # httpx takes longer to import than this whole package
         from batchnorm_client.transport.pools import AsyncConnections  # noqa: PLC0415
-        from batchnorm_client.transport.requests import Link  # noqa: PLC0415
+        from batchnorm_client.transport.requests import ServiceEndpoint  # noqa: PLC0415
 
         self._sleep = anyio.sleep
         self._in_thread = anyio.to_thread.run_sync
-        link = Link(base_url, token, http, options)
-        self._base_url = link.base
-        self._connections = AsyncConnections(link, http)
+        endpoint = ServiceEndpoint(base_url, token, http, options)
+        self._base_url = endpoint.base
+        self._connections = AsyncConnections(endpoint, http)
         self._retry = retry or Retry()
 
     @property
@@ -152,7 +152,7 @@ class AsyncRemoteLayer:
         timeout: float | None = None,  # noqa: ASYNC109 - the service's, which answers when it is over
     ) -> TrainResult[A]:
         """As `RemoteLayer.train`. Calls that run at the same time count in the order of their commits."""
-        shard = Shard.of(group, size, timeout)
+        shard = GroupMember.of(group, size, timeout)
         return await self._client._call(calls.train(self.name, x, key=key, statistics=statistics, shard=shard))
 
     async def train_local(
@@ -166,7 +166,7 @@ class AsyncRemoteLayer:
         timeout: float | None = None,  # noqa: ASYNC109
     ) -> TrainResult[A]:
         """As `RemoteLayer.train_local`; the arithmetic runs in a thread."""
-        state, shard = await self._state(), Shard.of(group, size, timeout)
+        state, shard = await self._state(), GroupMember.of(group, size, timeout)
         in_thread = self._client._in_thread
         step = await in_thread(local.train_step, state, x) if shard is None else None
         moments = await in_thread(local.shard_moments, state, x) if step is None else step.moments
@@ -185,7 +185,7 @@ class AsyncRemoteLayer:
         timeout: float | None = None,  # noqa: ASYNC109
     ) -> FoldResult:
         """As `RemoteLayer.fold_moments`."""
-        shard = Shard.of(group, size, timeout)
+        shard = GroupMember.of(group, size, timeout)
         return await self._client._call(calls.fold_moments(self.name, (count, mean, var), key=key, shard=shard))
 
     async def eval(self, x: A, *, statistics: bool = False) -> EvalResult[A]:
@@ -213,7 +213,7 @@ class AsyncRemoteLayer:
         timeout: float | None = None,  # noqa: ASYNC109
     ) -> Gradients[A]:
         """As `RemoteLayer.backward`."""
-        shard = Shard.of(group, size, timeout)
+        shard = GroupMember.of(group, size, timeout)
         return await self._client._call(calls.backward(self.name, x, grad_output, mode=mode, key=key, shard=shard))
 
     async def inspect(self) -> Layer:

@@ -78,11 +78,11 @@ class Client:
     ) -> None:
         # httpx takes longer to import than this whole package
         from batchnorm_client.transport.pools import Connections  # noqa: PLC0415
-        from batchnorm_client.transport.requests import Link  # noqa: PLC0415
+        from batchnorm_client.transport.requests import ServiceEndpoint  # noqa: PLC0415
 
-        link = Link(base_url, token, http, options)
-        self._base_url = link.base
-        self._connections = Connections(link, http)
+        endpoint = ServiceEndpoint(base_url, token, http, options)
+        self._base_url = endpoint.base
+        self._connections = Connections(endpoint, http)
         self._retry = retry or Retry()
 
     @property

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from batchnorm_client.arrays import A, to_numpy, to_torch
 from batchnorm_client.core import calls, local
-from batchnorm_client.core.shards import Shard
+from batchnorm_client.core.group_member import GroupMember
 from batchnorm_client.options import LayerChanges, Mode, What
 from batchnorm_client.results import EvalResult, FoldResult, Gradients, TrainResult
 from batchnorm_client.wire.documents import Layer
@@ -72,7 +72,7 @@ class RemoteLayer:
             PayloadTooLarge: the batch is larger than the service takes.
             TypeError: `x` is no array, or has a dtype that does not travel.
         """
-        shard = Shard.of(group, size, timeout)
+        shard = GroupMember.of(group, size, timeout)
         return self._client._call(calls.train(self.name, x, key=key, statistics=statistics, shard=shard))
 
     def train_local(
@@ -103,7 +103,7 @@ class RemoteLayer:
         Raises:
             As `train`, but a shard whose output overflows is found after the group was folded.
         """
-        state, shard = self._state(), Shard.of(group, size, timeout)
+        state, shard = self._state(), GroupMember.of(group, size, timeout)
         step = local.train_step(state, x) if shard is None else None
         moments = local.shard_moments(state, x) if step is None else step.moments
         done = self._client._call(calls.fold_moments(self.name, moments, key=key, shard=shard))
@@ -134,7 +134,7 @@ class RemoteLayer:
         Raises:
             As `train`.
         """
-        shard = Shard.of(group, size, timeout)
+        shard = GroupMember.of(group, size, timeout)
         return self._client._call(calls.fold_moments(self.name, (count, mean, var), key=key, shard=shard))
 
     def eval(self, x: A, *, statistics: bool = False) -> EvalResult[A]:
@@ -202,7 +202,7 @@ class RemoteLayer:
             GroupIncomplete, GroupClosed, GroupMismatch: as for `train`.
             InvalidRequest: a group in eval mode, or of a layer that clips.
         """
-        shard = Shard.of(group, size, timeout)
+        shard = GroupMember.of(group, size, timeout)
         return self._client._call(calls.backward(self.name, x, grad_output, mode=mode, key=key, shard=shard))
 
     def inspect(self) -> Layer:

@@ -10,14 +10,14 @@ from fastapi import FastAPI
 from pydantic import SecretStr
 
 from batchnorm_service.layers import Layers, LayersOptions
-from batchnorm_service.rest import ApiOptions, Shell, build_api
+from batchnorm_service.rest import ApiOptions, Gateway, build_api
 from batchnorm_service.rest.security import Guard
 from batchnorm_service.settings import Settings
 from batchnorm_service.store.base import Store
 from batchnorm_service.store.registry import store_from_url
 
 
-def create_app(settings: Settings | None = None, store: Store | None = None) -> Shell:
+def create_app(settings: Settings | None = None, store: Store | None = None) -> Gateway:
     """The service as an ASGI application. Its lifespan opens the store and the layers, and closes them.
 
     Args:
@@ -55,7 +55,7 @@ def create_app(settings: Settings | None = None, store: Store | None = None) -> 
         finally:
             await store.close()
 
-    shell = build_api(
+    gateway = build_api(
         layers,
         ApiOptions(
             max_body_bytes=settings.max_body_bytes,
@@ -68,8 +68,8 @@ def create_app(settings: Settings | None = None, store: Store | None = None) -> 
         ),
         lifespan,
     )
-    shell.app.state.settings, shell.app.state.store, shell.app.state.layers = settings, store, layers
-    return shell
+    gateway.app.state.settings, gateway.app.state.store, gateway.app.state.layers = settings, store, layers
+    return gateway
 
 
 def make_store(settings: Settings) -> Store:

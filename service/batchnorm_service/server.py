@@ -16,7 +16,7 @@ import uvicorn
 from batchnorm_service.app import create_app
 from batchnorm_service.fast_path.protocol import Protocol
 from batchnorm_service.memory import settle_memory
-from batchnorm_service.rest import Shell
+from batchnorm_service.rest import Gateway
 from batchnorm_service.settings import Settings
 
 BACKLOG = 2048
@@ -66,16 +66,16 @@ def run(settings: Settings, announce: Announce) -> None:
     """
     configure_logging(settings)
     with listen(settings.host, settings.port) as listener:
-        shell = create_app(settings)
+        gateway = create_app(settings)
         # `_serve` runs the lifespan: an error there is to reach the caller, not uvicorn's log.
-        config = uvicorn_config(settings, shell, lifespan="off")
+        config = uvicorn_config(settings, gateway, lifespan="off")
         url = address(settings, listener)
-        server = Server(config, lambda: announce(url, settings, shell.app.state.store.url))
+        server = Server(config, lambda: announce(url, settings, gateway.app.state.store.url))
         with _signals(server), asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-            runner.run(_serve(server, shell, listener))
+            runner.run(_serve(server, gateway, listener))
 
 
-def uvicorn_config(settings: Settings, app: Shell | Callable[[], Shell], **options: Any) -> uvicorn.Config:
+def uvicorn_config(settings: Settings, app: Gateway | Callable[[], Gateway], **options: Any) -> uvicorn.Config:
     """How uvicorn serves `app`."""
     return uvicorn.Config(
         app,
@@ -108,8 +108,8 @@ def _signals(server: Server) -> Generator[None, None, None]:
             signal.signal(number, signal.SIG_IGN)
 
 
-async def _serve(server: Server, shell: Shell, listener: socket.socket) -> None:
-    async with shell.app.router.lifespan_context(shell.app):
+async def _serve(server: Server, gateway: Gateway, listener: socket.socket) -> None:
+    async with gateway.app.router.lifespan_context(gateway.app):
         if not server.should_exit:
             await server.serve(sockets=[listener])
 

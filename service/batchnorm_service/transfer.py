@@ -15,8 +15,8 @@ from batchnorm_service.store.base import (
     Committed,
     Exists,
     Full,
-    Lasting,
     Missing,
+    ReceiptWithTTL,
     Record,
     Stamp,
     Store,
@@ -203,7 +203,7 @@ class _Migration:
             self._progress("receipts", done, None)
         self._progress("receipts", done, done)
 
-    async def _remember(self, name: str, incarnation: int, receipts: Sequence[Lasting]) -> None:
+    async def _remember(self, name: str, incarnation: int, receipts: Sequence[ReceiptWithTTL]) -> None:
         began = asyncio.get_running_loop().time()
         await self._target.remember(name, incarnation, receipts)
         told = await self._target.find_receipts(name, incarnation, [each.receipt.key for each in receipts])
@@ -214,8 +214,8 @@ class _Migration:
         self._report.receipts += len(found)
 
 
-def _by_incarnation(page: Iterable[Lasting]) -> dict[int, list[Lasting]]:
-    found: defaultdict[int, list[Lasting]] = defaultdict(list)
+def _by_incarnation(page: Iterable[ReceiptWithTTL]) -> dict[int, list[ReceiptWithTTL]]:
+    found: defaultdict[int, list[ReceiptWithTTL]] = defaultdict(list)
     for each in page:
         found[each.incarnation].append(each)
     return found

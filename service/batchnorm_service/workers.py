@@ -14,7 +14,7 @@ from uvicorn.supervisors.multiprocess import Multiprocess, Process
 
 from batchnorm_service.app import create_app, make_store
 from batchnorm_service.memory import settle_memory
-from batchnorm_service.rest import Shell
+from batchnorm_service.rest import Gateway
 from batchnorm_service.server import Announce, address, configure_logging, listen, uvicorn_config
 from batchnorm_service.settings import Settings
 from batchnorm_service.store.base import Store, StoreError, StoreLostError
@@ -152,13 +152,13 @@ class Supervisor(Multiprocess):
         self.should_exit.set()
 
 
-def worker(files: FileIds) -> Shell:
+def worker(files: FileIds) -> Gateway:
     """The application of one worker, on those files of an SQLite store and no others."""
     settings = Settings()
     configure_logging(settings)
     store = make_store(settings)
     if isinstance(store, SqliteStore):
         store.files.expected = files
-    shell = create_app(settings, store)
+    gateway = create_app(settings, store)
     settle_memory()
-    return shell
+    return gateway

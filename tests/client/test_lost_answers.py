@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from batchnorm_client import ConnectionFailed, NoAnswer, Overloaded, TimedOut, UnexpectedAnswer, VersionMismatch
-from batchnorm_client.wire.documents import IDEMPOTENCY_KEY
+from batchnorm_client.wire.headers import IDEMPOTENCY_KEY
 
 BATCH = np.array([[1, 2, 3], [4, 5, 7], [-1, 0, 2]], np.float32)
 FAULTS = ["unheard", "lost", "refused", 502, 503, 504]

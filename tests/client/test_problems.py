@@ -9,13 +9,13 @@ import httpx
 import pytest
 
 from batchnorm_client import PROBLEMS, LayerNotFound, MethodNotAllowed, NotFound, Overloaded, UnexpectedAnswer
-from batchnorm_client.core import Answer
+from batchnorm_client.core import Response
 from batchnorm_client.core.problems import error_of
 
 
 def answer(status, document=None, *, body=None, media_type="application/problem+json", **headers):
     headers = {"content-type": media_type, **{name.replace("_", "-"): value for name, value in headers.items()}}
-    return Answer(status, headers, json.dumps(document).encode() if body is None else body)
+    return Response(status, headers, json.dumps(document).encode() if body is None else body)
 
 
 def test_no_problem_of_the_service_is_unmapped(url):
@@ -75,9 +75,9 @@ def test_the_services_own_problems(client, url, name):
         client.layer(name).inspect()
     assert raised.value.request_id
     found = httpx.get(f"{url}/nowhere")
-    assert type(error_of(Answer(found.status_code, found.headers, found.content))) is NotFound
+    assert type(error_of(Response(found.status_code, found.headers, found.content))) is NotFound
     found = httpx.delete(f"{url}/v1/layers")
-    error = error_of(Answer(found.status_code, found.headers, found.content))
+    error = error_of(Response(found.status_code, found.headers, found.content))
     assert isinstance(error, MethodNotAllowed)
     assert error.fields["got"] == "DELETE"
 

@@ -12,12 +12,12 @@ from batchnorm_client import (
     TimedOut,
     UnexpectedAnswer,
 )
-from batchnorm_client.core import Answer, Attempts, Request
+from batchnorm_client.core import Attempts, Request, Response
 from batchnorm_client.wire.errors import PROBLEMS
 
 NEW = Request("POST", "/v1/layers/bn/train", lambda answer: answer.status)
 READ = Request("GET", "/v1/layers/bn", lambda answer: answer.status, reads=True)
-ONCE = Request("DELETE", "/v1/layers/bn", lambda answer: answer.status, repeat_in_doubt=False)
+ONCE = Request("DELETE", "/v1/layers/bn", lambda answer: answer.status, repeat_if_unknown=False)
 
 
 class Clock:
@@ -168,7 +168,7 @@ def test_a_follow_up_that_finds_nothing_is_the_end(clock):
     assert attempts.request is follow_up
     assert attempts.pause(refused()) > 0
     with pytest.raises(ConnectionFailed):
-        attempts.receive(Answer(200, {}, b""))
+        attempts.receive(Response(200, {}, b""))
     with pytest.raises(ConnectionFailed) as raised:
         attempts.pause(first)
     assert raised.value is first
@@ -177,10 +177,10 @@ def test_a_follow_up_that_finds_nothing_is_the_end(clock):
 
 def test_errors_are_read_before_results(clock):
     attempts = Attempts(READ, Retry(), clock)
-    assert attempts.receive(Answer(200, {}, b"")) == 200
+    assert attempts.receive(Response(200, {}, b"")) == 200
     body = b'{"type": "/problems/layer-not-found", "detail": "none"}'
     with pytest.raises(LayerNotFound, match="none"):
-        attempts.receive(Answer(404, {"content-type": "application/problem+json"}, body))
+        attempts.receive(Response(404, {"content-type": "application/problem+json"}, body))
 
 
 @pytest.mark.parametrize(
@@ -212,5 +212,5 @@ def test_what_is_tried_again_without_a_deadline_is_told(clock, caplog):
 
 
 def test_a_first_try_that_is_answered_says_nothing(clock, caplog):
-    Attempts(READ, Retry(), clock).receive(Answer(200, {}, b""))
+    Attempts(READ, Retry(), clock).receive(Response(200, {}, b""))
     assert not caplog.records

@@ -11,7 +11,7 @@ import pytest
 
 from batchnorm_client import AsyncClient, Client, ConnectionFailed, Retry, TimedOut, UnexpectedAnswer
 from batchnorm_client.core import Attempts, Request
-from batchnorm_client.transport.requests import BLOCK, TIMEOUT, Link
+from batchnorm_client.transport.requests import BLOCK, TIMEOUT, ServiceEndpoint
 
 BATCH = np.array([[1, 2, 3], [4, 5, 7]], np.float32)
 HEADER = b'{"output":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}}     '
@@ -91,7 +91,7 @@ def test_httpx_options(connect):
     connect("http://h", timeout=7, limits=httpx.Limits(max_connections=1), trust_env=False, verify=False)
     for options, expected in (({"timeout": 7}, httpx.Timeout(7)), ({}, httpx.Timeout(30, connect=5))):
         attempts = Attempts(Request("GET", "/", lambda _: None), Retry(deadline=None))
-        outgoing = Link("http://h", None, None, options).outgoing(attempts)
+        outgoing = ServiceEndpoint("http://h", None, None, options).outgoing(attempts)
         assert outgoing.extensions["timeout"] == expected.as_dict()
 
 
@@ -115,9 +115,9 @@ def test_a_path_below_the_host(connect):
 def test_large_bodies_go_in_blocks_without_a_copy(connect, size):
     pieces = [b"head", memoryview(np.zeros(size, np.uint8))]
     with httpx.Client() as http:
-        link = Link("http://h", None, http, {})
+        endpoint = ServiceEndpoint("http://h", None, http, {})
         request = Request("POST", "/", lambda _: None, pieces=pieces)
-        outgoing = link.outgoing(Attempts(request, Retry()))
+        outgoing = endpoint.outgoing(Attempts(request, Retry()))
     blocks = list(outgoing.stream)
     assert b"".join(blocks) == b"".join(pieces)
     assert outgoing.headers["content-length"] == str(size + 4)
@@ -140,9 +140,9 @@ def test_large_bodies_go_in_blocks_without_a_copy(connect, size):
     ],
 )
 def test_a_client_that_is_made_here_sends_what_httpx_would(base, token, method, headers, pieces):
-    link = Link(base, token, None, {})
+    endpoint = ServiceEndpoint(base, token, None, {})
     request = Request(method, "/a?b=c", lambda _: None, headers=headers, pieces=pieces)
-    outgoing = link.outgoing(Attempts(request, Retry(deadline=None)))
+    outgoing = endpoint.outgoing(Attempts(request, Retry(deadline=None)))
     sent = []
 
     def handle(request):
@@ -150,7 +150,9 @@ def test_a_client_that_is_made_here_sends_what_httpx_would(base, token, method, 
         return httpx.Response(200)
 
     with httpx.Client(transport=httpx.MockTransport(handle), timeout=TIMEOUT) as http:
-        http.request(method, f"{base}/a?b=c", content=b"".join(pieces) or None, headers={**link._headers, **headers})
+        http.request(
+            method, f"{base}/a?b=c", content=b"".join(pieces) or None, headers={**endpoint._headers, **headers}
+        )
     (theirs,) = sent
     theirs.headers.pop("connection")  # what HTTP/1.1 does anyway
     assert (outgoing.method, outgoing.url) == (theirs.method, theirs.url)
@@ -176,11 +178,11 @@ def test_a_client_that_is_made_here_keeps_no_cookies(connect, listen):
 
 def test_timeouts_end_at_the_deadline():
     with httpx.Client(timeout=httpx.Timeout(30, connect=None)) as http:
-        link = Link("http://h", None, http, {})
+        endpoint = ServiceEndpoint("http://h", None, http, {})
         request = Request("GET", "/", lambda _: None)
 
         def timeouts(deadline):
-            return link.outgoing(Attempts(request, Retry(deadline=deadline), lambda: 0)).extensions
+            return endpoint.outgoing(Attempts(request, Retry(deadline=deadline), lambda: 0)).extensions
 
         assert timeouts(3)["timeout"] == dict.fromkeys(("connect", "read", "write", "pool"), 3)
         assert timeouts(50)["timeout"] == {"connect": 50, "read": 30, "write": 30, "pool": 30}

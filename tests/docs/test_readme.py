@@ -17,8 +17,8 @@ PAGES = [README, *sorted((README.parent / "docs").glob("*.md"))]
 
 def _examples(page: Path) -> list[tuple[str, str, str]]:
     """Commands, and what they print: its form (json or text) and the text, both empty where the page has none."""
-    shell = r"```sh\n((?:curl|for|\.venv/bin/python) [^`]*)```(?:\n```(\w+)\n(.*?)```)?"
-    return re.findall(shell, page.read_text(), re.DOTALL)
+    gateway = r"```sh\n((?:curl|for|\.venv/bin/python) [^`]*)```(?:\n```(\w+)\n(.*?)```)?"
+    return re.findall(gateway, page.read_text(), re.DOTALL)
 
 
 def _refuses(expected: str) -> bool:

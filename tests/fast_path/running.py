@@ -6,10 +6,10 @@ import contextlib
 import pytest
 from uvicorn.server import ServerState
 
-from batchnorm_client.wire.documents import JSON
+from batchnorm_client.wire.media_types import JSON
 from batchnorm_service.app import create_app
 from batchnorm_service.fast_path.protocol import Protocol
-from batchnorm_service.rest import Shell
+from batchnorm_service.rest import Gateway
 from batchnorm_service.server import uvicorn_config
 from batchnorm_service.settings import Settings
 from batchnorm_service.store.memory import MemoryStore
@@ -22,10 +22,10 @@ class Running:
         by_asgi: how many requests came by ASGI.
     """
 
-    def __init__(self, port, state, shell):
+    def __init__(self, port, state, gateway):
         self.port = port
         self.state = state
-        self.shell = shell
+        self.gateway = gateway
         self.by_asgi = 0
 
     async def ask(self, *requests):
@@ -65,30 +65,30 @@ def put(name, headers):
 
 @contextlib.asynccontextmanager
 async def serving(monkeypatch, **settings):
-    shell = create_app(Settings(**settings), MemoryStore())
+    gateway = create_app(Settings(**settings), MemoryStore())
     state = ServerState()
     state.default_headers = [(b"date", b"today")]
-    config = uvicorn_config(Settings(**settings), shell, lifespan="off")
+    config = uvicorn_config(Settings(**settings), gateway, lifespan="off")
     config.load()
-    by_asgi = Shell.__call__
+    by_asgi = Gateway.__call__
 
     async def counted(self, scope, receive, send):
         running.by_asgi += scope["type"] == "http"
         await by_asgi(self, scope, receive, send)
 
-    monkeypatch.setattr(Shell, "__call__", counted)
-    async with shell.app.router.lifespan_context(shell.app):
+    monkeypatch.setattr(Gateway, "__call__", counted)
+    async with gateway.app.router.lifespan_context(gateway.app):
         loop = asyncio.get_running_loop()
         server = await loop.create_server(lambda: Protocol(config, state, {}, loop), "127.0.0.1", 0)
-        running = Running(server.sockets[0].getsockname()[1], state, shell)
+        running = Running(server.sockets[0].getsockname()[1], state, gateway)
         token = f"Authorization: Bearer {settings['token']}\r\n" if "token" in settings else ""
         for name in ("bn", "bm"):
             assert (await running.ask(put(name, token)))[0][0] == 201
         running.by_asgi = 0
         try:
             yield running
-            assert shell._running == 0
-            await until(lambda: shell.transfers.buffered == 0)
+            assert gateway._running == 0
+            await until(lambda: gateway.transfers.buffered == 0)
         finally:
             server.close()
             for protocol in list(state.connections):

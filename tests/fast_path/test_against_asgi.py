@@ -12,9 +12,9 @@ import torch
 from safetensors.numpy import load, save
 
 from batchnorm_client import AsyncClient
-from batchnorm_client.wire.documents import JSON, NPY, SAFETENSORS
-from batchnorm_service.layers import Training, work
-from batchnorm_service.rest import Shell
+from batchnorm_client.wire.media_types import JSON, NPY, SAFETENSORS
+from batchnorm_service.layers import Training, moments_source
+from batchnorm_service.rest import Gateway
 from batchnorm_service.store.base import Missing
 from batchnorm_service.store.memory import MemoryStore
 
@@ -150,7 +150,7 @@ async def test_moments_give_the_same_by_both_ways(service, case):
 
 async def test_moments_wait_for_their_commit_without_a_task(service, monkeypatch):
     await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))  # now the layer is in memory
-    monkeypatch.setattr(Shell, "answer", None)
+    monkeypatch.setattr(Gateway, "answer", None)
     ((status, _, document),) = await service.ask(post("/v1/layers/bn/moments", save(moments()), SAFETENSORS))
     assert (status, json.loads(document)) == (200, {"version": 2, "num_batches_tracked": 1})
     ((_, _, layer),) = await service.ask(get("/v1/layers/bn"))
@@ -185,7 +185,7 @@ async def test_a_guard_stands_on_both_ways(monkeypatch):
 
 async def test_training_waits_for_its_commit_without_a_task(service, monkeypatch):
     await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))  # now the layer is in memory
-    monkeypatch.setattr(Shell, "answer", None)
+    monkeypatch.setattr(Gateway, "answer", None)
     answers = await service.ask(*[post("/v1/layers/bn/train", TENSORS, SAFETENSORS)] * 2)
     assert [(status, headers["num-batches-tracked"]) for status, headers, _ in answers] == [(200, "1"), (200, "2")]
 
@@ -207,15 +207,18 @@ async def test_an_unexpected_error_is_answered_and_its_call_counted_no_longer(se
     def no_memory(*_):
         raise MemoryError
 
-    monkeypatch.setattr(work, "train_step", no_memory)
+    monkeypatch.setattr(moments_source, "train_step", no_memory)
     ((status, _, body),) = await service.ask(post("/v1/layers/bn/train", TENSORS, SAFETENSORS))
     assert (status, json.loads(body)["type"]) == (500, "/problems/internal-error")
-    assert service.shell._running == 0
+    assert service.gateway._running == 0
 
 
 @pytest.mark.parametrize(
     ("broken", "path", "body"),
-    [(work.BatchWork, "/v1/layers/bn/train", TENSORS), (work.PostedWork, "/v1/layers/bn/moments", save(moments()))],
+    [
+        (moments_source.BatchSource, "/v1/layers/bn/train", TENSORS),
+        (moments_source.PostedSource, "/v1/layers/bn/moments", save(moments())),
+    ],
 )
 async def test_a_bug_on_the_short_way_is_no_slow_success(service, monkeypatch, caplog, broken, path, body):
     """Whatever went wrong there, the call was begun anew on the other way, and nobody heard of it."""
@@ -236,7 +239,7 @@ async def test_a_bug_on_the_short_way_is_no_slow_success(service, monkeypatch, c
     assert "a planted bug" not in str(problem)
     assert "request mine failed" in caplog.text
     assert "a planted bug" in caplog.text
-    assert (second[0], service.shell._running) == (200, 0)
+    assert (second[0], service.gateway._running) == (200, 0)
     ((_, _, layer),) = await service.ask(get("/v1/layers/bn"))
     assert json.loads(layer)["num_batches_tracked"] == 1
 
@@ -323,10 +326,10 @@ async def test_a_body_in_pieces(service):
 async def test_who_leaves_in_the_middle_of_a_body_is_counted_no_longer(service):
     _, writer = await asyncio.open_connection("127.0.0.1", service.port)
     writer.write(post("/v1/layers/bn/train", TENSORS, SAFETENSORS)[:-1])
-    await until(lambda: service.shell.transfers.buffered == len(TENSORS) - 1)
-    assert service.shell._running == 0  # it runs from the end of its body on
+    await until(lambda: service.gateway.transfers.buffered == len(TENSORS) - 1)
+    assert service.gateway._running == 0  # it runs from the end of its body on
     writer.close()
-    await until(lambda: service.shell.transfers.buffered == 0)
+    await until(lambda: service.gateway.transfers.buffered == 0)
     assert service.by_asgi == 0
 
 
@@ -336,13 +339,13 @@ async def test_no_more_calls_run_than_may(monkeypatch, way):
         shard = post("/v1/layers/bm/train?group=g&size=2", TENSORS, SAFETENSORS)  # waits for the other
         _, writer = await asyncio.open_connection("127.0.0.1", service.port)
         writer.write(shard)
-        await until(lambda: service.shell._running == 1)
+        await until(lambda: service.gateway._running == 1)
         ((status, headers, _),) = await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS, way))
         assert (status, headers["retry-after"]) == (503, "1")
         ((status, *_),) = await service.ask(get("/v1/layers"))
         assert status == 503
         writer.close()
-        await until(lambda: service.shell._running == 0)
+        await until(lambda: service.gateway._running == 0)
         ((status, *_),) = await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS, way))
         assert status == 200
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from batchnorm_client.wire.documents import JSON, SAFETENSORS
+from batchnorm_client.wire.media_types import JSON, SAFETENSORS
 from batchnorm_service.fast_path import protocol
 from batchnorm_service.fast_path.deadlines import SLOWEST_RATE, Progress
 
@@ -124,7 +124,7 @@ async def test_a_request_that_does_not_go_on_gets_408(anyio_backend, monkeypatch
         assert "x-request-id" in headers
         assert await reader.read() == b""
         await until(lambda: not service.state.connections and not service.state.tasks)
-        assert service.shell.transfers.buffered == 0
+        assert service.gateway.transfers.buffered == 0
         assert (await service.ask(get("/v1/layers/new")))[0][0] == 404
     assert caplog.text == ""
 
@@ -169,7 +169,7 @@ async def test_a_request_that_the_server_does_not_read_is_not_late(anyio_backend
     """It waits behind another one, and is so large that its connection is not read meanwhile."""
     async with serving(monkeypatch, read_timeout_seconds=SHORT) as service, connection(service) as (reader, writer):
         writer.write(post(SHARD, SMALL, SAFETENSORS) + post(EVAL, LARGE, SAFETENSORS, ASGI))
-        await until(lambda: service.shell._running == 1)
+        await until(lambda: service.gateway._running == 1)
         for _ in range(3):
             await late(service)
         assert (await service.ask(post(SHARD, SMALL, SAFETENSORS)))[0][0] == 200
@@ -181,7 +181,7 @@ async def test_a_call_that_takes_long_is_not_late(anyio_backend, monkeypatch):
     timeouts = {"read_timeout_seconds": SHORT, "write_timeout_seconds": SHORT}
     async with serving(monkeypatch, **timeouts) as service, connection(service) as (reader, writer):
         writer.write(post(SHARD, SMALL, SAFETENSORS))
-        await until(lambda: service.shell._running == 1)
+        await until(lambda: service.gateway._running == 1)
         for _ in range(3):
             await late(service)
         assert (await service.ask(post(SHARD, SMALL, SAFETENSORS)))[0][0] == 200
@@ -195,9 +195,9 @@ async def test_who_never_finishes_a_body_keeps_nobody_out(anyio_backend, monkeyp
             _, writer = await stack.enter_async_context(connection(service))
             writer.write(post(EVAL, SMALL, SAFETENSORS, way)[:-1])
             await until(lambda n=number: len(service.state.connections) == n + 1)
-        await until(lambda: way or service.shell.transfers.buffered == 5 * (len(SMALL) - 1))
+        await until(lambda: way or service.gateway.transfers.buffered == 5 * (len(SMALL) - 1))
         assert (await service.ask(post(EVAL, SMALL, SAFETENSORS, way)))[0][0] == 200
-        assert service.shell._running == 0
+        assert service.gateway._running == 0
 
 
 # Responses that are not read.
@@ -211,8 +211,8 @@ async def test_a_response_that_nobody_reads_is_dropped(anyio_backend, monkeypatc
     settings = {"write_timeout_seconds": SHORT, "max_buffered_bytes": 1 << 20, "max_concurrent_requests": 1}
     async with serving(monkeypatch, **settings) as service, connection(service, 1 << 14) as (_, writer):
         writer.write(post(path, LARGE, SAFETENSORS, way))
-        transfers = service.shell.transfers
-        await until(lambda: transfers.buffered > 1 << 20 and not service.shell._running)
+        transfers = service.gateway.transfers
+        await until(lambda: transfers.buffered > 1 << 20 and not service.gateway._running)
         ((status, headers, body),) = await service.ask(get("/v1/layers/bn"))
         assert (status, json.loads(body)["type"], headers["retry-after"]) == (503, "/problems/overloaded", "1")
         assert (await service.ask(get("/healthz")))[0][0] == 200
@@ -237,7 +237,7 @@ async def test_a_response_that_is_read_steadily_is_sent_however_long_it_takes(an
         assert load(b"".join(body))["output"].shape == (1 << 20, 2)
         writer.write(get("/healthz"))
         assert (await answer(reader))[0] == 200
-        await until(lambda: service.shell.transfers.buffered == 0)
+        await until(lambda: service.gateway.transfers.buffered == 0)
 
 
 # Bytes on their way, all connections together.
@@ -249,7 +249,7 @@ async def test_what_is_announced_takes_no_room(anyio_backend, monkeypatch):
         for _ in range(10):
             _, writer = await stack.enter_async_context(connection(service))
             writer.write(head + b"12345")
-        await until(lambda: service.shell.transfers.buffered == 50)
+        await until(lambda: service.gateway.transfers.buffered == 50)
         assert (await service.ask(post(EVAL, SMALL, SAFETENSORS)))[0][0] == 200
 
 
@@ -258,7 +258,7 @@ async def test_what_has_come_takes_room_until_it_is_complete(anyio_backend, monk
     async with serving(monkeypatch, max_buffered_bytes=1 << 20) as service, connection(service) as (reader, writer):
         request = post(EVAL, LARGE, SAFETENSORS, way)
         writer.write(request[: 2 << 20])
-        await until(lambda: service.shell.transfers.buffered > 1 << 20)
+        await until(lambda: service.gateway.transfers.buffered > 1 << 20)
         for path, other in (("", ""), ("", ASGI), ("?statistics=true", "")):
             ((status, headers, body),) = await service.ask(post(EVAL + path, SMALL, SAFETENSORS, other))
             assert (status, json.loads(body)["type"]) == (503, "/problems/overloaded")
@@ -282,7 +282,7 @@ async def test_bodies_that_were_let_in_cannot_grow_without_bound(anyio_backend, 
         for _, writer in callers:
             writer.write(body[:-1])
         refused = []
-        transfers = service.shell.transfers
+        transfers = service.gateway.transfers
 
         async def read(reader, writer):
             status, _, problem = await answer(reader)
@@ -313,7 +313,7 @@ async def test_the_body_of_who_is_refused_is_not_kept(anyio_backend, monkeypatch
         monkeypatch.setattr(np, "empty", recorded)
         writer.write(post(EVAL, LARGE, SAFETENSORS)[: 4 << 20])
         assert (await answer(reader))[0] == 401
-        assert service.shell.transfers.buffered == 0
+        assert service.gateway.transfers.buffered == 0
         assert allocated == []
 
 
@@ -325,7 +325,7 @@ async def test_a_connection_is_not_idle_when_the_next_request_has_begun(anyio_ba
     async with serving(monkeypatch) as service, connection(service) as (reader, writer):
         shard, following = post(SHARD, SMALL, SAFETENSORS), get("/v1/layers/bn")
         writer.write(shard + following[:20])
-        await until(lambda: service.shell._running == 1)
+        await until(lambda: service.gateway._running == 1)
         (served,) = service.state.connections
         assert (await service.ask(shard))[0][0] == 200
         assert (await answer(reader))[0] == 200
@@ -349,7 +349,7 @@ async def test_a_connection_on_which_nothing_is_asked_is_closed(anyio_backend, m
 async def test_a_connection_is_not_idle_while_its_last_response_is_read(anyio_backend, monkeypatch):
     async with serving(monkeypatch) as service, connection(service, 1 << 14) as (reader, writer):
         writer.write(post(EVAL, LARGE, SAFETENSORS))
-        await until(lambda: service.shell.transfers.buffered)
+        await until(lambda: service.gateway.transfers.buffered)
         (served,) = service.state.connections
         served.timeout_keep_alive = 0
         served._look()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import load, save
 
-from batchnorm_client.wire.documents import SAFETENSORS
+from batchnorm_client.wire.media_types import SAFETENSORS
 from batchnorm_service.rest import bodies as body_module
 
 from .running import answer, get, post, serving, until
@@ -125,13 +125,13 @@ async def test_what_is_refused_is_refused_when_it_is_complete(service):
 async def test_who_leaves_in_the_middle_leaves_no_trace(service, caplog, abort):
     async with connection(service) as (_, writer):
         writer.write(request(batch(200_000), TRAIN)[: 1 << 20])
-        await until(lambda: service.shell.transfers.buffered > 0)
+        await until(lambda: service.gateway.transfers.buffered > 0)
         if abort:
             writer.transport.abort()
         else:
             writer.close()
         await until(lambda: not service.state.connections)
-        assert service.shell.transfers.buffered == 0
+        assert service.gateway.transfers.buffered == 0
         ((_, headers, _),) = await service.ask(request(batch(3), TRAIN))
         assert headers["num-batches-tracked"] == "1"
         assert caplog.text == ""
@@ -140,7 +140,7 @@ async def test_who_leaves_in_the_middle_leaves_no_trace(service, caplog, abort):
 async def test_who_says_no_more_in_the_middle_is_hung_up_on(service):
     async with connection(service) as (reader, writer):
         writer.write(request(batch(200_000))[: 1 << 20])
-        await until(lambda: service.shell.transfers.buffered > 0)
+        await until(lambda: service.gateway.transfers.buffered > 0)
         writer.write_eof()
         assert await reader.read() == b""
         await until(lambda: not service.state.connections)
@@ -153,7 +153,7 @@ async def test_a_server_that_stops_waits_for_the_rest_and_closes(service, rows):
     async with connection(service) as (reader, writer):
         half = len(sent) // 2
         writer.write(sent[:half])
-        await until(lambda: service.shell.transfers.buffered > 0)
+        await until(lambda: service.gateway.transfers.buffered > 0)
         (protocol,) = service.state.connections
         protocol.shutdown()
         writer.write(sent[half:])

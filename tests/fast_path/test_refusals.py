@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from batchnorm_client.wire.documents import JSON, SAFETENSORS
+from batchnorm_client.wire.media_types import JSON, SAFETENSORS
 from batchnorm_service.fast_path import protocol as protocol_module
 from batchnorm_service.fast_path.trailers import MOST_HEAD_BYTES
 from batchnorm_service.store.memory import MemoryStore
@@ -105,7 +105,7 @@ async def test_a_refusal_waits_for_the_answers_to_what_came_before(anyio_backend
         assert (got, headers["connection"], json.loads(body)["status"]) == (status, "close", status)
         assert await reader.read() == b""
         await until(lambda: not service.state.tasks)
-    assert service.shell.transfers.buffered == 0
+    assert service.gateway.transfers.buffered == 0
 
 
 async def test_a_server_that_stops_answers_what_came_before(anyio_backend, monkeypatch):

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from batchnorm_service.fast_path.write_coalescing import Outbox
+from batchnorm_service.fast_path.write_coalescing import WriteCoalescer
 
 LARGE = b"x" * (1 << 17)
 
@@ -25,7 +25,7 @@ class Transport:
 @pytest.mark.parametrize("send", [lambda outbox: outbox.write(LARGE), lambda outbox: outbox.writelines([LARGE, LARGE])])
 async def test_a_large_response_to_a_closed_connection_is_dropped(anyio_backend, send):
     """A response that was read too slowly raised RuntimeError into the log."""
-    outbox = Outbox(Transport(), asyncio.get_running_loop())
+    outbox = WriteCoalescer(Transport(), asyncio.get_running_loop())
     outbox.write(b"small")
     send(outbox)
     await asyncio.sleep(0)

@@ -315,12 +315,12 @@ async def test_cold_layers_are_loaded_again_and_names_without_a_layer_take_no_ro
             await train(layers, f"layer{index}", batch(index))
         for index in range(5):
             assert (await train(layers, f"layer{index}", batch(index))).num_batches_tracked == 2
-            assert len(layers._slots) <= 2
+            assert len(layers._cache) <= 2
         for index in range(20):
             with pytest.raises(errors.LayerNotFound):
                 await layers.get(f"nothing{index}")
-        assert len(layers._slots) <= 2
-        assert not any(f"nothing{index}" in layers._slots for index in range(20))
+        assert len(layers._cache) <= 2
+        assert not any(f"nothing{index}" in layers._cache for index in range(20))
 
 
 async def test_a_full_queue_is_refused_as_overload() -> None:

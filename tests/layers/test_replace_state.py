@@ -37,7 +37,7 @@ async def test_a_state_is_read_once_and_not_in_the_queue() -> None:
     def read(_: Mapping[str, str]) -> dict[str, Tensor]:
         nonlocal reads
         reads += 1
-        assert layers._slots.get("a").queue.idle
+        assert layers._cache.get("a").queue.idle
         assert threading.current_thread() is not threading.main_thread()
         return {"running_mean": Tensor.of(np.full(3, 7, np.float32))}
 

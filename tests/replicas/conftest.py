@@ -57,9 +57,9 @@ async def running(stores: list[Store], **settings: Any) -> AsyncIterator[list[ht
     async with AsyncExitStack() as stack:
         clients = []
         for store in stores:
-            shell = create_app(Settings(**settings), store)
-            await stack.enter_async_context(shell.app.router.lifespan_context(shell.app))
-            transport = httpx.ASGITransport(shell)
+            gateway = create_app(Settings(**settings), store)
+            await stack.enter_async_context(gateway.app.router.lifespan_context(gateway.app))
+            transport = httpx.ASGITransport(gateway)
             client = httpx.AsyncClient(transport=transport, base_url="http://replica")
             clients.append(await stack.enter_async_context(client))
         yield clients

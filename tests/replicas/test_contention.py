@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from batchnorm_service.layers.contention import Rivals
+from batchnorm_service.layers.contention import ContentionBackoff
 from batchnorm_service.store.base import Committed, Conflict, Record, Store
 from batchnorm_service.store.memory import MemoryStore
 from layers.conftest import CONFIG, batch, serving, train
@@ -142,14 +142,14 @@ async def _race(trips: list[float], count: int) -> tuple[list[int], list[int]]:
     return commits[:count], losses
 
 
-def _pauses(rivals: Rivals, told: int | None, losses: int = 0, passed: Sequence[int] = ()) -> list[float]:
+def _pauses(rivals: ContentionBackoff, told: int | None, losses: int = 0, passed: Sequence[int] = ()) -> list[float]:
     """In turns of a millisecond, when so many others have passed after each pause, and then all."""
     seen = iter([0, *passed])
     return [pytest.approx(1000 * pause) for pause in rivals.pauses(told, losses, lambda: next(seen, 1000))]
 
 
 def test_a_winner_gives_way_a_turn_for_each_that_waits() -> None:
-    rivals = Rivals()
+    rivals = ContentionBackoff()
     rivals.took(0.001)
     assert _pauses(rivals, 0) == []
     assert _pauses(rivals, 0, losses=3) == []
@@ -160,7 +160,7 @@ def test_a_winner_gives_way_a_turn_for_each_that_waits() -> None:
 
 
 def test_a_winner_waits_for_those_that_are_farther_away_each_time_longer() -> None:
-    rivals = Rivals()
+    rivals = ContentionBackoff()
     rivals.took(0.001)
     assert _pauses(rivals, 1, passed=[0, 0, 0]) == [1, 2, 4, 8]
     assert _pauses(rivals, 3, passed=[1, 2, 2, 3]) == [3, 4, 4, 8]
@@ -170,7 +170,7 @@ def test_a_winner_waits_for_those_that_are_farther_away_each_time_longer() -> No
 
 
 def test_one_that_never_comes_is_waited_for_once() -> None:
-    rivals = Rivals()
+    rivals = ContentionBackoff()
     rivals.took(0.001)
     assert sum(rivals.pauses(2, 0, lambda: 0)) == pytest.approx(0.2)
     assert _pauses(rivals, 2) == [], "both have died or given up"
@@ -182,7 +182,7 @@ def test_one_that_never_comes_is_waited_for_once() -> None:
 
 
 def test_where_the_store_does_not_tell_rivals_are_guessed_and_forgotten_slowly() -> None:
-    rivals = Rivals()
+    rivals = ContentionBackoff()
     rivals.took(0.001)
     assert _pauses(rivals, None) == []
     assert _pauses(rivals, None, losses=3, passed=[0]) == [3], "those may have gone"
@@ -195,12 +195,14 @@ def test_where_the_store_does_not_tell_rivals_are_guessed_and_forgotten_slowly()
 
 
 def test_nobody_gives_way_for_long() -> None:
-    rivals = Rivals()
+    rivals = ContentionBackoff()
     rivals.took(5.0)
     assert list(rivals.pauses(1000, 0, lambda: 0)) == [0.2]
     assert list(rivals.pauses(None, 1000, lambda: 0)) == [0.2]
-    after = Rivals()
+    after = ContentionBackoff()
     after.took(5.0)
     after.took(0.0)
     assert _pauses(after, 1) == [160], "a store that was away counts as the longest turn"
-    assert sum(Rivals().pauses(1, 0, lambda: 0)) == pytest.approx(0.2), "nor for ever, where a turn took no time at all"
+    assert sum(ContentionBackoff().pauses(1, 0, lambda: 0)) == pytest.approx(0.2), (
+        "nor for ever, where a turn took no time at all"
+    )

@@ -15,18 +15,18 @@ class Service:
 
     def __init__(self, **settings):
         self.store = MemoryStore()
-        self.shell = create_app(Settings(**settings), self.store)
-        self.layers = self.shell.app.state.layers
+        self.gateway = create_app(Settings(**settings), self.store)
+        self.layers = self.gateway.app.state.layers
 
     def client(self, app=None, **headers):
-        transport = httpx.ASGITransport(app or self.shell)
+        transport = httpx.ASGITransport(app or self.gateway)
         return httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
 
 
 @contextlib.asynccontextmanager
 async def running(**settings):
     service = Service(**settings)
-    async with service.shell.app.router.lifespan_context(service.shell.app):
+    async with service.gateway.app.router.lifespan_context(service.gateway.app):
         yield service
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from batchnorm_client.wire.documents import JSON, NPY, SAFETENSORS
+from batchnorm_client.wire.media_types import JSON, NPY, SAFETENSORS
 
 pytestmark = pytest.mark.anyio
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from batchnorm_client.wire.documents import JSON
+from batchnorm_client.wire.media_types import JSON
 from batchnorm_service.rest import negotiation
 from batchnorm_service.rest.negotiation import accepted, content_type
 from batchnorm_service.rest.target import read_target, target_of

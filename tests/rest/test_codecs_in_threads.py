@@ -7,7 +7,7 @@ import orjson
 import pytest
 from safetensors.numpy import save
 
-from batchnorm_client.wire.documents import JSON, SAFETENSORS
+from batchnorm_client.wire.media_types import JSON, SAFETENSORS
 from batchnorm_client.wire.tensors import json as json_codec
 from batchnorm_client.wire.tensors import safetensors as safetensors_codec
 from batchnorm_service.rest import documents

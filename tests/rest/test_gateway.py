@@ -49,7 +49,7 @@ async def bn(client):
 @pytest.mark.parametrize("call", [("POST", "/v1/layers/bn/train"), ("PUT", "/v1/layers/other")])
 async def test_a_client_that_goes_away_is_no_error(service, bn, caplog, call):
     with caplog.at_level(logging.INFO):
-        await service.shell(scope(*call, headers=[(b"content-length", b"10")]), gone, Sent())
+        await service.gateway(scope(*call, headers=[(b"content-length", b"10")]), gone, Sent())
     assert caplog.records == []
 
 
@@ -66,8 +66,8 @@ async def test_too_many_calls_at_once(serve):
             return {"type": "http.disconnect"}
 
         shard = scope() | {"query_string": b"group=g&size=2"}  # which waits for the other one
-        waiting = asyncio.create_task(service.shell(shard, receive, Sent()))
-        await until(lambda: service.shell._running)
+        waiting = asyncio.create_task(service.gateway(shard, receive, Sent()))
+        await until(lambda: service.gateway._running)
         for path in ("/v1/layers", "/v1/layers/bn"):
             answer = await client.get(path)
             assert (answer.status_code, answer.json()["type"]) == (503, "/problems/overloaded")
@@ -83,7 +83,7 @@ async def test_bodies_on_their_way_take_no_slot(serve):
     async with serve(max_concurrent_requests=1) as service, service.client() as client:
         (await client.put("/v1/layers/bn", json={"num_features": 1})).raise_for_status()
         forever = asyncio.Event()
-        waiting = [asyncio.create_task(service.shell(scope(), forever.wait, Sent())) for _ in range(3)]
+        waiting = [asyncio.create_task(service.gateway(scope(), forever.wait, Sent())) for _ in range(3)]
         await asyncio.sleep(0)
         answer = await client.post("/v1/layers/bn/train", json={"input": [[1], [2]]})
         assert answer.status_code == 200
@@ -103,20 +103,20 @@ async def test_a_response_on_its_way_takes_no_slot_and_counts_as_buffered(serve)
             await read.wait()
 
         url = "/v1/layers/bn/eval"
-        waiting = asyncio.create_task(service.shell(scope(path=url), body(batch), send))
+        waiting = asyncio.create_task(service.gateway(scope(path=url), body(batch), send))
         await until(lambda: unread)
         size = int(dict(unread[0]["headers"])[b"content-length"])
-        assert service.shell.transfers.buffered == size
+        assert service.gateway.transfers.buffered == size
         assert (await client.post(url, json={"input": [[1]]})).status_code == 200
         read.set()
         await waiting
         assert sum(len(message.get("body", b"")) for message in unread) == size
-        assert service.shell.transfers.buffered == 0
+        assert service.gateway.transfers.buffered == 0
 
 
 async def test_a_call_that_the_server_gives_up_gets_an_answer(service, bn):
     sent = Sent()
-    task = asyncio.create_task(service.shell(scope(), asyncio.Event().wait, sent))
+    task = asyncio.create_task(service.gateway(scope(), asyncio.Event().wait, sent))
     await asyncio.sleep(0.01)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -129,7 +129,7 @@ async def test_a_call_that_the_server_gives_up_gets_an_answer(service, bn):
 async def test_a_refused_expect_100_closes_the_connection(service, call):
     """The client may never send its body; the connection would wait for it."""
     sent = Sent()
-    await service.shell(scope(*call, headers=[(b"expect", b"100-continue")]), body(b"{}"), sent)
+    await service.gateway(scope(*call, headers=[(b"expect", b"100-continue")]), body(b"{}"), sent)
     assert sent[0]["status"] == 404 or sent[0]["status"] == 422
     assert sent.headers[b"connection"] == b"close"
 
@@ -146,12 +146,12 @@ async def test_a_path_without_its_raw_form(service, bn):
     sent = Sent()
     without = scope(method="GET", path="/v1/layers/bn")
     del without["raw_path"]
-    await service.shell(without, body(b""), sent)
+    await service.gateway(without, body(b""), sent)
     assert sent[0]["status"] == 200
 
 
 async def test_below_another_application(service, bn):
     sent = Sent()
     mounted = scope(method="GET", path="/mounted/v1/layers/bn") | {"root_path": "/mounted"}
-    await service.shell(mounted, body(b""), sent)
+    await service.gateway(mounted, body(b""), sent)
     assert sent[0]["status"] == 200

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm_client.wire.documents import JSON, NPY, SAFETENSORS
+from batchnorm_client.wire.media_types import JSON, NPY, SAFETENSORS
 from batchnorm_client.wire.tensors import Tensor, decode, encode
 
 pytestmark = pytest.mark.anyio

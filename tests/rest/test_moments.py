@@ -7,7 +7,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from batchnorm_client.wire.documents import JSON, SAFETENSORS
+from batchnorm_client.wire.media_types import JSON, SAFETENSORS
 from batchnorm_client.wire.tensors import Tensor, encode
 from batchnorm_service.engine.accumulators import moving as statistics
 from batchnorm_service.layers import group_commit as plan
@@ -217,7 +217,7 @@ async def test_a_member_without_a_key_that_hangs_up_is_withdrawn(service, client
         "query_string": b"group=g&size=2",
         "headers": [(b"content-type", JSON.encode()), (b"content-length", b"%d" % len(body))],
     }
-    gone = asyncio.create_task(service.shell(scope, receive, send))
+    gone = asyncio.create_task(service.gateway(scope, receive, send))
     await asyncio.sleep(0.01)
     hung_up.set()
     await gone

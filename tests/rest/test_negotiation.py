@@ -2,8 +2,8 @@
 
 import pytest
 
-from batchnorm_client.wire.documents import JSON, NPY, SAFETENSORS
 from batchnorm_client.wire.errors import NotAcceptable, UnsupportedMediaType
+from batchnorm_client.wire.media_types import JSON, NPY, SAFETENSORS
 from batchnorm_service.rest.negotiation import accepted, content_type
 
 OFFERED = (NPY, JSON, SAFETENSORS)  # the first is the default

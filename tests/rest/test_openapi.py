@@ -5,8 +5,9 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from batchnorm_client.wire.documents import JSON, NPY, PROBLEM_JSON, SAFETENSORS, LayerConfig, LayerUpdate
+from batchnorm_client.wire.documents import LayerConfig, LayerUpdate
 from batchnorm_client.wire.errors import PROBLEMS
+from batchnorm_client.wire.media_types import JSON, NPY, PROBLEM_JSON, SAFETENSORS
 
 pytestmark = pytest.mark.anyio
 

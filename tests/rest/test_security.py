@@ -67,7 +67,7 @@ def routes(app):
 
 async def test_every_route_has_a_rule(guarded):
     """A route that is in neither list above fails here: say which it is, and in `security.OPEN_PATHS` if it is open."""
-    found = routes(guarded.shell.app)
+    found = routes(guarded.gateway.app)
     assert {path for _, path in found} == GUARDED | OPEN.keys()
     async with guarded.client() as client:
         for method, path in found:
@@ -76,14 +76,14 @@ async def test_every_route_has_a_rule(guarded):
 
 
 async def test_the_document_says_which_routes_need_a_token(guarded):
-    document = guarded.shell.app.openapi()
+    document = guarded.gateway.app.openapi()
     for path, operations in document["paths"].items():
         for operation in operations.values():
             assert ("security" in operation) == ("401" in operation["responses"]) == (path in GUARDED), path
 
 
 async def test_a_route_that_is_added_needs_a_token(guarded):
-    @guarded.shell.app.get("/added/{name}")
+    @guarded.gateway.app.get("/added/{name}")
     async def added(name: str):
         return name
 
@@ -148,7 +148,7 @@ async def requested(service, method, raw_path, *headers):
     async def send(message):
         sent.append(message)
 
-    await service.shell(scope | {"query_string": b"", "headers": list(headers)}, receive, send)
+    await service.gateway(scope | {"query_string": b"", "headers": list(headers)}, receive, send)
     return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent[1:]))
 
 
@@ -189,5 +189,5 @@ async def test_the_read_token_changes_nothing(guarded, method, call):
 
 
 async def test_tokens_are_in_no_repr(guarded):
-    assert "full" not in repr(guarded.shell.app.state.settings)
-    assert "full" not in repr(guarded.shell._guard)
+    assert "full" not in repr(guarded.gateway.app.state.settings)
+    assert "full" not in repr(guarded.gateway._guard)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from batchnorm_client.wire.documents import JSON, NPY, SAFETENSORS
+from batchnorm_client.wire.media_types import JSON, NPY, SAFETENSORS
 
 pytestmark = pytest.mark.anyio
 
@@ -165,8 +165,8 @@ async def test_a_large_answer_goes_out_in_pieces(client):
 
 
 async def test_the_routed_way_answers_as_the_short_way(service, layer):
-    """FastAPI has train and eval as routes too; they must not drift from what the shell does before it."""
-    async with service.client() as client, service.client(WithState(service.shell.app)) as routed:
+    """FastAPI has train and eval as routes too; they must not drift from what the gateway does before it."""
+    async with service.client() as client, service.client(WithState(service.gateway.app)) as routed:
         for call in ("eval", "train"):
             arguments = {"content": npy(BATCH), "headers": {"Content-Type": NPY, "Idempotency-Key": "same"}}
             short = await client.post(f"{layer}/{call}?statistics=false", **arguments)
@@ -176,7 +176,7 @@ async def test_the_routed_way_answers_as_the_short_way(service, layer):
 
 
 class WithState:
-    """What the shell adds to the scope for the application inside."""
+    """What the gateway adds to the scope for the application inside."""
 
     def __init__(self, app):
         self.app = app

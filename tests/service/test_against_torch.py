@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from batchnorm_client.wire.documents import JSON, NPY, SAFETENSORS
+from batchnorm_client.wire.media_types import JSON, NPY, SAFETENSORS
 from batchnorm_client.wire.tensors import decode, encode
 from batchnorm_service.app import create_app
 from batchnorm_service.engine.tensors import to_torch, to_wire
@@ -109,10 +109,10 @@ def module_of(case: Case) -> nn.Module:
 async def run(case: Case) -> None:
     torch.manual_seed(case.seed)
     module = module_of(case)
-    shell = create_app(Settings(store="memory:"), MemoryStore())
-    transport = httpx.ASGITransport(shell)
+    gateway = create_app(Settings(store="memory:"), MemoryStore())
+    transport = httpx.ASGITransport(gateway)
     async with (
-        shell.app.router.lifespan_context(shell.app),
+        gateway.app.router.lifespan_context(gateway.app),
         httpx.AsyncClient(transport=transport, base_url="http://service") as http,
     ):
         (await http.put("/v1/layers/a", json=case.config)).raise_for_status()
@@ -211,10 +211,10 @@ def test_gamma_sqrt_var_plus_eps_and_beta_mean_give_the_input_back(
 
     async def identity() -> None:
         batch = np.random.default_rng(seed).normal(offset, scale, size=(rows, channels))
-        shell = create_app(Settings(store="memory:"), MemoryStore())
-        transport = httpx.ASGITransport(shell)
+        gateway = create_app(Settings(store="memory:"), MemoryStore())
+        transport = httpx.ASGITransport(gateway)
         async with (
-            shell.app.router.lifespan_context(shell.app),
+            gateway.app.router.lifespan_context(gateway.app),
             httpx.AsyncClient(transport=transport, base_url="http://service") as http,
         ):
             await http.put("/v1/layers/a", json={"num_features": channels, "dtype": "float64"})

@@ -51,11 +51,11 @@ class Table(ABC):
 
     Attributes:
         shared: several stores may be open on it at once.
-        tells_rivals: a commit that wins is told how many have lost.
+        tells_contenders: a commit that wins is told how many have lost.
     """
 
     shared = True
-    tells_rivals = True
+    tells_contenders = True
 
     @abstractmethod
     def store(self) -> Store:
@@ -80,7 +80,7 @@ class MemoryTable(Table):
 
 
 class SqliteTable(Table):
-    tells_rivals = False  # counting would be a write, and a write a disk flush
+    tells_contenders = False  # counting would be a write, and a write a disk flush
 
     def __init__(self, path: Path, *, exclusive: bool) -> None:
         self.shared = not exclusive

@@ -271,12 +271,12 @@ async def test_concurrent_commits_of_different_layers_all_land(store: Store) -> 
 async def test_of_concurrent_commits_on_one_stamp_one_wins_each_round(store: Store) -> None:
     record = await created(store, "a")
     for _ in range(10):
-        rivals = [(after(record, secrets.token_bytes(8)), receipt()) for _ in range(10)]
-        answers = await asyncio.gather(*(store.commit("a", record.stamp, new, [key]) for new, key in rivals))
+        contenders = [(after(record, secrets.token_bytes(8)), receipt()) for _ in range(10)]
+        answers = await asyncio.gather(*(store.commit("a", record.stamp, new, [key]) for new, key in contenders))
         assert sorted(map(repr, answers)) == ["Committed()"] + ["Conflict()"] * 9
-        record, key = rivals[answers.index(Committed())]
+        record, key = contenders[answers.index(Committed())]
         assert await store.load("a") == record
-        repeated = await store.commit("a", record.stamp, None, [key for _, key in rivals])
+        repeated = await store.commit("a", record.stamp, None, [key for _, key in contenders])
         assert repeated == Duplicates((key,)), "only the winner left a receipt"
 
 
@@ -287,7 +287,7 @@ async def test_who_wins_is_told_how_many_others_have_lost_and_wait(store: Store,
     async def told(name: str, old: Record, new: Record | None, receipts: list[Receipt]) -> int | None:
         answer = await store.commit(name, old.stamp, new, receipts)
         assert isinstance(answer, Committed)
-        return answer.rivals
+        return answer.contenders
 
     async def lose(old: Stamp, receipts: list[Receipt]) -> None:
         assert await store.commit("a", old, Record(old.next(), b"late"), receipts) == Conflict()
@@ -307,7 +307,7 @@ async def test_who_wins_is_told_how_many_others_have_lost_and_wait(store: Store,
     await lose(second.stamp, one)
     answers += [await told("a", third, fourth, one), await told("a", fourth, None, [receipt()])]
     answers += [await told("a", fourth, fifth, [receipt(), *two])]
-    assert answers == ([0, 0, 2, 1, 1, 0] if table.tells_rivals else [None] * 6)
+    assert answers == ([0, 0, 2, 1, 1, 0] if table.tells_contenders else [None] * 6)
     await lose(first.stamp, three)
     table.forward(LOST_SECONDS)
     assert await told("a", fifth, after(fifth, b"sixth"), [receipt()]) in (0, None), "they have given up"

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from store.test_transfer import command
 from torch import nn
 
 from batchnorm_client.wire import errors
@@ -28,6 +27,7 @@ from batchnorm_service.store.sqlite.store import SqliteStore
 from batchnorm_service.transfer import migrate
 from layers.conftest import serving, train
 from store.harness import Sabotaged, created, loaded
+from store.test_transfer import command
 
 pytestmark = pytest.mark.anyio
 

@@ -15,8 +15,8 @@ from batchnorm_service.settings import Settings
 from batchnorm_service.store.base import (
     Committed,
     Duplicates,
-    Lasting,
     Missing,
+    ReceiptWithTTL,
     Record,
     Stamp,
     Store,
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.anyio
 NAMES = ("a", "layer1.0.bn1", "zoo")
 
 
-async def all_receipts(store: Store) -> dict[bytes, Lasting]:
+async def all_receipts(store: Store) -> dict[bytes, ReceiptWithTTL]:
     return {each.receipt.key: each async for page in store.receipts() for each in page}
 
 
@@ -87,7 +87,7 @@ async def test_more_receipts_than_a_page_are_all_listed(store: Store) -> None:
 async def test_remembered_receipts_count_as_long_as_they_say(table: Table, store: Store) -> None:
     record = await created(store, "a")
     made = record.stamp.incarnation
-    short, long = Lasting(0, receipt(version=1), 500.0), Lasting(0, receipt(), 5000.0)
+    short, long = ReceiptWithTTL(0, receipt(version=1), 500.0), ReceiptWithTTL(0, receipt(), 5000.0)
     assert await store.remember("a", made, [short, long]) == Committed()
     assert await store.load("a") == record, "the record stays as it is"
     assert {each.receipt for each in (await all_receipts(store)).values()} == {short.receipt, long.receipt}
@@ -102,7 +102,7 @@ async def test_a_receipt_that_is_there_stays_as_it_was(store: Store) -> None:
     used = receipt()
     assert await store.commit("a", record.stamp, None, [used]) == Committed()
     other = used._replace(batch=99)
-    assert await store.remember("a", record.stamp.incarnation, [Lasting(0, other, 5.0)]) == Committed()
+    assert await store.remember("a", record.stamp.incarnation, [ReceiptWithTTL(0, other, 5.0)]) == Committed()
     (found,) = (await all_receipts(store)).values()
     assert found.receipt == used
     assert found.seconds > 1000
@@ -110,7 +110,7 @@ async def test_a_receipt_that_is_there_stays_as_it_was(store: Store) -> None:
 
 async def test_receipts_are_remembered_for_one_incarnation_only(store: Store) -> None:
     record = await created(store, "a")
-    lasting = Lasting(0, receipt(), 100.0)
+    lasting = ReceiptWithTTL(0, receipt(), 100.0)
     assert await store.remember("a", record.stamp.incarnation ^ 1, [lasting]) == Missing()
     assert await store.remember("b", record.stamp.incarnation, [lasting]) == Missing()
     assert await all_receipts(store) == {}

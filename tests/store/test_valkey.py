@@ -15,7 +15,7 @@ from batchnorm_service.store.base import (
     Conflict,
     Duplicates,
     Full,
-    Gathering,
+    GroupStatus,
     Record,
     Shard,
     Unchanged,
@@ -188,7 +188,7 @@ async def test_a_join_whose_reply_was_lost_has_added_its_caller(opened: ValkeySt
     first = Shard(b"1" * 16, bytes(16), b"part")
     answer = await opened.join("a", made, b"g" * 16, 2, first)
     assert lost_joins
-    assert answer == Gathering(2, {first.member: first.fingerprint}, ())
+    assert answer == GroupStatus(2, {first.member: first.fingerprint}, ())
     assert answer.added
     again = await opened.join("a", made, b"g" * 16, 2, first)
     assert again == answer
@@ -301,4 +301,4 @@ async def test_a_lost_race_counts_from_when_it_was_lost_first(opened: ValkeyStor
         assert await opened.commit("a", first.stamp, after(first, b"late"), [key]) == Conflict()
     answer = await opened.commit("a", second.stamp, after(second, b"third"), [])
     assert isinstance(answer, Committed)
-    assert answer.rivals == 1, "the one that lost just now"
+    assert answer.contenders == 1, "the one that lost just now"

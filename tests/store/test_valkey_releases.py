@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import pytest
 
-from batchnorm_service.store.base import Gathering, Shard
+from batchnorm_service.store.base import GroupStatus, Shard
 from batchnorm_service.store.valkey.keys import Keys, pack_number
 from batchnorm_service.store.valkey.store import ValkeyStore
 from store.harness import RECEIPT_SECONDS, created
@@ -59,14 +59,14 @@ class OldReplica:
         self._incarnation = incarnation
         self._keys = Keys("bn").record("a"), *Keys("bn").group("a", incarnation, GROUP)[:2]
 
-    def join(self, size: int, own: Shard) -> Gathering:
+    def join(self, size: int, own: Shard) -> GroupStatus:
         args: tuple[Any, ...] = (pack_number(self._incarnation), own.member, size, own.fingerprint, own.part)
         reply = self._server.command("EVAL", OLD_JOIN, 3, *self._keys, *args, MILLISECONDS)
         _, added, fields, parts = reply
         members = dict(sorted(zip(fields[::2], fields[1::2], strict=True)))
         opened = int(members.pop(b"size"))
         by_member = sorted(zip(parts[::2], parts[1::2], strict=True))
-        return Gathering(opened, members, tuple(part for _, part in by_member), bool(added))
+        return GroupStatus(opened, members, tuple(part for _, part in by_member), bool(added))
 
     def leave(self, member: bytes | None) -> None:
         self._server.command("EVAL", OLD_LEAVE, 2, *self._keys[1:], member or b"")
@@ -87,14 +87,14 @@ async def test_a_group_meets_through_replicas_of_both_releases(
 ) -> None:
     made = (await created(new, "a")).stamp.incarnation
     old = OldReplica(valkey_server, made)
-    complete = Gathering(2, {shard(n).member: shard(n).fingerprint for n in (1, 2)}, (shard(1).part, shard(2).part))
+    complete = GroupStatus(2, {shard(n).member: shard(n).fingerprint for n in (1, 2)}, (shard(1).part, shard(2).part))
     if order == "old first":
         first: Any = old.join(2, shard(1))
         second: Any = await new.join("a", made, GROUP, 2, shard(2))
     else:
         first = await new.join("a", made, GROUP, 2, shard(1))
         second = old.join(2, shard(2))
-    assert first == Gathering(2, {shard(1).member: shard(1).fingerprint}, ())
+    assert first == GroupStatus(2, {shard(1).member: shard(1).fingerprint}, ())
     assert second == complete
     assert (first.added, second.added) == (True, True)
     for again in (old.join(2, shard(1)), await new.join("a", made, GROUP, 2, shard(1))):
@@ -114,7 +114,7 @@ async def test_what_an_older_replica_leaves_behind_expires_and_is_in_nobodys_way
     assert all(0 < valkey_server.admin.pttl(key) <= MILLISECONDS for key in left)
     assert old.join(2, shard(1)).added
     again = await new.join("a", made, GROUP, 2, shard(1))
-    assert isinstance(again, Gathering)
+    assert isinstance(again, GroupStatus)
     assert not again.added, "another replica's call brought it"
     await new.leave("a", made, GROUP, None)
     assert not [key for key in valkey_server.command("KEYS", "*") if key in Keys("bn").group("a", made, GROUP)]

@@ -16,8 +16,8 @@ from batchnorm_service.store.base import (
     Conflict,
     Duplicates,
     Exists,
-    Lasting,
     Missing,
+    ReceiptWithTTL,
     StoreError,
     StoreRefusedError,
 )
@@ -94,7 +94,7 @@ async def test_nothing_is_acknowledged_without_the_replica_and_no_replay_either(
     first = await created(patient, "a")
     gone, reborn = await created(patient, "gone"), await created(patient, "reborn")
     second, key = after(first, b"second"), receipt()
-    lasting = Lasting(0, receipt(), 100.0)
+    lasting = ReceiptWithTTL(0, receipt(), 100.0)
     calls: list[tuple[str, Callable[[ValkeyStore], Awaitable[object]], object]] = [
         ("a batch", lambda store: store.commit("a", first.stamp, second, [key]), Duplicates((key,))),
         ("its receipt", lambda store: store.find_receipts("a", first.stamp.incarnation, [key.key]), (key,)),
@@ -159,7 +159,7 @@ async def test_a_receipt_is_never_shortened_and_without_wait_never_renewed(
     patient: ValkeyStore, primary: Server
 ) -> None:
     record = await created(patient, "a")
-    moved = Lasting(0, receipt(), 2 * RECEIPT_SECONDS)
+    moved = ReceiptWithTTL(0, receipt(), 2 * RECEIPT_SECONDS)
     name = Keys("bn").receipt("a", record.stamp.incarnation, moved.receipt.key)
     assert await patient.remember("a", record.stamp.incarnation, [moved]) == Committed()
     assert await patient.commit("a", record.stamp, None, [moved.receipt]) == Duplicates((moved.receipt,))

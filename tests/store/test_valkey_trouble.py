@@ -281,7 +281,7 @@ async def test_a_wrong_password_is_refused_in_words_and_never_shown(
             assert await store.commit(name, record.stamp, after(record, b"won"), [receipt()]) == Committed()
             assert isinstance(await store.commit(name, record.stamp, after(record, b"lost"), [receipt()]), Conflict)
             won = await loaded(store, name)
-            assert (await store.commit(name, won.stamp, after(won, b"again"), [receipt()])).rivals == 1
+            assert (await store.commit(name, won.stamp, after(won, b"again"), [receipt()])).contenders == 1
             await store.delete(name, won.stamp.next())
             assert store.url == guarded.url
             await store.close()

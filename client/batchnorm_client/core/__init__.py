@@ -2,12 +2,12 @@
 
     request = calls.train("obs", batch)          what to send, and how to read the answer
     attempts = Attempts(request, Retry())        how often to send it, and what a failure means
-    attempts.receive(Answer(200, headers, body)) the result, or the exception that fits
+    attempts.receive(Response(200, headers, body)) the result, or the exception that fits
 
 Nothing here knows an HTTP library: `Client` and `AsyncClient` only carry requests there and answers back.
 """
 
-from batchnorm_client.core.exchange import Answer, Request
+from batchnorm_client.core.messages import Request, Response
 from batchnorm_client.core.retries import Attempts, Retry
 
-__all__ = ["Answer", "Attempts", "Request", "Retry"]
+__all__ = ["Attempts", "Request", "Response", "Retry"]

@@ -13,22 +13,17 @@ import orjson
 
 from batchnorm_client.arrays import A, to_wire
 from batchnorm_client.core import readers
-from batchnorm_client.core.exchange import Request
+from batchnorm_client.core.group_member import GroupMember, waits
 from batchnorm_client.core.local import LocalState
-from batchnorm_client.core.shards import Shard, waits
+from batchnorm_client.core.messages import Request
 from batchnorm_client.core.unknown_outcome import is_deleted, is_replaced, is_updated
 from batchnorm_client.options import LayerChanges, LayerOptions, Mode, What
 from batchnorm_client.results import EvalResult, FoldResult, Gradients, TrainResult
-from batchnorm_client.wire.documents import (
-    IDEMPOTENCY_KEY,
-    JSON,
-    KEY_PATTERN,
-    SAFETENSORS,
-    Layer,
-    LayerPage,
-    check_layer_name,
-)
+from batchnorm_client.wire.documents import Layer, LayerPage
 from batchnorm_client.wire.errors import InvalidRequest, ProblemError
+from batchnorm_client.wire.headers import IDEMPOTENCY_KEY, KEY_PATTERN
+from batchnorm_client.wire.media_types import JSON, SAFETENSORS
+from batchnorm_client.wire.names import check_layer_name
 from batchnorm_client.wire.tensors import Tensor, encode, json_list
 
 if TYPE_CHECKING:
@@ -92,7 +87,7 @@ def delete(name: str, if_match: int | None) -> Request[None]:
         readers.nothing,
         (204,),
         headers=_if_match(if_match),
-        repeat_in_doubt=if_match is not None,
+        repeat_if_unknown=if_match is not None,
         settle=partial(is_deleted, layer_path(name), if_match),
     )
 
@@ -127,13 +122,13 @@ def replace_state(name: str, state_dict: StateDict, if_match: int | None) -> Req
         readers.layer,
         headers={"Content-Type": SAFETENSORS} | _if_match(if_match),
         pieces=encode(SAFETENSORS, tensors),
-        repeat_in_doubt=if_match is not None,
+        repeat_if_unknown=if_match is not None,
         settle=None if if_match is None else partial(is_replaced, layer_path(name), tensors, if_match),
     )
 
 
 def train(
-    name: str, batch: A, *, key: str | None, statistics: bool, shard: Shard | None = None
+    name: str, batch: A, *, key: str | None, statistics: bool, shard: GroupMember | None = None
 ) -> Request[TrainResult[A]]:
     """Normalize with the batch's statistics, and fold them. A key makes every repeat safe."""
     tensor = to_wire(batch)
@@ -174,7 +169,7 @@ def inverse(name: str, batch: A) -> Request[EvalResult[A]]:
 
 
 def backward(
-    name: str, batch: A, grad_output: A, *, mode: Mode, key: str | None, shard: Shard | None
+    name: str, batch: A, grad_output: A, *, mode: Mode, key: str | None, shard: GroupMember | None
 ) -> Request[Gradients[A]]:
     """The gradients of a normalization. As a shard it has a key, by which the group knows a repeat."""
     tensors = {"input": to_wire(batch), "grad_output": to_wire(grad_output)}
@@ -189,7 +184,9 @@ def backward(
     )
 
 
-def fold_moments(name: str, moments: Moments, *, key: str | None, shard: Shard | None = None) -> Request[FoldResult]:
+def fold_moments(
+    name: str, moments: Moments, *, key: str | None, shard: GroupMember | None = None
+) -> Request[FoldResult]:
     """Fold the moments of a batch that stays here. A key makes every repeat safe."""
     return Request(
         "POST",
@@ -251,7 +248,7 @@ _TENSORS = {"Content-Type": SAFETENSORS, "Accept": SAFETENSORS}
 
 
 def _target(
-    name: str, call: str, *, statistics: bool = False, mode: Mode | None = None, shard: Shard | None = None
+    name: str, call: str, *, statistics: bool = False, mode: Mode | None = None, shard: GroupMember | None = None
 ) -> str:
     query: dict[str, Any] = {"statistics": "true"} if statistics else {}
     query |= {} if mode is None else {"mode": mode}

@@ -10,9 +10,10 @@ from typing import Any
 
 import orjson
 
-from batchnorm_client.core.exchange import Answer
-from batchnorm_client.wire.documents import JSON, PROBLEM_JSON, REQUEST_ID
+from batchnorm_client.core.messages import Response
 from batchnorm_client.wire.errors import PROBLEMS, PayloadTooLarge, ProblemError, UnexpectedAnswer
+from batchnorm_client.wire.headers import REQUEST_ID
+from batchnorm_client.wire.media_types import JSON, PROBLEM_JSON
 
 _ADVICE = {
     "BATCHNORM_MAX_": "the limit is the service's setting BATCHNORM_MAX_BODY_BYTES",
@@ -24,7 +25,7 @@ _STANDARD = {"type", "title", "status", "detail", "instance"}
 _SECONDS = re.compile(r"[0-9]{1,9}")
 
 
-def error_of(answer: Answer) -> ProblemError | UnexpectedAnswer:
+def error_of(answer: Response) -> ProblemError | UnexpectedAnswer:
     """The exception that an answer other than the expected one stands for."""
     document = _document(answer)
     request_id = answer.headers.get(REQUEST_ID.lower())
@@ -58,7 +59,7 @@ def _fields(document: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in document.items() if key not in _STANDARD}
 
 
-def unreadable(answer: Answer, why: Exception) -> UnexpectedAnswer:
+def unreadable(answer: Response, why: Exception) -> UnexpectedAnswer:
     """The exception for an answer with the expected status whose body or headers are not what the contract says."""
     return UnexpectedAnswer(
         f"the answer cannot be read: {why}",
@@ -67,7 +68,7 @@ def unreadable(answer: Answer, why: Exception) -> UnexpectedAnswer:
     )
 
 
-def _document(answer: Answer) -> dict[str, Any]:
+def _document(answer: Response) -> dict[str, Any]:
     """The problem document; empty if the answer is none."""
     if answer.media_type not in {PROBLEM_JSON, JSON}:
         return {}
@@ -78,7 +79,7 @@ def _document(answer: Answer) -> dict[str, Any]:
     return document if isinstance(document, dict) and isinstance(document.get("type"), str) else {}
 
 
-def _detail(answer: Answer, document: dict[str, Any]) -> str:
+def _detail(answer: Response, document: dict[str, Any]) -> str:
     for member in ("detail", "title"):
         if isinstance(document.get(member), str):
             return f"status {answer.status}: {document[member]}"

@@ -9,44 +9,36 @@ import numpy as np
 import orjson
 
 from batchnorm_client.arrays import A, from_wire
-from batchnorm_client.core.exchange import Answer
 from batchnorm_client.core.local import LocalState
+from batchnorm_client.core.messages import Response
 from batchnorm_client.core.problems import problem_of
 from batchnorm_client.results import BatchStatistics, EvalResult, FoldResult, Gradients, TrainResult
-from batchnorm_client.wire.documents import (
-    IDEMPOTENT_REPLAY,
-    JSON,
-    NUM_BATCHES_TRACKED,
-    REQUEST_ID,
-    SAFETENSORS,
-    VERSION,
-    FoldedDocument,
-    Layer,
-    LayerPage,
-)
+from batchnorm_client.wire.documents import FoldedDocument, Layer, LayerPage
 from batchnorm_client.wire.errors import ProblemError
+from batchnorm_client.wire.headers import IDEMPOTENT_REPLAY, NUM_BATCHES_TRACKED, REQUEST_ID, VERSION
+from batchnorm_client.wire.media_types import JSON, SAFETENSORS
 from batchnorm_client.wire.tensors import Tensor, decode_safetensors
 
 _STATISTICS = ("batch_mean", "batch_var", "batch_invstd")
 
 
-def nothing(_answer: Answer) -> None:
+def nothing(_answer: Response) -> None:
     """There is nothing to read."""
 
 
-def layer(answer: Answer) -> Layer:
+def layer(answer: Response) -> Layer:
     """A `Layer` document. Fields that a newer service added are passed over."""
     _check_form(answer, JSON)
     return Layer.model_validate_json(bytes(answer.body), extra="ignore")
 
 
-def page(answer: Answer) -> LayerPage:
+def page(answer: Response) -> LayerPage:
     """A page of a listing."""
     _check_form(answer, JSON)
     return LayerPage.model_validate_json(bytes(answer.body), extra="ignore")
 
 
-def tensors(answer: Answer) -> dict[str, Tensor]:
+def tensors(answer: Response) -> dict[str, Tensor]:
     """The tensors of a safetensors file, as views of the answer's body."""
     _check_form(answer, SAFETENSORS)
     try:
@@ -55,7 +47,7 @@ def tensors(answer: Answer) -> dict[str, Tensor]:
         raise ValueError(str(error)) from error
 
 
-def trained(shape: tuple[int, ...], batch: A, answer: Answer) -> TrainResult[A]:
+def trained(shape: tuple[int, ...], batch: A, answer: Response) -> TrainResult[A]:
     """The answer to train."""
     output, statistics = _normalized(shape, batch, answer)
     return TrainResult(
@@ -67,7 +59,7 @@ def trained(shape: tuple[int, ...], batch: A, answer: Answer) -> TrainResult[A]:
     )
 
 
-def evaluated(shape: tuple[int, ...], batch: A, answer: Answer) -> EvalResult[A]:
+def evaluated(shape: tuple[int, ...], batch: A, answer: Response) -> EvalResult[A]:
     """The answer to eval."""
     output, statistics = _normalized(shape, batch, answer)
     return EvalResult(
@@ -78,7 +70,7 @@ def evaluated(shape: tuple[int, ...], batch: A, answer: Answer) -> EvalResult[A]
     )
 
 
-def differentiated(shape: tuple[int, ...], batch: A, answer: Answer) -> Gradients[A]:
+def differentiated(shape: tuple[int, ...], batch: A, answer: Response) -> Gradients[A]:
     """The answer to backward."""
     found = {name: from_wire(tensor, batch) for name, tensor in tensors(answer).items()}
     if tuple(found["grad_input"].shape) != shape:
@@ -92,13 +84,13 @@ def differentiated(shape: tuple[int, ...], batch: A, answer: Answer) -> Gradient
     )
 
 
-def folded(answer: Answer) -> FoldResult:
+def folded(answer: Response) -> FoldResult:
     """The answer to moments."""
     _check_form(answer, JSON)
     return _folded(orjson.loads(answer.body) | {"replayed": _is_replay(answer)})
 
 
-def many_folded(names: Collection[str], answer: Answer) -> dict[str, FoldResult | ProblemError]:
+def many_folded(names: Collection[str], answer: Response) -> dict[str, FoldResult | ProblemError]:
     """The answer to moments of many layers, which has a result for each of them."""
     _check_form(answer, JSON)
     request_id = answer.headers.get(REQUEST_ID.lower())
@@ -116,7 +108,7 @@ def many_folded(names: Collection[str], answer: Answer) -> dict[str, FoldResult 
     return results
 
 
-def local_state(held: LocalState | None, answer: Answer) -> LocalState:
+def local_state(held: LocalState | None, answer: Response) -> LocalState:
     """What normalizing here needs; the one that was held, if the service says that it is the newest."""
     if answer.status == 304:
         if held is None:
@@ -131,11 +123,11 @@ def _folded(document: dict[str, Any]) -> FoldResult:
     return FoldResult(found.version, found.num_batches_tracked, found.replayed, found.count, mean, var)
 
 
-def _is_replay(answer: Answer) -> bool:
+def _is_replay(answer: Response) -> bool:
     return answer.headers.get(IDEMPOTENT_REPLAY.lower()) == "true"
 
 
-def _normalized(shape: tuple[int, ...], batch: A, answer: Answer) -> tuple[A, BatchStatistics[A] | None]:
+def _normalized(shape: tuple[int, ...], batch: A, answer: Response) -> tuple[A, BatchStatistics[A] | None]:
     found = tensors(answer)
     output = found["output"]
     if output.shape != shape:
@@ -146,6 +138,6 @@ def _normalized(shape: tuple[int, ...], batch: A, answer: Answer) -> tuple[A, Ba
     return from_wire(output, batch), statistics
 
 
-def _check_form(answer: Answer, expected: str) -> None:
+def _check_form(answer: Response, expected: str) -> None:
     if answer.media_type != expected:
         raise ValueError(f"it is {answer.media_type or 'of no type'}, not {expected}")

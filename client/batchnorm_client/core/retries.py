@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
-from batchnorm_client.core.exchange import Answer, Request
+from batchnorm_client.core.messages import Request, Response
 from batchnorm_client.core.problems import error_of, unreadable
 from batchnorm_client.wire.errors import (
     BatchNormError,
@@ -108,7 +108,7 @@ class Attempts(Generic[T]):
         """What to raise for a call that the deadline ended."""
         return TimedOut(f"no answer within the deadline of {self.deadline:g} s", outcome_unknown=True)
 
-    def receive(self, answer: Answer) -> T:
+    def receive(self, answer: Response) -> T:
         """The result.
 
         Raises:
@@ -160,7 +160,7 @@ class Attempts(Generic[T]):
         )
 
     def _again(self, error: BatchNormError) -> bool:
-        return _is_passing(error) and (self.request.repeat_in_doubt or not self.in_doubt)
+        return _is_passing(error) and (self.request.repeat_if_unknown or not self.in_doubt)
 
     def _wait(self, error: BatchNormError) -> float:
         wait = min(self._retry.wait_max, self._retry.wait_initial * 2.0 ** min(self._tries - 1, 60))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from batchnorm_client.core import readers
-from batchnorm_client.core.exchange import Answer, Request
+from batchnorm_client.core.messages import Request, Response
 from batchnorm_client.core.problems import error_of
 from batchnorm_client.wire.documents import Layer
 from batchnorm_client.wire.errors import BatchNormError, LayerNotFound, VersionMismatch
@@ -29,7 +29,7 @@ def is_deleted(path: str, if_match: int | None, error: BatchNormError) -> Reques
     if if_match is not None and not isinstance(error, LayerNotFound):
         return None
 
-    def read(answer: Answer) -> None:
+    def read(answer: Response) -> None:
         if answer.status == 404:
             found = error_of(answer)
             if not isinstance(found, LayerNotFound):
@@ -67,7 +67,7 @@ def _look(path: str, if_match: int, error: BatchNormError, matches: Callable[[La
     if not isinstance(error, VersionMismatch):
         return None
 
-    def read(answer: Answer) -> Layer:
+    def read(answer: Response) -> Layer:
         layer = readers.layer(answer)
         if layer.version == if_match + 1 and matches(layer):
             return layer

@@ -18,9 +18,9 @@ from typing import Any, Final, Generic, TypeVar
 import anyio
 import httpx
 
-from batchnorm_client.core import Answer, Attempts
+from batchnorm_client.core import Attempts, Response
 from batchnorm_client.transport.network import AsyncDeadlineBackend, DeadlineBackend, seconds_left
-from batchnorm_client.transport.requests import Incoming, Link
+from batchnorm_client.transport.requests import Incoming, ServiceEndpoint
 from batchnorm_client.wire.errors import BatchNormError, ConnectionFailed, NoAnswer, TimedOut
 
 T = TypeVar("T")
@@ -37,13 +37,13 @@ class _Connections(Generic[T, G]):
     """What both clients have in common.
 
     Args:
-        link: to the service.
+        endpoint: to the service.
         given: the HTTP client that was passed in, or None.
         make: makes a pool.
     """
 
-    def __init__(self, link: Link, given: G | None, make: Callable[[], T]) -> None:
-        self._link = link
+    def __init__(self, endpoint: ServiceEndpoint, given: G | None, make: Callable[[], T]) -> None:
+        self._endpoint = endpoint
         self._given: G | None = given
         self._make = make
         self._made_in = os.getpid()
@@ -104,7 +104,7 @@ class _Connections(Generic[T, G]):
                     "the client was closed during the call", outcome_unknown=True, permanent=True
                 ) from error
             if isinstance(error, httpx.TransportError | httpx.DecodingError):
-                raise _no_answer(error, self._link, attempts) from error
+                raise _no_answer(error, self._endpoint, attempts) from error
             raise
 
 
@@ -112,14 +112,14 @@ class Connections(_Connections[httpx.HTTPTransport, httpx.Client]):
     """Those of the client that blocks; may be shared by threads.
 
     Args:
-        link: to the service.
+        endpoint: to the service.
         given: the HTTP client that was passed in, or None.
     """
 
-    def __init__(self, link: Link, given: httpx.Client | None) -> None:
-        super().__init__(link, given, lambda: _transport(link))
+    def __init__(self, endpoint: ServiceEndpoint, given: httpx.Client | None) -> None:
+        super().__init__(endpoint, given, lambda: _transport(endpoint))
 
-    def send(self, attempts: Attempts[Any]) -> Answer:
+    def send(self, attempts: Attempts[Any]) -> Response:
         """Send a call once.
 
         Raises:
@@ -134,7 +134,7 @@ class Connections(_Connections[httpx.HTTPTransport, httpx.Client]):
         token = seconds_left.set(attempts.left)
         try:
             with self._errors(attempts):
-                outgoing = self._link.outgoing(attempts)
+                outgoing = self._endpoint.outgoing(attempts)
                 response = send(outgoing)
                 try:
                     incoming = Incoming(response, attempts.remaining)
@@ -159,14 +159,14 @@ class AsyncConnections(_Connections[httpx.AsyncHTTPTransport, httpx.AsyncClient]
     """Those of the client that does not block.
 
     Args:
-        link: to the service.
+        endpoint: to the service.
         given: the HTTP client that was passed in, or None.
     """
 
-    def __init__(self, link: Link, given: httpx.AsyncClient | None) -> None:
-        super().__init__(link, given, lambda: _async_transport(link))
+    def __init__(self, endpoint: ServiceEndpoint, given: httpx.AsyncClient | None) -> None:
+        super().__init__(endpoint, given, lambda: _async_transport(endpoint))
 
-    async def send(self, attempts: Attempts[Any]) -> Answer:
+    async def send(self, attempts: Attempts[Any]) -> Response:
         """Send a call once.
 
         Raises:
@@ -182,7 +182,7 @@ class AsyncConnections(_Connections[httpx.AsyncHTTPTransport, httpx.AsyncClient]
         try:
             # An HTTP client that was passed in has sockets of its own, which look at no deadline.
             with self._errors(attempts), nullcontext() if given is None else anyio.move_on_after(attempts.left()):
-                outgoing = self._link.outgoing(attempts)
+                outgoing = self._endpoint.outgoing(attempts)
                 response = await send(outgoing)
                 try:
                     incoming = Incoming(response, attempts.remaining)
@@ -204,54 +204,58 @@ class AsyncConnections(_Connections[httpx.AsyncHTTPTransport, httpx.AsyncClient]
             await pool.aclose()
 
 
-def _transport(link: Link) -> httpx.HTTPTransport:
-    transport = httpx.HTTPTransport(**link.options)
+def _transport(endpoint: ServiceEndpoint) -> httpx.HTTPTransport:
+    transport = httpx.HTTPTransport(**endpoint.options)
     transport._pool._network_backend = DeadlineBackend()  # httpx has no option for httpcore's
     return transport
 
 
-def _async_transport(link: Link) -> httpx.AsyncHTTPTransport:
-    transport = httpx.AsyncHTTPTransport(**link.options)
+def _async_transport(endpoint: ServiceEndpoint) -> httpx.AsyncHTTPTransport:
+    transport = httpx.AsyncHTTPTransport(**endpoint.options)
     transport._pool._network_backend = AsyncDeadlineBackend(transport._pool._network_backend)
     return transport
 
 
-def _no_answer(error: httpx.TransportError | httpx.DecodingError, link: Link, attempts: Attempts[Any]) -> NoAnswer:
+def _no_answer(
+    error: httpx.TransportError | httpx.DecodingError, endpoint: ServiceEndpoint, attempts: Attempts[Any]
+) -> NoAnswer:
     if isinstance(error, httpx.TimeoutException):
-        return _timed_out(error, link, attempts)
+        return _timed_out(error, endpoint, attempts)
     text = str(error) or type(error).__name__
     if not isinstance(error, _NOT_SENT + _PERMANENT):
-        return ConnectionFailed(f"the connection to {_way(error, link)} was cut: {text}", outcome_unknown=True)
+        return ConnectionFailed(f"the connection to {_way(error, endpoint)} was cut: {text}", outcome_unknown=True)
     permanent = isinstance(error, _PERMANENT) or _caused_by(error, ssl.SSLCertVerificationError)
-    if link.proxy is not None and not isinstance(error, _PERMANENT):
+    if endpoint.proxy is not None and not isinstance(error, _PERMANENT):
         if isinstance(error, httpx.ProxyError):
-            return ConnectionFailed(f"{link.proxy} did not connect to {link.address}: {text}", proxy=str(link.proxy))
+            return ConnectionFailed(
+                f"{endpoint.proxy} did not connect to {endpoint.address}: {text}", proxy=str(endpoint.proxy)
+            )
         if not _caused_by(error, ssl.SSLError):  # which may be the service's, at the end of a tunnel
-            return ConnectionFailed(f"cannot reach {link.proxy}: {text}", proxy=str(link.proxy))
-    return ConnectionFailed(f"cannot reach {_way(error, link)}: {text}", permanent=permanent)
+            return ConnectionFailed(f"cannot reach {endpoint.proxy}: {text}", proxy=str(endpoint.proxy))
+    return ConnectionFailed(f"cannot reach {_way(error, endpoint)}: {text}", permanent=permanent)
 
 
-def _timed_out(error: httpx.TimeoutException, link: Link, attempts: Attempts[Any]) -> TimedOut:
+def _timed_out(error: httpx.TimeoutException, endpoint: ServiceEndpoint, attempts: Attempts[Any]) -> TimedOut:
     when = "in time" if attempts.left() > 0 else f"within the deadline of {attempts.deadline:g} s"
     match error:
-        case httpx.ConnectTimeout() if link.proxy is not None:
-            return TimedOut(f"{link.proxy} did not connect {when}", proxy=str(link.proxy))
+        case httpx.ConnectTimeout() if endpoint.proxy is not None:
+            return TimedOut(f"{endpoint.proxy} did not connect {when}", proxy=str(endpoint.proxy))
         case httpx.ConnectTimeout():
-            return TimedOut(f"{_way(error, link)} did not connect {when}")
+            return TimedOut(f"{_way(error, endpoint)} did not connect {when}")
         case httpx.PoolTimeout():
             return TimedOut(f"no connection of the pool became free {when}")
         case httpx.ReadTimeout():
-            return TimedOut(f"{_way(error, link)} did not answer {when}", outcome_unknown=True)
+            return TimedOut(f"{_way(error, endpoint)} did not answer {when}", outcome_unknown=True)
         case _:
-            return TimedOut(f"{_way(error, link)} did not take the request {when}", outcome_unknown=True)
+            return TimedOut(f"{_way(error, endpoint)} did not take the request {when}", outcome_unknown=True)
 
 
-def _way(error: httpx.TransportError | httpx.DecodingError, link: Link) -> str:
+def _way(error: httpx.TransportError | httpx.DecodingError, endpoint: ServiceEndpoint) -> str:
     """The service, and the proxy before it; of an HTTP client that was passed in, where it was redirected to."""
     try:
         url = error.request.url
     except RuntimeError:  # a transport's errors have no request
-        return link.address if link.proxy is None else f"{link.address} through {link.proxy}"
+        return endpoint.address if endpoint.proxy is None else f"{endpoint.address} through {endpoint.proxy}"
     return f"{url.scheme}://{url.netloc.decode('ascii')}"
 
 

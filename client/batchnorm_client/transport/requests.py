@@ -15,7 +15,7 @@ from typing import Any, Final
 import httpx
 import numpy as np
 
-from batchnorm_client.core import Answer, Attempts
+from batchnorm_client.core import Attempts, Response
 from batchnorm_client.options import HttpOptions
 from batchnorm_client.transport.proxies import proxy_for
 from batchnorm_client.wire.tensors.tensor import Buffer, byte_view
@@ -32,7 +32,7 @@ _WITH_BODY: Final = ("POST", "PUT", "PATCH")
 """Methods that say how long their body is even if there is none (RFC 9110, 8.6)."""
 
 
-class Link:
+class ServiceEndpoint:
     """The way to one service: its address, the headers of every call, and the settings of its connections.
 
     Args:
@@ -171,7 +171,7 @@ class Incoming:
         else:  # no length was announced, or it was that of a compressed body
             self._rest += part
 
-    def answer(self) -> Answer:
+    def answer(self) -> Response:
         """The answer, once it is complete."""
         body: Buffer = self._rest
         if self._buffer is not None:
@@ -181,7 +181,7 @@ class Incoming:
         headers = {
             name.decode("latin-1").lower(): value.decode("latin-1") for name, value in self._response.headers.raw
         }
-        return Answer(self._response.status_code, headers, body)
+        return Response(self._response.status_code, headers, body)
 
 
 def _base_url(base_url: str | None, given: httpx.Client | httpx.AsyncClient | None) -> httpx.URL:

@@ -1,12 +1,7 @@
-"""The wire, version 1: media types, headers, and the JSON documents as pydantic models.
-
-Both sides import this module; neither invents a name of its own. Tensors on the wire are in `tensors`, problems in
-`errors`.
-"""
+"""The JSON documents of version 1, as pydantic models. Both sides import them; neither invents a name of its own."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal
@@ -21,44 +16,9 @@ from pydantic import (
     field_validator,
 )
 
-from batchnorm_client.wire.errors import InvalidRequest, shown
-
-JSON: Final = "application/json"
-MERGE_PATCH_JSON: Final = "application/merge-patch+json"
-NPY: Final = "application/x-npy"
-SAFETENSORS: Final = "application/vnd.safetensors"
-PROBLEM_JSON: Final = "application/problem+json"
-TENSOR_MEDIA_TYPES: Final = (JSON, NPY, SAFETENSORS)
-
-IDEMPOTENCY_KEY: Final = "Idempotency-Key"
-IDEMPOTENT_REPLAY: Final = "Idempotent-Replay"
-NUM_BATCHES_TRACKED: Final = "Num-Batches-Tracked"
-REQUEST_ID: Final = "X-Request-ID"
-VERSION: Final = "Batchnorm-Version"
-
-KEY_PATTERN: Final = re.compile(r"[\x21-\x7e]{1,200}")
-"""What an Idempotency-Key or an X-Request-ID may be."""
-
-LAYER_NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-"""What a layer may be called; torch module paths such as `layer1.0.bn1` fit."""
+from batchnorm_client.wire.names import LAYER_NAME_PATTERN
 
 MAX_FEATURES: Final = 1_048_576
-
-
-def check_layer_name(name: str) -> None:
-    """Refuse what no layer can be called.
-
-    Raises:
-        InvalidRequest: it is no layer name.
-    """
-    if not LAYER_NAME_PATTERN.fullmatch(name):
-        raise InvalidRequest(
-            f"{shown(name)} is no layer name: 1 to 200 letters, digits, dots, underscores and hyphens, "
-            "the first a letter or digit",
-            field="name",
-            expected=LAYER_NAME_PATTERN.pattern,
-            got=name[:200],
-        )
 
 
 INPUT_DTYPES: Final[dict[str, tuple[str, ...]]] = {

@@ -15,14 +15,14 @@ from typing import Any, Final, Self
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from batchnorm_client.wire.errors import Overloaded, ProblemError
-from batchnorm_service.fast_path.write_coalescing import OutboxProtocol
+from batchnorm_service.fast_path.write_coalescing import CoalescingProtocol
 from batchnorm_service.rest import (
     JOIN_BYTES,
-    Answer,
     BodyBuffer,
+    Gateway,
     Headers,
-    PendingAnswer,
-    Shell,
+    PendingResponse,
+    Response,
     Target,
     read_headers,
 )
@@ -36,8 +36,8 @@ _KEEP_ALIVE: Final = b"keep-alive"
 """What many clients say of the connection, and what HTTP/1.1 does anyway (RFC 9112, 9.3)."""
 
 
-class DirectProtocol(OutboxProtocol):
-    """uvicorn's HTTP protocol, with a direct way for calls of a `Shell`."""
+class FastPathProtocol(CoalescingProtocol):
+    """uvicorn's HTTP protocol, with a direct way for calls of a `Gateway`."""
 
     def on_headers_complete(self) -> None:
         """A request's head has been read."""
@@ -72,12 +72,12 @@ class DirectProtocol(OutboxProtocol):
             super().on_body(cycle.give_up())
         super().shutdown()
 
-    def _direct_cycle(self) -> DirectCycle | None:
+    def _direct_cycle(self) -> FastPathCycle | None:
         cycle: object = self.cycle
-        return cycle if isinstance(cycle, DirectCycle) else None
+        return cycle if isinstance(cycle, FastPathCycle) else None
 
-    def _new_direct_cycle(self) -> DirectCycle | None:
-        if not isinstance(self.app, Shell) or (target := self.app.direct_target(self.url)) is None:
+    def _new_direct_cycle(self) -> FastPathCycle | None:
+        if not isinstance(self.app, Gateway) or (target := self.app.direct_target(self.url)) is None:
             return None
         if self.cycle is not None and not self.cycle.response_complete:
             return None  # pipelined: uvicorn keeps the order
@@ -90,7 +90,7 @@ class DirectProtocol(OutboxProtocol):
         size = int(length)
         if not self.app.admits(target, headers, size):
             return None
-        return DirectCycle(self, self.app, target, headers, size)
+        return FastPathCycle(self, self.app, target, headers, size)
 
     def _is_plain(self, headers: Headers) -> bool:
         """Whether the head asks for nothing but an answer."""
@@ -100,15 +100,15 @@ class DirectProtocol(OutboxProtocol):
         return connection is None or (connection.lower() == _KEEP_ALIVE and self.parser.get_http_version() == "1.1")
 
 
-class DirectCycle:
+class FastPathCycle:
     """One request and its answer. It stands where uvicorn keeps its `RequestResponseCycle`, with what uvicorn sees."""
 
     __slots__ = (
         "_body",
         "_buffer",
+        "_gateway",
         "_headers",
         "_protocol",
-        "_shell",
         "_size",
         "_target",
         "disconnected",
@@ -119,13 +119,15 @@ class DirectCycle:
 
     response_started = False
 
-    def __init__(self, protocol: DirectProtocol, shell: Shell, target: Target, headers: Headers, size: int) -> None:
+    def __init__(
+        self, protocol: FastPathProtocol, gateway: Gateway, target: Target, headers: Headers, size: int
+    ) -> None:
         self.keep_alive = True
         self.disconnected = False
         self.response_complete = False
         self.reading = True
         self._protocol = protocol
-        self._shell = shell
+        self._gateway = gateway
         self._target = target
         self._headers = headers
         self._size = size
@@ -147,21 +149,21 @@ class DirectCycle:
         self.reading = False
         # The connection keeps this cycle until its next request; it must not keep the body.
         body, self._body = self._body if self._buffer is None else self._take(), _NOTHING
-        shell = self._shell
-        if shell.enter():
-            answer = shell.answer_now(self._target, self._headers, body)
+        gateway = self._gateway
+        if gateway.enter():
+            answer = gateway.answer_now(self._target, self._headers, body)
         else:
-            answer = shell.refuse(None, self._target, self._headers)
+            answer = gateway.refuse(None, self._target, self._headers)
         if answer is not None:
-            shell.leave()
+            gateway.leave()
             self._send(answer)
             return
-        pending = shell.answer_soon(self._target, self._headers, body)
+        pending = gateway.answer_soon(self._target, self._headers, body)
         if pending is None:
-            self._answer_later(lambda: shell.answer(self._target, self._headers, body))
+            self._answer_later(lambda: gateway.answer(self._target, self._headers, body))
             return
-        if isinstance(pending, Answer):
-            shell.leave()
+        if isinstance(pending, Response):
+            gateway.leave()
             self._send(pending)
             return
         self._protocol.tasks.add(pending.folded)  # type: ignore[arg-type] # to be cancelled by a forced stop
@@ -185,7 +187,7 @@ class DirectCycle:
     def _fill_in_part(self, piece: bytes) -> None:
         if self._buffer is None:
             self._buffer = BodyBuffer(self._size)
-        transfers = self._shell.transfers
+        transfers = self._gateway.transfers
         try:
             transfers.receive(len(piece))
             try:
@@ -201,28 +203,28 @@ class DirectCycle:
         buffer, self._buffer = self._buffer, None
         if buffer is None:
             return _NOTHING
-        self._shell.transfers.release(buffer.filled)
+        self._gateway.transfers.release(buffer.filled)
         return buffer.take()
 
     def _refuse(self, problem: ProblemError) -> None:
-        """Answer before the body is complete. What else comes of it is dropped."""
+        """Response before the body is complete. What else comes of it is dropped."""
         self.reading = False
         self._take()
-        self._send(self._shell.refuse(problem, self._target, self._headers))
+        self._send(self._gateway.refuse(problem, self._target, self._headers))
 
-    def _folded(self, pending: PendingAnswer, future: Future[Any]) -> None:
+    def _folded(self, pending: PendingResponse, future: Future[Any]) -> None:
         self._protocol.tasks.discard(future)
         answer = pending.now()
         if answer is None:
             self._answer_later(pending.later)
         else:
-            self._shell.leave()
+            self._gateway.leave()
             self._send(answer)
 
-    def _answer_later(self, coming: Callable[[], Awaitable[Answer]]) -> None:
+    def _answer_later(self, coming: Callable[[], Awaitable[Response]]) -> None:
         async def answer() -> None:
             answer = await coming()
-            self._shell.leave()
+            self._gateway.leave()
             self._send(answer)
 
         task = self._protocol.loop.create_task(answer())
@@ -232,9 +234,9 @@ class DirectCycle:
     def _ended(self, task: Task[None]) -> None:
         self._protocol.tasks.discard(task)
         if task.cancelled():  # before it began: the server stops at once
-            self._shell.leave()
+            self._gateway.leave()
 
-    def _send(self, answer: Answer) -> None:
+    def _send(self, answer: Response) -> None:
         protocol, transport = self._protocol, self._protocol.transport
         self.response_complete = True
         if self.disconnected or transport.is_closing():

@@ -14,7 +14,7 @@ from asyncio import TimerHandle, Transport
 from typing import Any, Final
 
 from batchnorm_service.fast_path.keep_alive import IdleProtocol
-from batchnorm_service.rest import Shell, Transfers
+from batchnorm_service.rest import Gateway, Transfers
 
 SLOWEST_RATE: Final = 1024
 """Bytes per second that a request or a response must make on average, once it has taken as long as its timeout."""
@@ -63,7 +63,7 @@ class DeadlineProtocol(IdleProtocol):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.transfers = self.app.transfers if isinstance(self.app, Shell) else Transfers()
+        self.transfers = self.app.transfers if isinstance(self.app, Gateway) else Transfers()
         shortest = min(self.transfers.read_timeout, self.transfers.write_timeout)
         self._interval = min(_LONGEST_INTERVAL, shortest / _LOOKS)
 

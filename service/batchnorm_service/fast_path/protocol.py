@@ -9,11 +9,11 @@ from typing import Any, Final
 
 from httptools import HttpParserUpgrade, HttpRequestParser
 
-from batchnorm_client.wire.documents import REQUEST_ID
 from batchnorm_client.wire.errors import MalformedBody, PayloadTooLarge, ProblemError, RequestTimeout
-from batchnorm_service.fast_path.cycle import DirectProtocol
+from batchnorm_client.wire.headers import REQUEST_ID
+from batchnorm_service.fast_path.cycle import FastPathProtocol
 from batchnorm_service.fast_path.trailers import MOST_HEAD_BYTES, HeadTooLargeError
-from batchnorm_service.rest.problems import problem_answer
+from batchnorm_service.rest.problems import respond_problem
 
 LINGER_SECONDS: Final = 1.0
 
@@ -31,7 +31,7 @@ class _Parser(HttpRequestParser):
             self.stopped_at = stop.args[0]
 
 
-class Protocol(DirectProtocol):
+class Protocol(FastPathProtocol):
     """uvicorn's HTTP protocol, with a bound on request heads, and problems where it has plain text.
 
     An offer to go on in another protocol (`Upgrade`) is ignored, as RFC 9110, 7.8 allows. Java's client and
@@ -172,7 +172,7 @@ class _Farewell:
 
 
 def _farewell(problem: ProblemError) -> bytes:
-    answer = problem_answer(problem, "/", request_id := uuid.uuid4().hex)
+    answer = respond_problem(problem, "/", request_id := uuid.uuid4().hex)
     headers = [*answer.raw_headers, (REQUEST_ID.lower().encode(), request_id.encode()), (b"connection", b"close")]
     head = f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}\r\n".encode()
     lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)

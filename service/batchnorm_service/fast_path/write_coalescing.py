@@ -19,15 +19,15 @@ _AT_ONCE: Final = 1 << 16
 Data = bytes | bytearray | memoryview
 
 
-class OutboxProtocol(TrailerProtocol):
-    """uvicorn's HTTP protocol over an `Outbox`."""
+class CoalescingProtocol(TrailerProtocol):
+    """uvicorn's HTTP protocol over a `WriteCoalescer`."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected."""
-        super().connection_made(cast(asyncio.Transport, Outbox(transport, self.loop)))
+        super().connection_made(cast(asyncio.Transport, WriteCoalescer(transport, self.loop)))
 
 
-class Outbox:
+class WriteCoalescer:
     """A transport that gathers small writes until the event loop's next turn."""
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:

@@ -1,4 +1,4 @@
-"""The only place where a layer's state changes: the cache of resident layers, their fold queues, and the commits."""
+"""The only place where a layer's state changes: the cache of layers, their update queues, and the commits."""
 
 from ..engine.posted import MOMENT_DTYPES
 from .batches import Batches

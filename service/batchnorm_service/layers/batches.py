@@ -17,24 +17,24 @@ from ..engine.moments import Moments, no_extremes
 from ..engine.posted import MOMENT_DTYPES, posted_moments
 from ..engine.state import LayerState
 from ..engine.tensors import to_wire
-from .cache import Slot, Slots
-from .cached_state import Resident, layer_not_found
-from .compute import Computing
+from .cache import CacheEntry, LayerCache
+from .cached_state import CachedState, layer_not_found
+from .compute import ComputeExecutor
 from .groups import GroupCall, Operation, Outcome
-from .idempotency import Ticket, ticket
-from .records import Held
+from .idempotency import IdempotencyToken, token
+from .moments_source import BatchSource, MomentsSource, PostedSource
+from .records import CommittedLayer
 from .results import Differentiated, Folded, Normalized
 from .synchronized import FoldGroup, GradientGroup, Part
 from .training import Posting, Training, normalized
 from .updates import Done, Fold, ReplacedError, replay
-from .work import BatchWork, PostedWork, Work
 
 Read = Callable[[Mapping[str, str]], Mapping[str, Tensor]]
 """Reads the caller's tensors, once it is known which there may be and in which dtype JSON numbers are to be read."""
 
 T = TypeVar("T")
-W = TypeVar("W", bound=Work)
-Prepare = Callable[[Held], Awaitable[tuple[W, Ticket]]]
+W = TypeVar("W", bound=MomentsSource)
+Prepare = Callable[[CommittedLayer], Awaitable[tuple[W, IdempotencyToken]]]
 """Reads what a call brings, for a layer."""
 
 
@@ -44,13 +44,13 @@ class Batches:
     `nbytes` of a call says how many bytes `read` has to look at: it is called in a thread where they are many.
     """
 
-    def __init__(self, slots: Slots, computing: Computing) -> None:
-        self._slots = slots
-        self._computing = computing
+    def __init__(self, cache: LayerCache, executor: ComputeExecutor) -> None:
+        self._cache = cache
+        self._executor = executor
 
     def at_once(self, nbytes: int) -> bool:
         """Whether a batch of so many bytes is computed without waiting for a thread."""
-        return self._computing.at_once(nbytes)
+        return self._executor.at_once(nbytes)
 
     async def train(
         self,
@@ -66,17 +66,17 @@ class Batches:
 
         With a group, the batch is a shard: it is normalized with the statistics of all shards, which are folded once.
         """
-        with self._slots.use(name) as slot:
+        with self._cache.use(name) as entry:
             if group is not None:
-                return await self._train_shard(slot, read, key, group, nbytes=nbytes, statistics=statistics)
+                return await self._train_shard(entry, read, key, group, nbytes=nbytes, statistics=statistics)
 
-            async def prepare(held: Held) -> tuple[BatchWork, Ticket]:
-                wire = await self._computing.run_codec(nbytes, _input, read, held.state)
+            async def prepare(layer: CommittedLayer) -> tuple[BatchSource, IdempotencyToken]:
+                wire = await self._executor.run_codec(nbytes, _input, read, layer.state)
                 claim = await self._ticket(key, "train", wire)
-                return BatchWork(self._computing.batch(held.state, wire), self._computing), claim
+                return BatchSource(self._executor.batch(layer.state, wire), self._executor), claim
 
-            work, done = await self._fold(slot, prepare)
-            return normalized(await work.output(done.held.state), done, statistics=statistics)
+            source, done = await self._fold(entry, prepare)
+            return normalized(await source.output(done.layer.state), done, statistics=statistics)
 
     def train_soon(self, name: str, read: Read, key: str | None) -> Training | None:
         """The same for a small batch and a layer that is here: all but the commit is done at once.
@@ -85,49 +85,49 @@ class Batches:
         """
         if (here := self._here(name)) is None:
             return None
-        slot, held = here
-        if self._computing.away(held.state):
+        entry, layer = here
+        if self._executor.away(layer.state):
             return None
         try:
-            wire = _input(read, held.state)
-            batch = self._computing.batch(held.state, wire)
-            if not self._computing.at_once(batch.nbytes):
+            wire = _input(read, layer.state)
+            batch = self._executor.batch(layer.state, wire)
+            if not self._executor.at_once(batch.nbytes):
                 return None
-            work = BatchWork(batch, self._computing)
-            work.under_now(held.state)
-            fold = Fold(ticket(key, "train", wire), held.stamp.incarnation, work)
+            source = BatchSource(batch, self._executor)
+            source.under_now(layer.state)
+            fold = Fold(token(key, "train", wire), layer.stamp.incarnation, source)
         except ProblemError:
             return None
-        return Training(slot.queue.put(fold), work, lambda: self.train(name, read, key))
+        return Training(entry.queue.put(fold), source, lambda: self.train(name, read, key))
 
     async def fold_moments(
         self, name: str, read: Read, key: str | None, *, nbytes: int = 0, group: GroupCall | None = None
     ) -> Folded:
         """Fold the moments of a batch that stayed with the caller; as a shard of a group, those of all shards."""
-        with self._slots.use(name) as slot:
+        with self._cache.use(name) as entry:
             if group is not None:
-                return await self._fold_shard_moments(slot, read, key, group, nbytes)
+                return await self._fold_shard_moments(entry, read, key, group, nbytes)
 
-            async def prepare(held: Held) -> tuple[PostedWork, Ticket]:
-                moments, claim = await self._computing.run_codec(nbytes, _posted, read, held.state, key, "moments")
-                return PostedWork(moments), claim
+            async def prepare(layer: CommittedLayer) -> tuple[PostedSource, IdempotencyToken]:
+                moments, claim = await self._executor.run_codec(nbytes, _posted, read, layer.state, key, "moments")
+                return PostedSource(moments), claim
 
-            _, done = await self._fold(slot, prepare)
+            _, done = await self._fold(entry, prepare)
             return Folded(done.version, done.batch, done.replayed)
 
     def fold_moments_soon(self, name: str, read: Read, key: str | None) -> Posting | None:
         """The same for a layer that is here: all but the commit is done at once. None as in `train_soon`."""
         if (here := self._here(name)) is None:
             return None
-        slot, held = here
+        entry, layer = here
         try:
-            moments, tensors = posted_moments(held.state.config, read(MOMENT_DTYPES))
-            work = PostedWork(moments)
-            work.under_now(held.state)
-            fold = Fold(ticket(key, "moments", *tensors), held.stamp.incarnation, work)
+            moments, tensors = posted_moments(layer.state.config, read(MOMENT_DTYPES))
+            source = PostedSource(moments)
+            source.under_now(layer.state)
+            fold = Fold(token(key, "moments", *tensors), layer.stamp.incarnation, source)
         except ProblemError:
             return None
-        return Posting(slot.queue.put(fold), lambda: self.fold_moments(name, read, key))
+        return Posting(entry.queue.put(fold), lambda: self.fold_moments(name, read, key))
 
     async def fold_many(
         self, moments: Mapping[str, Mapping[str, Tensor] | ProblemError], key: str | None
@@ -157,29 +157,29 @@ class Batches:
 
     async def eval(self, name: str, read: Read, *, nbytes: int = 0, statistics: bool = False) -> Normalized:
         """Normalize a batch with the running statistics. Changes nothing."""
-        held = await self._fresh(name)
-        batch = self._computing.batch(held.state, await self._computing.run_codec(nbytes, _input, read, held.state))
-        output = await self._computing.run(batch.nbytes, normalize.eval_step, held.state, batch)
+        layer = await self._fresh(name)
+        batch = self._executor.batch(layer.state, await self._executor.run_codec(nbytes, _input, read, layer.state))
+        output = await self._executor.run(batch.nbytes, normalize.eval_step, layer.state, batch)
         named: dict[str, torch.Tensor] = {}
         if statistics:
-            named = await self._computing.run(batch.nbytes, normalize.eval_statistics, held.state, batch)
-        return _unchanged(held, output, named)
+            named = await self._executor.run(batch.nbytes, normalize.eval_statistics, layer.state, batch)
+        return _unchanged(layer, output, named)
 
     def eval_now(self, name: str, read: Read) -> Normalized | None:
         """The same for a small batch and a layer whose newest state is here; otherwise None."""
-        held = self._slots.certain(name)
-        if held is None or self._computing.away(held.state):
+        layer = self._cache.certain(name)
+        if layer is None or self._executor.away(layer.state):
             return None
-        batch = self._computing.batch(held.state, _input(read, held.state))
-        if not self._computing.at_once(batch.nbytes):
+        batch = self._executor.batch(layer.state, _input(read, layer.state))
+        if not self._executor.at_once(batch.nbytes):
             return None
-        return _unchanged(held, normalize.eval_step(held.state, batch), {})
+        return _unchanged(layer, normalize.eval_step(layer.state, batch), {})
 
     async def inverse(self, name: str, read: Read, *, nbytes: int = 0) -> Normalized:
         """Undo eval's normalization of a batch. Changes nothing."""
-        held = await self._fresh(name)
-        batch = self._computing.batch(held.state, await self._computing.run_codec(nbytes, _input, read, held.state))
-        return _unchanged(held, await self._computing.run(batch.nbytes, inverse_step, held.state, batch), {})
+        layer = await self._fresh(name)
+        batch = self._executor.batch(layer.state, await self._executor.run_codec(nbytes, _input, read, layer.state))
+        return _unchanged(layer, await self._executor.run(batch.nbytes, inverse_step, layer.state, batch), {})
 
     async def backward(
         self,
@@ -192,150 +192,152 @@ class Batches:
         group: GroupCall | None = None,
     ) -> Differentiated:
         """The gradients of a batch, or of a shard of a synchronized one. Changes nothing."""
-        with self._slots.use(name) as slot:
-            held = await slot.resident.fresh()
-            layer = held.state
-            wires = await self._computing.run_codec(nbytes, _batch_and_gradient, read, layer)
-            batch, grad = (self._computing.batch(layer, wire) for wire in wires)
+        with self._cache.use(name) as entry:
+            layer = await entry.cached.fresh()
+            state = layer.state
+            wires = await self._executor.run_codec(nbytes, _batch_and_gradient, read, state)
+            batch, grad = (self._executor.batch(state, wire) for wire in wires)
             size = batch.nbytes + grad.nbytes
             if group is None:
-                done = await self._computing.run(
-                    size, gradients.backward_step, layer, batch, grad, training=training
+                done = await self._executor.run(
+                    size, gradients.backward_step, state, batch, grad, training=training
                 )  # fmt: skip
-                return _differentiated(held.stamp.version, done, replayed=False)
-            if not training or layer.config.clip is not None:
+                return _differentiated(layer.stamp.version, done, replayed=False)
+            if not training or state.config.clip is not None:
                 raise InvalidRequest(
                     "a group's backward is that of train mode, for a layer that does not clip",
                     field="group",
                     expected="mode=train and no clip",
                 )
-            sums = await self._computing.run(size, gradients.gradient_sums, layer, batch, grad)
+            sums = await self._executor.run(size, gradients.gradient_sums, state, batch, grad)
             member = await self._ticket(key, f"backward {_name(group)}", *wires)
-            outcome = await _joined(slot, group, member, sums, GradientGroup(held, slot.queue))
-            done = await self._computing.run(size, gradients.shard_backward, layer, batch, grad, outcome.whole)
+            outcome = await _joined(entry, group, member, sums, GradientGroup(layer, entry.queue))
+            done = await self._executor.run(size, gradients.shard_backward, state, batch, grad, outcome.whole)
             return _differentiated(outcome.version, done, replayed=outcome.replayed)
 
     # ----------------------------------------------------------------------------------------------------- shards
 
     async def _train_shard(
-        self, slot: Slot, read: Read, key: str | None, group: GroupCall, *, nbytes: int, statistics: bool
+        self, entry: CacheEntry, read: Read, key: str | None, group: GroupCall, *, nbytes: int, statistics: bool
     ) -> Normalized:
-        held = await slot.resident.fresh()
-        wire = await self._computing.run_codec(nbytes, _input, read, held.state)
-        batch, member = self._computing.batch(held.state, wire), await self._ticket(key, f"train {_name(group)}", wire)
-        part = Part(*await self._computing.run(batch.nbytes, normalize.shard_moments, held.state, batch))
-        outcome = await _joined(slot, group, member, part, FoldGroup(held, slot.queue))
+        layer = await entry.cached.fresh()
+        wire = await self._executor.run_codec(nbytes, _input, read, layer.state)
+        batch, member = self._executor.batch(layer.state, wire), await self._ticket(key, f"train {_name(group)}", wire)
+        part = Part(*await self._executor.run(batch.nbytes, normalize.shard_moments, layer.state, batch))
+        outcome = await _joined(entry, group, member, part, FoldGroup(layer, entry.queue))
         whole = outcome.whole
-        assert whole.frozen is not None  # noqa: S101 - what closing a group writes
-        step = await self._computing.run(
-            batch.nbytes, normalize.normalize_with, held.state, whole.frozen, batch, whole.moments
+        assert whole.frozen is not None  # noqa: S101 - what result a group writes
+        step = await self._executor.run(
+            batch.nbytes, normalize.normalize_with, layer.state, whole.frozen, batch, whole.moments
         )
         named = normalize.named_statistics(step) if statistics else {}
         return Normalized(to_wire(step.output), outcome.version, outcome.batch, outcome.replayed, _to_wire(named))
 
     async def _fold_shard_moments(
-        self, slot: Slot, read: Read, key: str | None, group: GroupCall, nbytes: int
+        self, entry: CacheEntry, read: Read, key: str | None, group: GroupCall, nbytes: int
     ) -> Folded:
-        held = await slot.resident.fresh()
+        layer = await entry.cached.fresh()
         operation = f"moments {_name(group)}"
-        moments, member = await self._computing.run_codec(nbytes, _posted, read, held.state, key, operation, least=0)
-        part = Part(moments, no_extremes(held.state.config.num_features))
-        outcome = await _joined(slot, group, member, part, FoldGroup(held, slot.queue))
+        moments, member = await self._executor.run_codec(nbytes, _posted, read, layer.state, key, operation, least=0)
+        part = Part(moments, no_extremes(layer.state.config.num_features))
+        outcome = await _joined(entry, group, member, part, FoldGroup(layer, entry.queue))
         whole = outcome.whole.moments
         return Folded(outcome.version, outcome.batch, outcome.replayed, whole.count, _to_wire(_moments(whole)))
 
     # ---------------------------------------------------------------------------------------------------- helpers
 
-    async def _ticket(self, key: str | None, operation: str, *tensors: Tensor) -> Ticket:
+    async def _ticket(self, key: str | None, operation: str, *tensors: Tensor) -> IdempotencyToken:
         """Taking the fingerprint of a large batch takes long; without a key none is taken."""
         nbytes = 0 if key is None else sum(tensor.nbytes for tensor in tensors)
-        return await self._computing.run_codec(nbytes, ticket, key, operation, *tensors)
+        return await self._executor.run_codec(nbytes, token, key, operation, *tensors)
 
-    def _here(self, name: str) -> tuple[Slot, Held] | None:
+    def _here(self, name: str) -> tuple[CacheEntry, CommittedLayer] | None:
         """A layer that is in memory and takes a fold at once."""
-        slot = self._slots.get(name)
-        if slot is None or (held := slot.resident.held) is None or not held.state.tracks or slot.queue.full:
+        entry = self._cache.get(name)
+        if entry is None or (layer := entry.cached.layer) is None or not layer.state.tracks or entry.queue.full:
             return None
-        return slot, held
+        return entry, layer
 
-    async def _fresh(self, name: str) -> Held:
-        if (held := self._slots.certain(name)) is not None:
-            return held
-        with self._slots.use(name) as slot:
-            return await slot.resident.fresh()
+    async def _fresh(self, name: str) -> CommittedLayer:
+        if (layer := self._cache.certain(name)) is not None:
+            return layer
+        with self._cache.use(name) as entry:
+            return await entry.cached.fresh()
 
-    async def _fold(self, slot: Slot, prepare: Prepare[W]) -> tuple[W, Done]:
+    async def _fold(self, entry: CacheEntry, prepare: Prepare[W]) -> tuple[W, Done]:
         while True:
-            held, work, claim = await _prepared(slot.resident, prepare)
+            layer, source, claim = await _prepared(entry.cached, prepare)
             try:
-                await work.under(held.state)
+                await source.under(layer.state)
             except ProblemError as error:
-                newest = await slot.resident.fresh()
-                if newest.stamp.incarnation != held.stamp.incarnation or not newest.state.normalizes_like(held.state):
+                newest = await entry.cached.fresh()
+                if newest.stamp.incarnation != layer.stamp.incarnation or not newest.state.normalizes_like(layer.state):
                     continue  # it was judged by a layer that has changed since
                 try:
-                    return work, await _repeated(slot, newest, claim, error)
+                    return source, await _repeated(entry, newest, claim, error)
                 except ReplacedError:
                     continue
-            if not (claim.from_caller or held.state.tracks):  # nothing to commit, and `held` is fresh
-                batches = held.state.num_batches_tracked
-                return work, Done(held, held.stamp.version, batches, replayed=False)
+            if not (claim.from_caller or layer.state.tracks):  # nothing to commit, and `layer` is fresh
+                batches = layer.state.num_batches_tracked
+                return source, Done(layer, layer.stamp.version, batches, replayed=False)
             try:
-                return work, await slot.queue.submit(Fold(claim, held.stamp.incarnation, work))
+                return source, await entry.queue.submit(Fold(claim, layer.stamp.incarnation, source))
             except ReplacedError:
                 continue  # the layer that has this name now decides what becomes of the batch
 
 
-async def _joined(slot: Slot, group: GroupCall, member: Ticket, part: T, operation: Operation[T]) -> Outcome[T]:
+async def _joined(
+    entry: CacheEntry, group: GroupCall, member: IdempotencyToken, part: T, operation: Operation[T]
+) -> Outcome[T]:
     try:
-        return await slot.groups.join(group, member, part, operation)
+        return await entry.groups.join(group, member, part, operation)
     except ReplacedError:
-        raise layer_not_found(slot.resident.name) from None  # the group was of a layer that is no more
+        raise layer_not_found(entry.cached.name) from None  # the group was of a layer that is no more
 
 
-async def _prepared(resident: Resident, prepare: Prepare[W]) -> tuple[Held, W, Ticket]:
+async def _prepared(cached: CachedState, prepare: Prepare[W]) -> tuple[CommittedLayer, W, IdempotencyToken]:
     """What a call brings, read for a committed state, and for the newest before it is refused or goes uncommitted."""
-    held = await resident.known()
-    if not held.state.tracks:
-        held = await resident.fresh()
+    layer = await cached.known()
+    if not layer.state.tracks:
+        layer = await cached.fresh()
     try:
-        return held, *await prepare(held)
+        return layer, *await prepare(layer)
     except ProblemError:
-        newest = await resident.fresh()
-        if newest.stamp == held.stamp:
+        newest = await cached.fresh()
+        if newest.stamp == layer.stamp:
             raise
     return newest, *await prepare(newest)
 
 
-async def _repeated(slot: Slot, newest: Held, claim: Ticket, error: ProblemError) -> Done:
+async def _repeated(entry: CacheEntry, newest: CommittedLayer, claim: IdempotencyToken, error: ProblemError) -> Done:
     """The answer to a repeat of a batch that the layer would refuse now; the error when it is no repeat."""
-    receipt = await slot.queue.find(claim, newest.stamp.incarnation) if claim.from_caller else None
-    done = error if receipt is None else replay(claim, await slot.resident.fresh(), receipt)
+    receipt = await entry.queue.find(claim, newest.stamp.incarnation) if claim.from_caller else None
+    done = error if receipt is None else replay(claim, await entry.cached.fresh(), receipt)
     if isinstance(done, ProblemError):
         raise done
     return done
 
 
-def _input(read: Read, layer: LayerState) -> Tensor:
-    (tensor,) = require(read({"input": layer.config.dtype}), "input")
+def _input(read: Read, state: LayerState) -> Tensor:
+    (tensor,) = require(read({"input": state.config.dtype}), "input")
     if tensor.shape == (0,):  # all that JSON can say of a batch without rows
-        tensor = Tensor(tensor.dtype, normalize.empty_shape(layer.config), tensor.buffer)
-    normalize.check_input(layer.config, tensor)
+        tensor = Tensor(tensor.dtype, normalize.empty_shape(state.config), tensor.buffer)
+    normalize.check_input(state.config, tensor)
     return tensor
 
 
 def _posted(
-    read: Read, layer: LayerState, key: str | None, operation: str, *, least: int | None = None
-) -> tuple[Moments, Ticket]:
-    moments, tensors = posted_moments(layer.config, read(MOMENT_DTYPES), least=least)
-    return moments, ticket(key, operation, *tensors)
+    read: Read, state: LayerState, key: str | None, operation: str, *, least: int | None = None
+) -> tuple[Moments, IdempotencyToken]:
+    moments, tensors = posted_moments(state.config, read(MOMENT_DTYPES), least=least)
+    return moments, token(key, operation, *tensors)
 
 
-def _batch_and_gradient(read: Read, layer: LayerState) -> tuple[Tensor, Tensor]:
+def _batch_and_gradient(read: Read, state: LayerState) -> tuple[Tensor, Tensor]:
     names = ("input", "grad_output")
-    batch, grad = require(read(dict.fromkeys(names, layer.config.dtype)), *names)
-    normalize.check_input(layer.config, batch)
-    normalize.check_input(layer.config, grad, "grad_output")
+    batch, grad = require(read(dict.fromkeys(names, state.config.dtype)), *names)
+    normalize.check_input(state.config, batch)
+    normalize.check_input(state.config, grad, "grad_output")
     if (batch.shape, batch.dtype) != (grad.shape, grad.dtype):
         raise ShapeMismatch(
             f"grad_output must be as input, {batch.dtype} {batch.shape}, got {grad.dtype} {grad.shape}",
@@ -354,8 +356,8 @@ def _moments(whole: Moments) -> dict[str, torch.Tensor]:
     return {"mean": whole.mean, "var": whole.biased_var()}
 
 
-def _unchanged(held: Held, output: torch.Tensor, named: Mapping[str, torch.Tensor]) -> Normalized:
-    version, batches = held.stamp.version, held.state.num_batches_tracked
+def _unchanged(layer: CommittedLayer, output: torch.Tensor, named: Mapping[str, torch.Tensor]) -> Normalized:
+    version, batches = layer.stamp.version, layer.state.num_batches_tracked
     return Normalized(to_wire(output), version, batches, statistics=_to_wire(named))
 
 

@@ -8,24 +8,24 @@ import time
 from batchnorm_client.wire.errors import LayerNotFound, StoreUnavailable
 
 from ..store.base import Missing, Stamp, Store, StoreError, Unchanged
-from .records import Held, decode
+from .records import CommittedLayer, decode
 from .shared_check import SharedCheck
 
 
-class Resident:
+class CachedState:
     """A layer's newest known committed state.
 
     Attributes:
         name: of the layer.
-        held: what this process knows of the layer; None when it knows nothing, or a commit's outcome is unknown.
+        layer: what this process knows of the layer; None when it knows nothing, or a commit's outcome is unknown.
     """
 
     def __init__(self, name: str, store: Store, max_staleness: float = 0.0) -> None:
         self.name = name
-        self.held: Held | None = None
+        self.layer: CommittedLayer | None = None
         self._store = store
         self._max_staleness = max_staleness
-        self._asked = -math.inf  # when the newest look at the store began that `held` rests on
+        self._asked = -math.inf  # when the newest look at the store began that `layer` rests on
         self._changes = 0
         self._check = SharedCheck(self._load)
 
@@ -34,21 +34,21 @@ class Resident:
         """Whether nobody is asking the store about this layer."""
         return self._check.idle
 
-    def set(self, held: Held | None) -> None:
+    def set(self, layer: CommittedLayer | None) -> None:
         """Note what a commit left, or None when that is not known."""
-        self.held = held
+        self.layer = layer
         self._changes += 1
 
-    async def known(self) -> Held:
+    async def known(self) -> CommittedLayer:
         """A committed state, perhaps not the newest: good where a commit will check it.
 
         Raises:
             LayerNotFound: there is no such layer.
             StoreUnavailable: the store does not answer.
         """
-        return self.held or await self._check()
+        return self.layer or await self._check()
 
-    async def fresh(self) -> Held:
+    async def fresh(self) -> CommittedLayer:
         """The newest committed state: no fold that was acknowledged before this call is missing from it.
 
         With `max_staleness`, none that was acknowledged so many seconds earlier.
@@ -60,14 +60,14 @@ class Resident:
         return self.certain or await self._check()
 
     @property
-    def certain(self) -> Held | None:
+    def certain(self) -> CommittedLayer | None:
         """The same, if the store need not be asked."""
-        if self.held is not None and (self._store.exclusive or time.monotonic() - self._asked < self._max_staleness):
-            return self.held
+        if self.layer is not None and (self._store.exclusive or time.monotonic() - self._asked < self._max_staleness):
+            return self.layer
         return None
 
-    async def _load(self) -> Held:
-        asked, changes, began = self.held, self._changes, time.monotonic()
+    async def _load(self) -> CommittedLayer:
+        asked, changes, began = self.layer, self._changes, time.monotonic()
         unless: Stamp | None = asked.stamp if asked else None
         try:
             found = await self._store.load(self.name, unless)
@@ -82,7 +82,7 @@ class Resident:
         # A commit of ours that was acknowledged meanwhile may be newer than what was found: this call may use what it
         # found, since it asked after it came, but only a later one may say which of the two stays.
         if changes == self._changes:
-            self.held, self._asked = loaded, began
+            self.layer, self._asked = loaded, began
         if loaded is None:
             raise layer_not_found(self.name)
         return loaded

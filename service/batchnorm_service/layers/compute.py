@@ -43,7 +43,7 @@ def _let_others_go_first() -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICEST)
 
 
-class Computing:
+class ComputeExecutor:
     """Runs engine functions and codecs for calls.
 
     Args:

@@ -7,12 +7,12 @@ from typing import Final
 
 _LONGEST: Final = 0.2  # seconds
 _SHORTEST: Final = 0.0001  # seconds: of a turn, however coarse the clock
-_MOST: Final = 16.0  # rivals that are guessed
+_MOST: Final = 16.0  # competing processes that are guessed
 _SHARE: Final = 0.2  # of the newest measurement in the running mean
 _KEPT: Final = 0.875  # of a guess, each time that nothing speaks for it
 
 
-class Rivals:
+class ContentionBackoff:
     """How long whoever has won a race for a layer gives way.
 
     The winner knows the new state at once and would win the next race, too, while the others still learn of it. So it
@@ -46,8 +46,8 @@ class Rivals:
         # One that died, or gave up, is told of until the store forgets it, but waited for only once.
         self._absent = min(self._absent, told)
         left, turn = _LONGEST, max(self._turn, _SHORTEST)
-        while (rivals := told - self._absent - (seen := passed())) > 0 and left > 0:
-            seconds = min(rivals * turn, left)
+        while (backoff := told - self._absent - (seen := passed())) > 0 and left > 0:
+            seconds = min(backoff * turn, left)
             yield seconds
             left -= seconds
             turn *= 2

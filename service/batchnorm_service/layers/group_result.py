@@ -12,7 +12,7 @@ _HEAD: Final = struct.Struct("<II")
 
 
 @dataclass(frozen=True, slots=True)
-class Closing:
+class GroupResult:
     """What is left of a group.
 
     Attributes:
@@ -31,10 +31,10 @@ class Closing:
         return _HEAD.pack(self.size, len(self.members)) + pairs + self.totals
 
     @staticmethod
-    def unpack(payload: bytes) -> Closing:
+    def unpack(payload: bytes) -> GroupResult:
         """The inverse of `pack`."""
         size, came = _HEAD.unpack_from(payload)
         start, step = _HEAD.size, 2 * KEY_BYTES
         pairs = [payload[at : at + step] for at in range(start, start + came * step, step)]
         members = {pair[:KEY_BYTES]: pair[KEY_BYTES:] for pair in pairs}
-        return Closing(size, members, payload[start + came * step :])
+        return GroupResult(size, members, payload[start + came * step :])

@@ -21,9 +21,9 @@ from batchnorm_client.wire.errors import (
     StoreUnavailable,
 )
 
-from ..store.base import Gathering, Missing, Shard, Store, StoreError
-from .group_result import Closing
-from .idempotency import Ticket, group_ticket
+from ..store.base import GroupStatus, Missing, Shard, Store, StoreError
+from .group_result import GroupResult
+from .idempotency import IdempotencyToken, group_token
 from .update_queue import Queue
 from .updates import ReplacedError, refuse_reuse
 
@@ -70,7 +70,7 @@ class Operation(Protocol[T]):
 
     Attributes:
         name: groups of different operations may have the same id.
-        folds: whether closing the group changes the layer, so that its members' keys stand for nothing else.
+        folds: whether result the group changes the layer, so that its members' keys stand for nothing else.
         incarnation: of the layer that the call was meant for; groups of another are others.
     """
 
@@ -91,9 +91,9 @@ class Operation(Protocol[T]):
         ...
 
     async def close(
-        self, ticket: Ticket, whole: T, members: Mapping[bytes, bytes], closing: Callable[[bytes], bytes]
+        self, token: IdempotencyToken, whole: T, members: Mapping[bytes, bytes], result: Callable[[bytes], bytes]
     ) -> None:
-        """Commit the whole under the group's ticket, with `closing(totals)` as the receipt's payload.
+        """Commit the whole under the group's token, with `result(totals)` as the receipt's payload.
 
         `members` are the fingerprints of the parts by their keys.
         Raises `ProblemError` for what cannot be committed: nothing is, and every member is told.
@@ -108,9 +108,9 @@ class Groups:
         self._name = name
         self._store = store
         self._queue = queue
-        self._news: dict[bytes, _News] = {}
+        self._notifiers: dict[bytes, _Notifier] = {}
 
-    async def join(self, call: GroupCall, member: Ticket, part: T, operation: Operation[T]) -> Outcome[T]:
+    async def join(self, call: GroupCall, member: IdempotencyToken, part: T, operation: Operation[T]) -> Outcome[T]:
         """Wait until the group is complete and its fold is durable.
 
         Raises:
@@ -121,38 +121,40 @@ class Groups:
             ReplacedError: the layer is no more.
             ProblemError: what folding the whole refuses; all members are told.
         """
-        name = group_ticket(operation.name, call.id)
+        name = group_token(operation.name, call.id)
         shard = Shard(member.key, member.fingerprint, operation.pack(part))
         deadline, pause, came, added = _now() + call.timeout, _FIRST_PAUSE, False, False
         try:
-            with self._listening(name) as news:
+            with self._listening(name) as notifier:
                 while True:
-                    event = news.event
+                    event = notifier.event
                     found = await self._queue.find_all([name, member], operation.incarnation)
                     if (receipt := found.get(name.key)) is not None:
-                        whole = operation.unpack(_told(Closing.unpack(receipt.payload), call, member))
+                        whole = operation.unpack(_told(GroupResult.unpack(receipt.payload), call, member))
                         return Outcome(whole, receipt.version, receipt.batch, replayed=not added)
                     if not came and operation.folds and (own := found.get(member.key)) is not None:
                         refuse_reuse(member, own)
-                    gathering = await self._gather(name, call, shard, operation)
-                    _check_member(gathering.size, gathering.members, call, member)
-                    came, added = True, added or gathering.added
-                    if gathering.parts:
-                        await self._close(name, gathering, operation)
+                    status = await self._gather(name, call, shard, operation)
+                    _check_member(status.size, status.members, call, member)
+                    came, added = True, added or status.added
+                    if status.parts:
+                        await self._close(name, status, operation)
                     elif _now() >= deadline:
-                        payload = Closing(gathering.size, dict(gathering.members), b"").pack()
+                        payload = GroupResult(status.size, dict(status.members), b"").pack()
                         await self._queue.note(name, operation.incarnation, payload)
                     else:
                         await _first(event.wait(), min(pause, max(0.0, deadline - _now())))
                         pause = min(2 * pause, _LONGEST_PAUSE)
                         continue
-                    news.tell()
+                    notifier.tell()
         except asyncio.CancelledError:
             if not member.from_caller:  # one with a key may come back for its answer
                 await asyncio.shield(self._leave(name, operation, member.key))
             raise
 
-    async def _gather(self, name: Ticket, call: GroupCall, shard: Shard, operation: Operation[T]) -> Gathering:
+    async def _gather(
+        self, name: IdempotencyToken, call: GroupCall, shard: Shard, operation: Operation[T]
+    ) -> GroupStatus:
         try:
             found = await self._store.join(self._name, operation.incarnation, name.key, call.size, shard)
         except StoreError as error:
@@ -161,29 +163,29 @@ class Groups:
             raise ReplacedError
         return found
 
-    async def _close(self, name: Ticket, gathering: Gathering, operation: Operation[T]) -> None:
-        whole = operation.merge([operation.unpack(part) for part in gathering.parts])
-        members = dict(gathering.members)
-        await operation.close(name, whole, members, lambda totals: Closing(gathering.size, members, totals).pack())
+    async def _close(self, name: IdempotencyToken, status: GroupStatus, operation: Operation[T]) -> None:
+        whole = operation.merge([operation.unpack(part) for part in status.parts])
+        members = dict(status.members)
+        await operation.close(name, whole, members, lambda totals: GroupResult(status.size, members, totals).pack())
         await self._leave(name, operation, None)  # what came is in the receipt now
 
-    async def _leave(self, name: Ticket, operation: Operation[T], member: bytes | None) -> None:
+    async def _leave(self, name: IdempotencyToken, operation: Operation[T], member: bytes | None) -> None:
         with suppress(StoreError):  # shards that stay behind expire like receipts
             await self._store.leave(self._name, operation.incarnation, name.key, member)
 
     @contextmanager
-    def _listening(self, name: Ticket) -> Iterator[_News]:
-        news = self._news.setdefault(name.key, _News())
-        news.listeners += 1
+    def _listening(self, name: IdempotencyToken) -> Iterator[_Notifier]:
+        notifier = self._notifiers.setdefault(name.key, _Notifier())
+        notifier.listeners += 1
         try:
-            yield news
+            yield notifier
         finally:
-            news.listeners -= 1
-            if news.listeners == 0:
-                del self._news[name.key]
+            notifier.listeners -= 1
+            if notifier.listeners == 0:
+                del self._notifiers[name.key]
 
 
-class _News:
+class _Notifier:
     """Wakes the members of a group that are in this process, so that they need not wait for their next look."""
 
     def __init__(self) -> None:
@@ -196,21 +198,21 @@ class _News:
         self.event = asyncio.Event()
 
 
-def _told(closing: Closing, call: GroupCall, member: Ticket) -> bytes:
+def _told(result: GroupResult, call: GroupCall, member: IdempotencyToken) -> bytes:
     """The totals of a closed group, for one of its members."""
-    _check_member(closing.size, closing.members, call, member)
-    if not closing.totals:
-        came = len(closing.members)
+    _check_member(result.size, result.members, call, member)
+    if not result.totals:
+        came = len(result.members)
         raise GroupIncomplete(
             f"{came} of {call.size} members of group {call.id!r} came in time; nothing was folded",
             field="group",
             expected=call.size,
             got=came,
         )
-    return closing.totals
+    return result.totals
 
 
-def _check_member(size: int, members: Mapping[bytes, bytes], call: GroupCall, member: Ticket) -> None:
+def _check_member(size: int, members: Mapping[bytes, bytes], call: GroupCall, member: IdempotencyToken) -> None:
     """Refuse a call that is none of the group's members."""
     if size != call.size:
         raise GroupMismatch(f"group {call.id!r} has {size} members", field="size", expected=size, got=call.size)
@@ -225,11 +227,11 @@ def _check_member(size: int, members: Mapping[bytes, bytes], call: GroupCall, me
         )
 
 
-async def _first(news: Awaitable[object], seconds: float) -> None:
-    """Wait for news, but no longer than this."""
+async def _first(notifier: Awaitable[object], seconds: float) -> None:
+    """Wait for a notification, but no longer than this."""
     try:
         async with asyncio.timeout(seconds):
-            await news
+            await notifier
     except TimeoutError:
         pass
 

@@ -18,7 +18,7 @@ NO_FINGERPRINT = bytes(KEY_BYTES)
 """Of a call without a key, which nobody can repeat."""
 
 
-class Ticket(NamedTuple):
+class IdempotencyToken(NamedTuple):
     """The claim of one change to be made exactly once.
 
     Attributes:
@@ -37,8 +37,8 @@ class Ticket(NamedTuple):
         return Receipt(self.key, self.fingerprint, version, batch, payload)
 
 
-def ticket(key: str | None, operation: str, *tensors: Tensor) -> Ticket:
-    """The ticket of a call; the fingerprint covers operation, dtypes, shapes and bytes, whatever the form on the wire.
+def token(key: str | None, operation: str, *tensors: Tensor) -> IdempotencyToken:
+    """The token of a call; the fingerprint covers operation, dtypes, shapes and bytes, whatever the form on the wire.
 
     Args:
         key: the caller's Idempotency-Key.
@@ -49,17 +49,17 @@ def ticket(key: str | None, operation: str, *tensors: Tensor) -> Ticket:
         # Never the same twice, but not hard to guess: os.urandom would be a system call. Ascending, as in a UUID of
         # version 7 (RFC 9562, 5.7), because a store keeps what ascends with less work.
         milliseconds = (time.time_ns() // 1_000_000).to_bytes(6, "big")
-        return Ticket(milliseconds + random.randbytes(KEY_BYTES - 6), NO_FINGERPRINT, from_caller=False)  # noqa: S311
+        return IdempotencyToken(milliseconds + random.randbytes(KEY_BYTES - 6), NO_FINGERPRINT, from_caller=False)  # noqa: S311
     digest = xxhash.xxh3_128(f"{operation}\0".encode())
     for tensor in tensors:
         digest.update(f"{tensor.dtype}\0{tensor.shape}\0".encode())
         digest.update(tensor.buffer)
-    return Ticket(_digest(key), digest.digest(), from_caller=True)
+    return IdempotencyToken(_digest(key), digest.digest(), from_caller=True)
 
 
-def group_ticket(operation: str, group: str) -> Ticket:
-    """The ticket of a group as a whole. No caller's key can be the same: keys have no spaces."""
-    return Ticket(_digest(f"group {operation} {group}"), NO_FINGERPRINT, from_caller=True)
+def group_token(operation: str, group: str) -> IdempotencyToken:
+    """The token of a group as a whole. No caller's key can be the same: keys have no spaces."""
+    return IdempotencyToken(_digest(f"group {operation} {group}"), NO_FINGERPRINT, from_caller=True)
 
 
 def _digest(key: str) -> bytes:

@@ -16,10 +16,10 @@ from ..engine import state, state_dict
 from ..store.base import Exists, Full, Store, StoreError
 from . import records
 from .batches import Batches, Read
-from .cache import Slots
-from .compute import Computing
-from .idempotency import ticket
-from .records import Held
+from .cache import LayerCache
+from .compute import ComputeExecutor
+from .idempotency import token
+from .records import CommittedLayer
 from .results import LayersOptions, Snapshot
 from .updates import Change, Deletion, IfMatch, ReplacedError, check_version
 
@@ -37,18 +37,18 @@ class Layers:
     def __init__(self, store: Store, options: LayersOptions | None = None) -> None:
         self._store = store
         self._options = options or LayersOptions()
-        self._computing = Computing(self._options.device, self._options.inline_bytes)
-        self._slots = Slots(store, self._options)
-        self.batches: Final = Batches(self._slots, self._computing)
+        self._executor = ComputeExecutor(self._options.device, self._options.inline_bytes)
+        self._cache = LayerCache(store, self._options)
+        self.batches: Final = Batches(self._cache, self._executor)
 
     async def open(self) -> None:
         """Check that the default device is there. Raises `DeviceUnavailable`."""
-        self._computing.device(None)
+        self._executor.device(None)
 
     async def close(self) -> None:
         """Return when every queued change has been committed and answered."""
-        await self._slots.drained()
-        self._computing.close()
+        await self._cache.drained()
+        self._executor.close()
 
     async def ping(self) -> None:
         """Return when the store answers; raises `StoreUnavailable` when it does not."""
@@ -57,7 +57,7 @@ class Layers:
 
     async def run_codec(self, nbytes: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Read a request's body or write an answer, of about so many bytes: in a thread where they are many."""
-        return await self._computing.run_codec(nbytes, function, *args, **kwargs)
+        return await self._executor.run_codec(nbytes, function, *args, **kwargs)
 
     async def create(self, name: str, config: LayerConfig) -> tuple[Snapshot, bool]:
         """The layer of that name and whether this call made it.
@@ -67,7 +67,7 @@ class Layers:
             TooManyLayers: the store holds as many layers as it may.
             DeviceUnavailable: the config names a device that is not there.
         """
-        self._computing.device(config.device)
+        self._executor.device(config.device)
         made = records.now()
         data = records.encode(state.initial_state(config), config, made, made)
         with _store_errors():
@@ -79,15 +79,15 @@ class Layers:
             )
         if not isinstance(outcome, Exists):
             return _snapshot(name, records.decode(outcome)), True
-        held = records.decode(outcome.record)
-        if held.created_config != config:
-            raise _layer_exists(name, held.created_config, config)
-        return _snapshot(name, held), False
+        layer = records.decode(outcome.record)
+        if layer.created_config != config:
+            raise _layer_exists(name, layer.created_config, config)
+        return _snapshot(name, layer), False
 
     async def get(self, name: str) -> Snapshot:
         """The layer as it is now."""
-        with self._slots.use(name) as slot:
-            return _snapshot(name, await slot.resident.fresh())
+        with self._cache.use(name) as entry:
+            return _snapshot(name, await entry.cached.fresh())
 
     async def list(self, prefix: str, after: str, limit: int) -> LayerPage:
         """Up to `limit` layers whose names start with `prefix` and follow `after`, by name."""
@@ -106,26 +106,26 @@ class Layers:
 
     async def replace_state(self, name: str, read: Read, if_match: IfMatch, *, nbytes: int = 0) -> Snapshot:
         """Replace the tensors that `read` returns, in a thread where the body, `nbytes` long, is large."""
-        with self._slots.use(name) as slot:
+        with self._cache.use(name) as entry:
             while True:
-                held = await slot.resident.known()
+                layer = await entry.cached.known()
                 try:
-                    tensors = await self._computing.run_codec(nbytes, read, state_dict.dtypes(held.state))
+                    tensors = await self._executor.run_codec(nbytes, read, state_dict.dtypes(layer.state))
                 except ProblemError:
-                    newest = await slot.resident.fresh()
+                    newest = await entry.cached.fresh()
                     check_version(if_match, newest)
-                    if newest.stamp.incarnation != held.stamp.incarnation:
+                    if newest.stamp.incarnation != layer.stamp.incarnation:
                         continue  # it was read for a layer that is no more
                     raise
                 replaced = partial(state_dict.replace_tensors, tensors=tensors)
-                change = Change(ticket(None, ""), replaced, if_match, held.stamp.incarnation)
+                change = Change(token(None, ""), replaced, if_match, layer.stamp.incarnation)
                 with suppress(ReplacedError):
-                    return _snapshot(name, (await slot.queue.submit(change)).held)
+                    return _snapshot(name, (await entry.queue.submit(change)).layer)
 
     async def delete(self, name: str, if_match: IfMatch) -> None:
         """Remove the layer and its receipts."""
-        with self._slots.use(name) as slot:
-            await slot.queue.submit(Deletion(if_match))
+        with self._cache.use(name) as entry:
+            await entry.queue.submit(Deletion(if_match))
 
     async def _change(
         self,
@@ -135,9 +135,9 @@ class Layers:
         key: str | None = None,
         operation: str = "",
     ) -> tuple[Snapshot, bool]:
-        with self._slots.use(name) as slot:
-            done = await slot.queue.submit(Change(ticket(key, operation), apply, if_match))
-        snapshot = _snapshot(name, done.held)
+        with self._cache.use(name) as entry:
+            done = await entry.queue.submit(Change(token(key, operation), apply, if_match))
+        snapshot = _snapshot(name, done.layer)
         if done.replayed:
             snapshot = replace(snapshot, version=done.version, num_batches_tracked=done.batch)
         return snapshot, done.replayed
@@ -155,16 +155,16 @@ def _layer_exists(name: str, made: LayerConfig, asked: LayerConfig) -> LayerExis
     )
 
 
-def _snapshot(name: str, held: Held) -> Snapshot:
+def _snapshot(name: str, layer: CommittedLayer) -> Snapshot:
     return Snapshot(
         name=name,
-        version=held.stamp.version,
-        config=held.state.config,
-        created_at=held.created_at,
-        updated_at=held.updated_at,
-        num_batches_tracked=held.state.num_batches_tracked,
-        samples_tracked=held.state.samples_tracked,
-        tensors=state_dict.state_dict(held.state),
+        version=layer.stamp.version,
+        config=layer.state.config,
+        created_at=layer.created_at,
+        updated_at=layer.updated_at,
+        num_batches_tracked=layer.state.num_batches_tracked,
+        samples_tracked=layer.state.samples_tracked,
+        tensors=state_dict.state_dict(layer.state),
     )
 
 

@@ -22,7 +22,7 @@ _VECTORS: Final = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Held:
+class CommittedLayer:
     """A committed layer in memory.
 
     Attributes:
@@ -39,9 +39,9 @@ class Held:
     created_at: datetime
     updated_at: datetime
 
-    def next(self, state: LayerState) -> Held:
+    def next(self, state: LayerState) -> CommittedLayer:
         """The same layer with its next state."""
-        return Held(self.stamp.next(), state, self.created_config, self.created_at, now())
+        return CommittedLayer(self.stamp.next(), state, self.created_config, self.created_at, now())
 
 
 def now() -> datetime:
@@ -62,12 +62,12 @@ def encode(state: LayerState, created_config: LayerConfig, created_at: datetime,
     return b"".join(encode_safetensors(state_dict(state), metadata))
 
 
-def record(held: Held) -> Record:
+def record(layer: CommittedLayer) -> Record:
     """The record of a layer in memory."""
-    return Record(held.stamp, encode(held.state, held.created_config, held.created_at, held.updated_at))
+    return Record(layer.stamp, encode(layer.state, layer.created_config, layer.created_at, layer.updated_at))
 
 
-def decode(stored: Record) -> Held:
+def decode(stored: Record) -> CommittedLayer:
     """The layer of a record. Raises `ValueError` when another version of this software wrote it."""
     tensors, metadata = decode_safetensors(bytearray(stored.data))
     _check_format(metadata)
@@ -86,7 +86,7 @@ def decode(stored: Record) -> Held:
         samples_tracked=samples,
         population=population,
     )
-    return Held(
+    return CommittedLayer(
         stamp=stored.stamp,
         state=state,
         created_config=_load(metadata["created_config"]),

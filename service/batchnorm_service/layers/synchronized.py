@@ -13,11 +13,11 @@ from ..engine.gradients import GradientSums, merge_sums
 from ..engine.moments import Extremes, Moments, merge, merge_extremes
 from ..engine.normalize import Frozen
 from ..engine.tensors import to_torch, to_wire
-from .idempotency import NO_FINGERPRINT, Ticket
-from .records import Held
+from .idempotency import NO_FINGERPRINT, IdempotencyToken
+from .moments_source import GroupSource
+from .records import CommittedLayer
 from .update_queue import Queue
 from .updates import Fold
-from .work import WholeWork
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,9 +41,9 @@ class FoldGroup:
     name = "fold"
     folds = True
 
-    def __init__(self, held: Held, queue: Queue) -> None:
-        self.incarnation = held.stamp.incarnation
-        self._held = held
+    def __init__(self, layer: CommittedLayer, queue: Queue) -> None:
+        self.incarnation = layer.stamp.incarnation
+        self._held = layer
         self._queue = queue
 
     def merge(self, parts: list[Part]) -> Part:
@@ -53,17 +53,17 @@ class FoldGroup:
         return Part(moments, merge_extremes([part.extremes for part in parts], channels))
 
     async def close(
-        self, ticket: Ticket, whole: Part, members: Mapping[bytes, bytes], closing: Callable[[bytes], bytes]
+        self, token: IdempotencyToken, whole: Part, members: Mapping[bytes, bytes], result: Callable[[bytes], bytes]
     ) -> None:
         """Fold the whole once, under the state that the commit is made on."""
 
         def payload(frozen: Frozen) -> bytes:
-            return closing(self.pack(Part(whole.moments, whole.extremes, frozen)))
+            return result(self.pack(Part(whole.moments, whole.extremes, frozen)))
 
-        work = WholeWork(whole.moments, whole.extremes, payload)
-        await work.under(self._held.state)
+        source = GroupSource(whole.moments, whole.extremes, payload)
+        await source.under(self._held.state)
         keyed = {key: fingerprint for key, fingerprint in members.items() if fingerprint != NO_FINGERPRINT}
-        await self._queue.submit(Fold(ticket, self.incarnation, work, keyed))
+        await self._queue.submit(Fold(token, self.incarnation, source, keyed))
 
     def pack(self, part: Part) -> bytes:
         """A safetensors file."""
@@ -92,20 +92,24 @@ class GradientGroup:
     name = "backward"
     folds = False
 
-    def __init__(self, held: Held, queue: Queue) -> None:
-        self.incarnation = held.stamp.incarnation
+    def __init__(self, layer: CommittedLayer, queue: Queue) -> None:
+        self.incarnation = layer.stamp.incarnation
         self._queue = queue
-        self._channels = held.state.config.num_features
+        self._channels = layer.state.config.num_features
 
     def merge(self, parts: list[GradientSums]) -> GradientSums:
         """All shards' sums in one."""
         return merge_sums(parts, self._channels)
 
     async def close(
-        self, ticket: Ticket, whole: GradientSums, members: Mapping[bytes, bytes], closing: Callable[[bytes], bytes]
+        self,
+        token: IdempotencyToken,
+        whole: GradientSums,
+        members: Mapping[bytes, bytes],
+        result: Callable[[bytes], bytes],
     ) -> None:
         """Note the sums."""
-        await self._queue.note(ticket, self.incarnation, closing(self.pack(whole)))
+        await self._queue.note(token, self.incarnation, result(self.pack(whole)))
 
     def pack(self, part: GradientSums) -> bytes:
         """A safetensors file."""

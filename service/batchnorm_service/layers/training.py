@@ -8,9 +8,9 @@ from typing import Any, Protocol, TypeVar
 
 from ..engine.normalize import TrainStep, named_statistics
 from ..engine.tensors import to_wire
+from .moments_source import BatchSource
 from .results import Folded, Normalized
 from .updates import Done, ReplacedError
-from .work import BatchWork
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -35,13 +35,13 @@ class Waiting(Protocol[T_co]):
 class Training:
     """A batch that is normalized, and whose fold waits. See `Waiting`."""
 
-    __slots__ = ("_again", "_work", "folded")
+    __slots__ = ("_again", "_source", "folded")
 
     def __init__(
-        self, folded: asyncio.Future[Done], work: BatchWork, again: Callable[[], Coroutine[Any, Any, Normalized]]
+        self, folded: asyncio.Future[Done], source: BatchSource, again: Callable[[], Coroutine[Any, Any, Normalized]]
     ) -> None:
         self.folded = folded
-        self._work = work
+        self._source = source
         self._again = again
 
     def result(self) -> Normalized | None:
@@ -50,7 +50,7 @@ class Training:
             done = self.folded.result()
         except ReplacedError:
             return None
-        step = self._work.step_under(done.held.state)
+        step = self._source.step_under(done.layer.state)
         return None if step is None else normalized(step, done)
 
     async def rest(self) -> Normalized:
@@ -59,7 +59,7 @@ class Training:
             done = self.folded.result()
         except ReplacedError:
             return await self._again()
-        return normalized(await self._work.output(done.held.state), done)
+        return normalized(await self._source.output(done.layer.state), done)
 
 
 class Posting:

@@ -22,11 +22,11 @@ from ..store.base import (
     StoreError,
     StoreLostError,
 )
-from .cached_state import Resident, layer_not_found
-from .contention import Rivals
+from .cached_state import CachedState, layer_not_found
+from .contention import ContentionBackoff
 from .group_commit import make_plan
-from .idempotency import Ticket
-from .records import Held, decode, record
+from .idempotency import IdempotencyToken
+from .records import CommittedLayer, decode, record
 from .updates import Change, Deletion, Done, Fold, Note, Queued, ReplacedError, check_version, replay, settle
 
 T = TypeVar("T")
@@ -42,12 +42,12 @@ class Queue:
     it was: its receipts come back as duplicates if the first try took effect, so that nothing is folded twice.
     """
 
-    def __init__(self, resident: Resident, store: Store, length: int, timeout: float) -> None:
-        self._resident = resident
+    def __init__(self, cached: CachedState, store: Store, length: int, timeout: float) -> None:
+        self._cached = cached
         self._store = store
         self._length = length
         self._timeout = timeout
-        self._rivals = Rivals()
+        self._backoff = ContentionBackoff()
         self._waiting: deque[Queued] = deque()
         self._task: asyncio.Task[None] | None = None
 
@@ -74,7 +74,7 @@ class Queue:
         """
         if self.full:
             raise Overloaded(
-                f"{self._length} calls are waiting for layer {self._resident.name!r}: BATCHNORM_QUEUE_LENGTH",
+                f"{self._length} calls are waiting for layer {self._cached.name!r}: BATCHNORM_QUEUE_LENGTH",
                 retry_after=1,
             )
         self._waiting.append(queued)
@@ -86,22 +86,22 @@ class Queue:
         """Wait in the queue until the change is durable. Raises as `put` and its future."""
         return await self.put(queued)
 
-    async def find(self, ticket: Ticket, incarnation: int) -> Receipt | None:
-        """The unexpired receipt of this ticket. Raises `ReplacedError` when that incarnation is gone."""
-        return (await self.find_all([ticket], incarnation)).get(ticket.key)
+    async def find(self, token: IdempotencyToken, incarnation: int) -> Receipt | None:
+        """The unexpired receipt of this token. Raises `ReplacedError` when that incarnation is gone."""
+        return (await self.find_all([token], incarnation)).get(token.key)
 
-    async def find_all(self, tickets: Iterable[Ticket], incarnation: int) -> dict[bytes, Receipt]:
+    async def find_all(self, tickets: Iterable[IdempotencyToken], incarnation: int) -> dict[bytes, Receipt]:
         """The unexpired receipts of these tickets by key. Raises `ReplacedError` when that incarnation is gone."""
-        name, keys = self._resident.name, [ticket.key for ticket in tickets]
+        name, keys = self._cached.name, [token.key for token in tickets]
         found, _ = await self._answer(lambda: self._store.find_receipts(name, incarnation, keys), self._deadline())
         if isinstance(found, Missing):
-            self._resident.set(None)
+            self._cached.set(None)
             raise ReplacedError
         return {receipt.key: receipt for receipt in found}
 
-    async def note(self, ticket: Ticket, incarnation: int, payload: bytes) -> Done:
+    async def note(self, token: IdempotencyToken, incarnation: int, payload: bytes) -> Done:
         """Write a receipt and nothing else. Raises `LayerNotFound` when that incarnation is gone."""
-        return await self.submit(Note(ticket, incarnation, payload))
+        return await self.submit(Note(token, incarnation, payload))
 
     async def drained(self) -> None:
         """Return when everything that waits has been answered."""
@@ -117,8 +117,8 @@ class Queue:
                 except ProblemError as error:
                     _settle_all(taken, error)
                 except Exception as error:
-                    _log.exception("a commit of layer %r failed", self._resident.name)
-                    self._resident.set(None)
+                    _log.exception("a commit of layer %r failed", self._cached.name)
+                    self._cached.set(None)
                     _settle_all(taken, error)
         finally:
             self._task = None
@@ -149,21 +149,21 @@ class Queue:
     async def _fold(self, taken: list[Queued]) -> None:
         deadline, losses = self._deadline(), 0
         while folds := [waiting for waiting in taken if isinstance(waiting, Fold) and not waiting.done.done()]:
-            held = await self._resident.known()
+            layer = await self._cached.known()
             began = asyncio.get_running_loop().time()
-            plan = await make_plan(held, folds)
+            plan = await make_plan(layer, folds)
             for waiting, error in plan.refused:
                 await self._refuse(waiting, error)
             if not plan.folds:
                 return
-            outcome = await self._commit(held.stamp, plan.record, plan.receipts, deadline)
-            self._rivals.took(asyncio.get_running_loop().time() - began)
+            outcome = await self._commit(layer.stamp, plan.record, plan.receipts, deadline)
+            self._backoff.took(asyncio.get_running_loop().time() - began)
             match outcome:
                 case Committed(told):
-                    self._resident.set(plan.held)
+                    self._cached.set(plan.layer)
                     plan.settle()
-                    known = plan.held.stamp
-                    del plan, folds  # the batches of calls that are answered need not wait for rivals
+                    known = plan.layer.stamp
+                    del plan, folds  # the batches of calls that are answered need not be kept meanwhile
                     taken.clear()
                     await self._give_way(known, told, losses)
                     return
@@ -177,38 +177,38 @@ class Queue:
                     raise self._gone()
 
     async def _give_way(self, known: Stamp, told: int | None, losses: int) -> None:
-        """Let rivals go first; a look at what they left is cheaper than folding onto what was before."""
+        """Back off after winning under contention, then reload: folding onto the old state would lose the next race."""
         passed = 0
 
         def others() -> int:
             return passed
 
-        for seconds in self._rivals.pauses(told, losses, others):
+        for seconds in self._backoff.pauses(told, losses, others):
             await asyncio.sleep(seconds)
-            self._resident.set(None)
-            passed = (await self._resident.known()).stamp.version - known.version
+            self._cached.set(None)
+            passed = (await self._cached.known()).stamp.version - known.version
 
     async def _refuse(self, waiting: Fold, error: Exception) -> None:
         """Tell a caller why its batch is not folded, unless it is folded already: the layer may have changed since."""
-        if waiting.ticket.from_caller:
+        if waiting.token.from_caller:
             try:
-                receipt = await self.find(waiting.ticket, waiting.incarnation)
+                receipt = await self.find(waiting.token, waiting.incarnation)
             except ReplacedError as replaced:
                 settle(waiting, replaced)
                 return
             if receipt is not None:
-                settle(waiting, replay(waiting.ticket, await self._resident.fresh(), receipt))
+                settle(waiting, replay(waiting.token, await self._cached.fresh(), receipt))
                 return
         if not isinstance(error, ProblemError):
-            _log.error("a batch for layer %r cannot be folded", self._resident.name, exc_info=error)
+            _log.error("a batch for layer %r cannot be folded", self._cached.name, exc_info=error)
         settle(waiting, error)
 
     async def _answer_from_receipts(self, folds: Iterable[Fold], receipts: Iterable[Receipt]) -> None:
         by_key = {receipt.key: receipt for receipt in receipts}
-        held = await self._resident.fresh()
+        layer = await self._cached.fresh()
         for waiting in folds:
-            if receipt := by_key.get(waiting.ticket.key):
-                settle(waiting, replay(waiting.ticket, held, receipt))
+            if receipt := by_key.get(waiting.token.key):
+                settle(waiting, replay(waiting.token, layer, receipt))
             for key in waiting.members.keys() & by_key.keys():  # used for something else since its shard came
                 del waiting.members[key]
 
@@ -217,56 +217,56 @@ class Queue:
     async def _change(self, change: Change) -> None:
         deadline = self._deadline()
         while True:
-            held = await self._resident.fresh()
+            layer = await self._cached.fresh()
             try:
-                check_version(change.if_match, held)
+                check_version(change.if_match, layer)
             except ProblemError:
                 # A repeat comes with the version that its first try has moved on from.
                 try:
-                    replayed = await self._replayed(change, held)
+                    replayed = await self._replayed(change, layer)
                 except ReplacedError:
                     continue
                 if replayed:
                     return
                 raise
-            if change.incarnation not in (None, held.stamp.incarnation):
+            if change.incarnation not in (None, layer.stamp.incarnation):
                 settle(change, ReplacedError())
                 return
-            new = held.next(change.apply(held.state))
-            receipt = change.ticket.receipt(new.stamp.version, new.state.num_batches_tracked)
-            match await self._commit(held.stamp, record(new), [receipt], deadline):
+            new = layer.next(change.apply(layer.state))
+            receipt = change.token.receipt(new.stamp.version, new.state.num_batches_tracked)
+            match await self._commit(layer.stamp, record(new), [receipt], deadline):
                 case Committed():
-                    self._resident.set(new)
+                    self._cached.set(new)
                     settle(change, Done(new, receipt.version, receipt.batch, replayed=False))
                     return
                 case Duplicates(receipts):
-                    settle(change, replay(change.ticket, await self._resident.fresh(), receipts[0]))
+                    settle(change, replay(change.token, await self._cached.fresh(), receipts[0]))
                     return
                 case Conflict():
                     self._lost_race(deadline)
                 case Missing():
                     raise self._gone()
 
-    async def _replayed(self, change: Change, held: Held) -> bool:
+    async def _replayed(self, change: Change, layer: CommittedLayer) -> bool:
         """Whether the change was made before under its key, and is answered. Raises `ReplacedError`."""
-        receipt = await self.find(change.ticket, held.stamp.incarnation) if change.ticket.from_caller else None
+        receipt = await self.find(change.token, layer.stamp.incarnation) if change.token.from_caller else None
         if receipt is not None:
-            settle(change, replay(change.ticket, await self._resident.fresh(), receipt))
+            settle(change, replay(change.token, await self._cached.fresh(), receipt))
         return receipt is not None
 
     async def _note(self, note: Note) -> None:
         deadline = self._deadline()
         while True:
-            held = await self._resident.fresh()
-            if held.stamp.incarnation != note.incarnation:
-                raise layer_not_found(self._resident.name)
-            receipt = note.ticket.receipt(held.stamp.version, held.state.num_batches_tracked, note.payload)
-            match await self._commit(held.stamp, None, [receipt], deadline):
+            layer = await self._cached.fresh()
+            if layer.stamp.incarnation != note.incarnation:
+                raise layer_not_found(self._cached.name)
+            receipt = note.token.receipt(layer.stamp.version, layer.state.num_batches_tracked, note.payload)
+            match await self._commit(layer.stamp, None, [receipt], deadline):
                 case Committed():
-                    settle(note, Done(held, receipt.version, receipt.batch, replayed=False))
+                    settle(note, Done(layer, receipt.version, receipt.batch, replayed=False))
                     return
                 case Duplicates(receipts):
-                    settle(note, replay(note.ticket, held, receipts[0]))
+                    settle(note, replay(note.token, layer, receipts[0]))
                     return
                 case Conflict():
                     self._lost_race(deadline)
@@ -276,14 +276,14 @@ class Queue:
     async def _delete(self, deletion: Deletion) -> None:
         deadline = self._deadline()
         while True:
-            held = await self._resident.fresh()
-            check_version(deletion.if_match, held)
-            match await self._remove(held.stamp, deadline):
+            layer = await self._cached.fresh()
+            check_version(deletion.if_match, layer)
+            match await self._remove(layer.stamp, deadline):
                 case Committed():
-                    self._resident.set(None)
-                    settle(deletion, Done(held, held.stamp.version, held.state.num_batches_tracked, replayed=False))
+                    self._cached.set(None)
+                    settle(deletion, Done(layer, layer.stamp.version, layer.state.num_batches_tracked, replayed=False))
                     # Whatever waits behind was meant for the layer that has just gone.
-                    _settle_all(self._waiting, layer_not_found(self._resident.name))
+                    _settle_all(self._waiting, layer_not_found(self._cached.name))
                     self._waiting.clear()
                     return
                 case Conflict():
@@ -297,7 +297,7 @@ class Queue:
         self, expected: Stamp, new: Record | None, receipts: Sequence[Receipt], deadline: float
     ) -> Committed | Conflict | Missing | Duplicates:
         """Commit, and when the outcome is unknown ask by committing the same again: receipts make that harmless."""
-        name = self._resident.name
+        name = self._cached.name
         outcome, repeated = await self._answer(lambda: self._store.commit(name, expected, new, receipts), deadline)
         if repeated and isinstance(outcome, Duplicates) and set(outcome.receipts) == set(receipts):
             return Committed()
@@ -311,12 +311,12 @@ class Queue:
                 answer = await call()
             except StoreError as error:
                 if not repeated:
-                    _log.warning("layer %r: the store does not answer, trying again: %s", self._resident.name, error)
+                    _log.warning("layer %r: the store does not answer, trying again: %s", self._cached.name, error)
                 repeated = True
                 pause = await self._pause(pause, deadline, error)
                 continue
             if repeated:
-                _log.warning("layer %r: the store answers again", self._resident.name)
+                _log.warning("layer %r: the store answers again", self._cached.name)
             return answer, repeated
 
     async def _remove(self, expected: Stamp, deadline: float) -> Committed | Conflict | Missing:
@@ -324,9 +324,9 @@ class Queue:
         pause, uncertain = _FIRST_PAUSE, False
         while True:
             try:
-                outcome = await self._store.delete(self._resident.name, expected)
+                outcome = await self._store.delete(self._cached.name, expected)
                 if uncertain and not isinstance(outcome, Committed):
-                    found = await self._store.load(self._resident.name)
+                    found = await self._store.load(self._cached.name)
                     if not isinstance(found, Record) or found.stamp.incarnation != expected.incarnation:
                         return Committed()
             except StoreError as error:
@@ -341,7 +341,7 @@ class Queue:
         Raises:
             StoreUnavailable: the deadline has come, or there is nothing to wait for.
         """
-        self._resident.set(None)
+        self._cached.set(None)
         if isinstance(error, StoreLostError) or asyncio.get_running_loop().time() + pause > deadline:
             raise StoreUnavailable(f"the store does not answer: {error}", retry_after=1) from error
         await asyncio.sleep(pause)
@@ -349,13 +349,13 @@ class Queue:
 
     def _lost_race(self, deadline: float, found: Record | None = None) -> None:
         """Take what another process has made of the layer, or forget it, to load it again; give up at the deadline."""
-        self._resident.set(None if found is None else decode(found))
+        self._cached.set(None if found is None else decode(found))
         if asyncio.get_running_loop().time() > deadline:
             raise Overloaded("too many processes change this layer at once; nothing was done", retry_after=1)
 
     def _gone(self) -> ProblemError:
-        self._resident.set(None)
-        return layer_not_found(self._resident.name)
+        self._cached.set(None)
+        return layer_not_found(self._cached.name)
 
     def _deadline(self) -> float:
         return asyncio.get_running_loop().time() + self._timeout

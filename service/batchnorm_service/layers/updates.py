@@ -11,9 +11,9 @@ from batchnorm_client.wire.errors import IdempotencyKeyReused, ProblemError, Ver
 
 from ..engine.state import LayerState
 from ..store.base import Receipt
-from .idempotency import Ticket
-from .records import Held
-from .work import Work
+from .idempotency import IdempotencyToken
+from .moments_source import MomentsSource
+from .records import CommittedLayer
 
 IfMatch = frozenset[int] | None
 """Versions that the caller accepts; None accepts any."""
@@ -23,13 +23,13 @@ class Done(NamedTuple):
     """What became of a queued call.
 
     Attributes:
-        held: the layer as it was committed, or as it is now when nothing needed to be committed.
+        layer: the layer as it was committed, or as it is now when nothing needed to be committed.
         version: of the commit that did it.
         batch: `num_batches_tracked` right after it.
         replayed: it had been done before, under the same key.
     """
 
-    held: Held
+    layer: CommittedLayer
     version: int
     batch: int
     replayed: bool
@@ -40,14 +40,14 @@ class Change:
     """A change of the state that is a commit of its own: reset, PATCH, PUT state.
 
     Attributes:
-        ticket: the claim to be made once.
+        token: the claim to be made once.
         apply: the change; it is made anew after each conflict, so that nothing in it should take long.
         if_match: versions that the caller accepts.
         incarnation: of the layer that it was read for, if it depends on that.
         done: set once the change is durable or refused.
     """
 
-    ticket: Ticket
+    token: IdempotencyToken
     apply: Callable[[LayerState], LayerState]
     if_match: IfMatch = None
     incarnation: int | None = None
@@ -59,17 +59,17 @@ class Fold:
     """A batch whose moments are to be folded.
 
     Attributes:
-        ticket: the claim to be folded once.
+        token: the claim to be folded once.
         incarnation: of the layer that the batch was meant for.
-        work: its moments, and what depends on the layer's weight, bias and config.
+        source: its moments, and what depends on the layer's weight, bias and config.
         members: the fingerprints of a group's shards by the keys that their callers gave: each key gets a receipt of
             its own, so that it stands for nothing else.
         done: set once the fold is durable or refused.
     """
 
-    ticket: Ticket
+    token: IdempotencyToken
     incarnation: int
-    work: Work
+    source: MomentsSource
     members: dict[bytes, bytes] = field(default_factory=dict)
     done: asyncio.Future[Done] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
@@ -78,7 +78,7 @@ class Fold:
 class Note:
     """A receipt and nothing else, for one incarnation of the layer."""
 
-    ticket: Ticket
+    token: IdempotencyToken
     incarnation: int
     payload: bytes
     done: asyncio.Future[Done] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -99,13 +99,13 @@ class ReplacedError(Exception):
     """The layer was deleted and another was created under its name, since the call was prepared for it."""
 
 
-def check_version(if_match: IfMatch, held: Held) -> None:
-    """Raise `VersionMismatch` when `held` is not one of the versions that the caller accepts."""
-    if if_match is not None and held.stamp.version not in if_match:
+def check_version(if_match: IfMatch, layer: CommittedLayer) -> None:
+    """Raise `VersionMismatch` when `layer` is not one of the versions that the caller accepts."""
+    if if_match is not None and layer.stamp.version not in if_match:
         raise VersionMismatch(
-            f"the layer has version {held.stamp.version}",
+            f"the layer has version {layer.stamp.version}",
             field="If-Match",
-            expected=held.stamp.version,
+            expected=layer.stamp.version,
             got=sorted(if_match),
         )
 
@@ -120,18 +120,18 @@ def settle(queued: Queued, result: Done | Exception) -> None:
         queued.done.set_result(result)
 
 
-def replay(ticket: Ticket, held: Held, receipt: Receipt) -> Done | ProblemError:
+def replay(token: IdempotencyToken, layer: CommittedLayer, receipt: Receipt) -> Done | ProblemError:
     """The answer to a call whose key has a receipt already."""
     try:
-        refuse_reuse(ticket, receipt)
+        refuse_reuse(token, receipt)
     except IdempotencyKeyReused as error:
         return error
-    return Done(held, receipt.version, receipt.batch, replayed=True)
+    return Done(layer, receipt.version, receipt.batch, replayed=True)
 
 
-def refuse_reuse(ticket: Ticket, receipt: Receipt) -> None:
+def refuse_reuse(token: IdempotencyToken, receipt: Receipt) -> None:
     """Raise `IdempotencyKeyReused` when the receipt of this key is for something else."""
-    if receipt.fingerprint != ticket.fingerprint:
+    if receipt.fingerprint != token.fingerprint:
         raise IdempotencyKeyReused(
             "this Idempotency-Key was used for another batch or call; make a new key for each",
             field="Idempotency-Key",

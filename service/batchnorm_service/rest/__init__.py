@@ -1,6 +1,6 @@
 """HTTP and nothing else: requests in, calls to `Layers`, answers and problems out.
 
-    shell ── train, eval, inverse, moments ──> normalize, moments ─┐     the short way: no router in between
+    gateway ── train, eval, inverse, moments ──> normalize, moments ─┐     the short way: no router in between
       └───── all the rest ──> FastAPI ─────────────────────────────┴──> layers.Layers
 
 Most calls that bring a batch or its moments come on the direct way, without ASGI (`batchnorm_service.fast_path.cycle`).
@@ -11,20 +11,20 @@ Both ways share the modules that read requests (`headers`, `negotiation`, `condi
 
 from batchnorm_service.rest.application import ApiOptions, build_api
 from batchnorm_service.rest.bodies import BodyBuffer
-from batchnorm_service.rest.gateway import PendingAnswer, Shell
+from batchnorm_service.rest.gateway import Gateway, PendingResponse
 from batchnorm_service.rest.headers import Headers, read_headers
-from batchnorm_service.rest.responses import JOIN_BYTES, Answer
+from batchnorm_service.rest.responses import JOIN_BYTES, Response
 from batchnorm_service.rest.target import Target
 from batchnorm_service.rest.transfers import Transfers
 
 __all__ = [
     "JOIN_BYTES",
-    "Answer",
     "ApiOptions",
     "BodyBuffer",
+    "Gateway",
     "Headers",
-    "PendingAnswer",
-    "Shell",
+    "PendingResponse",
+    "Response",
     "Target",
     "Transfers",
     "build_api",

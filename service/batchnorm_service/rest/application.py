@@ -1,4 +1,4 @@
-"""The HTTP side put together: FastAPI with every route, and the shell around it."""
+"""The HTTP side put together: FastAPI with every route, and the gateway around it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from batchnorm_service import __version__
 from batchnorm_service.layers import Layers
 
 from .bodies import ClientGoneError
-from .gateway import Shell, ShortCalls
+from .gateway import Gateway, ShortCalls
 from .gradients import add_gradient_routes
 from .health import add_health_routes
 from .layers import add_layer_routes
@@ -25,8 +25,8 @@ from .moments import MomentsCalls, add_moments_routes
 from .normalize import NormalizeCalls, add_normalize_routes
 from .openapi import openapi_document
 from .pages import add_pages
-from .problems import problem_answer
-from .responses import Answer, empty_answer
+from .problems import respond_problem
+from .responses import Response, respond_empty
 from .security import Guard
 from .state import add_state_routes
 from .transfers import Transfers
@@ -56,7 +56,7 @@ class ApiOptions:
     guard: Guard = field(default_factory=Guard)
 
 
-def build_api(layers: Layers, options: ApiOptions, lifespan: Lifespan) -> Shell:
+def build_api(layers: Layers, options: ApiOptions, lifespan: Lifespan) -> Gateway:
     """The ASGI application over `layers`."""
     app = FastAPI(
         title="Batch normalization",
@@ -93,17 +93,17 @@ def build_api(layers: Layers, options: ApiOptions, lifespan: Lifespan) -> Shell:
     transfers = Transfers(
         options.read_timeout, options.write_timeout, options.max_buffered_bytes, options.max_body_bytes
     )
-    return Shell(app, short, options.guard, options.max_concurrent_requests, transfers)
+    return Gateway(app, short, options.guard, options.max_concurrent_requests, transfers)
 
 
-async def _answer_problem(request: Request, error: Exception) -> Answer:
+async def _answer_problem(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException) and error.status_code == MethodNotAllowed.status:
         error = _method_not_allowed(request)
-    return problem_answer(error, request.scope["path"], request.state.request_id)
+    return respond_problem(error, request.scope["path"], request.state.request_id)
 
 
-async def _answer_nobody(_request: Request, _error: Exception) -> Answer:
-    return empty_answer(400)  # the server drops it: the connection is closed
+async def _answer_nobody(_request: Request, _error: Exception) -> Response:
+    return respond_empty(400)  # the server drops it: the connection is closed
 
 
 def _method_not_allowed(request: Request) -> MethodNotAllowed:

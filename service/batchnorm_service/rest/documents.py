@@ -9,8 +9,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from starlette.requests import Request
 
-from batchnorm_client.wire.documents import JSON, MAX_FEATURES, LayerUpdate
+from batchnorm_client.wire.documents import MAX_FEATURES, LayerUpdate
 from batchnorm_client.wire.errors import InvalidRequest, MalformedBody
+from batchnorm_client.wire.media_types import JSON
 from batchnorm_client.wire.tensors import load_json, split_vectors
 from batchnorm_service.layers import Layers
 

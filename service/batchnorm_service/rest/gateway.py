@@ -16,14 +16,15 @@ from typing import Any, Final, NamedTuple
 from fastapi import FastAPI
 from starlette.types import Message, Receive, Scope, Send
 
-from batchnorm_client.wire.documents import REQUEST_ID, check_layer_name
 from batchnorm_client.wire.errors import Overloaded, ProblemError, StoreUnavailable
+from batchnorm_client.wire.headers import REQUEST_ID
+from batchnorm_client.wire.names import check_layer_name
 from batchnorm_service.layers import Waiting
 
 from .bodies import ClientGoneError
 from .headers import Headers, read_headers, request_id
-from .problems import problem_answer
-from .responses import JOIN_BYTES, Answer, RawHeader
+from .problems import respond_problem
+from .responses import JOIN_BYTES, RawHeader, Response
 from .security import Guard
 from .target import MOST_CACHED_BYTES, Target, read_target, target_of
 from .transfers import Transfers
@@ -45,13 +46,13 @@ class ShortCalls(NamedTuple):
         max_body_bytes: larger bodies are refused.
     """
 
-    by_name: Mapping[str, Callable[[str, bytes, Headers, Receive], Awaitable[Answer]]]
-    now: Mapping[str, Callable[[str, Headers, memoryview], Answer | None]]
-    soon: Mapping[str, Callable[[str, Headers, memoryview], tuple[Waiting[Any], Callable[[Any], Answer]] | None]]
+    by_name: Mapping[str, Callable[[str, bytes, Headers, Receive], Awaitable[Response]]]
+    now: Mapping[str, Callable[[str, Headers, memoryview], Response | None]]
+    soon: Mapping[str, Callable[[str, Headers, memoryview], tuple[Waiting[Any], Callable[[Any], Response]] | None]]
     max_body_bytes: int
 
 
-class Shell:
+class Gateway:
     """The service as an ASGI application.
 
     Every answer gets its X-Request-ID here, every call is guarded, those below /v1 are counted, layer names are
@@ -81,7 +82,7 @@ class Shell:
         self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, or run the application's lifespan."""
+        """Response one request, or run the application's lifespan."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -133,10 +134,10 @@ class Shell:
         """It runs no longer."""
         self._running -= 1
 
-    def refuse(self, problem: ProblemError | None, target: Target, headers: Headers) -> Answer:
+    def refuse(self, problem: ProblemError | None, target: Target, headers: Headers) -> Response:
         """The answer to a POST that is refused after its head; None says that too many calls are running."""
         exchange = _Exchange(headers)
-        answer = problem_answer(problem or self.too_many(), target.path, exchange.request_id)
+        answer = respond_problem(problem or self.too_many(), target.path, exchange.request_id)
         return exchange.finished(answer, target)
 
     def too_many(self) -> Overloaded:
@@ -144,7 +145,7 @@ class Shell:
         running = self._max_concurrent_requests
         return Overloaded(f"{running} calls are running: BATCHNORM_MAX_CONCURRENT_REQUESTS", retry_after=1)
 
-    def answer_now(self, target: Target, headers: Headers, body: memoryview) -> Answer | None:
+    def answer_now(self, target: Target, headers: Headers, body: memoryview) -> Response | None:
         """The answer to such a POST, if it waits for nothing; None when it does, and nothing has happened yet."""
         call = self._calls.now.get(target.call)
         if call is None:
@@ -153,10 +154,10 @@ class Shell:
         try:
             answer = call(target.layer or "", headers, body)
         except Exception as error:
-            answer = problem_answer(error, target.path, exchange.request_id)
+            answer = respond_problem(error, target.path, exchange.request_id)
         return None if answer is None else exchange.finished(answer, target)
 
-    def answer_soon(self, target: Target, headers: Headers, body: memoryview) -> PendingAnswer | Answer | None:
+    def answer_soon(self, target: Target, headers: Headers, body: memoryview) -> PendingResponse | Response | None:
         """The answer to such a POST, if it waits for a commit alone or has failed already; None as above."""
         call = self._calls.soon.get(target.call)
         if call is None:
@@ -165,10 +166,10 @@ class Shell:
         try:
             begun = call(target.layer or "", headers, body)
         except Exception as error:
-            return exchange.finished(problem_answer(error, target.path, exchange.request_id), target)
-        return None if begun is None else PendingAnswer(*begun, exchange, target)
+            return exchange.finished(respond_problem(error, target.path, exchange.request_id), target)
+        return None if begun is None else PendingResponse(*begun, exchange, target)
 
-    async def answer(self, target: Target, headers: Headers, body: memoryview) -> Answer:
+    async def answer(self, target: Target, headers: Headers, body: memoryview) -> Response:
         """The same, waiting for the layer, a thread or a commit."""
         exchange = _Exchange(headers)
 
@@ -178,9 +179,9 @@ class Shell:
         try:
             answer = await self._calls.by_name[target.call](target.layer or "", b"", headers, receive)
         except asyncio.CancelledError:
-            answer = problem_answer(_stopping(), target.path, exchange.request_id)
+            answer = respond_problem(_stopping(), target.path, exchange.request_id)
         except Exception as error:
-            answer = problem_answer(error, target.path, exchange.request_id)
+            answer = respond_problem(error, target.path, exchange.request_id)
         return exchange.finished(answer, target)
 
     def _admit(self, target: Target, headers: Headers, method: str) -> None:
@@ -197,10 +198,10 @@ class _Metered:
     Before, the part of the body that has come counts as buffered; after, what of the response the server has not taken.
     """
 
-    __slots__ = ("_buffered", "_counted", "_receive", "_running", "_send", "_shell")
+    __slots__ = ("_buffered", "_counted", "_gateway", "_receive", "_running", "_send")
 
-    def __init__(self, shell: Shell, receive: Receive, send: Send, *, counted: bool) -> None:
-        self._shell = shell
+    def __init__(self, gateway: Gateway, receive: Receive, send: Send, *, counted: bool) -> None:
+        self._gateway = gateway
         self._receive = receive
         self._send = send
         self._counted = counted
@@ -215,15 +216,15 @@ class _Metered:
         """
         if self._counted and not self._running:
             self._running = True
-            if not self._shell.enter():
-                raise self._shell.too_many()
+            if not self._gateway.enter():
+                raise self._gateway.too_many()
 
     async def receive(self) -> Message:
         message = await self._receive()
         if message["type"] == "http.request":
             if message.get("more_body", False):
                 size = len(message.get("body", b""))
-                self._shell.transfers.receive(size)
+                self._gateway.transfers.receive(size)
                 self._buffered += size
             else:
                 self._release(self._buffered)
@@ -236,7 +237,7 @@ class _Metered:
             size = int(dict(message["headers"]).get(b"content-length", 0))
             if size > JOIN_BYTES:  # it may be sent in pieces, each once there is room for it
                 self._buffered += size
-                self._shell.transfers.hold(size)
+                self._gateway.transfers.hold(size)
         await self._send(message)
         if message["type"] == "http.response.body":
             self._release(min(self._buffered, len(message["body"])))
@@ -249,11 +250,11 @@ class _Metered:
         self._release(self._buffered)
         if self._running:
             self._running, self._counted = False, False  # not a second time
-            self._shell.leave()
+            self._gateway.leave()
 
     def _release(self, size: int) -> None:
         self._buffered -= size
-        self._shell.transfers.release(size)
+        self._gateway.transfers.release(size)
 
 
 class _Exchange:
@@ -267,7 +268,7 @@ class _Exchange:
         self._since = time.perf_counter()
         self._expects = b"expect" in headers
 
-    async def send_answer(self, answer: Answer, send: Send) -> None:
+    async def send_answer(self, answer: Response, send: Send) -> None:
         self._complete(answer.status_code, answer.raw_headers)
         await answer({}, _no_receive, send)
 
@@ -283,11 +284,11 @@ class _Exchange:
         return complete
 
     async def fail(self, error: Exception, target: Target, send: Send) -> None:
-        """Answer with a problem, if no answer has begun."""
+        """Response with a problem, if no answer has begun."""
         if self.status == 0:
-            await self.send_answer(problem_answer(error, target.path, self.request_id), send)
+            await self.send_answer(respond_problem(error, target.path, self.request_id), send)
 
-    def finished(self, answer: Answer, target: Target) -> Answer:
+    def finished(self, answer: Response, target: Target) -> Response:
         """The answer to a POST that nothing is left to be done for."""
         self._complete(answer.status_code, answer.raw_headers)
         self.log("POST", target)
@@ -307,7 +308,7 @@ class _Exchange:
             headers.append(_CLOSE)
 
 
-class PendingAnswer:
+class PendingResponse:
     """The answer to a call whose fold waits in the queue.
 
     Attributes:
@@ -317,7 +318,7 @@ class PendingAnswer:
     __slots__ = ("_encode", "_exchange", "_target", "_waiting", "folded")
 
     def __init__(
-        self, waiting: Waiting[Any], encode: Callable[[Any], Answer], exchange: _Exchange, target: Target
+        self, waiting: Waiting[Any], encode: Callable[[Any], Response], exchange: _Exchange, target: Target
     ) -> None:
         self.folded = waiting.folded
         self._waiting = waiting
@@ -325,7 +326,7 @@ class PendingAnswer:
         self._exchange = exchange
         self._target = target
 
-    def now(self) -> Answer | None:
+    def now(self) -> Response | None:
         """The answer, once `folded` is done; None when more is to be done: `later`."""
         try:
             done = self._waiting.result()
@@ -336,7 +337,7 @@ class PendingAnswer:
             answer = self._problem(error)
         return self._exchange.finished(answer, self._target)
 
-    async def later(self) -> Answer:
+    async def later(self) -> Response:
         """The answer, after more has been done."""
         try:
             answer = self._encode(await self._waiting.rest())
@@ -344,9 +345,9 @@ class PendingAnswer:
             answer = self._problem(error)
         return self._exchange.finished(answer, self._target)
 
-    def _problem(self, error: BaseException) -> Answer:
+    def _problem(self, error: BaseException) -> Response:
         said = error if isinstance(error, Exception) else _stopping()
-        return problem_answer(said, self._target.path, self._exchange.request_id)
+        return respond_problem(said, self._target.path, self._exchange.request_id)
 
 
 def _inner(scope: Scope, target: Target, request_id: str) -> dict[str, Any]:

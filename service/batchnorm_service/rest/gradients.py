@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from fastapi import FastAPI
 from starlette.requests import Request
 
-from batchnorm_client.wire.documents import IDEMPOTENCY_KEY, IDEMPOTENT_REPLAY, JSON, SAFETENSORS, VERSION
+from batchnorm_client.wire.headers import IDEMPOTENCY_KEY, IDEMPOTENT_REPLAY, VERSION
+from batchnorm_client.wire.media_types import JSON, SAFETENSORS
 from batchnorm_client.wire.tensors import Tensor, bytes_read, decode, encode
 from batchnorm_service.layers import Layers
 
@@ -18,7 +19,7 @@ from .negotiation import accepted, content_type
 from .openapi import LayerNamePath, describe, ref, tensor_body, tensor_content, tensors_response
 from .preconditions import etag
 from .queries import BackwardQuery, parse_query
-from .responses import REPLAYED, Answer, text_bytes
+from .responses import REPLAYED, Response, text_bytes
 from .sizes import check_elements
 
 _FORMS = {JSON: (JSON, SAFETENSORS), SAFETENSORS: (SAFETENSORS, JSON)}
@@ -55,7 +56,7 @@ def add_gradient_routes(app: FastAPI, layers: Layers, max_body_bytes: int, max_e
             ),
         ),
     )
-    async def backward(name: LayerNamePath, request: Request) -> Answer:
+    async def backward(name: LayerNamePath, request: Request) -> Response:
         """Changes nothing.
 
         A group's members get the gradient of the whole batch for their shard, and their shard's part of the
@@ -88,4 +89,4 @@ def add_gradient_routes(app: FastAPI, layers: Layers, max_body_bytes: int, max_e
         if done.replayed:
             answer_headers.append(REPLAYED)
         size = text_bytes(form, done.gradients.values())
-        return Answer(200, form, await layers.run_codec(size, encode, form, done.gradients, fields), answer_headers)
+        return Response(200, form, await layers.run_codec(size, encode, form, done.gradients, fields), answer_headers)

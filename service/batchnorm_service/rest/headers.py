@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 
-from batchnorm_client.wire.documents import IDEMPOTENCY_KEY, KEY_PATTERN, REQUEST_ID
 from batchnorm_client.wire.errors import InvalidRequest
+from batchnorm_client.wire.headers import IDEMPOTENCY_KEY, KEY_PATTERN, REQUEST_ID
 
 Headers = dict[bytes, bytes]
 """Header values by their names in lower case; a header that came more than once is joined by commas (RFC 9110)."""

@@ -8,8 +8,8 @@ from typing import Any, Final
 import numpy as np
 import orjson
 
-from batchnorm_client.wire.documents import JSON
 from batchnorm_client.wire.errors import MalformedBody, ProblemError
+from batchnorm_client.wire.media_types import JSON
 from batchnorm_client.wire.tensors import Tensor, decode
 from batchnorm_service.layers import MOMENT_DTYPES
 

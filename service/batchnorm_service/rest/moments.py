@@ -10,8 +10,10 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.types import Receive
 
-from batchnorm_client.wire.documents import IDEMPOTENCY_KEY, JSON, SAFETENSORS, check_layer_name
 from batchnorm_client.wire.errors import InvalidRequest, MalformedBody, ProblemError, shown
+from batchnorm_client.wire.headers import IDEMPOTENCY_KEY
+from batchnorm_client.wire.media_types import JSON, SAFETENSORS
+from batchnorm_client.wire.names import check_layer_name
 from batchnorm_client.wire.tensors import Tensor, decode, decode_safetensors, json_pieces, json_tensors, load_json
 from batchnorm_service.layers import MOMENT_DTYPES, Folded, Layers, Posting
 
@@ -33,7 +35,7 @@ from .openapi import (
 from .preconditions import etag
 from .problems import problem_document
 from .queries import MomentsQuery, NoQuery, parse_query
-from .responses import REPLAYED, Answer, json_answer, text_bytes
+from .responses import REPLAYED, Response, respond_json, text_bytes
 
 _FORMS: Final = (JSON, SAFETENSORS)
 _MOMENTS: Final = ("count", "mean", "var")
@@ -62,7 +64,7 @@ class MomentsCalls:
         self._batches = layers.batches
         self._max_body_bytes = max_body_bytes
 
-    async def fold(self, name: str, query: bytes, headers: Headers, receive: Receive) -> Answer:
+    async def fold(self, name: str, query: bytes, headers: Headers, receive: Receive) -> Response:
         """Fold the moments of a batch that stays with the caller."""
         group = parse_query(MomentsQuery, query).group_call
         key = idempotency_key(headers)
@@ -74,7 +76,7 @@ class MomentsCalls:
 
     def fold_soon(
         self, name: str, headers: Headers, body: memoryview
-    ) -> tuple[Posting, Callable[[Folded], Answer]] | None:
+    ) -> tuple[Posting, Callable[[Folded], Response]] | None:
         """What `fold` begins with a body that is here, if it has to wait for its commit alone; otherwise None."""
         if not self._batches.at_once(len(body)):
             return None
@@ -86,7 +88,7 @@ class MomentsCalls:
         posting = self._batches.fold_moments_soon(name, partial(decode, media, body), key)
         return None if posting is None else (posting, _answer)
 
-    async def fold_many(self, query: bytes, headers: Headers, receive: Receive, request_id: str) -> Answer:
+    async def fold_many(self, query: bytes, headers: Headers, receive: Receive, request_id: str) -> Response:
         """The same for many layers, each all or nothing."""
         parse_query(NoQuery, query)
         key = idempotency_key(headers)
@@ -104,7 +106,7 @@ class MomentsCalls:
                 results[name] = _told(name, error, request_id)
         for name, result in (await self._batches.fold_many(good, key)).items():
             results[name] = _told(name, result, request_id)
-        return json_answer(200, {"layers": {name: results[name] for name in given}})
+        return respond_json(200, {"layers": {name: results[name] for name in given}})
 
 
 def add_moments_routes(app: FastAPI, calls: MomentsCalls) -> None:
@@ -133,7 +135,7 @@ def add_moments_routes(app: FastAPI, calls: MomentsCalls) -> None:
             ),
         ),
     )
-    async def fold_moments(name: LayerNamePath, request: Request) -> Answer:
+    async def fold_moments(name: LayerNamePath, request: Request) -> Response:
         """`count` is values per channel, `var` is biased. A group's members also get count, mean and var of all."""
         headers = read_headers(request.scope["headers"])
         return await calls.fold(name, request.scope["query_string"], headers, request.receive)
@@ -149,18 +151,18 @@ def add_moments_routes(app: FastAPI, calls: MomentsCalls) -> None:
             problems=_PROBLEMS,
         ),
     )
-    async def fold_many_moments(request: Request) -> Answer:
+    async def fold_many_moments(request: Request) -> Response:
         """Each layer all or nothing. An Idempotency-Key counts for each layer by itself: a repeat does the rest."""
         headers = read_headers(request.scope["headers"])
         return await calls.fold_many(request.scope["query_string"], headers, request.receive, request.state.request_id)
 
 
-def _answer(done: Folded) -> Answer:
+def _answer(done: Folded) -> Response:
     document = _document(done)
     if done.count is not None:
         document |= {"count": done.count, **done.moments}
     replayed = [REPLAYED] if done.replayed else []
-    return Answer(200, JSON, json_pieces(document), [(b"etag", etag(done.version)), *replayed])
+    return Response(200, JSON, json_pieces(document), [(b"etag", etag(done.version)), *replayed])
 
 
 def _document(done: Folded) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final
 
-from batchnorm_client.wire.documents import NPY, TENSOR_MEDIA_TYPES
 from batchnorm_client.wire.errors import NotAcceptable, UnsupportedMediaType
+from batchnorm_client.wire.media_types import NPY, TENSOR_MEDIA_TYPES
 
 from .headers import Headers
 

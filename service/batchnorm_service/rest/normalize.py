@@ -1,6 +1,6 @@
 """Train and eval, the hot calls, and inverse: from headers and a body to an answer, without a framework in between.
 
-`Shell` calls these before FastAPI's router is reached. FastAPI has the same as routes, for its OpenAPI document
+`Gateway` calls these before FastAPI's router is reached. FastAPI has the same as routes, for its OpenAPI document
 and its 405; they lead here too.
 """
 
@@ -13,14 +13,9 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.types import Receive
 
-from batchnorm_client.wire.documents import (
-    IDEMPOTENCY_KEY,
-    JSON,
-    NUM_BATCHES_TRACKED,
-    TENSOR_MEDIA_TYPES,
-    VERSION,
-)
 from batchnorm_client.wire.errors import ProblemError
+from batchnorm_client.wire.headers import IDEMPOTENCY_KEY, NUM_BATCHES_TRACKED, VERSION
+from batchnorm_client.wire.media_types import JSON, TENSOR_MEDIA_TYPES
 from batchnorm_client.wire.tensors import Tensor, bytes_read, decode, encode
 from batchnorm_service.layers import Layers, Normalized, Training
 
@@ -31,10 +26,10 @@ from .negotiation import FORMS_FOR, accepted, content_type, tensor_form
 from .openapi import LayerNamePath, describe, tensor_body, tensor_response
 from .preconditions import etag
 from .queries import NoQuery, NormalizeQuery, TrainQuery, parse_query
-from .responses import REPLAYED, Answer, RawHeader, text_bytes
+from .responses import REPLAYED, RawHeader, Response, text_bytes
 from .sizes import check_elements
 
-Encode = Callable[[Normalized], Answer]
+Encode = Callable[[Normalized], Response]
 """Writes an answer in the form that the caller takes."""
 
 _VERSION: Final = VERSION.lower().encode()
@@ -56,7 +51,7 @@ class NormalizeCalls:
         self._max_body_bytes = max_body_bytes
         self._max_elements = max_elements
 
-    async def train(self, name: str, query: bytes, headers: Headers, receive: Receive) -> Answer:
+    async def train(self, name: str, query: bytes, headers: Headers, receive: Receive) -> Response:
         """Normalize a batch with its own statistics and fold them into the layer's."""
         asked = parse_query(TrainQuery, query)
         exchange = _Exchange(headers, self._max_elements, statistics=asked.statistics == "true")
@@ -81,7 +76,7 @@ class NormalizeCalls:
         training = self._batches.train_soon(name, exchange.read, key)
         return None if training is None else (training, exchange.answer)
 
-    async def eval(self, name: str, query: bytes, headers: Headers, receive: Receive) -> Answer:
+    async def eval(self, name: str, query: bytes, headers: Headers, receive: Receive) -> Response:
         """Normalize a batch with the layer's running statistics."""
         asked = parse_query(NormalizeQuery, query)
         exchange = _Exchange(headers, self._max_elements, statistics=asked.statistics == "true")
@@ -89,7 +84,7 @@ class NormalizeCalls:
         done = await self._batches.eval(name, exchange.read, nbytes=exchange.bytes_read, statistics=exchange.statistics)
         return await self._answer(exchange, done)
 
-    def eval_now(self, name: str, headers: Headers, body: memoryview) -> Answer | None:
+    def eval_now(self, name: str, headers: Headers, body: memoryview) -> Response | None:
         """What `eval` answers to a body that is here, if that waits for nothing; otherwise None."""
         exchange = _Exchange(headers, self._max_elements, statistics=False)
         exchange.body = body
@@ -98,7 +93,7 @@ class NormalizeCalls:
         done = self._batches.eval_now(name, exchange.read)
         return None if done is None else exchange.answer(done)
 
-    async def inverse(self, name: str, query: bytes, headers: Headers, receive: Receive) -> Answer:
+    async def inverse(self, name: str, query: bytes, headers: Headers, receive: Receive) -> Response:
         """Undo what eval does to a batch."""
         parse_query(NoQuery, query)
         exchange = _Exchange(headers, self._max_elements, statistics=False)
@@ -107,7 +102,7 @@ class NormalizeCalls:
             exchange, await self._batches.inverse(name, exchange.read, nbytes=exchange.bytes_read)
         )
 
-    async def _answer(self, exchange: _Exchange, done: Normalized) -> Answer:
+    async def _answer(self, exchange: _Exchange, done: Normalized) -> Response:
         return await self._layers.run_codec(exchange.text_bytes(done), exchange.answer, done)
 
 
@@ -147,7 +142,7 @@ class _Exchange:
             check_elements(batch, self._max_elements, json=JSON in (self._media, form), field="input")
         return tensors
 
-    def answer(self, done: Normalized) -> Answer:
+    def answer(self, done: Normalized) -> Response:
         """The output in the best form that the caller takes."""
         form = tensor_form(self._forms, done.output.dtype, self.statistics)
         fields: dict[str, Any] = {}
@@ -160,7 +155,7 @@ class _Exchange:
         ]
         if done.replayed:
             headers.append(REPLAYED)
-        return Answer(200, form, encode(form, {"output": done.output, **done.statistics}, fields), headers)
+        return Response(200, form, encode(form, {"output": done.output, **done.statistics}, fields), headers)
 
 
 def add_normalize_routes(app: FastAPI, calls: NormalizeCalls) -> None:
@@ -190,7 +185,7 @@ def add_normalize_routes(app: FastAPI, calls: NormalizeCalls) -> None:
             problems=(*problems, "idempotency-key-reused", "group-closed", "group-mismatch", "group-incomplete"),
         ),
     )
-    async def train(name: LayerNamePath, request: Request) -> Answer:
+    async def train(name: LayerNamePath, request: Request) -> Response:
         """Answers after the commit: the batch is in the running statistics exactly once per Idempotency-Key."""
         headers = read_headers(request.scope["headers"])
         return await calls.train(name, request.scope["query_string"], headers, request.receive)
@@ -206,7 +201,7 @@ def add_normalize_routes(app: FastAPI, calls: NormalizeCalls) -> None:
             problems=problems,
         ),
     )
-    async def eval_(name: LayerNamePath, request: Request) -> Answer:
+    async def eval_(name: LayerNamePath, request: Request) -> Response:
         """Uses the newest committed state and changes nothing. A batch may be empty."""
         headers = read_headers(request.scope["headers"])
         return await calls.eval(name, request.scope["query_string"], headers, request.receive)
@@ -221,7 +216,7 @@ def add_normalize_routes(app: FastAPI, calls: NormalizeCalls) -> None:
             problems=problems,
         ),
     )
-    async def inverse(name: LayerNamePath, request: Request) -> Answer:
+    async def inverse(name: LayerNamePath, request: Request) -> Response:
         """As scikit-learn's inverse_transform. What a layer's `clip` cut off does not come back."""
         headers = read_headers(request.scope["headers"])
         return await calls.inverse(name, request.scope["query_string"], headers, request.receive)

@@ -8,29 +8,32 @@ from typing import Annotated, Any, Final
 from fastapi import FastAPI, Path
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
-from starlette.responses import Response
+from starlette.responses import Response as StarletteResponse
 
-from batchnorm_client.wire import documents as contract
+from batchnorm_client.wire import documents
+from batchnorm_client.wire import headers as wire_headers
+from batchnorm_client.wire import media_types as forms
 from batchnorm_client.wire.errors import PROBLEMS
+from batchnorm_client.wire.names import LAYER_NAME_PATTERN
 
 from .queries import NoQuery, Query
 
 Json = dict[str, Any]
 
-LayerNamePath = Annotated[str, Path(pattern=f"^{contract.LAYER_NAME_PATTERN.pattern}$", description="the layer's name")]
-"""The `{name}` of a route; `Shell` has checked it, the pattern is there to be read."""
+LayerNamePath = Annotated[str, Path(pattern=f"^{LAYER_NAME_PATTERN.pattern}$", description="the layer's name")]
+"""The `{name}` of a route; `Gateway` has checked it, the pattern is there to be read."""
 
 _MODELS: Final = (
-    contract.Layer,
-    contract.LayerConfig,
-    contract.LayerPage,
-    contract.LayerUpdate,
-    contract.FoldedDocument,
-    contract.ManyFolded,
-    contract.ManyMoments,
-    contract.MomentsDocument,
-    contract.ProblemDocument,
-    contract.ResetRequest,
+    documents.Layer,
+    documents.LayerConfig,
+    documents.LayerPage,
+    documents.LayerUpdate,
+    documents.FoldedDocument,
+    documents.ManyFolded,
+    documents.ManyMoments,
+    documents.MomentsDocument,
+    documents.ProblemDocument,
+    documents.ResetRequest,
 )
 _GUARDED: Final = ("unauthenticated", "forbidden")
 _ALWAYS: Final = (
@@ -44,23 +47,23 @@ _TEXT: Final[Json] = {"type": "string"}
 _BINARY: Final[Json] = {"type": "string", "format": "binary"}
 
 _REQUEST_HEADERS: Final[dict[str, Json]] = {
-    contract.IDEMPOTENCY_KEY: {
+    wire_headers.IDEMPOTENCY_KEY: {
         "description": "makes a repeat of the same call harmless, as long as its receipt is kept",
-        "schema": {"type": "string", "pattern": f"^{contract.KEY_PATTERN.pattern}$"},
+        "schema": {"type": "string", "pattern": f"^{wire_headers.KEY_PATTERN.pattern}$"},
     },
     "If-Match": {"description": 'only at these versions, such as `"7"`', "schema": _TEXT},
     "If-None-Match": {"description": "304 at these versions", "schema": _TEXT},
-    contract.REQUEST_ID: {
+    wire_headers.REQUEST_ID: {
         "description": "comes back in the answer, and is in the service's log",
-        "schema": {"type": "string", "pattern": f"^{contract.KEY_PATTERN.pattern}$"},
+        "schema": {"type": "string", "pattern": f"^{wire_headers.KEY_PATTERN.pattern}$"},
     },
 }
 _ANSWER_HEADERS: Final[dict[str, Json]] = {
-    contract.REQUEST_ID: {"description": "the caller's, or a new one", "schema": _TEXT},
+    wire_headers.REQUEST_ID: {"description": "the caller's, or a new one", "schema": _TEXT},
     "ETag": {"description": "the layer's version in quotes", "schema": _TEXT},
-    contract.VERSION: {"description": "the layer's version", "schema": {"type": "integer"}},
-    contract.NUM_BATCHES_TRACKED: {"description": "batches folded so far", "schema": {"type": "integer"}},
-    contract.IDEMPOTENT_REPLAY: {
+    wire_headers.VERSION: {"description": "the layer's version", "schema": {"type": "integer"}},
+    wire_headers.NUM_BATCHES_TRACKED: {"description": "batches folded so far", "schema": {"type": "integer"}},
+    wire_headers.IDEMPOTENT_REPLAY: {
         "description": "there, and `true`, when the key had been used before",
         "schema": {"type": "string", "enum": ["true"]},
     },
@@ -121,7 +124,7 @@ def describe(
         problems: names of problem types besides those that every call may answer.
         guarded: whether it may ask for a token, as all calls below /v1 do.
     """
-    extra: Json = {"parameters": [*_query_parameters(query), *_header_parameters((*headers, contract.REQUEST_ID))]}
+    extra: Json = {"parameters": [*_query_parameters(query), *_header_parameters((*headers, wire_headers.REQUEST_ID))]}
     if body is not None:
         extra["requestBody"] = body
     described: dict[int | str, Json] = {status: _with_headers(answer, ()) for status, answer in answers.items()}
@@ -131,7 +134,7 @@ def describe(
         "tags": [tag],
         "status_code": min(answers),
         "response_model": None,
-        "response_class": Response,  # it has no media type of its own, which would be listed before those of `answers`
+        "response_class": StarletteResponse,  # without a media type, which would be listed before those of `answers`
         "responses": {**described, **problem_responses((*problems, *_ALWAYS, *(_GUARDED if guarded else ())))},
         "openapi_extra": extra,
     }
@@ -147,13 +150,13 @@ def problem_responses(names: Sequence[str]) -> dict[int | str, Json]:
             _with_headers(
                 {
                     "description": "",
-                    "content": {contract.PROBLEM_JSON: {"schema": ref("ProblemDocument"), "examples": {}}},
+                    "content": {forms.PROBLEM_JSON: {"schema": ref("ProblemDocument"), "examples": {}}},
                 },
                 _PROBLEM_HEADERS.get(problem.status, ()),
             ),
         )
         response["description"] += f"{', ' if response['description'] else ''}`{name}`"
-        response["content"][contract.PROBLEM_JSON]["examples"][name] = {
+        response["content"][forms.PROBLEM_JSON]["examples"][name] = {
             "summary": problem.title,
             "value": {
                 "type": f"/problems/{name}",
@@ -172,7 +175,7 @@ def ref(model: str) -> Json:
 
 
 def json_body(
-    model: str, media_types: Sequence[str] = (contract.JSON,), *, required: bool = True, examples: Sequence[str] = ()
+    model: str, media_types: Sequence[str] = (forms.JSON,), *, required: bool = True, examples: Sequence[str] = ()
 ) -> Json:
     """A request body that is a JSON document; `examples` are names in the document's components."""
     content = {"schema": ref(model)}
@@ -183,7 +186,7 @@ def json_body(
 
 def json_response(model: str, description: str, headers: Sequence[str] = ()) -> Json:
     """An answer that is a JSON document."""
-    return _with_headers({"description": description, "content": {contract.JSON: {"schema": ref(model)}}}, headers)
+    return _with_headers({"description": description, "content": {forms.JSON: {"schema": ref(model)}}}, headers)
 
 
 def empty_response(description: str, headers: Sequence[str] = ()) -> Json:
@@ -194,9 +197,9 @@ def empty_response(description: str, headers: Sequence[str] = ()) -> Json:
 def tensor_content(media_types: Sequence[str], document: Json, names: str) -> Json:
     """Tensors in each of the forms that they have on the wire."""
     schemas: dict[str, Json] = {
-        contract.JSON: document,
-        contract.NPY: {**_BINARY, "description": "the bytes of a .npy file"},
-        contract.SAFETENSORS: {**_BINARY, "description": f"a safetensors file: {names}"},
+        forms.JSON: document,
+        forms.NPY: {**_BINARY, "description": "the bytes of a .npy file"},
+        forms.SAFETENSORS: {**_BINARY, "description": f"a safetensors file: {names}"},
     }
     return {media: {"schema": schemas[media]} for media in media_types}
 
@@ -214,19 +217,19 @@ def tensors_response(description: str, content: Json, headers: Sequence[str]) ->
 def tensor_response(media_types: Sequence[str], *, replay: bool = False) -> Json:
     """A normalized batch."""
     names = "output, and with statistics=true batch_mean, batch_var, batch_invstd"
-    headers = ["ETag", contract.VERSION, contract.NUM_BATCHES_TRACKED]
+    headers = ["ETag", wire_headers.VERSION, wire_headers.NUM_BATCHES_TRACKED]
     return _with_headers(
         {
             "description": "The normalized batch, in the form that Accept names; by default in the request's",
             "content": tensor_content(media_types, ref("NormalizedBatch"), names),
         },
-        [*headers, contract.IDEMPOTENT_REPLAY] if replay else headers,
+        [*headers, wire_headers.IDEMPOTENT_REPLAY] if replay else headers,
     )
 
 
 def folded_response() -> Json:
     """Moments that were folded."""
-    headers = ("ETag", contract.IDEMPOTENT_REPLAY)
+    headers = ("ETag", wire_headers.IDEMPOTENT_REPLAY)
     return json_response("FoldedDocument", "Folded; count, mean and var only for a group", headers)
 
 
@@ -274,13 +277,13 @@ def openapi_document(app: FastAPI) -> Json:
             operation["responses"]["default"] = {
                 "description": "Any other problem, such as `not-found` and `method-not-allowed`",
                 "headers": {"Allow": _ANSWER_HEADERS["Allow"]},
-                "content": {contract.PROBLEM_JSON: {"schema": ref("ProblemDocument")}},
+                "content": {forms.PROBLEM_JSON: {"schema": ref("ProblemDocument")}},
             }
     return document
 
 
 def _with_headers(answer: Json, names: Sequence[str]) -> Json:
-    headers = {name: _ANSWER_HEADERS[name] for name in (contract.REQUEST_ID, *names)}
+    headers = {name: _ANSWER_HEADERS[name] for name in (wire_headers.REQUEST_ID, *names)}
     return {**answer, "headers": {**headers, **answer.get("headers", {})}}
 
 

@@ -12,14 +12,14 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import FileResponse
 
-from batchnorm_client.wire.documents import JSON
 from batchnorm_client.wire.errors import PROBLEMS, NotAcceptable, NotFound, ProblemError
+from batchnorm_client.wire.media_types import JSON
 
 from .headers import Headers, read_headers
 from .negotiation import accepted
 from .openapi import Json, describe
 from .queries import NoQuery, parse_query
-from .responses import Answer, RawHeader, json_answer
+from .responses import RawHeader, Response, respond_json
 
 _HTML: Final = "text/html"
 _HTML_TYPE: Final = "text/html; charset=utf-8"
@@ -85,11 +85,11 @@ def _add_problem_pages(app: FastAPI) -> None:
         "/problems",
         **describe("list_problems", "Every problem type", tag="problems", answers=_TEXT, guarded=False),
     )
-    async def list_problems(request: Request) -> Answer:
+    async def list_problems(request: Request) -> Response:
         """One line each: status, name, title."""
         parse_query(NoQuery, request.scope["query_string"])
         lines = [f"{problem.status}  {name:24}{problem.title}\n" for name, problem in PROBLEMS.items()]
-        return Answer(200, _TEXT_TYPE, ["".join(sorted(lines)).encode()])
+        return Response(200, _TEXT_TYPE, ["".join(sorted(lines)).encode()])
 
     @app.get(
         "/problems/{problem}",
@@ -102,13 +102,13 @@ def _add_problem_pages(app: FastAPI) -> None:
             guarded=False,
         ),
     )
-    async def explain_problem(problem: str, request: Request) -> Answer:
+    async def explain_problem(problem: str, request: Request) -> Response:
         """The `type` of a problem document leads here."""
         parse_query(NoQuery, request.scope["query_string"])
         found = PROBLEMS.get(problem)
         if found is None:
             raise NotFound(f"there is no problem type {problem[:200]!r}; /problems lists them", expected=list(PROBLEMS))
-        return Answer(200, _TEXT_TYPE, [problem_page(found).encode()])
+        return Response(200, _TEXT_TYPE, [problem_page(found).encode()])
 
 
 def problem_page(problem: type[ProblemError]) -> str:
@@ -121,12 +121,12 @@ def _add_about(app: FastAPI) -> None:
         "/",
         **describe("about", "What this is, and where its documentation is", tag="about", answers=_ABOUT, guarded=False),
     )
-    async def about(request: Request) -> Answer:
+    async def about(request: Request) -> Response:
         """A browser, or whoever else prefers text/html, is sent to the documentation."""
         parse_query(NoQuery, request.scope["query_string"])
         if _prefers_html(read_headers(request.scope["headers"])):
-            return Answer(307, None, [], [(b"location", b"docs"), _VARY, (b"content-length", b"0")])
-        return json_answer(200, _about(app), [_VARY])
+            return Response(307, None, [], [(b"location", b"docs"), _VARY, (b"content-length", b"0")])
+        return respond_json(200, _about(app), [_VARY])
 
 
 def _about(app: FastAPI) -> dict[str, str]:
@@ -151,19 +151,19 @@ def _prefers_html(headers: Headers) -> bool:
 
 def _add_documentation(app: FastAPI) -> None:
     @app.get("/openapi.json", include_in_schema=False)
-    async def document(request: Request) -> Answer:
+    async def document(request: Request) -> Response:
         parse_query(NoQuery, request.scope["query_string"])
-        return Answer(200, JSON, [orjson.dumps(app.openapi())])
+        return Response(200, JSON, [orjson.dumps(app.openapi())])
 
     @app.get("/docs", include_in_schema=False)
-    async def docs(request: Request) -> Answer:
+    async def docs(request: Request) -> Response:
         parse_query(NoQuery, request.scope["query_string"])
-        return Answer(200, _HTML_TYPE, [_DOCS_PAGE], _DOCS_HEADERS)
+        return Response(200, _HTML_TYPE, [_DOCS_PAGE], _DOCS_HEADERS)
 
     @app.get("/docs/start.js", include_in_schema=False)
-    async def start(request: Request) -> Answer:
+    async def start(request: Request) -> Response:
         parse_query(NoQuery, request.scope["query_string"])
-        return Answer(200, _SCRIPT_TYPE, [_START_SCRIPT], _DOCS_HEADERS)
+        return Response(200, _SCRIPT_TYPE, [_START_SCRIPT], _DOCS_HEADERS)
 
     def add_file(name: str, media_type: str) -> None:
         path = Path(str(files("fastapi_offline"))) / "static" / name

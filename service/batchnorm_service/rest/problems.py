@@ -9,7 +9,6 @@ from typing import Any
 import orjson
 from starlette.exceptions import HTTPException
 
-from batchnorm_client.wire.documents import PROBLEM_JSON
 from batchnorm_client.wire.errors import (
     InternalError,
     MethodNotAllowed,
@@ -20,15 +19,16 @@ from batchnorm_client.wire.errors import (
     Unauthenticated,
     shown,
 )
+from batchnorm_client.wire.media_types import PROBLEM_JSON
 
-from .responses import Answer, RawHeader
+from .responses import RawHeader, Response
 
 log = logging.getLogger(__name__)
 
 _OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 
 
-def problem_answer(error: Exception, path: str, request_id: str) -> Answer:
+def respond_problem(error: Exception, path: str, request_id: str) -> Response:
     """The answer to a request that ended in `error`.
 
     What is no `ProblemError` is a fault of the service: the log gets the traceback, the caller the request id.
@@ -36,7 +36,7 @@ def problem_answer(error: Exception, path: str, request_id: str) -> Answer:
     document = problem_document(error, path, request_id)
     problem = _problem(error, path)
     body = orjson.dumps(document, default=_listed, option=_OPTIONS)
-    return Answer(problem.status, PROBLEM_JSON, [body], _headers(problem))
+    return Response(problem.status, PROBLEM_JSON, [body], _headers(problem))
 
 
 def problem_document(error: Exception, path: str, request_id: str) -> dict[str, Any]:

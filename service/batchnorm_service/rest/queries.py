@@ -8,8 +8,8 @@ from urllib.parse import parse_qsl
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from batchnorm_client.wire.documents import KEY_PATTERN
 from batchnorm_client.wire.errors import InvalidRequest
+from batchnorm_client.wire.headers import KEY_PATTERN
 from batchnorm_service.layers import GroupCall
 
 from .documents import invalid

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import orjson
-from starlette.responses import Response
+from starlette import responses
 from starlette.types import Receive, Scope, Send
 
-from batchnorm_client.wire.documents import IDEMPOTENT_REPLAY, JSON
+from batchnorm_client.wire.headers import IDEMPOTENT_REPLAY
+from batchnorm_client.wire.media_types import JSON
 from batchnorm_client.wire.tensors import Tensor, json_pieces
 from batchnorm_service.layers import Layers, Snapshot
 
@@ -29,7 +30,7 @@ JOIN_BYTES: Final = 1 << 16
 """Bodies up to this size are sent as one message: copying them costs less than a second message."""
 
 
-class Answer(Response):
+class Response(responses.Response):
     """What goes back to the caller: on FastAPI's way as its response, on the short way as it is."""
 
     def __init__(
@@ -58,14 +59,14 @@ class Answer(Response):
         await send({"type": "http.response.body", "body": b""})
 
 
-def json_answer(status: int, value: Any, headers: Iterable[RawHeader] = ()) -> Answer:
+def respond_json(status: int, value: Any, headers: Iterable[RawHeader] = ()) -> Response:
     """A JSON document."""
-    return Answer(status, JSON, [orjson.dumps(value, option=JSON_OPTIONS)], headers)
+    return Response(status, JSON, [orjson.dumps(value, option=JSON_OPTIONS)], headers)
 
 
-def empty_answer(status: int, headers: Iterable[RawHeader] = ()) -> Answer:
+def respond_empty(status: int, headers: Iterable[RawHeader] = ()) -> Response:
     """An answer that has no body by definition: 204 or 304."""
-    return Answer(status, None, [], headers)
+    return Response(status, None, [], headers)
 
 
 def text_bytes(form: str, tensors: Iterable[Tensor]) -> int:
@@ -73,19 +74,19 @@ def text_bytes(form: str, tensors: Iterable[Tensor]) -> int:
     return sum(_NUMBER_BYTES * math.prod(tensor.shape) for tensor in tensors) if form == JSON else 0
 
 
-async def layer_answer(
+async def respond_with_layer(
     layers: Layers, status: int, layer: Snapshot, headers: Iterable[RawHeader] = (), *, replayed: bool = False
-) -> Answer:
+) -> Response:
     """A layer as a contract.Layer. Writing the numbers of a large one takes long enough to be done in a thread.
 
     The version of a repeat is the first call's, but the tensors are the present ones: no ETag stands for both.
     """
     tags = [REPLAYED] if replayed else [(b"etag", etag(layer.version))]
     size = text_bytes(JSON, layer.tensors.values())
-    return await layers.run_codec(size, _layer_answer, status, layer, [*tags, *headers])
+    return await layers.run_codec(size, _respond_with_layer, status, layer, [*tags, *headers])
 
 
-def _layer_answer(status: int, layer: Snapshot, headers: Iterable[RawHeader]) -> Answer:
+def _respond_with_layer(status: int, layer: Snapshot, headers: Iterable[RawHeader]) -> Response:
     document: dict[str, Any] = {
         "name": layer.name,
         "config": layer.config.model_dump(),
@@ -97,4 +98,4 @@ def _layer_answer(status: int, layer: Snapshot, headers: Iterable[RawHeader]) ->
         document[name] = layer.tensors.get(name)
     document["created_at"] = layer.created_at
     document["updated_at"] = layer.updated_at
-    return Answer(status, JSON, json_pieces(document), headers)
+    return Response(status, JSON, json_pieces(document), headers)

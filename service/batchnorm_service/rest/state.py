@@ -7,7 +7,7 @@ from functools import partial
 from fastapi import FastAPI
 from starlette.requests import Request
 
-from batchnorm_client.wire.documents import JSON, SAFETENSORS
+from batchnorm_client.wire.media_types import JSON, SAFETENSORS
 from batchnorm_client.wire.tensors import decode, encode
 from batchnorm_service.layers import Layers
 
@@ -17,7 +17,7 @@ from .negotiation import accepted, content_type
 from .openapi import LayerNamePath, describe, empty_response, json_response, ref, tensor_content, tensors_response
 from .preconditions import etag, if_match, none_match_holds
 from .queries import NoQuery, parse_query
-from .responses import Answer, empty_answer, layer_answer, text_bytes
+from .responses import Response, respond_empty, respond_with_layer, text_bytes
 
 _FORMS = (SAFETENSORS, JSON)
 _NAMES = ("running_mean", "running_var", "num_batches_tracked", "weight", "bias")
@@ -44,7 +44,7 @@ def add_state_routes(app: FastAPI, layers: Layers, max_body_bytes: int) -> None:
             problems=("layer-not-found", "not-acceptable"),
         ),
     )
-    async def get_state(name: LayerNamePath, request: Request) -> Answer:
+    async def get_state(name: LayerNamePath, request: Request) -> Response:
         """A safetensors file by default."""
         parse_query(NoQuery, request.scope["query_string"])
         headers = read_headers(request.scope["headers"])
@@ -52,9 +52,9 @@ def add_state_routes(app: FastAPI, layers: Layers, max_body_bytes: int) -> None:
         layer = await layers.get(name)
         tags = [(b"etag", etag(layer.version)), (b"vary", b"accept")]
         if not none_match_holds(headers, layer.version):
-            return empty_answer(304, tags)
+            return respond_empty(304, tags)
         size = text_bytes(form, layer.tensors.values())
-        return Answer(200, form, await layers.run_codec(size, encode, form, layer.tensors), tags)
+        return Response(200, form, await layers.run_codec(size, encode, form, layer.tensors), tags)
 
     @app.put(
         "/v1/layers/{name}/state",
@@ -77,7 +77,7 @@ def add_state_routes(app: FastAPI, layers: Layers, max_body_bytes: int) -> None:
             ),
         ),
     )
-    async def replace_state(name: LayerNamePath, request: Request) -> Answer:
+    async def replace_state(name: LayerNamePath, request: Request) -> Response:
         """Tensors that are left out stay as they are."""
         parse_query(NoQuery, request.scope["query_string"])
         headers = read_headers(request.scope["headers"])
@@ -85,4 +85,4 @@ def add_state_routes(app: FastAPI, layers: Layers, max_body_bytes: int) -> None:
         form = content_type(headers, _FORMS)
         body = await read_body(headers, request.receive, max_body_bytes)
         layer = await layers.replace_state(name, partial(decode, form, body), versions, nbytes=len(body))
-        return await layer_answer(layers, 200, layer)
+        return await respond_with_layer(layers, 200, layer)

@@ -67,7 +67,7 @@ class Receipt(NamedTuple):
     payload: bytes = b""
 
 
-class Lasting(NamedTuple):
+class ReceiptWithTTL(NamedTuple):
     """A receipt, whose it is, and how long it still counts.
 
     Attributes:
@@ -86,12 +86,12 @@ class Committed:
     """The record and the receipts are written, durably.
 
     Attributes:
-        rivals: how many other commits of this record wait: they met a newer record than they expected not longer ago
-            than `LOST_SECONDS`, and have not won since. The same is known by its first receipt; one without receipts
-            is not counted. None when the store does not know, and after anything else than a commit.
+        contenders: how many other commits of this record wait: they met a newer record than they expected not longer
+            ago than `LOST_SECONDS`, and have not won since. A commit is identified by its first receipt's key; one
+            without receipts is not counted. None when the store does not know, and after anything else than a commit.
     """
 
-    rivals: int | None = field(default=None, compare=False, repr=False)
+    contenders: int | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ class Shard(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Gathering:
+class GroupStatus:
     """Who has come to a group so far.
 
     Attributes:
@@ -250,7 +250,7 @@ class Store(Protocol):
         """Remove the record whose stamp is `expected`, and its receipts with it, durably."""
         ...
 
-    async def join(self, name: str, incarnation: int, group: bytes, size: int, shard: Shard) -> Gathering | Missing:
+    async def join(self, name: str, incarnation: int, group: bytes, size: int, shard: Shard) -> GroupStatus | Missing:
         """Add a shard to a group of a layer, unless its member is there already or the group has no place for it.
 
         A group is opened by its first shard; one with another size is not added. Shards are forgotten when receipts
@@ -267,14 +267,14 @@ class Store(Protocol):
         """Up to `limit` records whose names start with `prefix` and follow `after`, in the order of their bytes."""
         ...
 
-    def receipts(self) -> AsyncIterator[Sequence[Lasting]]:
+    def receipts(self) -> AsyncIterator[Sequence[ReceiptWithTTL]]:
         """Every unexpired receipt of every layer, in no order, some at a time; one may come twice.
 
         Those that are written meanwhile may be among them or not, and so may those of deleted layers.
         """
         ...
 
-    async def remember(self, name: str, incarnation: int, receipts: Sequence[Lasting]) -> Committed | Missing:
+    async def remember(self, name: str, incarnation: int, receipts: Sequence[ReceiptWithTTL]) -> Committed | Missing:
         """Add receipts that last as long as they say, durably; one whose key has an unexpired receipt is left out.
 
         `Missing` when there is no record of that name and incarnation.

@@ -19,10 +19,10 @@ from batchnorm_service.store.base import (
     Entry,
     Exists,
     Full,
-    Gathering,
-    Lasting,
+    GroupStatus,
     Missing,
     Receipt,
+    ReceiptWithTTL,
     Record,
     Shard,
     Stamp,
@@ -123,13 +123,13 @@ class MemoryStore:
         if record is not None:
             self._records[name] = record
         lost, own = self._losers.pop(name, {}), {receipt.key for receipt in receipts}
-        if rivals := {key: at for key, at in lost.items() if key not in own and at + LOST_SECONDS > now}:
-            self._losers[name] = rivals
+        if contenders := {key: at for key, at in lost.items() if key not in own and at + LOST_SECONDS > now}:
+            self._losers[name] = contenders
         for receipt in receipts:
             self._receipts.pop((incarnation, receipt.key), None)  # an expired one: the new one goes to the end
             self._receipts[incarnation, receipt.key] = (now + self._receipt_seconds, receipt)
         self._purge(now, _PURGE_STEP + len(receipts))
-        return Committed(len(rivals))
+        return Committed(len(contenders))
 
     async def find_receipts(self, name: str, incarnation: int, keys: Sequence[bytes]) -> tuple[Receipt, ...] | Missing:
         """See `Store.find_receipts`."""
@@ -153,7 +153,7 @@ class MemoryStore:
         self._floor = max(self._floor, expected.version)
         return Committed()
 
-    async def join(self, name: str, incarnation: int, group: bytes, size: int, shard: Shard) -> Gathering | Missing:
+    async def join(self, name: str, incarnation: int, group: bytes, size: int, shard: Shard) -> GroupStatus | Missing:
         """See `Store.join`."""
         await self.ping()
         present = self._records.get(name)
@@ -168,7 +168,7 @@ class MemoryStore:
             found.shards[shard.member] = shard
         shards = [found.shards[member] for member in sorted(found.shards)]
         parts = tuple(each.part for each in shards) if len(shards) == found.size else ()
-        return Gathering(found.size, {each.member: each.fingerprint for each in shards}, parts, added)
+        return GroupStatus(found.size, {each.member: each.fingerprint for each in shards}, parts, added)
 
     async def leave(self, name: str, incarnation: int, group: bytes, member: bytes | None) -> None:
         """See `Store.leave`."""
@@ -191,17 +191,17 @@ class MemoryStore:
             entries.append(Entry(name, record.stamp, record.data[:HEAD_BYTES]))
         return entries
 
-    async def receipts(self) -> AsyncIterator[Sequence[Lasting]]:
+    async def receipts(self) -> AsyncIterator[Sequence[ReceiptWithTTL]]:
         """See `Store.receipts`."""
         await self.ping()
         now = self._clock()
         yield [
-            Lasting(incarnation, receipt, expires - now)
+            ReceiptWithTTL(incarnation, receipt, expires - now)
             for (incarnation, _), (expires, receipt) in self._receipts.items()
             if expires > now
         ]
 
-    async def remember(self, name: str, incarnation: int, receipts: Sequence[Lasting]) -> Committed | Missing:
+    async def remember(self, name: str, incarnation: int, receipts: Sequence[ReceiptWithTTL]) -> Committed | Missing:
         """See `Store.remember`."""
         await self.ping()
         present = self._records.get(name)

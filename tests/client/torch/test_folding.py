@@ -11,7 +11,7 @@ from torch import nn
 
 from batchnorm_client import Client, LayerNotFound, Overloaded, TimedOut
 from batchnorm_client.torch import convert_batchnorm, flush, revert
-from batchnorm_client.wire.documents import SAFETENSORS
+from batchnorm_client.wire.media_types import SAFETENSORS
 from batchnorm_client.wire.tensors import decode_safetensors, encode
 from client.harness import NOW, Way
 from client.torch.test_convert import assert_same

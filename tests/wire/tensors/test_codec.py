@@ -13,8 +13,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.numpy import save as save_safetensors
 
-from batchnorm_client.wire.documents import JSON, NPY, SAFETENSORS, TENSOR_MEDIA_TYPES
 from batchnorm_client.wire.errors import InvalidRequest, MalformedBody, ProblemError, UnsupportedMediaType
+from batchnorm_client.wire.media_types import JSON, NPY, SAFETENSORS, TENSOR_MEDIA_TYPES
 from batchnorm_client.wire.tensors import (
     Tensor,
     bytes_read,

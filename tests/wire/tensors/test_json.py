@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from batchnorm_client.wire.documents import JSON
 from batchnorm_client.wire.errors import InvalidRequest, MalformedBody, ProblemError, ShapeMismatch
+from batchnorm_client.wire.media_types import JSON
 from batchnorm_client.wire.tensors import Tensor, decode, encode, json_list
 from batchnorm_client.wire.tensors import json as codec
 

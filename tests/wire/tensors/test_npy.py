@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis.extra import numpy as arrays
 
-from batchnorm_client.wire.documents import JSON, NPY, SAFETENSORS
 from batchnorm_client.wire.errors import DtypeMismatch, MalformedBody, NotAcceptable, UnsupportedMediaType
+from batchnorm_client.wire.media_types import JSON, NPY, SAFETENSORS
 from batchnorm_client.wire.tensors import Tensor, decode, encode
 
 NAMES = [

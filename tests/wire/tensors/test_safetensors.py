@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from safetensors.numpy import load, save
 
-from batchnorm_client.wire.documents import SAFETENSORS
 from batchnorm_client.wire.errors import DtypeMismatch, MalformedBody
+from batchnorm_client.wire.media_types import SAFETENSORS
 from batchnorm_client.wire.tensors import (
     Tensor,
     decode,

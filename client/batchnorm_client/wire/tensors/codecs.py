@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
-from batchnorm_client.wire.documents import JSON, NPY, SAFETENSORS
 from batchnorm_client.wire.errors import InvalidRequest, UnsupportedMediaType
+from batchnorm_client.wire.media_types import JSON, NPY, SAFETENSORS
 from batchnorm_client.wire.tensors.json import decode_json, encode_json
 from batchnorm_client.wire.tensors.npy import decode_npy, encode_npy
 from batchnorm_client.wire.tensors.safetensors import decode_named, encode_named

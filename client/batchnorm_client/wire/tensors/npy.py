@@ -12,8 +12,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from batchnorm_client.wire.documents import JSON, NPY, SAFETENSORS
 from batchnorm_client.wire.errors import DtypeMismatch, MalformedBody, NotAcceptable, UnsupportedMediaType
+from batchnorm_client.wire.media_types import JSON, NPY, SAFETENSORS
 from batchnorm_client.wire.tensors.tensor import NUMPY_DTYPES, Buffer, Tensor, byte_view, checked_shape, view_tensor
 
 _MAGIC: Final = b"\x93NUMPY"

@@ -19,10 +19,10 @@ from batchnorm_service.store.base import (
     Entry,
     Exists,
     Full,
-    Gathering,
-    Lasting,
+    GroupStatus,
     Missing,
     Receipt,
+    ReceiptWithTTL,
     Record,
     Shard,
     Stamp,
@@ -133,7 +133,7 @@ class SqliteStore:
         """See `Store.delete`."""
         return await self._do(name, lambda c: self._table.delete(c, name, expected), writes=True)
 
-    async def join(self, name: str, incarnation: int, group: bytes, size: int, shard: Shard) -> Gathering | Missing:
+    async def join(self, name: str, incarnation: int, group: bytes, size: int, shard: Shard) -> GroupStatus | Missing:
         """See `Store.join`. A member that only asks who has come makes a read."""
         found = await self._do(name, lambda c: self._table.joined(c, name, incarnation, group, shard.member))
         if found is not None:
@@ -148,7 +148,7 @@ class SqliteStore:
         """See `Store.list`."""
         return await self._do(None, lambda c: self._table.list(c, prefix, after, limit))
 
-    async def receipts(self) -> AsyncIterator[Sequence[Lasting]]:
+    async def receipts(self) -> AsyncIterator[Sequence[ReceiptWithTTL]]:
         """See `Store.receipts`."""
         after = 0
         while True:
@@ -157,7 +157,7 @@ class SqliteStore:
                 return
             yield page
 
-    async def remember(self, name: str, incarnation: int, receipts: Sequence[Lasting]) -> Committed | Missing:
+    async def remember(self, name: str, incarnation: int, receipts: Sequence[ReceiptWithTTL]) -> Committed | Missing:
         """See `Store.remember`."""
         return await self._do(name, lambda c: self._table.remember(c, name, incarnation, receipts), writes=True)
 

@@ -16,10 +16,10 @@ from batchnorm_service.store.base import (
     Entry,
     Exists,
     Full,
-    Gathering,
-    Lasting,
+    GroupStatus,
     Missing,
     Receipt,
+    ReceiptWithTTL,
     Record,
     Shard,
     Stamp,
@@ -168,7 +168,7 @@ class SqliteTable:
 
     def join(
         self, connection: sqlite3.Connection, name: str, incarnation: int, group: bytes, size: int, shard: Shard
-    ) -> Gathering | Missing:
+    ) -> GroupStatus | Missing:
         """See `Store.join`."""
         present = _stamp(connection, name)
         if present is None or present.incarnation != incarnation:
@@ -185,11 +185,11 @@ class SqliteTable:
                 (incarnation, group, shard.member, size, shard.fingerprint, shard.part, expires),
             )
             found = _gathering(connection, incarnation, group, now, added=True)
-        return found or Gathering(size, {}, ())
+        return found or GroupStatus(size, {}, ())
 
     def joined(
         self, connection: sqlite3.Connection, name: str, incarnation: int, group: bytes, member: bytes
-    ) -> Gathering | Missing | None:
+    ) -> GroupStatus | Missing | None:
         """What `join` answers to a member that is there already; None to all others."""
         present = _stamp(connection, name)
         if present is None or present.incarnation != incarnation:
@@ -220,7 +220,7 @@ class SqliteTable:
                 entries.append(Entry(name, Stamp(incarnation, version, commit_id), blob.read(HEAD_BYTES)))
         return entries
 
-    def receipts(self, connection: sqlite3.Connection, after: int, limit: int) -> tuple[Sequence[Lasting], int]:
+    def receipts(self, connection: sqlite3.Connection, after: int, limit: int) -> tuple[Sequence[ReceiptWithTTL], int]:
         """Up to `limit` unexpired receipts that follow a row, and the last of their rows."""
         now = self._clock()
         rows = connection.execute(
@@ -228,10 +228,10 @@ class SqliteTable:
             " WHERE id > ? AND expires > ? ORDER BY id LIMIT ?",
             (after, now, limit),
         ).fetchall()
-        return [Lasting(row[1], Receipt(*row[3:]), row[2] - now) for row in rows], rows[-1][0] if rows else after
+        return [ReceiptWithTTL(row[1], Receipt(*row[3:]), row[2] - now) for row in rows], rows[-1][0] if rows else after
 
     def remember(
-        self, connection: sqlite3.Connection, name: str, incarnation: int, receipts: Sequence[Lasting]
+        self, connection: sqlite3.Connection, name: str, incarnation: int, receipts: Sequence[ReceiptWithTTL]
     ) -> Committed | Missing:
         """See `Store.remember`."""
         present = _stamp(connection, name)
@@ -274,7 +274,7 @@ def _outcome(
 
 def _gathering(
     connection: sqlite3.Connection, incarnation: int, group: bytes, now: float, *, added: bool = False
-) -> Gathering | None:
+) -> GroupStatus | None:
     there = (incarnation, group, now)
     found = connection.execute(
         "SELECT member, fingerprint, size FROM shards"
@@ -291,7 +291,7 @@ def _gathering(
             "SELECT part FROM shards WHERE incarnation = ? AND grp = ? AND expires > ? ORDER BY member", there
         )
         parts = tuple(part for (part,) in rows)
-    return Gathering(opened, members, parts, added)
+    return GroupStatus(opened, members, parts, added)
 
 
 def _stamp(connection: sqlite3.Connection, name: str) -> Stamp | None:

@@ -14,22 +14,22 @@ from batchnorm_service.store.valkey.address import Node
 from batchnorm_service.store.valkey.connection import in_words
 from batchnorm_service.store.valkey.pipeline import Job, LostError, UnsentError
 from batchnorm_service.store.valkey.scripts import Script
-from batchnorm_service.store.valkey.topology import Shards
+from batchnorm_service.store.valkey.topology import ClusterTopology
 
 _PAUSE: Final = 0.02  # while a bucket is in the middle of a move from one server to another
 _REDIRECTIONS: Final = 16
 
 
-class Calls:
+class CommandRunner:
     """Runs scripts.
 
     Args:
-        shards: where the buckets are.
+        topology: where the buckets are.
         timeout: seconds that a call may be repeated because its bucket is on the move.
     """
 
-    def __init__(self, shards: Shards, timeout: float) -> None:
-        self._shards = shards
+    def __init__(self, topology: ClusterTopology, timeout: float) -> None:
+        self._topology = topology
         self._timeout = timeout
         self._running = 0
         self._ended = asyncio.Event()
@@ -42,7 +42,7 @@ class Calls:
         What comes back raises `StoreError`. A call is repeated here only when it is known to have had no effect, and
         only while somebody waits for it: what was given up never takes effect later, unless it was sent before.
         """
-        attempt = _Attempt(self._shards, Job(script, bucket, keys, args))
+        attempt = _Attempt(self._topology, Job(script, bucket, keys, args))
         return self._answer(attempt, attempt.send())
 
     async def finish(self) -> None:
@@ -76,8 +76,8 @@ class Calls:
 class _Attempt:
     """A job on its way to the server that has its bucket."""
 
-    def __init__(self, shards: Shards, job: Job) -> None:
-        self._shards = shards
+    def __init__(self, topology: ClusterTopology, job: Job) -> None:
+        self._topology = topology
         self._job = job
         self._asked: Node | None = None
         self._node: Node | None = None  # to go to instead of the owner, once
@@ -86,21 +86,21 @@ class _Attempt:
 
     def send(self) -> asyncio.Future[Any]:
         job = self._job
-        node = self._asked = self._node or self._shards.owner(job.bucket)
+        node = self._asked = self._node or self._topology.owner(job.bucket)
         try:
-            lane = self._shards.lane(job.bucket, job.keys[0], reading=job.script.single, node=node)
+            pipeline = self._topology.pipeline(job.bucket, job.keys[0], reading=job.script.single, node=node)
         except UnsentError as error:
             answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
             answer.set_exception(error)
             return answer
-        return lane.submit(job)
+        return pipeline.submit(job)
 
     async def redirected(self, error: ResponseError, deadline: float) -> bool:
         """Whether the server refused because the job belongs elsewhere, or has to come again."""
         self._redirections += 1
         self._node, self._job = None, replace(self._job, asking=False)
         if isinstance(error, ClusterDownError):
-            self._shards.suspect()
+            self._topology.suspect()
             return False
         if isinstance(error, NoScriptError):
             self._job = replace(self._job, whole=True)
@@ -109,7 +109,7 @@ class _Attempt:
             assert self._asked is not None  # noqa: S101 - a server has answered
             node = Node(error.host if error.host not in {"", "?"} else self._asked.host, error.port)
             if isinstance(error, MovedError):
-                self._shards.moved(self._job.bucket, node)
+                self._topology.moved(self._job.bucket, node)
             else:
                 self._node, self._job = node, replace(self._job, asking=True)
             return self._redirections < _REDIRECTIONS
@@ -123,10 +123,10 @@ class _Attempt:
     async def rerouted(self, error: StoreError) -> bool:
         """Whether to try again after a failed connection, which is safe for what was not sent, and for reads."""
         if self._repeated or (isinstance(error, LostError) and self._job.script.writes):
-            self._shards.suspect()
+            self._topology.suspect()
             return False
         self._repeated = True
         asked = self._asked
         self._node, self._job = None, replace(self._job, asking=False)
-        await self._shards.refresh()
-        return isinstance(error, LostError) or self._shards.owner(self._job.bucket) not in {asked, None}
+        await self._topology.refresh()
+        return isinstance(error, LostError) or self._topology.owner(self._job.bucket) not in {asked, None}

@@ -34,7 +34,7 @@ class _Connection(Protocol):
     def pack_commands(self, commands: Iterable[Command]) -> list[bytes]: ...
 
 
-class Link:
+class ServerConnection:
     """A connection. Whoever has it sends commands and reads as many answers; after anything else it is dropped.
 
     Attributes:
@@ -76,7 +76,7 @@ class Link:
             await self._connection.disconnect(nowait=True)
 
 
-class Dialer:
+class Connector:
     """Makes connections.
 
     Args:
@@ -88,28 +88,28 @@ class Dialer:
         self.address = address
         self.timeout = timeout
 
-    async def dial(self, node: Node) -> Link:
+    async def connect(self, node: Node) -> ServerConnection:
         """Connect to a server and see whether it can be used.
 
         Raises:
             StoreRefusedError: it cannot, with the reason in words.
         """
-        link = Link(self._connection(node), node)
+        connection = ServerConnection(self._connection(node), node)
         try:
             async with asyncio.timeout(self.timeout):
-                await link.send([(b"INFO",)])
-                info = parse_info(await link.reply())
+                await connection.send([(b"INFO",)])
+                info = parse_info(await connection.reply())
         except FAULTS as error:
-            await link.drop()
+            await connection.drop()
             raise StoreRefusedError(f"{node}: {in_words(error)}") from error
         except BaseException:
-            await link.drop()
+            await connection.drop()
             raise
         if fault := unfit(info, cluster=self.address.cluster):
-            await link.close()
+            await connection.close()
             raise StoreRefusedError(f"{node} {fault}")
-        link.keeps = info.get("aof_enabled") == "1"
-        return link
+        connection.keeps = info.get("aof_enabled") == "1"
+        return connection
 
     def _connection(self, node: Node) -> _Connection:
         address = self.address
@@ -123,7 +123,7 @@ class Dialer:
             "lib_name": None,  # each would be another round trip
             "lib_version": None,
             "parser_class": ClusterParser,  # knows all errors that the other does, and redirections
-            "socket_timeout": None,  # time limits are those of whoever has the link
+            "socket_timeout": None,  # time limits are those of whoever has the connection
             "socket_connect_timeout": self.timeout,
             "socket_keepalive": True,
         }

@@ -11,7 +11,7 @@ from heapq import heappop, heappush
 from typing import Any, Final
 
 from batchnorm_service.store.base import StoreError
-from batchnorm_service.store.valkey.commands import Calls
+from batchnorm_service.store.valkey.commands import CommandRunner
 from batchnorm_service.store.valkey.keys import BUCKETS, Keys
 from batchnorm_service.store.valkey.scripts import COUNT, NAMES
 
@@ -32,7 +32,7 @@ class Names:
         expected: about how many names will be taken.
     """
 
-    def __init__(self, calls: Calls, keys: Keys, prefix: str, after: str, expected: int) -> None:
+    def __init__(self, calls: CommandRunner, keys: Keys, prefix: str, after: str, expected: int) -> None:
         self._calls = calls
         self._keys = keys
         first, last = prefix.encode(), after.encode()
@@ -71,14 +71,14 @@ class Names:
             heappush(self._heap, (self._waiting[bucket].popleft(), bucket))
 
 
-class Census:
+class LayerCounter:
     """How many layers there are: counted now and then, and reckoned in between from what this process does.
 
     Each bucket knows its own number, but no server knows the sum. With other processes at work the sum here may be a
     second old.
     """
 
-    def __init__(self, calls: Calls, keys: Keys) -> None:
+    def __init__(self, calls: CommandRunner, keys: Keys) -> None:
         self._calls = calls
         self._keys = keys
         self._layers = 0

@@ -16,7 +16,7 @@ from typing import Any, Final
 from valkey.exceptions import ReadOnlyError, ResponseError
 
 from batchnorm_service.store.base import StoreError, StoreRefusedError
-from batchnorm_service.store.valkey.connection import Command, Link, in_words
+from batchnorm_service.store.valkey.connection import Command, ServerConnection, in_words
 from batchnorm_service.store.valkey.scripts import Script
 
 _MOST_JOBS: Final = 128  # in one round
@@ -97,20 +97,20 @@ class Limits:
     wait_timeout: float
 
 
-class Lane:
+class Pipeline:
     """Jobs for one server, one round after the other.
 
     Args:
-        dial: connects.
+        connect: connects.
         limits: see there.
     """
 
-    def __init__(self, dial: Callable[[], Awaitable[Link]], limits: Limits) -> None:
-        self._dial = dial
+    def __init__(self, connect: Callable[[], Awaitable[ServerConnection]], limits: Limits) -> None:
+        self._connect = connect
         self._limits = limits
         self._queue: deque[Waiting] = deque()
         self._writing: Counter[bytes] = Counter()
-        self._link: Link | None = None
+        self._connection: ServerConnection | None = None
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -136,14 +136,14 @@ class Lane:
         self._closed = True
         while self._task is not None:
             await asyncio.wait([self._task])
-        if self._link is not None:
-            link, self._link = self._link, None
-            await link.close()
+        if self._connection is not None:
+            connection, self._connection = self._connection, None
+            await connection.close()
 
     async def _drain(self) -> None:
         try:
             # While nobody used it, the connection may have been closed by the server or by something on the way.
-            if self._link is not None and await self._link.hung_up():
+            if self._connection is not None and await self._connection.hung_up():
                 await self._drop()
             while self._queue:
                 if jobs := list(self._take()):
@@ -166,7 +166,7 @@ class Lane:
 
     async def _round(self, jobs: list[Waiting]) -> None:
         try:
-            link = self._link = self._link or await self._dial()
+            connection = self._connection = self._connection or await self._connect()
         except Exception as error:
             # Each try may take long: fail all that wait for this one.
             jobs += self._queue
@@ -176,8 +176,8 @@ class Lane:
         waits = self._limits.replicas > 0 and any(waiting.job.script.writes for waiting in jobs)
         try:
             async with asyncio.timeout(self._limits.timeout + (self._limits.wait_timeout if waits else 0)):
-                await link.send(self._commands(jobs, waits=waits))
-                await self._collect(link, jobs, waits=waits)
+                await connection.send(self._commands(jobs, waits=waits))
+                await self._collect(connection, jobs, waits=waits)
         except Exception as error:
             await self._drop()
             self._fail(jobs, LostError, error)
@@ -190,14 +190,14 @@ class Lane:
         if waits:
             yield (b"WAIT", self._limits.replicas, max(round(1000 * self._limits.wait_timeout), 1))
 
-    async def _collect(self, link: Link, jobs: Sequence[Waiting], *, waits: bool) -> None:
+    async def _collect(self, connection: ServerConnection, jobs: Sequence[Waiting], *, waits: bool) -> None:
         held: list[tuple[Waiting, Any]] = []
         demoted = False
         for waiting in jobs:
             if waiting.job.asking:
-                await link.reply()
+                await connection.reply()
             try:
-                reply = await link.reply()
+                reply = await connection.reply()
             except ResponseError as error:
                 demoted = demoted or isinstance(error, ReadOnlyError)
                 waiting.fail(error)
@@ -208,14 +208,14 @@ class Lane:
                     waiting.settle(reply)
             self._answered(waiting)
         if waits:
-            await self._wait(link, held)
+            await self._wait(connection, held)
         if demoted:  # the host's name may mean another server by now
             await self._drop()
 
-    async def _wait(self, link: Link, held: Sequence[tuple[Waiting, Any]]) -> None:
+    async def _wait(self, connection: ServerConnection, held: Sequence[tuple[Waiting, Any]]) -> None:
         fault = ""
         try:
-            count = await link.reply()
+            count = await connection.reply()
         except ResponseError as error:
             fault = f"WAIT: {in_words(error)}"
         else:
@@ -242,6 +242,6 @@ class Lane:
             self._answered(waiting)
 
     async def _drop(self) -> None:
-        if self._link is not None:
-            link, self._link = self._link, None
-            await link.drop()
+        if self._connection is not None:
+            connection, self._connection = self._connection, None
+            await connection.drop()

@@ -7,39 +7,39 @@ import math
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
 
-from batchnorm_service.store.base import Committed, Lasting, Missing, StoreError, StoreRefusedError
+from batchnorm_service.store.base import Committed, Missing, ReceiptWithTTL, StoreError, StoreRefusedError
 from batchnorm_service.store.valkey.address import Node
-from batchnorm_service.store.valkey.commands import Calls
-from batchnorm_service.store.valkey.connection import FAULTS, Command, Dialer, Link, in_words
+from batchnorm_service.store.valkey.commands import CommandRunner
+from batchnorm_service.store.valkey.connection import FAULTS, Command, Connector, ServerConnection, in_words
 from batchnorm_service.store.valkey.keys import Keys, bucket_of, pack_number, pack_receipt, unpack_receipt
 from batchnorm_service.store.valkey.scripts import REMEMBER, Answer
 
 _KEYS_AT_ONCE: Final = 1000
 
 
-async def scan(nodes: Sequence[Node], dialer: Dialer, keys: Keys) -> AsyncIterator[Sequence[Lasting]]:
+async def scan(nodes: Sequence[Node], connector: Connector, keys: Keys) -> AsyncIterator[Sequence[ReceiptWithTTL]]:
     """The receipts on all these servers, over connections of their own. Raises `StoreError`."""
     for node in nodes:
         try:
-            link = await dialer.dial(node)
+            connection = await connector.connect(node)
         except StoreRefusedError as error:
             raise StoreError(str(error)) from error
         try:
             cursor = b"0"
             while True:
                 command = (b"SCAN", cursor, b"MATCH", keys.any_receipt(), b"COUNT", _KEYS_AT_ONCE)
-                ((cursor, found),) = await _ask(link, [command], dialer.timeout)
-                yield await _read(link, keys, found, dialer.timeout)
+                ((cursor, found),) = await _ask(connection, [command], connector.timeout)
+                yield await _read(connection, keys, found, connector.timeout)
                 if cursor == b"0":
                     break
         except FAULTS as error:
             raise StoreError(f"{node}: {in_words(error)}") from error
         finally:
-            await link.drop()
+            await connection.drop()
 
 
 async def remember(
-    calls: Calls, keys: Keys, name: str, incarnation: int, receipts: Sequence[Lasting]
+    calls: CommandRunner, keys: Keys, name: str, incarnation: int, receipts: Sequence[ReceiptWithTTL]
 ) -> Committed | Missing:
     """See `Store.remember`."""
     names = [keys.record(name), *(keys.receipt(name, incarnation, each.receipt.key) for each in receipts)]
@@ -50,21 +50,23 @@ async def remember(
     return Committed() if done == Answer.DONE else Missing()
 
 
-async def _read(link: Link, keys: Keys, found: Sequence[bytes], seconds: float) -> Sequence[Lasting]:
+async def _read(
+    connection: ServerConnection, keys: Keys, found: Sequence[bytes], seconds: float
+) -> Sequence[ReceiptWithTTL]:
     known = [(key, parts) for key in found if (parts := keys.receipt_of(key)) is not None]
     commands: list[Command] = []
     for key, _ in known:
         commands += [(b"GET", key), (b"PTTL", key)]
-    replies = await _ask(link, commands, seconds)
+    replies = await _ask(connection, commands, seconds)
     return [
-        Lasting(incarnation, unpack_receipt(own, data), milliseconds / 1000)
+        ReceiptWithTTL(incarnation, unpack_receipt(own, data), milliseconds / 1000)
         for (_, (incarnation, own)), data, milliseconds in zip(known, replies[::2], replies[1::2], strict=True)
         if data is not None and milliseconds > 0  # not expired since its key was read
     ]
 
 
-async def _ask(link: Link, commands: Sequence[Command], seconds: float) -> list[Any]:
+async def _ask(connection: ServerConnection, commands: Sequence[Command], seconds: float) -> list[Any]:
     async with asyncio.timeout(seconds):
         if commands:
-            await link.send(commands)
-        return [await link.reply() for _ in commands]
+            await connection.send(commands)
+        return [await connection.reply() for _ in commands]

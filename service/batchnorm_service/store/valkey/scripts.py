@@ -160,19 +160,19 @@ if stamp ~= ARGV[1] then
     end
     return {$CONFLICT, redis.call('GET', KEYS[1])}
 end
-local rivals = 0
+local contenders = 0
 if redis.call('EXISTS', KEYS[2]) == 1 then
     redis.set_repl(redis.REPL_NONE)
     for i = 3, #KEYS, 1000 do  -- Lua passes some thousands of arguments, not more
         redis.call('ZREM', KEYS[2], unpack(KEYS, i, math.min(i + 999, #KEYS)))
     end
     redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now() - $LOST_SECONDS)
-    rivals = redis.call('ZCARD', KEYS[2])
+    contenders = redis.call('ZCARD', KEYS[2])
     redis.set_repl(redis.REPL_ALL)
 end
 if ARGV[5] ~= '' then redis.call('SET', KEYS[1], ARGV[5]) end
 for i = 3, #KEYS do redis.call('SET', KEYS[i], ARGV[3 + i], 'PX', ARGV[3]) end
-return {$DONE, rivals}
+return {$DONE, contenders}
 """,
     writes=True,
 )

@@ -17,10 +17,10 @@ from batchnorm_service.store.base import (
     Entry,
     Exists,
     Full,
-    Gathering,
-    Lasting,
+    GroupStatus,
     Missing,
     Receipt,
+    ReceiptWithTTL,
     Record,
     Shard,
     Stamp,
@@ -29,8 +29,8 @@ from batchnorm_service.store.base import (
     Unchanged,
 )
 from batchnorm_service.store.valkey.address import Node, parse_address
-from batchnorm_service.store.valkey.commands import Calls
-from batchnorm_service.store.valkey.connection import Dialer
+from batchnorm_service.store.valkey.commands import CommandRunner
+from batchnorm_service.store.valkey.connection import Connector
 from batchnorm_service.store.valkey.keys import (
     SCHEMA_VERSION,
     Keys,
@@ -42,8 +42,8 @@ from batchnorm_service.store.valkey.keys import (
     unpack_receipt,
     unpack_record,
 )
-from batchnorm_service.store.valkey.names import Census, Names
-from batchnorm_service.store.valkey.pipeline import Lane, Limits
+from batchnorm_service.store.valkey.names import LayerCounter, Names
+from batchnorm_service.store.valkey.pipeline import Limits, Pipeline
 from batchnorm_service.store.valkey.receipts import remember, scan
 from batchnorm_service.store.valkey.scripts import (
     COMMIT,
@@ -59,7 +59,7 @@ from batchnorm_service.store.valkey.scripts import (
     SCHEMA,
     Answer,
 )
-from batchnorm_service.store.valkey.topology import Shards
+from batchnorm_service.store.valkey.topology import ClusterTopology
 
 _REBIRTHS = 10  # how often a layer may be deleted and created again while one commit is on its way
 
@@ -68,9 +68,9 @@ _REBIRTHS = 10  # how often a layer may be deleted and created again while one c
 class _Opened:
     """What there is between `open` and `close`."""
 
-    shards: Shards
-    calls: Calls
-    census: Census
+    topology: ClusterTopology
+    calls: CommandRunner
+    counter: LayerCounter
 
 
 class ValkeyStore:
@@ -114,7 +114,7 @@ class ValkeyStore:
             )
         address = parse_address(url)
         self.url = address.url
-        self._dialer = Dialer(address, timeout)
+        self._connector = Connector(address, timeout)
         self._keys = Keys(address.prefix)
         self._receipt_milliseconds = math.ceil(1000 * receipt_seconds)
         self._connections = connections
@@ -126,12 +126,12 @@ class ValkeyStore:
         """Connect, and see that every server can be used. Raises `StoreRefusedError` with the reason in words."""
         if self._opened is not None:
             raise StoreError(f"{self.url} is open already")
-        shards = Shards(self._dialer, self._lane, self._connections, split=self._limits.replicas > 0)
-        calls = Calls(shards, self._limits.timeout)
-        census = Census(calls, self._keys)
-        self._opened = _Opened(shards, calls, census)
+        topology = ClusterTopology(self._connector, self._pipeline, self._connections, split=self._limits.replicas > 0)
+        calls = CommandRunner(topology, self._limits.timeout)
+        counter = LayerCounter(calls, self._keys)
+        self._opened = _Opened(topology, calls, counter)
         try:
-            await shards.open()
+            await topology.open()
             schema = await calls.run(SCHEMA, 0, [self._keys.schema()], [SCHEMA_VERSION])
             if schema != b"%d" % SCHEMA_VERSION:
                 raise StoreRefusedError(
@@ -139,10 +139,10 @@ class ValkeyStore:
                     f" {SCHEMA_VERSION}: start the release that wrote it, or a later one, or give this one another"
                     " prefix"
                 )
-            await census.refresh()
+            await counter.refresh()
         except BaseException as error:
             self._opened = None
-            await shards.close()
+            await topology.close()
             if isinstance(error, StoreError | StoreRefusedError):
                 raise StoreRefusedError(f"{self.url} cannot be used: {error}") from error
             raise
@@ -152,7 +152,7 @@ class ValkeyStore:
         if self._opened is not None:
             opened, self._opened = self._opened, None
             await opened.calls.finish()
-            await opened.shards.close()
+            await opened.topology.close()
 
     async def ping(self) -> None:
         """Return when a server answers: as long as one does, its layers can be used.
@@ -161,7 +161,7 @@ class ValkeyStore:
             StoreError: none does.
         """
         opened = self._use()
-        calls = [opened.calls.run(COUNT, bucket, [self._keys.names(bucket)]) for bucket in opened.shards.sample()]
+        calls = [opened.calls.run(COUNT, bucket, [self._keys.names(bucket)]) for bucket in opened.topology.sample()]
         answers = await asyncio.gather(*calls, return_exceptions=True)
         failures = [answer for answer in answers if isinstance(answer, BaseException)]
         if len(failures) == len(answers):
@@ -182,13 +182,13 @@ class ValkeyStore:
         create = partial(self._create, opened, name, (pack_number(incarnation), pack_number(commit_id), data))
         reply = await create(limit)
         if reply[0] == Answer.FULL:  # unless others have deleted some since they were counted
-            await opened.census.refresh()
+            await opened.counter.refresh()
             reply = await create(limit)
         if reply[0] == Answer.FULL:
             return Full()
         if reply[0] == Answer.EXISTS:
             return Exists(unpack_record(reply[1]))
-        await opened.census.refresh_if_old()
+        await opened.counter.refresh_if_old()
         return Record(Stamp(incarnation, unpack_number(reply[1]), commit_id), data)
 
     async def commit(
@@ -225,11 +225,11 @@ class ValkeyStore:
         args: list[bytes | int] = [pack_stamp(expected), name.encode(), self._waits]
         outcome = _outcome(await opened.calls.run(DELETE, bucket_of(name), self._bucket_keys(name), args), [])
         if isinstance(outcome, Committed):
-            opened.census.deleted()
+            opened.counter.deleted()
         assert not isinstance(outcome, Duplicates)  # noqa: S101 - there were no receipts
         return outcome
 
-    async def join(self, name: str, incarnation: int, group: bytes, size: int, shard: Shard) -> Gathering | Missing:
+    async def join(self, name: str, incarnation: int, group: bytes, size: int, shard: Shard) -> GroupStatus | Missing:
         """See `Store.join`."""
         keys = [self._keys.record(name), *self._keys.group(name, incarnation, group)]
         args: Sequence[bytes | int] = (pack_number(incarnation), shard.member, size, shard.fingerprint, shard.part)
@@ -241,7 +241,7 @@ class ValkeyStore:
         members = dict(sorted(zip(fields[::2], fields[1::2], strict=True)))
         size = int(members.pop(b"size"))
         by_member = sorted(zip(parts[::2], parts[1::2], strict=True))
-        return Gathering(size, members, tuple(part for _, part in by_member), bool(added))
+        return GroupStatus(size, members, tuple(part for _, part in by_member), bool(added))
 
     async def leave(self, name: str, incarnation: int, group: bytes, member: bytes | None) -> None:
         """See `Store.leave`."""
@@ -263,31 +263,31 @@ class ValkeyStore:
                     entries.append(Entry(name, entry.stamp, entry.data))
         return entries
 
-    def receipts(self) -> AsyncIterator[Sequence[Lasting]]:
-        """See `Store.receipts`. A walk over all keys: for a migration. Slots must not move meanwhile."""
-        return scan(self._use().shards.owners(), self._dialer, self._keys)
+    def receipts(self) -> AsyncIterator[Sequence[ReceiptWithTTL]]:
+        """See `Store.receipts`. A walk over all keys: for a migration. Hash slots must not move meanwhile."""
+        return scan(self._use().topology.owners(), self._connector, self._keys)
 
-    async def remember(self, name: str, incarnation: int, receipts: Sequence[Lasting]) -> Committed | Missing:
+    async def remember(self, name: str, incarnation: int, receipts: Sequence[ReceiptWithTTL]) -> Committed | Missing:
         """See `Store.remember`."""
         return await remember(self._use().calls, self._keys, name, incarnation, receipts)
 
     async def _create(self, opened: _Opened, name: str, parts: Sequence[bytes], limit: int) -> Any:
         created = False
-        room = opened.census.begin(limit)
+        room = opened.counter.begin(limit)
         try:
             args: list[bytes | int] = [*parts, name.encode(), int(room), self._waits]
             reply = await opened.calls.run(CREATE, bucket_of(name), self._bucket_keys(name), args)
             created = reply[0] == Answer.DONE
         finally:
-            opened.census.end(created)
+            opened.counter.end(created)
         return reply
 
     def _bucket_keys(self, name: str) -> Sequence[bytes]:
         bucket = bucket_of(name)
         return (self._keys.record(name), self._keys.names(bucket), self._keys.floor(bucket))
 
-    def _lane(self, node: Node) -> Lane:
-        return Lane(partial(self._dialer.dial, node), self._limits)
+    def _pipeline(self, node: Node) -> Pipeline:
+        return Pipeline(partial(self._connector.connect, node), self._limits)
 
     def _use(self) -> _Opened:
         if self._opened is None:

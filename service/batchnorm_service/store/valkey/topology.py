@@ -11,9 +11,9 @@ from typing import Any, Final
 
 from batchnorm_service.store.base import StoreRefusedError
 from batchnorm_service.store.valkey.address import Node
-from batchnorm_service.store.valkey.connection import FAULTS, Dialer, Link, in_words
+from batchnorm_service.store.valkey.connection import FAULTS, Connector, ServerConnection, in_words
 from batchnorm_service.store.valkey.keys import BUCKET_SLOTS, BUCKETS
-from batchnorm_service.store.valkey.pipeline import Lane, UnsentError
+from batchnorm_service.store.valkey.pipeline import Pipeline, UnsentError
 
 _log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ _ASK_SECONDS: Final = 1.0  # for the way of the slots, from one node; then anoth
 _REST_SECONDS: Final = 0.1  # between two times that the cluster is asked
 
 
-class Shards:
+class ClusterTopology:
     """The servers.
 
     valkey-py's cluster client is not used: it repeats commands by itself, gives connections back that were cancelled
@@ -29,22 +29,24 @@ class Shards:
     its parser are.
 
     Args:
-        dialer: connects.
-        lane: makes a lane to a node.
-        connections: how many lanes a node gets.
-        split: reads of single records get lanes of their own, where they do not stand behind a WAIT.
+        connector: connects.
+        pipeline: makes a pipeline to a node.
+        connections: how many pipelines a node gets.
+        split: reads of single records get pipelines of their own, where they do not stand behind a WAIT.
     """
 
-    def __init__(self, dialer: Dialer, lane: Callable[[Node], Lane], connections: int, *, split: bool) -> None:
-        self._dialer = dialer
-        self._make = lane
+    def __init__(
+        self, connector: Connector, pipeline: Callable[[Node], Pipeline], connections: int, *, split: bool
+    ) -> None:
+        self._connector = connector
+        self._make = pipeline
         self._connections = connections
         self._split = split
-        seeds = dialer.address.nodes
-        self._cluster = dialer.address.cluster
+        seeds = connector.address.nodes
+        self._cluster = connector.address.cluster
         self._known: tuple[Node, ...] = seeds
         self._owners: list[Node | None] = [None if self._cluster else seeds[0]] * BUCKETS
-        self._lanes: dict[tuple[Node, int, bool], Lane] = {}
+        self._pipelines: dict[tuple[Node, int, bool], Pipeline] = {}
         self._refreshing: asyncio.Task[None] | None = None
         self._refreshed = -_REST_SECONDS
         self._closing: set[asyncio.Task[None]] = set()
@@ -52,27 +54,27 @@ class Shards:
     async def open(self) -> None:
         """Find the owners, and see that each can be used. Raises `StoreRefusedError` with the reason in words."""
         if self._cluster:
-            link = await self._first_answer()
+            connection = await self._first_answer()
             try:
-                await self._learn(link)
+                await self._learn(connection)
             except FAULTS as error:
                 raise StoreRefusedError(f"the cluster does not say where its slots are: {in_words(error)}") from error
             finally:
-                await link.drop()
+                await connection.drop()
             if None in self._owners:
                 raise StoreRefusedError("some hash slots of the cluster have no owner; wait for it or repair it")
         for node in self.owners():
-            link = await self._dialer.dial(node)
-            if not link.keeps:
+            connection = await self._connector.connect(node)
+            if not connection.keeps:
                 _log.warning("%s has no append-only file: what is acknowledged is lost when it stops", node)
-            await link.close()
+            await connection.close()
 
     async def close(self) -> None:
         """Finish what was begun, and disconnect."""
         if self._refreshing is not None:
             self._refreshing.cancel()
-        lanes = [lane.close() for lane in self._lanes.values()]
-        await asyncio.gather(*lanes, *self._closing, *filter(None, [self._refreshing]), return_exceptions=True)
+        pipelines = [pipeline.close() for pipeline in self._pipelines.values()]
+        await asyncio.gather(*pipelines, *self._closing, *filter(None, [self._refreshing]), return_exceptions=True)
 
     def owners(self) -> list[Node]:
         """The servers that have buckets."""
@@ -86,7 +88,7 @@ class Shards:
         """The server that has a bucket, as far as is known."""
         return self._owners[bucket]
 
-    def lane(self, bucket: int, key: bytes, *, reading: bool, node: Node | None = None) -> Lane:
+    def pipeline(self, bucket: int, key: bytes, *, reading: bool, node: Node | None = None) -> Pipeline:
         """Where a job goes. A read of `key` never overtakes a write of it that was queued before.
 
         Raises:
@@ -96,10 +98,10 @@ class Shards:
         if node is None:
             raise UnsentError("no server of the cluster owns the hash slot")
         number = bucket % self._connections
-        lane = self._lane(node, number, reading=False)
-        if reading and self._split and not lane.writing(key):
-            return self._lane(node, number, reading=True)
-        return lane
+        pipeline = self._pipeline(node, number, reading=False)
+        if reading and self._split and not pipeline.writing(key):
+            return self._pipeline(node, number, reading=True)
+        return pipeline
 
     def moved(self, bucket: int, node: Node) -> None:
         """Note what a redirection said; there may be more to learn."""
@@ -117,11 +119,11 @@ class Shards:
         if self._refreshing is not None:
             await asyncio.wait([self._refreshing])
 
-    def _lane(self, node: Node, number: int, *, reading: bool) -> Lane:
+    def _pipeline(self, node: Node, number: int, *, reading: bool) -> Pipeline:
         key = (node, number, reading)
-        if key not in self._lanes:
-            self._lanes[key] = self._make(node)
-        return self._lanes[key]
+        if key not in self._pipelines:
+            self._pipelines[key] = self._make(node)
+        return self._pipelines[key]
 
     async def _refresh(self) -> None:
         now = asyncio.get_running_loop().time
@@ -129,32 +131,32 @@ class Shards:
         for node in random.sample(self._known, len(self._known)):
             with contextlib.suppress(StoreRefusedError, *FAULTS):
                 async with asyncio.timeout(_ASK_SECONDS):
-                    link = await self._dialer.dial(node)
+                    connection = await self._connector.connect(node)
                     try:
-                        await self._learn(link)
+                        await self._learn(connection)
                         break
                     finally:
-                        await link.drop()
+                        await connection.drop()
         self._refreshed = now()
         self._retire()
 
-    async def _first_answer(self) -> Link:
+    async def _first_answer(self) -> ServerConnection:
         fault = StoreRefusedError("")
         for node in self._known:
             try:
-                return await self._dialer.dial(node)
+                return await self._connector.connect(node)
             except StoreRefusedError as error:
                 fault = error
         raise fault
 
-    async def _learn(self, link: Link) -> None:
-        await link.send([(b"CLUSTER", b"SLOTS")])
-        async with asyncio.timeout(self._dialer.timeout):
-            ranges = await link.reply()
+    async def _learn(self, connection: ServerConnection) -> None:
+        await connection.send([(b"CLUSTER", b"SLOTS")])
+        async with asyncio.timeout(self._connector.timeout):
+            ranges = await connection.reply()
         owners: list[Node | None] = [None] * BUCKETS
         known: dict[Node, None] = {}
         for first, last, *nodes in ranges:
-            servers = list(_nodes(nodes, link.node))
+            servers = list(_nodes(nodes, connection.node))
             known |= dict.fromkeys(servers)
             for bucket, slot in enumerate(BUCKET_SLOTS):
                 if first <= slot <= last and servers:
@@ -163,12 +165,12 @@ class Shards:
             return
         self._owners = owners
         # The seeds too: behind a name of several nodes there is always one, even when all that were known are gone.
-        self._known = tuple(known | dict.fromkeys(self._dialer.address.nodes))
+        self._known = tuple(known | dict.fromkeys(self._connector.address.nodes))
 
     def _retire(self) -> None:
         """Close the connections to servers that have left."""
-        for key in [key for key in self._lanes if key[0] not in self._known]:
-            task = asyncio.create_task(self._lanes.pop(key).close())
+        for key in [key for key in self._pipelines if key[0] not in self._known]:
+            task = asyncio.create_task(self._pipelines.pop(key).close())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 

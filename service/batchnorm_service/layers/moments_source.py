@@ -10,10 +10,10 @@ import torch
 from ..engine.moments import Extremes, Moments, check_enough
 from ..engine.normalize import Frozen, TrainStep, check_whole, frozen, least_values, train_step
 from ..engine.state import LayerState
-from .compute import Computing
+from .compute import ComputeExecutor
 
 
-class Work(Protocol):
+class MomentsSource(Protocol):
     """The half of a train call that needs no shared state; it may have to be done again when the layer has changed.
 
     Attributes:
@@ -31,17 +31,17 @@ class Work(Protocol):
         ...
 
 
-class BatchWork:
+class BatchSource:
     """A batch that is normalized with its own statistics."""
 
     basis: LayerState
     moments: Moments
     payload = b""
 
-    def __init__(self, batch: torch.Tensor, computing: Computing) -> None:
+    def __init__(self, batch: torch.Tensor, executor: ComputeExecutor) -> None:
         self._step: TrainStep | None = None
         self._batch = batch
-        self._computing = computing
+        self._executor = executor
 
     async def output(self, state: LayerState) -> TrainStep:
         """The batch as this state normalizes it, once it is folded.
@@ -52,15 +52,15 @@ class BatchWork:
         if (step := self.step_under(state)) is not None:
             return step
         tolerant = state._replace(config=state.config.model_copy(update={"non_finite": "allow"}))
-        return await self._computing.run(self._batch.nbytes, train_step, tolerant, self._batch)
+        return await self._executor.run(self._batch.nbytes, train_step, tolerant, self._batch)
 
     def step_under(self, state: LayerState) -> TrainStep | None:
         """What was computed, if it is what this state gives."""
         return self._step if self._step is not None and state.normalizes_like(self.basis) else None
 
     async def under(self, state: LayerState) -> None:
-        """See `Work`."""
-        self._done(state, await self._computing.run(self._batch.nbytes, train_step, state, self._batch))
+        """See `MomentsSource`."""
+        self._done(state, await self._executor.run(self._batch.nbytes, train_step, state, self._batch))
 
     def under_now(self, state: LayerState) -> None:
         """The same at once, on the event loop."""
@@ -70,7 +70,7 @@ class BatchWork:
         self._step, self.basis, self.moments = step, state, step.moments
 
 
-class PostedWork:
+class PostedSource:
     """Moments that a caller sent."""
 
     basis: LayerState
@@ -80,7 +80,7 @@ class PostedWork:
         self.moments = moments
 
     async def under(self, state: LayerState) -> None:
-        """See `Work`."""
+        """See `MomentsSource`."""
         self.under_now(state)
 
     def under_now(self, state: LayerState) -> None:
@@ -91,7 +91,7 @@ class PostedWork:
         self.basis = state
 
 
-class WholeWork:
+class GroupSource:
     """All shards of a synchronized batch; each will be normalized where it came to."""
 
     basis: LayerState
@@ -103,6 +103,6 @@ class WholeWork:
         self._payload = payload
 
     async def under(self, state: LayerState) -> None:
-        """See `Work`. An output that would overflow, in whichever shard, refuses the whole."""
+        """See `MomentsSource`. An output that would overflow, in whichever shard, refuses the whole."""
         check_whole(state, self.moments, self._extremes)
         self.basis, self.payload = state, self._payload(frozen(state))

@@ -14,9 +14,8 @@ from batchnorm_client.wire import errors
 from batchnorm_client.wire.documents import LayerUpdate
 from batchnorm_client.wire.tensors import Tensor
 from batchnorm_service.engine.normalize import train_step
-from batchnorm_service.layers import Layers
-from batchnorm_service.layers import cache as slots
-from batchnorm_service.layers.compute import Computing
+from batchnorm_service.layers import Layers, cache
+from batchnorm_service.layers.compute import ComputeExecutor
 from batchnorm_service.store.memory import MemoryStore
 from layers.conftest import CONFIG, batch, evaluate, finished, serving, train
 
@@ -28,16 +27,16 @@ async def test_a_layer_that_is_loaded_while_another_is_busy_is_not_evicted_while
 ) -> None:
     """The new entry was evicted before its user was counted: train was acknowledged, eval and GET said 0 for ever."""
     computing = {rows: (asyncio.Event(), asyncio.Event()) for rows in (4, 5)}  # by batch: has begun, may end
-    run = Computing.run
+    run = ComputeExecutor.run
 
-    async def held_up(self: Computing, nbytes: int, function: Any, *args: Any, **kwargs: Any) -> Any:
+    async def held_up(self: ComputeExecutor, nbytes: int, function: Any, *args: Any, **kwargs: Any) -> Any:
         if function is train_step:
             begun, may_end = computing[len(args[1])]
             begun.set()
             await may_end.wait()
         return await run(self, nbytes, function, *args, **kwargs)
 
-    monkeypatch.setattr(Computing, "run", held_up)
+    monkeypatch.setattr(ComputeExecutor, "run", held_up)
     async with serving(MemoryStore(), resident_layers=1) as layers:
         for name in ("a", "b"):
             await layers.create(name, CONFIG)
@@ -56,10 +55,10 @@ async def test_a_layer_that_is_loaded_while_another_is_busy_is_not_evicted_while
 
 async def test_only_the_slot_that_was_used_is_dropped_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(MemoryStore()) as layers:
-        held = layers._slots
-        with held.use("a"):
-            other = held._slots["a"] = slots.Slot("a", MemoryStore(), layers._options)
-        assert held.get("a") is other
+        entries = layers._cache
+        with entries.use("a"):
+            other = entries._entries["a"] = cache.CacheEntry("a", MemoryStore(), layers._options)
+        assert entries.get("a") is other
 
 
 class _SlowStore(MemoryStore):
@@ -88,23 +87,23 @@ async def turns(rng: random.Random) -> None:
 
 
 class _Recorder:
-    """Every slot that was ever made, as long as somebody holds it."""
+    """Every entry that was ever made, as long as somebody holds it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._made: list[weakref.ref[slots.Slot]] = []
-        start = slots.Slot.__init__
+        self._made: list[weakref.ref[cache.CacheEntry]] = []
+        start = cache.CacheEntry.__init__
 
-        def recorded(slot: slots.Slot, *args: Any) -> None:
-            start(slot, *args)
-            self._made.append(weakref.ref(slot))
+        def recorded(entry: cache.CacheEntry, *args: Any) -> None:
+            start(entry, *args)
+            self._made.append(weakref.ref(entry))
 
-        monkeypatch.setattr(slots.Slot, "__init__", recorded)
+        monkeypatch.setattr(cache.CacheEntry, "__init__", recorded)
 
     def check(self, layers: Layers) -> None:
-        """No layer has two slots that are used, have work queued, or stand under its name."""
-        known = layers._slots._slots.values()
-        made = [slot for ref in self._made if (slot := ref())]
-        live = [slot.resident.name for slot in made if slot.users or not slot.queue.idle or slot in known]
+        """No layer has two entries that are used, have work queued, or stand under its name."""
+        known = layers._cache._entries.values()
+        made = [entry for ref in self._made if (entry := ref())]
+        live = [entry.cached.name for entry in made if entry.users or not entry.queue.idle or entry in known]
         assert len(live) == len(set(live))
 
 
@@ -138,13 +137,13 @@ async def call(layers: Layers, name: str, rng: random.Random, acknowledged: Coun
 async def test_no_layer_has_two_queues_and_eval_sees_what_was_acknowledged(
     seed: int, resident_layers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rng, recorder, run = random.Random(seed), _Recorder(monkeypatch), Computing.run
+    rng, recorder, run = random.Random(seed), _Recorder(monkeypatch), ComputeExecutor.run
 
-    async def slowly(self: Computing, *args: Any, **kwargs: Any) -> Any:
+    async def slowly(self: ComputeExecutor, *args: Any, **kwargs: Any) -> Any:
         await turns(rng)
         return await run(self, *args, **kwargs)
 
-    monkeypatch.setattr(Computing, "run", slowly)
+    monkeypatch.setattr(ComputeExecutor, "run", slowly)
     names = [f"n{number}" for number in range(6)]
     acknowledged: Counter[str] = Counter()
 
@@ -162,4 +161,4 @@ async def test_no_layer_has_two_queues_and_eval_sees_what_was_acknowledged(
             assert (await layers.get(name)).num_batches_tracked == acknowledged[name]
             assert (await evaluate(layers, name, batch(1))).num_batches_tracked == acknowledged[name]
         recorder.check(layers)
-        assert len(layers._slots) <= resident_layers
+        assert len(layers._cache) <= resident_layers

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Response:
     """What came back.
 
     Attributes:
@@ -45,7 +45,7 @@ class Request(Generic[T]):
         headers: what to send beside what every call sends.
         pieces: the body, to be sent one after the other.
         reads: the call changes nothing.
-        repeat_in_doubt: whether the call may be sent again when an earlier try may have taken effect: because it
+        repeat_if_unknown: whether the call may be sent again when an earlier try may have taken effect: because it
             carries a key, sets values, or has a condition that cannot hold twice.
         settle: tells, when an earlier try may have taken effect, what to send after this error instead: a call that
             only reads, and either finds the result or raises the error that it was made for. None for the usual way.
@@ -55,12 +55,12 @@ class Request(Generic[T]):
 
     method: str
     target: str
-    read: Callable[[Answer], T]
+    read: Callable[[Response], T]
     statuses: tuple[int, ...] = (200,)
     headers: Mapping[str, str] = field(default_factory=dict)
     pieces: Sequence[Buffer] = ()
     reads: bool = False
-    repeat_in_doubt: bool = True
+    repeat_if_unknown: bool = True
     settle: Callable[[BatchNormError], Request[T] | None] | None = None
     waits: float = 0.0
 

@@ -11,7 +11,7 @@ GROUP_TIMEOUT = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class GroupMember:
     """Which synchronized batch a call is a part of.
 
     Attributes:
@@ -25,7 +25,7 @@ class Shard:
     timeout: float | None = None
 
     @classmethod
-    def of(cls, group: str | None, size: int | None, timeout: float | None) -> Shard | None:
+    def of(cls, group: str | None, size: int | None, timeout: float | None) -> GroupMember | None:
         """None without a group.
 
         Raises:
@@ -38,7 +38,7 @@ class Shard:
         return cls(group, size, timeout)
 
 
-def waits(shard: Shard | None) -> float:
+def waits(shard: GroupMember | None) -> float:
     """How long the service may wait for the other members."""
     if shard is None:
         return 0.0

@@ -1,0 +1,13 @@
+"""Headers of requests and responses beside those that HTTP itself has."""
+
+import re
+from typing import Final
+
+IDEMPOTENCY_KEY: Final = "Idempotency-Key"
+IDEMPOTENT_REPLAY: Final = "Idempotent-Replay"
+NUM_BATCHES_TRACKED: Final = "Num-Batches-Tracked"
+REQUEST_ID: Final = "X-Request-ID"
+VERSION: Final = "Batchnorm-Version"
+
+KEY_PATTERN: Final = re.compile(r"[\x21-\x7e]{1,200}")
+"""What an Idempotency-Key or an X-Request-ID may be."""
