@@ -20,7 +20,7 @@ from batchnorm_service.store.base import (
     Shard,
     Unchanged,
 )
-from batchnorm_service.store.valkey.connection import Link
+from batchnorm_service.store.valkey.connection import ServerConnection
 from batchnorm_service.store.valkey.keys import BUCKET_SLOTS, BUCKETS, SLOTS, TAGS, Keys, bucket_of
 from batchnorm_service.store.valkey.store import ValkeyStore
 from layers.conftest import CONFIG, batch, serving, train
@@ -170,16 +170,16 @@ async def test_receipts_are_asked_for_in_one_round_trip(opened: ValkeyStore, val
 @pytest.fixture
 def lost_joins(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The reply to the next `JOIN` is lost, after the server has done it; what was lost is in the list."""
-    reply, lost = Link.reply, []
+    reply, lost = ServerConnection.reply, []
 
-    async def lose(link: Link) -> object:
+    async def lose(link: ServerConnection) -> object:
         answer = await reply(link)
         if not lost and isinstance(answer, list) and len(answer) == 4:
             lost.append(answer)
             raise ConnectionResetError(104, "Connection reset by peer")
         return answer
 
-    monkeypatch.setattr(Link, "reply", lose)
+    monkeypatch.setattr(ServerConnection, "reply", lose)
     return lost
 
 
