@@ -19,9 +19,9 @@ from types import FrameType
 
 import torch
 import uvloop
-from batchnorm_client.contract import LayerConfig
 from uvicorn.server import ServerState
 
+from batchnorm_client.wire.documents import LayerConfig
 from batchnorm_service.app import create_app
 from batchnorm_service.fast_path.protocol import Protocol
 from batchnorm_service.server import uvicorn_config

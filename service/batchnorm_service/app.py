@@ -64,6 +64,7 @@ def create_app(settings: Settings | None = None, store: Store | None = None) -> 
             read_timeout=settings.read_timeout_seconds,
             write_timeout=settings.write_timeout_seconds,
             max_buffered_bytes=settings.max_buffered_bytes,
+            fast_path=settings.fast_path,
             guard=Guard(token=_text(settings.token), read_token=_text(settings.read_token)),
         ),
         lifespan,

@@ -111,6 +111,9 @@ class Settings(BaseSettings):
     read_token: SecretStr | None = None
     """A second bearer token, which allows GET and eval only."""
 
+    fast_path: bool = True
+    """Whether train, eval, inverse and moments go from the HTTP parser to their responses without ASGI in between."""
+
     shutdown_seconds: int = Field(30, ge=0)
     """How long a stop waits for requests in flight."""
 

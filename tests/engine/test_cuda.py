@@ -278,7 +278,6 @@ async def test_a_layer_on_the_device():
                 extra = (None,) if call == layers.batches.train else ()
                 done = await call(device, lambda _: {"input": Tensor.of(array)}, *extra)
                 outputs.setdefault(device, []).append(torch.from_numpy(done.output.numpy().copy()))
-            assert layers.batches.eval_now(device, lambda _: {"input": Tensor.of(array)}) is None or device == "cpu"
     finally:
         await layers.close()
         await store.close()

@@ -8,13 +8,12 @@ import socket
 import httpx
 import numpy as np
 import pytest
-import torch
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from batchnorm_client import AsyncClient
 from batchnorm_client.wire.media_types import JSON, NPY, SAFETENSORS
-from batchnorm_service.layers import Training, moments_source
-from batchnorm_service.rest import Gateway
+from batchnorm_service.fast_path import eager
+from batchnorm_service.layers import moments_source
 from batchnorm_service.store.base import Missing
 from batchnorm_service.store.memory import MemoryStore
 
@@ -148,9 +147,16 @@ async def test_moments_give_the_same_by_both_ways(service, case):
     assert json.dumps(answers[0], default=repr) == again
 
 
-async def test_moments_wait_for_their_commit_without_a_task(service, monkeypatch):
+async def test_without_the_fast_path_everything_comes_by_asgi(monkeypatch):
+    async with serving(monkeypatch, fast_path=False) as service:
+        for call in ("train", "eval", "inverse"):
+            ((status, _, _),) = await service.ask(post(f"/v1/layers/bn/{call}", TENSORS, SAFETENSORS))
+            assert status == 200
+        assert service.by_asgi == 3
+
+
+async def test_moments_are_folded(service):
     await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))  # now the layer is in memory
-    monkeypatch.setattr(Gateway, "answer", None)
     ((status, _, document),) = await service.ask(post("/v1/layers/bn/moments", save(moments()), SAFETENSORS))
     assert (status, json.loads(document)) == (200, {"version": 2, "num_batches_tracked": 1})
     ((_, _, layer),) = await service.ask(get("/v1/layers/bn"))
@@ -183,22 +189,11 @@ async def test_a_guard_stands_on_both_ways(monkeypatch):
         assert service.by_asgi == 6
 
 
-async def test_training_waits_for_its_commit_without_a_task(service, monkeypatch):
+async def test_an_eval_of_a_cached_layer_needs_no_task(service, monkeypatch):
     await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))  # now the layer is in memory
-    monkeypatch.setattr(Gateway, "answer", None)
-    answers = await service.ask(*[post("/v1/layers/bn/train", TENSORS, SAFETENSORS)] * 2)
-    assert [(status, headers["num-batches-tracked"]) for status, headers, _ in answers] == [(200, "1"), (200, "2")]
-
-
-@pytest.mark.parametrize("changed", [False, True])
-async def test_the_output_is_the_same_when_more_is_to_be_done_after_the_commit(service, monkeypatch, changed):
-    await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))
-    if changed:
-        monkeypatch.setattr(Training, "result", lambda _: None)
-    ((status, headers, output),) = await service.ask(post("/v1/layers/bn/train", TENSORS, SAFETENSORS))
-    assert (status, headers["num-batches-tracked"], service.by_asgi) == (200, "1", 0)
-    expected = torch.nn.BatchNorm1d(2)(torch.from_numpy(BATCH)).detach().numpy()
-    assert np.array_equal(load(output)["output"], expected)
+    monkeypatch.setattr(eager, "_Started", None)
+    answers = await service.ask(*[post("/v1/layers/bn/eval", TENSORS, SAFETENSORS)] * 2)
+    assert [status for status, _, _ in answers] == [200, 200]
 
 
 async def test_an_unexpected_error_is_answered_and_its_call_counted_no_longer(service, monkeypatch):
@@ -223,13 +218,13 @@ async def test_an_unexpected_error_is_answered_and_its_call_counted_no_longer(se
 async def test_a_bug_on_the_short_way_is_no_slow_success(service, monkeypatch, caplog, broken, path, body):
     """Whatever went wrong there, the call was begun anew on the other way, and nobody heard of it."""
     await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))
-    under_now = broken.under_now
+    under = broken.under
 
-    def fails_once(*arguments):
-        monkeypatch.setattr(broken, "under_now", under_now)
+    async def fails_once(*arguments):
+        monkeypatch.setattr(broken, "under", under)
         raise KeyError("a planted bug")
 
-    monkeypatch.setattr(broken, "under_now", fails_once)
+    monkeypatch.setattr(broken, "under", fails_once)
     first, second = await service.ask(
         post(path, body, SAFETENSORS, "X-Request-ID: mine\r\n"), post(path, body, SAFETENSORS)
     )

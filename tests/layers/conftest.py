@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -12,7 +12,8 @@ import pytest
 
 from batchnorm_client.wire.documents import LayerConfig
 from batchnorm_client.wire.tensors import Tensor
-from batchnorm_service.layers import Folded, Layers, LayersOptions, Normalized, Waiting
+from batchnorm_service.fast_path.eager import start
+from batchnorm_service.layers import Folded, Layers, LayersOptions, Normalized
 from batchnorm_service.store.base import Store
 
 T = TypeVar("T")
@@ -27,41 +28,33 @@ def batch(seed: int, rows: int = 8, channels: int = 3) -> np.ndarray:
     return np.random.default_rng(seed).normal(seed, 2, size=(rows, channels)).astype(np.float32)
 
 
-@pytest.fixture(params=[False, True], ids=["waiting for all", "waiting for the commit"])
+@pytest.fixture(params=[False, True], ids=["as a task", "started eagerly"])
 def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`train` and `fold_moments` as the ASGI way calls them, and as the direct way does."""
-    monkeypatch.setattr(_Way, "soon", request.param)
+    """`train` and `fold_moments` as ASGI starts them, and as the fast path does."""
+    monkeypatch.setattr(_Way, "eager", request.param)
 
 
 class _Way:
-    soon = False
+    eager = False
 
 
 async def train(layers: Layers, name: str, array: np.ndarray, key: str | None = None, **options: Any) -> Normalized:
-    def read(_: Mapping[str, str]) -> dict[str, Tensor]:
-        return {"input": Tensor.of(array)}
-
-    training = layers.batches.train_soon(name, read, key) if _Way.soon and not options else None
-    if training is None:
-        return await layers.batches.train(name, read, key, **options)
-    return await finished(training)
+    return await started(layers.batches.train(name, lambda _: {"input": Tensor.of(array)}, key, **options))
 
 
 async def fold_moments(
     layers: Layers, name: str, count: int, mean: np.ndarray, var: np.ndarray, key: str | None = None
 ) -> Folded:
     tensors = {"count": Tensor.of(np.array(count, np.int64)), "mean": Tensor.of(mean), "var": Tensor.of(var)}
-    posting = layers.batches.fold_moments_soon(name, lambda _: tensors, key) if _Way.soon else None
-    if posting is None:
-        return await layers.batches.fold_moments(name, lambda _: tensors, key)
-    return await finished(posting)
+    return await started(layers.batches.fold_moments(name, lambda _: tensors, key))
 
 
-async def finished(waiting: Waiting[T]) -> T:
-    """As the direct way waits."""
-    with contextlib.suppress(Exception):
-        await waiting.folded
-    return waiting.result() or await waiting.rest()
+async def started(call: Coroutine[Any, Any, T]) -> T:
+    """What a call returns."""
+    if not _Way.eager:
+        return await call
+    found = start(call, asyncio.get_running_loop())
+    return await found if isinstance(found, asyncio.Task) else found
 
 
 async def evaluate(layers: Layers, name: str, array: np.ndarray) -> Normalized:

@@ -14,10 +14,11 @@ from batchnorm_client.wire import errors
 from batchnorm_client.wire.documents import LayerUpdate
 from batchnorm_client.wire.tensors import Tensor
 from batchnorm_service.engine.normalize import train_step
+from batchnorm_service.fast_path.eager import start
 from batchnorm_service.layers import Layers, cache
 from batchnorm_service.layers.compute import ComputeExecutor
 from batchnorm_service.store.memory import MemoryStore
-from layers.conftest import CONFIG, batch, evaluate, finished, serving, train
+from layers.conftest import CONFIG, batch, evaluate, serving, train
 
 pytestmark = pytest.mark.anyio
 
@@ -57,7 +58,7 @@ async def test_only_the_slot_that_was_used_is_dropped_by_its_name(monkeypatch: p
     async with serving(MemoryStore()) as layers:
         entries = layers._cache
         with entries.use("a"):
-            other = entries._entries["a"] = cache.CacheEntry("a", MemoryStore(), layers._options)
+            other = entries._entries["a"] = cache.CacheEntry("a", MemoryStore(), layers._options, lambda _: None)
         assert entries.get("a") is other
 
 
@@ -115,10 +116,11 @@ async def call(layers: Layers, name: str, rng: random.Random, acknowledged: Coun
             await train(layers, name, array)
             acknowledged[name] += 1
         case 1:
-            waiting = layers.batches.train_soon(name, lambda _: {"input": Tensor.of(array)}, None)
-            if waiting is not None:
-                await finished(waiting)
-                acknowledged[name] += 1
+            call = layers.batches.train(name, lambda _: {"input": Tensor.of(array)}, None)
+            begun = start(call, asyncio.get_running_loop())
+            if isinstance(begun, asyncio.Task):
+                await begun
+            acknowledged[name] += 1
         case 2:
             assert (await evaluate(layers, name, array)).num_batches_tracked >= before
         case 3:

@@ -84,8 +84,9 @@ async def test_what_is_only_viewed_needs_no_thread(serve, seen):
         (await client.put(LAYER, json={"num_features": 2})).raise_for_status()
         for threads in seen.values():
             threads.clear()
+        large = save({"input": np.ones((1 << 14, 2), np.float32)})
         for call in ("train", "eval", "inverse"):
-            answer = await client.post(f"{LAYER}/{call}", content=VIEWED, headers={"Content-Type": SAFETENSORS})
+            answer = await client.post(f"{LAYER}/{call}", content=large, headers={"Content-Type": SAFETENSORS})
             assert answer.status_code == 200, answer.text
     assert seen == {"r": {True}, "w": set()}
 

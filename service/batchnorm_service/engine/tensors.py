@@ -40,7 +40,7 @@ def to_wire(tensor: Tensor) -> WireTensor:
     if tensor.requires_grad or not (tensor.is_cpu and tensor.is_contiguous()):
         tensor = tensor.detach().cpu().contiguous()
     array = (tensor.view(_ITEM[dtype]) if dtype in _ITEM else tensor).numpy()
-    return WireTensor(_NAMES[dtype], array.shape, array.data.cast("B") if array.size else b"")
+    return WireTensor.unchecked(_NAMES[dtype], array.shape, array.data.cast("B") if array.size else b"")
 
 
 def vector(tensor: WireTensor, field: str, dtype: str, size: int) -> Tensor:

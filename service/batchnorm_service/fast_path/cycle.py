@@ -1,27 +1,26 @@
-"""The direct way: train, eval, inverse and moments go from the HTTP parser to their answers without ASGI in between.
+"""The fast path: requests to the gateway's endpoints go from the HTTP parser to their responses without ASGI.
 
 ASGI costs an eval of 8 KiB about a sixth of its time (measured in `benchmarks/README.md`): a scope, a task, an event
-and four messages for what is one function of the body. What goes this way does what it would do on the other one;
-`tests/service/test_direct.py` compares the two.
+and four messages for what is one function of the body. The endpoints are the same;
+`tests/fast_path/test_against_asgi.py` compares the two.
 """
 
 from __future__ import annotations
 
-from asyncio import Future, Task
-from collections.abc import Awaitable, Callable
-from functools import partial
-from typing import Any, Final, Self
+from asyncio import Task
+from typing import Final, Self
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from batchnorm_client.wire.errors import Overloaded, ProblemError
+from batchnorm_service.fast_path.eager import start
 from batchnorm_service.fast_path.write_coalescing import CoalescingProtocol
 from batchnorm_service.rest import (
     JOIN_BYTES,
     BodyBuffer,
     Gateway,
     Headers,
-    PendingResponse,
+    LayerRequest,
     Response,
     Target,
     read_headers,
@@ -29,7 +28,7 @@ from batchnorm_service.rest import (
 
 _NOTHING: Final = memoryview(b"")
 
-_NOT_DIRECT: Final = frozenset({b"expect", b"transfer-encoding", b"upgrade"})
+_NOT_FAST: Final = frozenset({b"expect", b"transfer-encoding", b"upgrade"})
 """Headers that ask the server for something; uvicorn's own cycle knows what."""
 
 _KEEP_ALIVE: Final = b"keep-alive"
@@ -37,28 +36,39 @@ _KEEP_ALIVE: Final = b"keep-alive"
 
 
 class FastPathProtocol(CoalescingProtocol):
-    """uvicorn's HTTP protocol, with a direct way for calls of a `Gateway`."""
+    """uvicorn's HTTP protocol, with a fast path to the endpoints of a `Gateway`."""
+
+    _default_headers: object = None
+    _default_head = b""
 
     def on_headers_complete(self) -> None:
         """A request's head has been read."""
-        if (cycle := self._new_direct_cycle()) is not None:
+        if (cycle := self._new_fast_cycle()) is not None:
             self.cycle = cycle  # type: ignore[assignment]
         else:
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """A piece of a request's body has been read."""
-        if (cycle := self._direct_cycle()) is not None:
+        if (cycle := self._fast_cycle()) is not None:
             cycle.fill(body)
         else:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         """A request has been read."""
-        if (cycle := self._direct_cycle()) is not None:
+        if (cycle := self._fast_cycle()) is not None:
             cycle.start()
         else:
             super().on_message_complete()
+
+    def default_head(self) -> bytes:
+        """The headers that every response has. uvicorn makes a new list of them once a second."""
+        headers = self.server_state.default_headers
+        if headers is not self._default_headers:
+            self._default_headers = headers
+            self._default_head = b"".join([b"%b: %b\r\n" % header for header in headers])
+        return self._default_head
 
     def was_read(self) -> None:
         """A request that was answered before has been read to its end."""
@@ -66,18 +76,18 @@ class FastPathProtocol(CoalescingProtocol):
 
     def shutdown(self) -> None:
         """The server stops. A client that is still sending its body is waited for and told, as uvicorn has it."""
-        if (cycle := self._direct_cycle()) is not None and cycle.reading:
+        if (cycle := self._fast_cycle()) is not None and cycle.reading:
             self.cycle = None  # type: ignore[assignment]
             super().on_headers_complete()
             super().on_body(cycle.give_up())
         super().shutdown()
 
-    def _direct_cycle(self) -> FastPathCycle | None:
+    def _fast_cycle(self) -> FastPathCycle | None:
         cycle: object = self.cycle
         return cycle if isinstance(cycle, FastPathCycle) else None
 
-    def _new_direct_cycle(self) -> FastPathCycle | None:
-        if not isinstance(self.app, Gateway) or (target := self.app.direct_target(self.url)) is None:
+    def _new_fast_cycle(self) -> FastPathCycle | None:
+        if not isinstance(self.app, Gateway) or (target := self.app.fast_target(self.url)) is None:
             return None
         if self.cycle is not None and not self.cycle.response_complete:
             return None  # pipelined: uvicorn keeps the order
@@ -94,14 +104,14 @@ class FastPathProtocol(CoalescingProtocol):
 
     def _is_plain(self, headers: Headers) -> bool:
         """Whether the head asks for nothing but an answer."""
-        if not _NOT_DIRECT.isdisjoint(headers):
+        if not _NOT_FAST.isdisjoint(headers):
             return False
         connection = headers.get(b"connection")
         return connection is None or (connection.lower() == _KEEP_ALIVE and self.parser.get_http_version() == "1.1")
 
 
 class FastPathCycle:
-    """One request and its answer. It stands where uvicorn keeps its `RequestResponseCycle`, with what uvicorn sees."""
+    """One request and its response, where uvicorn keeps its `RequestResponseCycle`, with what uvicorn sees of it."""
 
     __slots__ = (
         "_body",
@@ -142,32 +152,20 @@ class FastPathCycle:
             self._fill_in_part(piece)
 
     def start(self) -> None:
-        """The body is complete: answer, at once if that is possible."""
+        """The body is complete: respond, at once if nothing has to be waited for."""
         if not self.reading:
             self._protocol.was_read()
             return
         self.reading = False
         # The connection keeps this cycle until its next request; it must not keep the body.
         body, self._body = self._body if self._buffer is None else self._take(), _NOTHING
-        gateway = self._gateway
-        if gateway.enter():
-            answer = gateway.answer_now(self._target, self._headers, body)
+        request = LayerRequest(self._target.layer or "", b"", self._headers, received=body)
+        response = start(self._gateway.respond(self._target, request), self._protocol.loop)
+        if isinstance(response, Response):
+            self._send(response)
         else:
-            answer = gateway.refuse(None, self._target, self._headers)
-        if answer is not None:
-            gateway.leave()
-            self._send(answer)
-            return
-        pending = gateway.answer_soon(self._target, self._headers, body)
-        if pending is None:
-            self._answer_later(lambda: gateway.answer(self._target, self._headers, body))
-            return
-        if isinstance(pending, Response):
-            gateway.leave()
-            self._send(pending)
-            return
-        self._protocol.tasks.add(pending.folded)  # type: ignore[arg-type] # to be cancelled by a forced stop
-        pending.folded.add_done_callback(partial(self._folded, pending))
+            self._protocol.tasks.add(response)  # type: ignore[arg-type] # to be cancelled by a forced stop, which tells the caller
+            response.add_done_callback(self._responded)
 
     def give_up(self) -> bytes:
         """Let go of the request; what has come of its body."""
@@ -207,50 +205,30 @@ class FastPathCycle:
         return buffer.take()
 
     def _refuse(self, problem: ProblemError) -> None:
-        """Response before the body is complete. What else comes of it is dropped."""
+        """Respond before the body is complete. What else comes of it is dropped."""
         self.reading = False
         self._take()
         self._send(self._gateway.refuse(problem, self._target, self._headers))
 
-    def _folded(self, pending: PendingResponse, future: Future[Any]) -> None:
-        self._protocol.tasks.discard(future)
-        answer = pending.now()
-        if answer is None:
-            self._answer_later(pending.later)
-        else:
-            self._gateway.leave()
-            self._send(answer)
-
-    def _answer_later(self, coming: Callable[[], Awaitable[Response]]) -> None:
-        async def answer() -> None:
-            answer = await coming()
-            self._gateway.leave()
-            self._send(answer)
-
-        task = self._protocol.loop.create_task(answer())
-        self._protocol.tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: Task[None]) -> None:
+    def _responded(self, task: Task[Response]) -> None:
         self._protocol.tasks.discard(task)
-        if task.cancelled():  # before it began: the server stops at once
-            self._gateway.leave()
+        self._send(task.result())
 
-    def _send(self, answer: Response) -> None:
+    def _send(self, response: Response) -> None:
         protocol, transport = self._protocol, self._protocol.transport
         self.response_complete = True
         if self.disconnected or transport.is_closing():
             return
         head = [
-            STATUS_LINE[answer.status_code],
-            *[b"%b: %b\r\n" % header for header in protocol.server_state.default_headers],
-            *[b"%b: %b\r\n" % header for header in answer.raw_headers],
+            STATUS_LINE[response.status_code],
+            protocol.default_head(),
+            *[b"%b: %b\r\n" % header for header in response.raw_headers],
             b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n",
         ]
-        if answer.size <= JOIN_BYTES:
-            transport.write(b"".join([*head, *answer.pieces]))
+        if response.size <= JOIN_BYTES:
+            transport.write(b"".join([*head, *response.pieces]))
         else:
-            transport.writelines([b"".join(head), *answer.pieces])
+            transport.writelines([b"".join(head), *response.pieces])
         if not self.keep_alive:
             transport.close()
         protocol.on_response_complete()

@@ -5,7 +5,6 @@ from .batches import Batches
 from .groups import GroupCall
 from .layers import Layers
 from .results import Differentiated, Folded, LayersOptions, Normalized, Snapshot
-from .training import Posting, Training, Waiting
 
 __all__ = [
     "MOMENT_DTYPES",
@@ -16,8 +15,5 @@ __all__ = [
     "Layers",
     "LayersOptions",
     "Normalized",
-    "Posting",
     "Snapshot",
-    "Training",
-    "Waiting",
 ]

@@ -14,6 +14,7 @@ from batchnorm_client.wire.tensors import Tensor, require
 from ..engine import gradients, normalize
 from ..engine.inverse import inverse_step
 from ..engine.moments import Moments, no_extremes
+from ..engine.normalize import TrainStep
 from ..engine.posted import MOMENT_DTYPES, posted_moments
 from ..engine.state import LayerState
 from ..engine.tensors import to_wire
@@ -26,7 +27,6 @@ from .moments_source import BatchSource, MomentsSource, PostedSource
 from .records import CommittedLayer
 from .results import Differentiated, Folded, Normalized
 from .synchronized import FoldGroup, GradientGroup, Part
-from .training import Posting, Training, normalized
 from .updates import Done, Fold, ReplacedError, replay
 
 Read = Callable[[Mapping[str, str]], Mapping[str, Tensor]]
@@ -47,10 +47,6 @@ class Batches:
     def __init__(self, cache: LayerCache, executor: ComputeExecutor) -> None:
         self._cache = cache
         self._executor = executor
-
-    def at_once(self, nbytes: int) -> bool:
-        """Whether a batch of so many bytes is computed without waiting for a thread."""
-        return self._executor.at_once(nbytes)
 
     async def train(
         self,
@@ -76,29 +72,7 @@ class Batches:
                 return BatchSource(self._executor.batch(layer.state, wire), self._executor), claim
 
             source, done = await self._fold(entry, prepare)
-            return normalized(await source.output(done.layer.state), done, statistics=statistics)
-
-    def train_soon(self, name: str, read: Read, key: str | None) -> Training | None:
-        """The same for a small batch and a layer that is here: all but the commit is done at once.
-
-        None: something has to be waited for, or the call is refused. Nothing has happened then; `train` does it.
-        """
-        if (here := self._here(name)) is None:
-            return None
-        entry, layer = here
-        if self._executor.away(layer.state):
-            return None
-        try:
-            wire = _input(read, layer.state)
-            batch = self._executor.batch(layer.state, wire)
-            if not self._executor.at_once(batch.nbytes):
-                return None
-            source = BatchSource(batch, self._executor)
-            source.under_now(layer.state)
-            fold = Fold(token(key, "train", wire), layer.stamp.incarnation, source)
-        except ProblemError:
-            return None
-        return Training(entry.queue.put(fold), source, lambda: self.train(name, read, key))
+            return _normalized(await source.output(done.layer.state), done, statistics=statistics)
 
     async def fold_moments(
         self, name: str, read: Read, key: str | None, *, nbytes: int = 0, group: GroupCall | None = None
@@ -114,20 +88,6 @@ class Batches:
 
             _, done = await self._fold(entry, prepare)
             return Folded(done.version, done.batch, done.replayed)
-
-    def fold_moments_soon(self, name: str, read: Read, key: str | None) -> Posting | None:
-        """The same for a layer that is here: all but the commit is done at once. None as in `train_soon`."""
-        if (here := self._here(name)) is None:
-            return None
-        entry, layer = here
-        try:
-            moments, tensors = posted_moments(layer.state.config, read(MOMENT_DTYPES))
-            source = PostedSource(moments)
-            source.under_now(layer.state)
-            fold = Fold(token(key, "moments", *tensors), layer.stamp.incarnation, source)
-        except ProblemError:
-            return None
-        return Posting(entry.queue.put(fold), lambda: self.fold_moments(name, read, key))
 
     async def fold_many(
         self, moments: Mapping[str, Mapping[str, Tensor] | ProblemError], key: str | None
@@ -157,7 +117,7 @@ class Batches:
 
     async def eval(self, name: str, read: Read, *, nbytes: int = 0, statistics: bool = False) -> Normalized:
         """Normalize a batch with the running statistics. Changes nothing."""
-        layer = await self._fresh(name)
+        layer = self._cache.certain(name) or await self._fresh(name)
         batch = self._executor.batch(layer.state, await self._executor.run_codec(nbytes, _input, read, layer.state))
         output = await self._executor.run(batch.nbytes, normalize.eval_step, layer.state, batch)
         named: dict[str, torch.Tensor] = {}
@@ -165,19 +125,9 @@ class Batches:
             named = await self._executor.run(batch.nbytes, normalize.eval_statistics, layer.state, batch)
         return _unchanged(layer, output, named)
 
-    def eval_now(self, name: str, read: Read) -> Normalized | None:
-        """The same for a small batch and a layer whose newest state is here; otherwise None."""
-        layer = self._cache.certain(name)
-        if layer is None or self._executor.away(layer.state):
-            return None
-        batch = self._executor.batch(layer.state, _input(read, layer.state))
-        if not self._executor.at_once(batch.nbytes):
-            return None
-        return _unchanged(layer, normalize.eval_step(layer.state, batch), {})
-
     async def inverse(self, name: str, read: Read, *, nbytes: int = 0) -> Normalized:
         """Undo eval's normalization of a batch. Changes nothing."""
-        layer = await self._fresh(name)
+        layer = self._cache.certain(name) or await self._fresh(name)
         batch = self._executor.batch(layer.state, await self._executor.run_codec(nbytes, _input, read, layer.state))
         return _unchanged(layer, await self._executor.run(batch.nbytes, inverse_step, layer.state, batch), {})
 
@@ -251,16 +201,7 @@ class Batches:
         nbytes = 0 if key is None else sum(tensor.nbytes for tensor in tensors)
         return await self._executor.run_codec(nbytes, token, key, operation, *tensors)
 
-    def _here(self, name: str) -> tuple[CacheEntry, CommittedLayer] | None:
-        """A layer that is in memory and takes a fold at once."""
-        entry = self._cache.get(name)
-        if entry is None or (layer := entry.cached.layer) is None or not layer.state.tracks or entry.queue.full:
-            return None
-        return entry, layer
-
     async def _fresh(self, name: str) -> CommittedLayer:
-        if (layer := self._cache.certain(name)) is not None:
-            return layer
         with self._cache.use(name) as entry:
             return await entry.cached.fresh()
 
@@ -316,6 +257,11 @@ async def _repeated(entry: CacheEntry, newest: CommittedLayer, claim: Idempotenc
     if isinstance(done, ProblemError):
         raise done
     return done
+
+
+def _normalized(step: TrainStep, done: Done, *, statistics: bool) -> Normalized:
+    named = normalize.named_statistics(step) if statistics else {}
+    return Normalized(to_wire(step.output), done.version, done.batch, done.replayed, _to_wire(named))
 
 
 def _input(read: Read, state: LayerState) -> Tensor:

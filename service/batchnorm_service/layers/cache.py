@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import islice
+from typing import Self
 
 from ..store.base import Store
 from .cached_state import CachedState
@@ -16,13 +16,32 @@ from .update_queue import Queue
 
 
 class CacheEntry:
-    """A cached layer with its queue and groups, and how many calls are using them."""
+    """A cached layer with its queue and groups, and how many calls are using them.
 
-    def __init__(self, name: str, store: Store, options: LayersOptions) -> None:
+    A context manager: whoever uses it counts as a user inside.
+
+    Args:
+        name: of the layer.
+        store: where it is kept.
+        options: bounds of its queue and of its staleness.
+        unused: is called when the last user leaves a name that no layer has.
+    """
+
+    def __init__(self, name: str, store: Store, options: LayersOptions, unused: Callable[[CacheEntry], object]) -> None:
+        self._unused = unused
         self.cached = CachedState(name, store, options.max_staleness)
         self.queue = Queue(self.cached, store, options.queue_length, options.store_timeout)
         self.groups = Groups(name, store, self.queue)
         self.users = 0
+
+    def __enter__(self) -> Self:
+        self.users += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.users -= 1
+        if self.cached.layer is None and self.idle:
+            self._unused(self)
 
     @property
     def idle(self) -> bool:
@@ -56,35 +75,33 @@ class LayerCache:
         entry = self.get(name)
         return None if entry is None else entry.cached.certain
 
-    @contextmanager
-    def use(self, name: str) -> Iterator[CacheEntry]:
-        """The entry of a layer, kept cached while it is used: a layer must not have two queues and caches."""
+    def use(self, name: str) -> CacheEntry:
+        """The entry of a layer, kept cached while it is used: a layer must not have two queues and caches.
+
+        To be entered at once: `with cache.use(name) as entry:`.
+        """
         entry = self._entries.get(name)
-        new = entry is None
         if entry is None:
-            entry = self._entries[name] = CacheEntry(name, self._store, self._options)
+            entry = self._entries[name] = CacheEntry(name, self._store, self._options, self._forget)
+            self._evict(entry)
         else:
             self._entries.move_to_end(name)
-        entry.users += 1
-        try:
-            if new:
-                self._evict()  # after this use is counted, or the new entry might itself be evicted
-            yield entry
-        finally:
-            entry.users -= 1
-            # A name that no layer has takes no room. Only this entry may go: another may stand under the name by now.
-            if entry.cached.layer is None and entry.idle and self._entries.get(name) is entry:
-                del self._entries[name]
+        return entry
 
     async def drained(self) -> None:
         """Return when everything that waits in a queue has been answered."""
         for entry in list(self._entries.values()):
             await entry.queue.drained()
 
-    def _evict(self) -> None:
-        """Let go of the layers that were used longest ago, but of none in use."""
+    def _forget(self, entry: CacheEntry) -> None:
+        """Let go of this entry, and not of another that stands under the name by now."""
+        if self._entries.get(entry.cached.name) is entry:
+            del self._entries[entry.cached.name]
+
+    def _evict(self, new: CacheEntry) -> None:
+        """Let go of the layers that were used longest ago, but of none in use, nor of the new one."""
         surplus = len(self._entries) - self._options.resident_layers
         if surplus > 0:
-            idle = (name for name, entry in self._entries.items() if entry.idle)
+            idle = (name for name, entry in self._entries.items() if entry.idle and entry is not new)
             for name in list(islice(idle, surplus)):
                 del self._entries[name]

@@ -1,4 +1,4 @@
-"""What a fold folds: a batch that is here, moments whose batch stayed with the caller, or the whole of a group."""
+"""Where the moments of an update come from: a batch, a caller that sends moments, or all shards of a group."""
 
 from __future__ import annotations
 
@@ -49,25 +49,15 @@ class BatchSource:
         If that is not as when it was folded, it was so by an earlier call of which this is a repeat; what the state
         would refuse by now is then no matter.
         """
-        if (step := self.step_under(state)) is not None:
-            return step
+        if self._step is not None and state.normalizes_like(self.basis):
+            return self._step
         tolerant = state._replace(config=state.config.model_copy(update={"non_finite": "allow"}))
         return await self._executor.run(self._batch.nbytes, train_step, tolerant, self._batch)
 
-    def step_under(self, state: LayerState) -> TrainStep | None:
-        """What was computed, if it is what this state gives."""
-        return self._step if self._step is not None and state.normalizes_like(self.basis) else None
-
     async def under(self, state: LayerState) -> None:
         """See `MomentsSource`."""
-        self._done(state, await self._executor.run(self._batch.nbytes, train_step, state, self._batch))
-
-    def under_now(self, state: LayerState) -> None:
-        """The same at once, on the event loop."""
-        self._done(state, train_step(state, self._batch))
-
-    def _done(self, state: LayerState, step: TrainStep) -> None:
-        self._step, self.basis, self.moments = step, state, step.moments
+        self._step = await self._executor.run(self._batch.nbytes, train_step, state, self._batch)
+        self.basis, self.moments = state, self._step.moments
 
 
 class PostedSource:
@@ -81,10 +71,6 @@ class PostedSource:
 
     async def under(self, state: LayerState) -> None:
         """See `MomentsSource`."""
-        self.under_now(state)
-
-    def under_now(self, state: LayerState) -> None:
-        """The same without waiting."""
         check_enough(self.moments.count, least_values(state.config), "count")
         if state.config.non_finite == "reject":
             self.moments.check_finite("mean", "var")

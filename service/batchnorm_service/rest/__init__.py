@@ -1,18 +1,16 @@
 """HTTP and nothing else: requests in, calls to `Layers`, answers and problems out.
 
-    gateway ── train, eval, inverse, moments ──> normalize, moments ─┐     the short way: no router in between
+    gateway ── train, eval, inverse, moments ──> normalize, moments ─┐     the endpoint table: no router in between
       └───── all the rest ──> FastAPI ─────────────────────────────┴──> layers.Layers
 
-Most calls that bring a batch or its moments come on the direct way, without ASGI (`batchnorm_service.fast_path.cycle`).
-
-Both ways share the modules that read requests (`headers`, `negotiation`, `conditions`, `queries`, `bodies`,
-`documents`) and those that write answers (`answers`, `problems`).
+Most requests that bring a batch or its moments come by the fast path, without ASGI (`batchnorm_service.fast_path`).
 """
 
 from batchnorm_service.rest.application import ApiOptions, build_api
 from batchnorm_service.rest.bodies import BodyBuffer
-from batchnorm_service.rest.gateway import Gateway, PendingResponse
+from batchnorm_service.rest.gateway import Gateway
 from batchnorm_service.rest.headers import Headers, read_headers
+from batchnorm_service.rest.layer_request import LayerRequest
 from batchnorm_service.rest.responses import JOIN_BYTES, Response
 from batchnorm_service.rest.target import Target
 from batchnorm_service.rest.transfers import Transfers
@@ -23,7 +21,7 @@ __all__ = [
     "BodyBuffer",
     "Gateway",
     "Headers",
-    "PendingResponse",
+    "LayerRequest",
     "Response",
     "Target",
     "Transfers",

@@ -17,12 +17,13 @@ from batchnorm_service import __version__
 from batchnorm_service.layers import Layers
 
 from .bodies import ClientGoneError
-from .gateway import Gateway, ShortCalls
+from .gateway import Gateway
 from .gradients import add_gradient_routes
 from .health import add_health_routes
+from .layer_request import Endpoint
 from .layers import add_layer_routes
 from .moments import MomentsCalls, add_moments_routes
-from .normalize import NormalizeCalls, add_normalize_routes
+from .normalize import NormalizeEndpoints, add_normalize_routes
 from .openapi import openapi_document
 from .pages import add_pages
 from .problems import respond_problem
@@ -44,6 +45,7 @@ class ApiOptions:
         max_concurrent_requests: calls beyond so many at once are refused.
         read_timeout, write_timeout: seconds that a request may take to come, and its response to be taken.
         max_buffered_bytes: bytes of requests and responses on their way from which on new requests are refused.
+        fast_path: whether endpoints may be asked without ASGI.
         guard: who may do what.
     """
 
@@ -53,6 +55,7 @@ class ApiOptions:
     read_timeout: float = 30.0
     write_timeout: float = 30.0
     max_buffered_bytes: int = 1 << 30
+    fast_path: bool = True
     guard: Guard = field(default_factory=Guard)
 
 
@@ -74,7 +77,7 @@ def build_api(layers: Layers, options: ApiOptions, lifespan: Lifespan) -> Gatewa
             Exception: _answer_problem,
         },
     )
-    calls = NormalizeCalls(layers, options.max_body_bytes, options.max_elements)
+    calls = NormalizeEndpoints(layers, options.max_body_bytes, options.max_elements)
     moments = MomentsCalls(layers, options.max_body_bytes)
     add_layer_routes(app, layers, options.max_body_bytes)
     add_state_routes(app, layers, options.max_body_bytes)
@@ -84,16 +87,24 @@ def build_api(layers: Layers, options: ApiOptions, lifespan: Lifespan) -> Gatewa
     add_health_routes(app, layers)
     add_pages(app)
     app.openapi = cache(lambda: openapi_document(app))  # type: ignore[method-assign]
-    short = ShortCalls(
-        by_name={"train": calls.train, "eval": calls.eval, "inverse": calls.inverse, "moments": moments.fold},
-        now={"eval": calls.eval_now},
-        soon={"train": calls.train_soon, "moments": moments.fold_soon},
-        max_body_bytes=options.max_body_bytes,
-    )
+    endpoints: dict[str, Endpoint] = {
+        "train": calls.train,
+        "eval": calls.eval,
+        "inverse": calls.inverse,
+        "moments": moments.fold,
+    }
     transfers = Transfers(
         options.read_timeout, options.write_timeout, options.max_buffered_bytes, options.max_body_bytes
     )
-    return Gateway(app, short, options.guard, options.max_concurrent_requests, transfers)
+    return Gateway(
+        app,
+        endpoints,
+        options.guard,
+        transfers,
+        max_body_bytes=options.max_body_bytes,
+        max_concurrent_requests=options.max_concurrent_requests,
+        fast_path=options.fast_path,
+    )
 
 
 async def _answer_problem(request: Request, error: Exception) -> Response:

@@ -1,7 +1,7 @@
-"""The outermost layer: what holds for every request, and the short ways to the calls that bring a batch or its moments.
+"""The gateway: what holds for every request, and the table of endpoints that are called in microseconds.
 
-Plain ASGI, and mostly not even that (`batchnorm_service.fast_path`): the time of such a call is counted in
-microseconds.
+Requests come by ASGI or by the fast path (`batchnorm_service.fast_path`). Both ask the same table; what is not in it
+goes to FastAPI.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from fastapi import FastAPI
 from starlette.types import Message, Receive, Scope, Send
@@ -19,10 +19,10 @@ from starlette.types import Message, Receive, Scope, Send
 from batchnorm_client.wire.errors import Overloaded, ProblemError, StoreUnavailable
 from batchnorm_client.wire.headers import REQUEST_ID
 from batchnorm_client.wire.names import check_layer_name
-from batchnorm_service.layers import Waiting
 
 from .bodies import ClientGoneError
 from .headers import Headers, read_headers, request_id
+from .layer_request import Endpoint, LayerRequest
 from .problems import respond_problem
 from .responses import JOIN_BYTES, RawHeader, Response
 from .security import Guard
@@ -36,35 +36,22 @@ _CLOSE: Final = (b"connection", b"close")
 _READ_A_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 
 
-class ShortCalls(NamedTuple):
-    """Calls of a layer that go past FastAPI's router.
-
-    Attributes:
-        by_name: the calls, each with the layer's name, the query, the headers and ASGI's receive.
-        now: those that may be answered at once, with the layer's name, the headers and the body; None: not this time.
-        soon: those that may wait for a commit alone, as above; with what writes the answer.
-        max_body_bytes: larger bodies are refused.
-    """
-
-    by_name: Mapping[str, Callable[[str, bytes, Headers, Receive], Awaitable[Response]]]
-    now: Mapping[str, Callable[[str, Headers, memoryview], Response | None]]
-    soon: Mapping[str, Callable[[str, Headers, memoryview], tuple[Waiting[Any], Callable[[Any], Response]] | None]]
-    max_body_bytes: int
-
-
 class Gateway:
     """The service as an ASGI application.
 
-    Every answer gets its X-Request-ID here, every call is guarded, those below /v1 are counted, layer names are
+    Every response gets its X-Request-ID here, every call is guarded, those below /v1 are counted, layer names are
     checked before anything looks at them, and whatever nobody caught becomes a problem.
 
     Args:
         app: has all routes.
-        calls: go the short way.
+        endpoints: by the last part of `/v1/layers/{name}/...`: POST requests that bring a batch or its moments, and
+            go past FastAPI's router.
         guard: who may do what.
+        transfers: bounds what is buffered before and after a call runs.
+        max_body_bytes: larger bodies are refused.
         max_concurrent_requests: calls beyond so many at once are refused. A call runs from the end of its body until
             its response is ready to be sent.
-        transfers: bounds what is buffered before and after.
+        fast_path: whether endpoints may be asked without ASGI.
 
     Attributes:
         app: the FastAPI application inside.
@@ -72,17 +59,27 @@ class Gateway:
     """
 
     def __init__(
-        self, app: FastAPI, calls: ShortCalls, guard: Guard, max_concurrent_requests: int, transfers: Transfers
+        self,
+        app: FastAPI,
+        endpoints: Mapping[str, Endpoint],
+        guard: Guard,
+        transfers: Transfers,
+        *,
+        max_body_bytes: int,
+        max_concurrent_requests: int,
+        fast_path: bool,
     ) -> None:
         self.app = app
         self.transfers = transfers
-        self._calls = calls
+        self._endpoints = endpoints
+        self._fast_endpoints = endpoints if fast_path else {}
+        self._max_body_bytes = max_body_bytes
         self._guard = guard
         self._max_concurrent_requests = max_concurrent_requests
         self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Response one request, or run the application's lifespan."""
+        """Respond to one request, or run the application's lifespan."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -92,10 +89,10 @@ class Gateway:
             self._admit(target, headers, method)
             if method not in _READ_A_BODY:
                 metered.enter()
-            call = self._calls.by_name.get(target.call) if target.layer and method == "POST" else None
-            if target.layer and call:
-                answer = await call(target.layer, scope["query_string"], headers, metered.receive)
-                await exchange.send_answer(answer, metered.send)
+            endpoint = self._endpoints.get(target.call) if target.layer and method == "POST" else None
+            if target.layer and endpoint:
+                request = LayerRequest(target.layer, scope["query_string"], headers, metered.receive)
+                await exchange.send_response(await endpoint(request), metered.send)
             else:
                 inner = _inner(scope, target, exchange.request_id)
                 await self.app(inner, metered.receive, exchange.completing(metered.send))
@@ -110,86 +107,66 @@ class Gateway:
             metered.close()
             exchange.log(method, target)
 
-    def direct_target(self, url: bytes) -> Target | None:
-        """Where a POST goes that may take the direct way: to a short call, without a query."""
+    def fast_target(self, url: bytes) -> Target | None:
+        """Where a POST goes that may take the fast path: to an endpoint of a layer, without a query."""
         if len(url) > MOST_CACHED_BYTES or b"?" in url or not url.startswith(b"/v1/"):
             return None
         target = target_of(url)
-        return target if target.layer and target.call in self._calls.by_name else None
+        return target if target.layer and target.call in self._fast_endpoints else None
 
     def admits(self, target: Target, headers: Headers, size: int) -> bool:
         """Whether the body of such a POST may come; if not, it goes by ASGI, which says why."""
         with suppress(ProblemError):
-            if size <= self._calls.max_body_bytes:
+            if size <= self._max_body_bytes:
                 self._admit(target, headers, "POST")
                 return True
         return False
 
-    def enter(self) -> bool:
-        """Count a call as running, once its body has come; False when too many are. `leave` goes with it either way."""
+    def enter(self) -> None:
+        """Count a call as running, once its body has come. `leave` goes with it in any case.
+
+        Raises:
+            Overloaded: too many calls are running.
+        """
         self._running += 1
-        return self._running <= self._max_concurrent_requests
+        if self._running > self._max_concurrent_requests:
+            raise self._too_many()
 
     def leave(self) -> None:
         """It runs no longer."""
         self._running -= 1
 
-    def refuse(self, problem: ProblemError | None, target: Target, headers: Headers) -> Response:
-        """The answer to a POST that is refused after its head; None says that too many calls are running."""
-        exchange = _Exchange(headers)
-        answer = respond_problem(problem or self.too_many(), target.path, exchange.request_id)
-        return exchange.finished(answer, target)
+    async def respond(self, target: Target, request: LayerRequest) -> Response:
+        """The response to a POST that `admits` let in, and whose body is here. Raises nothing."""
+        name, began = request_id(request.headers), time.perf_counter()
+        try:
+            self._running += 1
+            if self._running > self._max_concurrent_requests:
+                raise self._too_many()
+            response = await self._endpoints[target.call](request)
+        except asyncio.CancelledError:
+            response = respond_problem(_stopping(), target.path, name)
+        except Exception as error:
+            response = respond_problem(error, target.path, name)
+        finally:
+            self._running -= 1
+        return _completed(response, target, began, name)
 
-    def too_many(self) -> Overloaded:
-        """What a call is told for which `enter` was false."""
+    def refuse(self, problem: ProblemError, target: Target, headers: Headers) -> Response:
+        """The response to a POST that `admits` let in, and that is refused before its body is complete."""
+        name = request_id(headers)
+        return _completed(respond_problem(problem, target.path, name), target, time.perf_counter(), name)
+
+    def _too_many(self) -> Overloaded:
         running = self._max_concurrent_requests
         return Overloaded(f"{running} calls are running: BATCHNORM_MAX_CONCURRENT_REQUESTS", retry_after=1)
-
-    def answer_now(self, target: Target, headers: Headers, body: memoryview) -> Response | None:
-        """The answer to such a POST, if it waits for nothing; None when it does, and nothing has happened yet."""
-        call = self._calls.now.get(target.call)
-        if call is None:
-            return None
-        exchange = _Exchange(headers)
-        try:
-            answer = call(target.layer or "", headers, body)
-        except Exception as error:
-            answer = respond_problem(error, target.path, exchange.request_id)
-        return None if answer is None else exchange.finished(answer, target)
-
-    def answer_soon(self, target: Target, headers: Headers, body: memoryview) -> PendingResponse | Response | None:
-        """The answer to such a POST, if it waits for a commit alone or has failed already; None as above."""
-        call = self._calls.soon.get(target.call)
-        if call is None:
-            return None
-        exchange = _Exchange(headers)
-        try:
-            begun = call(target.layer or "", headers, body)
-        except Exception as error:
-            return exchange.finished(respond_problem(error, target.path, exchange.request_id), target)
-        return None if begun is None else PendingResponse(*begun, exchange, target)
-
-    async def answer(self, target: Target, headers: Headers, body: memoryview) -> Response:
-        """The same, waiting for the layer, a thread or a commit."""
-        exchange = _Exchange(headers)
-
-        async def receive() -> Message:
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        try:
-            answer = await self._calls.by_name[target.call](target.layer or "", b"", headers, receive)
-        except asyncio.CancelledError:
-            answer = respond_problem(_stopping(), target.path, exchange.request_id)
-        except Exception as error:
-            answer = respond_problem(error, target.path, exchange.request_id)
-        return exchange.finished(answer, target)
 
     def _admit(self, target: Target, headers: Headers, method: str) -> None:
         self._guard.check(headers, method, target)
         if target.versioned:
             self.transfers.check()
-            if target.layer is not None:
-                check_layer_name(target.layer)
+            if not target.named:
+                check_layer_name(target.layer or "")
 
 
 class _Metered:
@@ -216,8 +193,7 @@ class _Metered:
         """
         if self._counted and not self._running:
             self._running = True
-            if not self._gateway.enter():
-                raise self._gateway.too_many()
+            self._gateway.enter()
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -258,19 +234,17 @@ class _Metered:
 
 
 class _Exchange:
-    """A request and what every answer to it has."""
-
-    __slots__ = ("_expects", "_since", "request_id", "status")
+    """A request by ASGI, and what every response to it has."""
 
     def __init__(self, headers: Headers) -> None:
         self.request_id = request_id(headers)
         self.status = 0
-        self._since = time.perf_counter()
+        self._began = time.perf_counter()
         self._expects = b"expect" in headers
 
-    async def send_answer(self, answer: Response, send: Send) -> None:
-        self._complete(answer.status_code, answer.raw_headers)
-        await answer({}, _no_receive, send)
+    async def send_response(self, response: Response, send: Send) -> None:
+        self._complete(response.status_code, response.raw_headers)
+        await response({}, _no_receive, send)
 
     def completing(self, send: Send) -> Send:
         """ASGI's send for the application inside."""
@@ -284,20 +258,12 @@ class _Exchange:
         return complete
 
     async def fail(self, error: Exception, target: Target, send: Send) -> None:
-        """Response with a problem, if no answer has begun."""
+        """Respond with a problem, if no response has begun."""
         if self.status == 0:
-            await self.send_answer(respond_problem(error, target.path, self.request_id), send)
-
-    def finished(self, answer: Response, target: Target) -> Response:
-        """The answer to a POST that nothing is left to be done for."""
-        self._complete(answer.status_code, answer.raw_headers)
-        self.log("POST", target)
-        return answer
+            await self.send_response(respond_problem(error, target.path, self.request_id), send)
 
     def log(self, method: str, target: Target) -> None:
-        if log.isEnabledFor(logging.DEBUG):
-            milliseconds = (time.perf_counter() - self._since) * 1e3
-            log.debug("%s %s %d %.2f ms %s", method, target.path, self.status, milliseconds, self.request_id)
+        _log_request(method, target, self.status, self._began, self.request_id)
 
     def _complete(self, status: int, headers: list[RawHeader]) -> None:
         self.status = status
@@ -308,46 +274,17 @@ class _Exchange:
             headers.append(_CLOSE)
 
 
-class PendingResponse:
-    """The answer to a call whose fold waits in the queue.
+def _completed(response: Response, target: Target, began: float, request_id: str) -> Response:
+    """The response to a POST that came by the fast path: it expects nothing, so there is less to say."""
+    response.raw_headers.append((_REQUEST_ID, request_id.encode()))
+    _log_request("POST", target, response.status_code, began, request_id)
+    return response
 
-    Attributes:
-        folded: done when the answer can be given. Whoever cancels it tells the caller that the service stops.
-    """
 
-    __slots__ = ("_encode", "_exchange", "_target", "_waiting", "folded")
-
-    def __init__(
-        self, waiting: Waiting[Any], encode: Callable[[Any], Response], exchange: _Exchange, target: Target
-    ) -> None:
-        self.folded = waiting.folded
-        self._waiting = waiting
-        self._encode = encode
-        self._exchange = exchange
-        self._target = target
-
-    def now(self) -> Response | None:
-        """The answer, once `folded` is done; None when more is to be done: `later`."""
-        try:
-            done = self._waiting.result()
-            if done is None:
-                return None
-            answer = self._encode(done)
-        except (asyncio.CancelledError, Exception) as error:
-            answer = self._problem(error)
-        return self._exchange.finished(answer, self._target)
-
-    async def later(self) -> Response:
-        """The answer, after more has been done."""
-        try:
-            answer = self._encode(await self._waiting.rest())
-        except (asyncio.CancelledError, Exception) as error:
-            answer = self._problem(error)
-        return self._exchange.finished(answer, self._target)
-
-    def _problem(self, error: BaseException) -> Response:
-        said = error if isinstance(error, Exception) else _stopping()
-        return respond_problem(said, self._target.path, self._exchange.request_id)
+def _log_request(method: str, target: Target, status: int, began: float, request_id: str) -> None:
+    if log.isEnabledFor(logging.DEBUG):
+        milliseconds = (time.perf_counter() - began) * 1e3
+        log.debug("%s %s %d %.2f ms %s", method, target.path, status, milliseconds, request_id)
 
 
 def _inner(scope: Scope, target: Target, request_id: str) -> dict[str, Any]:

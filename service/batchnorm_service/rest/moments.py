@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -15,11 +15,11 @@ from batchnorm_client.wire.headers import IDEMPOTENCY_KEY
 from batchnorm_client.wire.media_types import JSON, SAFETENSORS
 from batchnorm_client.wire.names import check_layer_name
 from batchnorm_client.wire.tensors import Tensor, decode, decode_safetensors, json_pieces, json_tensors, load_json
-from batchnorm_service.layers import MOMENT_DTYPES, Folded, Layers, Posting
+from batchnorm_service.layers import MOMENT_DTYPES, Folded, Layers
 
 from .bodies import read_body
-from .disconnects import unless_gone
 from .headers import Headers, idempotency_key, read_headers
+from .layer_request import LayerRequest
 from .many import read_each_layer
 from .negotiation import content_type
 from .openapi import (
@@ -64,29 +64,16 @@ class MomentsCalls:
         self._batches = layers.batches
         self._max_body_bytes = max_body_bytes
 
-    async def fold(self, name: str, query: bytes, headers: Headers, receive: Receive) -> Response:
+    async def fold(self, request: LayerRequest) -> Response:
         """Fold the moments of a batch that stays with the caller."""
-        group = parse_query(MomentsQuery, query).group_call
-        key = idempotency_key(headers)
-        media = content_type(headers, _FORMS)
-        body = await read_body(headers, receive, self._max_body_bytes)
-        call = self._batches.fold_moments(name, partial(decode, media, body), key, nbytes=len(body), group=group)
-        done = await (unless_gone(receive, call) if group else call)
+        group = parse_query(MomentsQuery, request.query).group_call
+        key = idempotency_key(request.headers)
+        media = content_type(request.headers, _FORMS)
+        body = request.received or await request.body(self._max_body_bytes)
+        read = partial(decode, media, body)
+        call = self._batches.fold_moments(request.name, read, key, nbytes=len(body), group=group)
+        done = await (request.unless_gone(call) if group else call)
         return await self._layers.run_codec(text_bytes(JSON, done.moments.values()), _answer, done)
-
-    def fold_soon(
-        self, name: str, headers: Headers, body: memoryview
-    ) -> tuple[Posting, Callable[[Folded], Response]] | None:
-        """What `fold` begins with a body that is here, if it has to wait for its commit alone; otherwise None."""
-        if not self._batches.at_once(len(body)):
-            return None
-        try:
-            key = idempotency_key(headers)
-            media = content_type(headers, _FORMS)
-        except ProblemError:
-            return None
-        posting = self._batches.fold_moments_soon(name, partial(decode, media, body), key)
-        return None if posting is None else (posting, _answer)
 
     async def fold_many(self, query: bytes, headers: Headers, receive: Receive, request_id: str) -> Response:
         """The same for many layers, each all or nothing."""
@@ -138,7 +125,7 @@ def add_moments_routes(app: FastAPI, calls: MomentsCalls) -> None:
     async def fold_moments(name: LayerNamePath, request: Request) -> Response:
         """`count` is values per channel, `var` is biased. A group's members also get count, mean and var of all."""
         headers = read_headers(request.scope["headers"])
-        return await calls.fold(name, request.scope["query_string"], headers, request.receive)
+        return await calls.fold(LayerRequest(name, request.scope["query_string"], headers, request.receive))
 
     @app.post(
         "/v1/moments",

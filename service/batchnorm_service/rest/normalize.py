@@ -1,4 +1,4 @@
-"""Train and eval, the hot calls, and inverse: from headers and a body to an answer, without a framework in between.
+"""Train, eval and inverse: from headers and a body to a response, without a framework in between.
 
 `Gateway` calls these before FastAPI's router is reached. FastAPI has the same as routes, for its OpenAPI document
 and its 405; they lead here too.
@@ -6,22 +6,19 @@ and its 405; they lead here too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 from fastapi import FastAPI
 from starlette.requests import Request
-from starlette.types import Receive
 
-from batchnorm_client.wire.errors import ProblemError
 from batchnorm_client.wire.headers import IDEMPOTENCY_KEY, NUM_BATCHES_TRACKED, VERSION
 from batchnorm_client.wire.media_types import JSON, TENSOR_MEDIA_TYPES
 from batchnorm_client.wire.tensors import Tensor, bytes_read, decode, encode
-from batchnorm_service.layers import Layers, Normalized, Training
+from batchnorm_service.layers import Layers, Normalized
 
-from .bodies import read_body
-from .disconnects import unless_gone
 from .headers import Headers, idempotency_key, read_headers
+from .layer_request import LayerRequest
 from .negotiation import FORMS_FOR, accepted, content_type, tensor_form
 from .openapi import LayerNamePath, describe, tensor_body, tensor_response
 from .preconditions import etag
@@ -29,15 +26,15 @@ from .queries import NoQuery, NormalizeQuery, TrainQuery, parse_query
 from .responses import REPLAYED, RawHeader, Response, text_bytes
 from .sizes import check_elements
 
-Encode = Callable[[Normalized], Response]
-"""Writes an answer in the form that the caller takes."""
+_SMALL_BODY: Final = 1 << 16
+"""Bytes. Where the work goes on a body of so many, and its response, need not be counted more exactly."""
 
 _VERSION: Final = VERSION.lower().encode()
 _BATCHES: Final = NUM_BATCHES_TRACKED.lower().encode()
 
 
-class NormalizeCalls:
-    """Train and eval over HTTP.
+class NormalizeEndpoints:
+    """Train, eval and inverse over HTTP.
 
     Args:
         layers: what does the work.
@@ -51,102 +48,73 @@ class NormalizeCalls:
         self._max_body_bytes = max_body_bytes
         self._max_elements = max_elements
 
-    async def train(self, name: str, query: bytes, headers: Headers, receive: Receive) -> Response:
+    async def train(self, request: LayerRequest) -> Response:
         """Normalize a batch with its own statistics and fold them into the layer's."""
-        asked = parse_query(TrainQuery, query)
-        exchange = _Exchange(headers, self._max_elements, statistics=asked.statistics == "true")
-        key = idempotency_key(headers)
-        exchange.body = await read_body(headers, receive, self._max_body_bytes)
-        group = asked.group_call
+        asked = parse_query(TrainQuery, request.query)
+        exchange = _TensorExchange(request.headers, self._max_elements, statistics=asked.statistics == "true")
+        key, group = idempotency_key(request.headers), asked.group_call
+        exchange.body = request.received or await request.body(self._max_body_bytes)
         call = self._batches.train(
-            name, exchange.read, key, nbytes=exchange.bytes_read, statistics=exchange.statistics, group=group
+            request.name, exchange.read, key, nbytes=exchange.bytes_read, statistics=exchange.statistics, group=group
         )
-        return await self._answer(exchange, await (unless_gone(receive, call) if group else call))
+        done = await (request.unless_gone(call) if group else call)
+        return await self._layers.run_codec(exchange.bytes_written(done), exchange.response, done)
 
-    def train_soon(self, name: str, headers: Headers, body: memoryview) -> tuple[Training, Encode] | None:
-        """What `train` begins with a body that is here, if it has to wait for its commit alone; otherwise None."""
-        try:
-            exchange = _Exchange(headers, self._max_elements, statistics=False)
-            key = idempotency_key(headers)
-        except ProblemError:
-            return None
-        exchange.body = body
-        if not self._batches.at_once(exchange.cost):
-            return None
-        training = self._batches.train_soon(name, exchange.read, key)
-        return None if training is None else (training, exchange.answer)
-
-    async def eval(self, name: str, query: bytes, headers: Headers, receive: Receive) -> Response:
+    async def eval(self, request: LayerRequest) -> Response:
         """Normalize a batch with the layer's running statistics."""
-        asked = parse_query(NormalizeQuery, query)
-        exchange = _Exchange(headers, self._max_elements, statistics=asked.statistics == "true")
-        exchange.body = await read_body(headers, receive, self._max_body_bytes)
-        done = await self._batches.eval(name, exchange.read, nbytes=exchange.bytes_read, statistics=exchange.statistics)
-        return await self._answer(exchange, done)
-
-    def eval_now(self, name: str, headers: Headers, body: memoryview) -> Response | None:
-        """What `eval` answers to a body that is here, if that waits for nothing; otherwise None."""
-        exchange = _Exchange(headers, self._max_elements, statistics=False)
-        exchange.body = body
-        if not self._batches.at_once(exchange.cost):
-            return None
-        done = self._batches.eval_now(name, exchange.read)
-        return None if done is None else exchange.answer(done)
-
-    async def inverse(self, name: str, query: bytes, headers: Headers, receive: Receive) -> Response:
-        """Undo what eval does to a batch."""
-        parse_query(NoQuery, query)
-        exchange = _Exchange(headers, self._max_elements, statistics=False)
-        exchange.body = await read_body(headers, receive, self._max_body_bytes)
-        return await self._answer(
-            exchange, await self._batches.inverse(name, exchange.read, nbytes=exchange.bytes_read)
+        asked = parse_query(NormalizeQuery, request.query)
+        exchange = _TensorExchange(request.headers, self._max_elements, statistics=asked.statistics == "true")
+        exchange.body = request.received or await request.body(self._max_body_bytes)
+        done = await self._batches.eval(
+            request.name, exchange.read, nbytes=exchange.bytes_read, statistics=exchange.statistics
         )
+        return await self._layers.run_codec(exchange.bytes_written(done), exchange.response, done)
 
-    async def _answer(self, exchange: _Exchange, done: Normalized) -> Response:
-        return await self._layers.run_codec(exchange.text_bytes(done), exchange.answer, done)
+    async def inverse(self, request: LayerRequest) -> Response:
+        """Undo what eval does to a batch."""
+        parse_query(NoQuery, request.query)
+        exchange = _TensorExchange(request.headers, self._max_elements, statistics=False)
+        exchange.body = request.received or await request.body(self._max_body_bytes)
+        done = await self._batches.inverse(request.name, exchange.read, nbytes=exchange.bytes_read)
+        return await self._layers.run_codec(exchange.bytes_written(done), exchange.response, done)
 
 
-class _Exchange:
-    """One request and its answer: what the caller sent, in which form, and in which forms it takes the output."""
+class _TensorExchange:
+    """A batch that came, in which form, and the form that its output goes back in."""
 
-    __slots__ = ("_forms", "_max_elements", "_media", "body", "statistics")
+    __slots__ = ("_accepted", "_form", "_max_elements", "_media", "body", "statistics")
 
     def __init__(self, headers: Headers, max_elements: int, *, statistics: bool) -> None:
-        self._max_elements = max_elements
         self.statistics = statistics
         self.body: bytearray | memoryview = bytearray()
+        self._max_elements = max_elements
         self._media = content_type(headers, TENSOR_MEDIA_TYPES)
-        self._forms = accepted(headers.get(b"accept"), FORMS_FOR[self._media])
-
-    @property
-    def cost(self) -> int:
-        """About how many bytes are read, and written as text: a float16 of the body may become 16 bytes of JSON."""
-        written_as_text = self._forms[0] == JSON and self._media != JSON
-        return len(self.body) * (8 if written_as_text else 1)
+        self._accepted = accepted(headers.get(b"accept"), FORMS_FOR[self._media])
+        self._form = self._media
 
     @property
     def bytes_read(self) -> int:
-        """How many bytes of the body are read, and not only viewed."""
-        return bytes_read(self._media, self.body)
+        """How many bytes of the body are read, and not only viewed; or its size, where that is small."""
+        size = len(self.body)
+        return size if size <= _SMALL_BODY else bytes_read(self._media, self.body)
 
-    def text_bytes(self, done: Normalized) -> int:
-        """How many bytes of text the answer has, about."""
-        form = tensor_form(self._forms, done.output.dtype, self.statistics)
-        return text_bytes(form, (done.output, *done.statistics.values()))
+    def bytes_written(self, done: Normalized) -> int:
+        """About how many bytes of text the response has; or the body's size, where that is small."""
+        size = len(self.body)
+        return size if size <= _SMALL_BODY else text_bytes(self._form, (done.output, *done.statistics.values()))
 
     def read(self, dtypes: Mapping[str, str]) -> Mapping[str, Tensor]:
         """The caller's tensors. Refuses a batch whose output no admitted form can carry, while nothing is folded."""
         tensors = decode(self._media, self.body, dtypes)
         if (batch := tensors.get("input")) is not None:
-            form = tensor_form(self._forms, batch.dtype, self.statistics)
-            check_elements(batch, self._max_elements, json=JSON in (self._media, form), field="input")
+            self._form = tensor_form(self._accepted, batch.dtype, self.statistics)  # the output has the same dtype
+            check_elements(batch, self._max_elements, json=JSON in (self._media, self._form), field="input")
         return tensors
 
-    def answer(self, done: Normalized) -> Response:
+    def response(self, done: Normalized) -> Response:
         """The output in the best form that the caller takes."""
-        form = tensor_form(self._forms, done.output.dtype, self.statistics)
         fields: dict[str, Any] = {}
-        if form == JSON:
+        if self._form == JSON:
             fields = {"version": done.version, "num_batches_tracked": done.num_batches_tracked}
         headers: list[RawHeader] = [
             (b"etag", etag(done.version)),
@@ -155,11 +123,12 @@ class _Exchange:
         ]
         if done.replayed:
             headers.append(REPLAYED)
-        return Response(200, form, encode(form, {"output": done.output, **done.statistics}, fields), headers)
+        pieces = encode(self._form, {"output": done.output, **done.statistics}, fields)
+        return Response(200, self._form, pieces, headers)
 
 
-def add_normalize_routes(app: FastAPI, calls: NormalizeCalls) -> None:
-    """The calls as routes of `app`."""
+def add_normalize_routes(app: FastAPI, endpoints: NormalizeEndpoints) -> None:
+    """The endpoints as routes of `app`."""
     problems = (
         "malformed-body",
         "layer-not-found",
@@ -187,8 +156,7 @@ def add_normalize_routes(app: FastAPI, calls: NormalizeCalls) -> None:
     )
     async def train(name: LayerNamePath, request: Request) -> Response:
         """Answers after the commit: the batch is in the running statistics exactly once per Idempotency-Key."""
-        headers = read_headers(request.scope["headers"])
-        return await calls.train(name, request.scope["query_string"], headers, request.receive)
+        return await endpoints.train(_layer_request(name, request))
 
     @app.post(
         "/v1/layers/{name}/eval",
@@ -203,8 +171,7 @@ def add_normalize_routes(app: FastAPI, calls: NormalizeCalls) -> None:
     )
     async def eval_(name: LayerNamePath, request: Request) -> Response:
         """Uses the newest committed state and changes nothing. A batch may be empty."""
-        headers = read_headers(request.scope["headers"])
-        return await calls.eval(name, request.scope["query_string"], headers, request.receive)
+        return await endpoints.eval(_layer_request(name, request))
 
     @app.post(
         "/v1/layers/{name}/inverse",
@@ -218,5 +185,9 @@ def add_normalize_routes(app: FastAPI, calls: NormalizeCalls) -> None:
     )
     async def inverse(name: LayerNamePath, request: Request) -> Response:
         """As scikit-learn's inverse_transform. What a layer's `clip` cut off does not come back."""
-        headers = read_headers(request.scope["headers"])
-        return await calls.inverse(name, request.scope["query_string"], headers, request.receive)
+        return await endpoints.inverse(_layer_request(name, request))
+
+
+def _layer_request(name: str, request: Request) -> LayerRequest:
+    scope = request.scope
+    return LayerRequest(name, scope["query_string"], read_headers(scope["headers"]), request.receive)

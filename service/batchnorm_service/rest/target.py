@@ -12,6 +12,8 @@ from urllib.parse import quote, unquote
 
 from starlette.types import Scope
 
+from batchnorm_client.wire.names import LAYER_NAME_PATTERN
+
 MOST_CACHED_BYTES: Final = 256
 """The path of a call on a layer is shorter: a name has at most 200 characters. Longer paths are not cached."""
 
@@ -22,7 +24,8 @@ class Target(NamedTuple):
     Attributes:
         path: in one spelling: unreserved characters are not escaped, all others are.
         versioned: it is a call of the API, below /v1, and counts as running. No such path is open to everyone.
-        layer: the name in `/v1/layers/{layer}`, not checked yet, or None.
+        layer: the name in `/v1/layers/{layer}`, or None.
+        named: no layer is named, or one by a name that a layer can have.
         call: what follows it, such as `train`; empty when nothing does.
     """
 
@@ -30,6 +33,7 @@ class Target(NamedTuple):
     versioned: bool
     layer: str | None
     call: str
+    named: bool = True
 
 
 def read_target(scope: Scope) -> Target:
@@ -50,7 +54,7 @@ def target_of(raw: bytes, root: str = "") -> Target:
         path = "/".join(quote(segment, safe="!$&'()*+,;=:@") for segment in segments)
     match segments:
         case ["", "v1", "layers", layer, *rest] if layer:
-            return Target(path, True, layer, "/".join(rest))
+            return Target(path, True, layer, "/".join(rest), LAYER_NAME_PATTERN.fullmatch(layer) is not None)
         case ["", "v1", *_]:
             return Target(path, True, None, "")
         case _:

@@ -93,6 +93,11 @@ class Tensor(_Parts):
         return tuple.__new__(cls, (dtype, shape, buffer))
 
     @classmethod
+    def unchecked(cls, dtype: str, shape: tuple[int, ...], buffer: Buffer) -> Self:
+        """One whose buffer is known to be as long as the shape says: where it was checked, or made for the shape."""
+        return tuple.__new__(cls, (dtype, shape, buffer))
+
+    @classmethod
     def of(cls, array: Array) -> Tensor:
         """An array's tensor: a view where the array is C-contiguous and little-endian, a copy otherwise.
 
@@ -130,10 +135,13 @@ def byte_view(body: Buffer) -> memoryview:
 
 
 def view_tensor(dtype: str, shape: tuple[int, ...], view: memoryview) -> Tensor:
-    """A tensor on a part of a body: a copy only where the data lie askew, as torch's kernels want them aligned."""
+    """A tensor on a part of a body, which is as long as the shape says.
+
+    A copy only where the data lie askew, as torch's kernels want them aligned.
+    """
     if view.nbytes and not np.frombuffer(view, _WORDS[itemsize(dtype)]).flags.aligned:
-        return Tensor(dtype, shape, bytearray(view))
-    return Tensor(dtype, shape, view)
+        return Tensor.unchecked(dtype, shape, bytearray(view))
+    return Tensor.unchecked(dtype, shape, view)
 
 
 def checked_shape(shape: Any, item: int, *, field: str) -> tuple[int, ...]:
