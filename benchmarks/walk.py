@@ -1,7 +1,7 @@
 """`python -m benchmarks.walk`: one call on 8 KiB, walked through the code: Python calls, files, changes of file.
 
 A reader who follows a call opens so many files and turns from one to another so often. What is counted is every call
-of a Python function of the service, of the client's modules that it shares, and of uvicorn, in all threads, from the
+of a Python function of the service, and of the client's modules that it shares, in all threads, from the
 request's first byte to the answer's last. `--show` prints the walk itself.
 """
 
@@ -28,7 +28,7 @@ from batchnorm_service.server import uvicorn_config
 from batchnorm_service.settings import Settings
 from benchmarks import bodies
 
-_OURS = ("batchnorm_service", "batchnorm_client", "uvicorn")
+_OURS = ("batchnorm_service", "batchnorm_client")
 _ENDPOINTS = ("train", "eval")
 _WARM = 5
 
