@@ -17,6 +17,7 @@ from batchnorm_service.engine.normalize import train_step
 from batchnorm_service.fast_path.eager import start
 from batchnorm_service.layers import Layers, cache
 from batchnorm_service.layers.compute import ComputeExecutor
+from batchnorm_service.runtime import RUNTIME
 from batchnorm_service.store.memory import MemoryStore
 from layers.conftest import CONFIG, batch, evaluate, serving, train
 
@@ -58,7 +59,9 @@ async def test_only_the_slot_that_was_used_is_dropped_by_its_name(monkeypatch: p
     async with serving(MemoryStore()) as layers:
         entries = layers._cache
         with entries.use("a"):
-            other = entries._entries["a"] = cache.CacheEntry("a", MemoryStore(), layers._options, lambda _: None)
+            other = entries._entries["a"] = cache.CacheEntry(
+                "a", MemoryStore(), layers._options, RUNTIME, lambda _: None
+            )
         assert entries.get("a") is other
 
 

@@ -11,13 +11,14 @@ from batchnorm_client.wire.documents import LayerConfig
 from batchnorm_service.engine.normalize import eval_step
 from batchnorm_service.engine.state import initial_state
 from batchnorm_service.layers.compute import ComputeExecutor
+from batchnorm_service.runtime import RUNTIME
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
 def computing():
-    computing = ComputeExecutor("cpu", inline_bytes=8)
+    computing = ComputeExecutor("cpu", inline_bytes=8, runtime=RUNTIME)
     yield computing
     computing.close()
 
@@ -60,7 +61,7 @@ async def test_work_away_is_never_done_on_the_event_loop(monkeypatch):
     cuda = torch.device("cuda", 1)
     monkeypatch.setattr("batchnorm_service.layers.compute.staged", fake)
     monkeypatch.setattr("batchnorm_service.layers.compute.device", lambda name: {"cuda:1": cuda}[name])
-    computing = ComputeExecutor("cpu", inline_bytes=1 << 20)
+    computing = ComputeExecutor("cpu", inline_bytes=1 << 20, runtime=RUNTIME)
     here, there = (initial_state(LayerConfig(num_features=3, device=device)) for device in (None, "cuda:1"))
     batch = torch.ones(4, 3)
     try:

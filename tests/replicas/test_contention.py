@@ -16,7 +16,7 @@ from batchnorm_service.store.memory import MemoryStore
 from layers.conftest import CONFIG, batch, serving, train
 from replicas import virtual
 from store.counted import Counted
-from store.harness import after, created
+from store.harness import Clocks, after, created
 
 pytestmark = pytest.mark.anyio
 
@@ -109,7 +109,7 @@ def test_nobody_is_starved(trips: list[float]) -> None:
 
 async def _race(trips: list[float], count: int) -> tuple[list[int], list[int]]:
     """Who made each of the first commits, when each replica has two callers that never pause; races lost in a row."""
-    shared = MemoryStore(exclusive=False, clock=asyncio.get_running_loop().time)
+    shared = MemoryStore(exclusive=False, runtime=Clocks(wall=asyncio.get_running_loop().time))
     commits: list[int] = []
     lost, losses = [0] * len(trips), [0] * len(trips)
 

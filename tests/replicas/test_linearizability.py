@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
+from batchnorm_service.runtime import Runtime
 from batchnorm_service.store.base import Store
 from batchnorm_service.store.memory import MemoryStore
 
@@ -68,9 +69,7 @@ async def test_staleness_is_allowed_up_to_the_setting(
     make_store: Callable[[], Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(
-        "batchnorm_service.layers.cached_state.time", SimpleNamespace(monotonic=lambda: clock.now), raising=True
-    )
+    monkeypatch.setattr(Runtime, "now", lambda _: clock.now)
     recorder = Recorder()
     async with running([make_store() for _ in range(2)], max_staleness_ms=60_000) as (writer, reader):
         (await writer.put(LAYER, json={"num_features": 2})).raise_for_status()

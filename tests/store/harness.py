@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from batchnorm_service.runtime import RUNTIME, Runtime
 from batchnorm_service.store.base import Exists, Full, Receipt, Record, Store
 from batchnorm_service.store.memory import MemoryStore
 from batchnorm_service.store.sqlite.store import SqliteStore
@@ -23,6 +24,25 @@ from store.valkey_servers import Cluster, Server, flush, let_pass
 
 RECEIPT_SECONDS = 3600.0
 LIMIT = 1_000_000
+
+
+class Clocks(Runtime):
+    """A runtime with clocks of a test's.
+
+    Args:
+        wall: seconds since 1970; the machine's by default.
+        now: seconds of a clock that never goes back.
+    """
+
+    def __init__(self, wall: Callable[[], float] = RUNTIME.wall, now: Callable[[], float] = RUNTIME.now) -> None:
+        self._wall = wall
+        self._now = now
+
+    def wall(self) -> float:
+        return self._wall()
+
+    def now(self) -> float:
+        return self._now()
 
 
 class Clock:
@@ -70,7 +90,7 @@ class MemoryTable(Table):
     def __init__(self, *, exclusive: bool) -> None:
         self.shared = not exclusive
         self._clock = Clock()
-        self._store = MemoryStore(RECEIPT_SECONDS, exclusive, self._clock)
+        self._store = MemoryStore(RECEIPT_SECONDS, exclusive, Clocks(wall=self._clock))
 
     def store(self) -> Store:
         return self._store
@@ -88,7 +108,7 @@ class SqliteTable(Table):
         self._clock = Clock()
 
     def store(self) -> SqliteStore:
-        return SqliteStore(self._path, RECEIPT_SECONDS, not self.shared, clock=self._clock)
+        return SqliteStore(self._path, RECEIPT_SECONDS, not self.shared, runtime=Clocks(wall=self._clock))
 
     def forward(self, seconds: float) -> None:
         self._clock.now += seconds
@@ -118,7 +138,7 @@ def receipt(version: int = 2, batch: int = 1) -> Receipt:
 
 def after(record: Record, data: bytes) -> Record:
     """Return the record that follows."""
-    return Record(record.stamp.next(), data)
+    return Record(record.stamp.next(RUNTIME.bits(63)), data)
 
 
 async def created(store: Store, name: str, data: bytes = b"first") -> Record:

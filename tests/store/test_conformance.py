@@ -7,6 +7,7 @@ import secrets
 
 import pytest
 
+from batchnorm_service.runtime import RUNTIME
 from batchnorm_service.store.base import (
     HEAD_BYTES,
     LOST_SECONDS,
@@ -32,7 +33,7 @@ async def test_a_name_that_was_never_created_is_missing(store: Store) -> None:
     stamp = Stamp(1, 1, 1)
     assert await store.load("a") == Missing()
     assert await store.load("a", unless=stamp) == Missing()
-    assert await store.commit("a", stamp, Record(stamp.next(), b""), [receipt()]) == Missing()
+    assert await store.commit("a", stamp, Record(stamp.next(RUNTIME.bits(63)), b""), [receipt()]) == Missing()
     assert await store.commit("a", stamp, None, [receipt()]) == Missing()
     assert await store.delete("a", stamp) == Missing()
     assert await store.list("", "", 10) == []
@@ -290,7 +291,7 @@ async def test_who_wins_is_told_how_many_others_have_lost_and_wait(store: Store,
         return answer.contenders
 
     async def lose(old: Stamp, receipts: list[Receipt]) -> None:
-        assert await store.commit("a", old, Record(old.next(), b"late"), receipts) == Conflict()
+        assert await store.commit("a", old, Record(old.next(RUNTIME.bits(63)), b"late"), receipts) == Conflict()
 
     second = after(first, b"second")
     third = after(second, b"third")

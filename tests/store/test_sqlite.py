@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from batchnorm_service.layers.idempotency import token
+from batchnorm_service.runtime import RUNTIME
 from batchnorm_service.store.base import Committed, Conflict, Duplicates, Missing, Record, Shard, StoreError
 from batchnorm_service.store.sqlite.store import SqliteStore
-from store.harness import LIMIT, RECEIPT_SECONDS, Clock, Sabotaged, after, child, created, loaded, receipt
+from store.harness import LIMIT, RECEIPT_SECONDS, Clock, Clocks, Sabotaged, after, child, created, loaded, receipt
 
 pytestmark = pytest.mark.anyio
 
@@ -62,7 +63,7 @@ def clock() -> Pause:
 
 @pytest.fixture
 async def sqlite(anyio_backend: str, sabotage: type[Sabotaged], path: Path, clock: Pause) -> AsyncIterator[SqliteStore]:
-    store = SqliteStore(path, RECEIPT_SECONDS, clock=clock)
+    store = SqliteStore(path, RECEIPT_SECONDS, runtime=Clocks(wall=clock))
     await store.open()
     yield store
     sabotage.before = None
@@ -267,7 +268,7 @@ async def test_receipts_in_ascending_order_touch_few_pages(sqlite: SqliteStore) 
         assert await sqlite.commit("a", record.stamp, None, [receipt() for _ in range(250)]) == Committed()
     assert await pages(lambda: secrets.token_bytes(16)) > 30
     for _ in range(3):
-        assert await pages(lambda: token(None, "train").key) < 20
+        assert await pages(lambda: token(RUNTIME, None, "train").key) < 20
 
 
 def _pages_of_the_log(store: SqliteStore) -> int:

@@ -23,7 +23,7 @@ from batchnorm_service.store.base import Committed, Missing, Shard, StoreError, 
 from batchnorm_service.store.sqlite.identity import FileId
 from batchnorm_service.store.sqlite.store import SqliteStore
 from layers.conftest import CONFIG, batch, evaluate, serving, train
-from store.harness import LIMIT, Sabotaged, after, created, loaded, receipt
+from store.harness import LIMIT, Clocks, Sabotaged, after, created, loaded, receipt
 
 pytestmark = [
     pytest.mark.anyio,
@@ -55,7 +55,7 @@ def clock() -> Monotonic:
 async def store(
     request: pytest.FixtureRequest, anyio_backend: str, path: Path, clock: Monotonic
 ) -> AsyncIterator[SqliteStore]:
-    store = SqliteStore(path, exclusive=request.param, monotonic=clock)
+    store = SqliteStore(path, exclusive=request.param, runtime=Clocks(now=clock))
     await store.open()
     yield store
     await store.close()
@@ -64,7 +64,7 @@ async def store(
 @pytest.fixture
 async def alone(anyio_backend: str, path: Path, clock: Monotonic) -> AsyncIterator[SqliteStore]:
     """An exclusive one."""
-    store = SqliteStore(path, monotonic=clock)
+    store = SqliteStore(path, runtime=Clocks(now=clock))
     await store.open()
     yield store
     await store.close()
@@ -388,7 +388,7 @@ async def _all_refused(layers: Layers) -> None:
 async def test_evals_are_not_answered_from_the_cache_and_nothing_waits(
     path: Path, clock: Monotonic, anyio_backend: str
 ) -> None:
-    async with serving(SqliteStore(path, monotonic=clock), store_timeout=3600) as layers:
+    async with serving(SqliteStore(path, runtime=Clocks(now=clock)), store_timeout=3600) as layers:
         await layers.create("a", CONFIG)
         await train(layers, "a", batch(1))
         await evaluate(layers, "a", batch(1))

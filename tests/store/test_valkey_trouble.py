@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from batchnorm_service.runtime import RUNTIME
 from batchnorm_service.store.base import (
     Committed,
     Conflict,
@@ -282,7 +283,7 @@ async def test_a_wrong_password_is_refused_in_words_and_never_shown(
             assert isinstance(await store.commit(name, record.stamp, after(record, b"lost"), [receipt()]), Conflict)
             won = await loaded(store, name)
             assert (await store.commit(name, won.stamp, after(won, b"again"), [receipt()])).contenders == 1
-            await store.delete(name, won.stamp.next())
+            await store.delete(name, won.stamp.next(RUNTIME.bits(63)))
             assert store.url == guarded.url
             await store.close()
         guarded.command("ACL", "SETUSER", "me", "-time")

@@ -18,6 +18,7 @@ from ..engine.normalize import TrainStep
 from ..engine.posted import MOMENT_DTYPES, posted_moments
 from ..engine.state import LayerState
 from ..engine.tensors import to_wire
+from ..runtime import Runtime
 from .cache import CacheEntry, LayerCache
 from .cached_state import CachedState, layer_not_found
 from .compute import ComputeExecutor
@@ -44,7 +45,8 @@ class Batches:
     `nbytes` of a call says how many bytes `read` has to look at: it is called in a thread where they are many.
     """
 
-    def __init__(self, cache: LayerCache, executor: ComputeExecutor) -> None:
+    def __init__(self, cache: LayerCache, executor: ComputeExecutor, runtime: Runtime) -> None:
+        self._runtime = runtime
         self._cache = cache
         self._executor = executor
 
@@ -68,7 +70,7 @@ class Batches:
 
             async def prepare(layer: CommittedLayer) -> tuple[BatchSource, IdempotencyToken]:
                 wire = await self._executor.run_codec(nbytes, _input, read, layer.state)
-                claim = await self._ticket(key, "train", wire)
+                claim = await self._token(key, "train", wire)
                 return BatchSource(self._executor.batch(layer.state, wire), self._executor), claim
 
             source, done = await self._fold(entry, prepare)
@@ -83,7 +85,9 @@ class Batches:
                 return await self._fold_shard_moments(entry, read, key, group, nbytes)
 
             async def prepare(layer: CommittedLayer) -> tuple[PostedSource, IdempotencyToken]:
-                moments, claim = await self._executor.run_codec(nbytes, _posted, read, layer.state, key, "moments")
+                moments, claim = await self._executor.run_codec(
+                    nbytes, _posted, self._runtime, read, layer.state, key, "moments"
+                )
                 return PostedSource(moments), claim
 
             _, done = await self._fold(entry, prepare)
@@ -160,7 +164,7 @@ class Batches:
                     expected="mode=train and no clip",
                 )
             sums = await self._executor.run(size, gradients.gradient_sums, state, batch, grad)
-            member = await self._ticket(key, f"backward {_name(group)}", *wires)
+            member = await self._token(key, f"backward {_name(group)}", *wires)
             outcome = await _joined(entry, group, member, sums, GradientGroup(layer, entry.queue))
             done = await self._executor.run(size, gradients.shard_backward, state, batch, grad, outcome.whole)
             return _differentiated(outcome.version, done, replayed=outcome.replayed)
@@ -172,7 +176,7 @@ class Batches:
     ) -> Normalized:
         layer = await entry.cached.fresh()
         wire = await self._executor.run_codec(nbytes, _input, read, layer.state)
-        batch, member = self._executor.batch(layer.state, wire), await self._ticket(key, f"train {_name(group)}", wire)
+        batch, member = self._executor.batch(layer.state, wire), await self._token(key, f"train {_name(group)}", wire)
         part = Part(*await self._executor.run(batch.nbytes, normalize.shard_moments, layer.state, batch))
         outcome = await _joined(entry, group, member, part, FoldGroup(layer, entry.queue))
         whole = outcome.whole
@@ -188,7 +192,9 @@ class Batches:
     ) -> Folded:
         layer = await entry.cached.fresh()
         operation = f"moments {_name(group)}"
-        moments, member = await self._executor.run_codec(nbytes, _posted, read, layer.state, key, operation, least=0)
+        moments, member = await self._executor.run_codec(
+            nbytes, _posted, self._runtime, read, layer.state, key, operation, least=0
+        )
         part = Part(moments, no_extremes(layer.state.config.num_features))
         outcome = await _joined(entry, group, member, part, FoldGroup(layer, entry.queue))
         whole = outcome.whole.moments
@@ -196,10 +202,10 @@ class Batches:
 
     # ---------------------------------------------------------------------------------------------------- helpers
 
-    async def _ticket(self, key: str | None, operation: str, *tensors: Tensor) -> IdempotencyToken:
+    async def _token(self, key: str | None, operation: str, *tensors: Tensor) -> IdempotencyToken:
         """Taking the fingerprint of a large batch takes long; without a key none is taken."""
         nbytes = 0 if key is None else sum(tensor.nbytes for tensor in tensors)
-        return await self._executor.run_codec(nbytes, token, key, operation, *tensors)
+        return await self._executor.run_codec(nbytes, token, self._runtime, key, operation, *tensors)
 
     async def _fresh(self, name: str) -> CommittedLayer:
         with self._cache.use(name) as entry:
@@ -273,10 +279,10 @@ def _input(read: Read, state: LayerState) -> Tensor:
 
 
 def _posted(
-    read: Read, state: LayerState, key: str | None, operation: str, *, least: int | None = None
+    runtime: Runtime, read: Read, state: LayerState, key: str | None, operation: str, *, least: int | None = None
 ) -> tuple[Moments, IdempotencyToken]:
     moments, tensors = posted_moments(state.config, read(MOMENT_DTYPES), least=least)
-    return moments, token(key, operation, *tensors)
+    return moments, token(runtime, key, operation, *tensors)
 
 
 def _batch_and_gradient(read: Read, state: LayerState) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Self
 
+from ..runtime import Runtime
 from ..store.base import Store
 from .cached_state import CachedState
 from .groups import Groups
@@ -24,14 +25,17 @@ class CacheEntry:
         name: of the layer.
         store: where it is kept.
         options: bounds of its queue and of its staleness.
+        runtime: clock and chance.
         unused: is called when the last user leaves a name that no layer has.
     """
 
-    def __init__(self, name: str, store: Store, options: LayersOptions, unused: Callable[[CacheEntry], object]) -> None:
+    def __init__(
+        self, name: str, store: Store, options: LayersOptions, runtime: Runtime, unused: Callable[[CacheEntry], object]
+    ) -> None:
         self._unused = unused
-        self.cached = CachedState(name, store, options.max_staleness)
-        self.queue = Queue(self.cached, store, options.queue_length, options.store_timeout)
-        self.groups = Groups(name, store, self.queue)
+        self.cached = CachedState(name, store, options.max_staleness, runtime)
+        self.queue = Queue(self.cached, store, options.queue_length, options.store_timeout, runtime)
+        self.groups = Groups(name, store, self.queue, runtime)
         self.users = 0
 
     def __enter__(self) -> Self:
@@ -52,8 +56,9 @@ class CacheEntry:
 class LayerCache:
     """All cached layers, by name."""
 
-    def __init__(self, store: Store, options: LayersOptions) -> None:
+    def __init__(self, store: Store, options: LayersOptions, runtime: Runtime) -> None:
         self._store = store
+        self._runtime = runtime
         self._options = options
         self._entries: OrderedDict[str, CacheEntry] = OrderedDict()
 
@@ -82,7 +87,7 @@ class LayerCache:
         """
         entry = self._entries.get(name)
         if entry is None:
-            entry = self._entries[name] = CacheEntry(name, self._store, self._options, self._forget)
+            entry = self._entries[name] = CacheEntry(name, self._store, self._options, self._runtime, self._forget)
             self._evict(entry)
         else:
             self._entries.move_to_end(name)

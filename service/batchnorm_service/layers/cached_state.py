@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import time
 
 from batchnorm_client.wire.errors import LayerNotFound, StoreUnavailable
 
+from ..runtime import Runtime
 from ..store.base import Missing, Stamp, Store, StoreError, Unchanged
 from .records import CommittedLayer, decode
 from .shared_check import SharedCheck
@@ -20,14 +20,15 @@ class CachedState:
         layer: what this process knows of the layer; None when it knows nothing, or a commit's outcome is unknown.
     """
 
-    def __init__(self, name: str, store: Store, max_staleness: float = 0.0) -> None:
+    def __init__(self, name: str, store: Store, max_staleness: float, runtime: Runtime) -> None:
+        self._runtime = runtime
         self.name = name
         self.layer: CommittedLayer | None = None
         self._store = store
         self._max_staleness = max_staleness
         self._asked = -math.inf  # when the newest look at the store began that `layer` rests on
         self._changes = 0
-        self._check = SharedCheck(self._load)
+        self._check = SharedCheck(self._load, runtime)
 
     @property
     def idle(self) -> bool:
@@ -62,12 +63,14 @@ class CachedState:
     @property
     def certain(self) -> CommittedLayer | None:
         """The same, if the store need not be asked."""
-        if self.layer is not None and (self._store.exclusive or time.monotonic() - self._asked < self._max_staleness):
+        if self.layer is not None and (
+            self._store.exclusive or self._runtime.now() - self._asked < self._max_staleness
+        ):
             return self.layer
         return None
 
     async def _load(self) -> CommittedLayer:
-        asked, changes, began = self.layer, self._changes, time.monotonic()
+        asked, changes, began = self.layer, self._changes, self._runtime.now()
         unless: Stamp | None = asked.stamp if asked else None
         try:
             found = await self._store.load(self.name, unless)

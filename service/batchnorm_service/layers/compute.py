@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import sys
@@ -20,6 +19,7 @@ from ..engine.devices import device
 from ..engine.staging import staged
 from ..engine.state import LayerState
 from ..engine.tensors import to_torch
+from ..runtime import Runtime
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -53,7 +53,8 @@ class ComputeExecutor:
             which the event loop must not.
     """
 
-    def __init__(self, default_device: str, inline_bytes: int) -> None:
+    def __init__(self, default_device: str, inline_bytes: int, runtime: Runtime) -> None:
+        self._runtime = runtime
         self._default_device = default_device
         self._inline_bytes = inline_bytes
         self._pool = ThreadPoolExecutor(os.cpu_count(), "batchnorm-compute", _let_others_go_first)
@@ -87,11 +88,10 @@ class ComputeExecutor:
         state = args[0] if args else None
         if isinstance(state, LayerState) and self.away(state):
             there = partial(staged, self.device(state.config.device), function, *args, **kwargs)
-            return await asyncio.get_running_loop().run_in_executor(self._device_pool, there)
+            return await self._runtime.in_thread(self._device_pool, there)
         if self.at_once(nbytes):
             return function(*args, **kwargs)
-        call = partial(function, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+        return await self._runtime.in_thread(self._pool, function, *args, **kwargs)
 
     async def run_codec(self, nbytes: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Decode or encode: little at once, and much in a thread, so that other calls go on.
@@ -101,7 +101,7 @@ class ComputeExecutor:
         """
         if self.at_once(nbytes):
             return function(*args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._codec_pool, partial(function, *args, **kwargs))
+        return await self._runtime.in_thread(self._codec_pool, function, *args, **kwargs)
 
     def close(self) -> None:
         """Let go of the threads."""

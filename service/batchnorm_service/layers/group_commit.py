@@ -9,6 +9,7 @@ from batchnorm_client.wire.errors import ProblemError
 
 from ..engine.accumulators.moving import fold, fold_all
 from ..engine.state import LayerState
+from ..runtime import Runtime
 from ..store.base import Receipt, Record
 from .records import CommittedLayer, record
 from .updates import Done, Fold, ReplacedError, replay, settle
@@ -62,7 +63,7 @@ class Plan:
         return waiting.token.receipt(self.layer.stamp.version, batch, waiting.source.payload)
 
 
-async def make_plan(layer: CommittedLayer, waiting: Sequence[Fold]) -> Plan:
+async def make_plan(runtime: Runtime, layer: CommittedLayer, waiting: Sequence[Fold]) -> Plan:
     """Fold what waits onto `layer`, in order; what is refused is left out."""
     there = [one for one in waiting if one.incarnation == layer.stamp.incarnation]
     for one in waiting:
@@ -71,29 +72,29 @@ async def make_plan(layer: CommittedLayer, waiting: Sequence[Fold]) -> Plan:
     bug: Exception | None = None
     if len({one.token.key for one in there}) == len(there):
         try:
-            return await _all(layer, there)
+            return await _all(runtime, layer, there)
         except ProblemError:
             pass
         except Exception as error:
             bug = error
     # One by one, because a fold that fails must not keep the others from being folded.
-    plan = await _each(layer, there)
+    plan = await _each(runtime, layer, there)
     if bug is not None and not plan.refused:
         raise bug  # none of them is to blame: it is in folding them together, and must not pass for a slow success
     return plan
 
 
-async def _all(layer: CommittedLayer, waiting: Sequence[Fold]) -> Plan:
+async def _all(runtime: Runtime, layer: CommittedLayer, waiting: Sequence[Fold]) -> Plan:
     """The plan where no key comes twice and nothing is refused. Raises for the first that is."""
     for one in waiting:
         await _under(layer, one)
     state = fold_all(layer.state, [one.source.moments for one in waiting])
     first = layer.state.num_batches_tracked
     step = 1 if layer.state.tracks else 0
-    return _plan(layer, state, [(one, first + step * n) for n, one in enumerate(waiting, 1)])
+    return _plan(runtime, layer, state, [(one, first + step * n) for n, one in enumerate(waiting, 1)])
 
 
-async def _each(layer: CommittedLayer, waiting: Sequence[Fold]) -> Plan:
+async def _each(runtime: Runtime, layer: CommittedLayer, waiting: Sequence[Fold]) -> Plan:
     """The same, one by one, with twins, and with what is refused left out."""
     state = layer.state
     folds: list[tuple[Fold, int]] = []
@@ -112,7 +113,7 @@ async def _each(layer: CommittedLayer, waiting: Sequence[Fold]) -> Plan:
             continue
         keys.add(one.token.key)
         folds.append((one, state.num_batches_tracked))
-    return _plan(layer, state, folds, twins, refused)
+    return _plan(runtime, layer, state, folds, twins, refused)
 
 
 async def _under(layer: CommittedLayer, one: Fold) -> None:
@@ -121,6 +122,7 @@ async def _under(layer: CommittedLayer, one: Fold) -> None:
 
 
 def _plan(
+    runtime: Runtime,
     layer: CommittedLayer,
     state: LayerState,
     folds: Iterable[tuple[Fold, int]],
@@ -128,5 +130,5 @@ def _plan(
     refused: Iterable[tuple[Fold, Exception]] = (),
 ) -> Plan:
     changed = state is not layer.state
-    after = layer.next(state) if changed else layer
+    after = layer.next(runtime, state) if changed else layer
     return Plan(after, record(after) if changed else None, tuple(folds), tuple(twins), tuple(refused))

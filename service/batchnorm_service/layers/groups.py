@@ -21,6 +21,7 @@ from batchnorm_client.wire.errors import (
     StoreUnavailable,
 )
 
+from ..runtime import Runtime
 from ..store.base import GroupStatus, Missing, Shard, Store, StoreError
 from .group_result import GroupResult
 from .idempotency import IdempotencyToken, group_token
@@ -104,7 +105,8 @@ class Operation(Protocol[T]):
 class Groups:
     """The groups of one layer."""
 
-    def __init__(self, name: str, store: Store, queue: Queue) -> None:
+    def __init__(self, name: str, store: Store, queue: Queue, runtime: Runtime) -> None:
+        self._runtime = runtime
         self._name = name
         self._store = store
         self._queue = queue
@@ -123,7 +125,7 @@ class Groups:
         """
         name = group_token(operation.name, call.id)
         shard = Shard(member.key, member.fingerprint, operation.pack(part))
-        deadline, pause, came, added = _now() + call.timeout, _FIRST_PAUSE, False, False
+        deadline, pause, came, added = self._runtime.now() + call.timeout, _FIRST_PAUSE, False, False
         try:
             with self._listening(name) as notifier:
                 while True:
@@ -139,11 +141,11 @@ class Groups:
                     came, added = True, added or status.added
                     if status.parts:
                         await self._close(name, status, operation)
-                    elif _now() >= deadline:
+                    elif self._runtime.now() >= deadline:
                         payload = GroupResult(status.size, dict(status.members), b"").pack()
                         await self._queue.note(name, operation.incarnation, payload)
                     else:
-                        await _first(event.wait(), min(pause, max(0.0, deadline - _now())))
+                        await self._first(event.wait(), min(pause, max(0.0, deadline - self._runtime.now())))
                         pause = min(2 * pause, _LONGEST_PAUSE)
                         continue
                     notifier.tell()
@@ -172,6 +174,12 @@ class Groups:
     async def _leave(self, name: IdempotencyToken, operation: Operation[T], member: bytes | None) -> None:
         with suppress(StoreError):  # shards that stay behind expire like receipts
             await self._store.leave(self._name, operation.incarnation, name.key, member)
+
+    async def _first(self, notified: Awaitable[object], seconds: float) -> None:
+        """Wait for a notification, but no longer than this."""
+        with suppress(TimeoutError):
+            async with self._runtime.timeout(seconds):
+                await notified
 
     @contextmanager
     def _listening(self, name: IdempotencyToken) -> Iterator[_Notifier]:
@@ -225,16 +233,3 @@ def _check_member(size: int, members: Mapping[bytes, bytes], call: GroupCall, me
             field="Idempotency-Key",
             expected="a key of its own for each member",
         )
-
-
-async def _first(notifier: Awaitable[object], seconds: float) -> None:
-    """Wait for a notification, but no longer than this."""
-    try:
-        async with asyncio.timeout(seconds):
-            await notifier
-    except TimeoutError:
-        pass
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

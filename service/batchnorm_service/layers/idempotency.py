@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import random
-import time
 from typing import NamedTuple
 
 import xxhash
 
 from batchnorm_client.wire.tensors import Tensor
 
+from ..runtime import Runtime
 from ..store.base import Receipt
 
 KEY_BYTES = 16
@@ -37,10 +36,11 @@ class IdempotencyToken(NamedTuple):
         return Receipt(self.key, self.fingerprint, version, batch, payload)
 
 
-def token(key: str | None, operation: str, *tensors: Tensor) -> IdempotencyToken:
+def token(runtime: Runtime, key: str | None, operation: str, *tensors: Tensor) -> IdempotencyToken:
     """The token of a call; the fingerprint covers operation, dtypes, shapes and bytes, whatever the form on the wire.
 
     Args:
+        runtime: for a key where the caller gave none.
         key: the caller's Idempotency-Key.
         operation: what the call does, with everything that makes it another call.
         tensors: the batch.
@@ -48,8 +48,8 @@ def token(key: str | None, operation: str, *tensors: Tensor) -> IdempotencyToken
     if key is None:
         # Never the same twice, but not hard to guess: os.urandom would be a system call. Ascending, as in a UUID of
         # version 7 (RFC 9562, 5.7), because a store keeps what ascends with less work.
-        milliseconds = (time.time_ns() // 1_000_000).to_bytes(6, "big")
-        return IdempotencyToken(milliseconds + random.randbytes(KEY_BYTES - 6), NO_FINGERPRINT, from_caller=False)  # noqa: S311
+        milliseconds = int(1000 * runtime.wall()).to_bytes(6, "big")
+        return IdempotencyToken(milliseconds + runtime.bytes(KEY_BYTES - 6), NO_FINGERPRINT, from_caller=False)
     digest = xxhash.xxh3_128(f"{operation}\0".encode())
     for tensor in tensors:
         digest.update(f"{tensor.dtype}\0{tensor.shape}\0".encode())

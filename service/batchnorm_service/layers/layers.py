@@ -13,6 +13,7 @@ from batchnorm_client.wire.documents import LayerConfig, LayerPage, LayerUpdate
 from batchnorm_client.wire.errors import LayerExists, ProblemError, StoreUnavailable, TooManyLayers
 
 from ..engine import state, state_dict
+from ..runtime import RUNTIME, Runtime
 from ..store.base import Exists, Full, Store, StoreError
 from . import records
 from .batches import Batches, Read
@@ -34,12 +35,13 @@ class Layers:
         batches: the calls that bring a batch.
     """
 
-    def __init__(self, store: Store, options: LayersOptions | None = None) -> None:
+    def __init__(self, store: Store, options: LayersOptions | None = None, runtime: Runtime = RUNTIME) -> None:
         self._store = store
+        self._runtime = runtime
         self._options = options or LayersOptions()
-        self._executor = ComputeExecutor(self._options.device, self._options.inline_bytes)
-        self._cache = LayerCache(store, self._options)
-        self.batches: Final = Batches(self._cache, self._executor)
+        self._executor = ComputeExecutor(self._options.device, self._options.inline_bytes, runtime)
+        self._cache = LayerCache(store, self._options, runtime)
+        self.batches: Final = Batches(self._cache, self._executor, runtime)
 
     async def open(self) -> None:
         """Check that the default device is there. Raises `DeviceUnavailable`."""
@@ -68,7 +70,7 @@ class Layers:
             DeviceUnavailable: the config names a device that is not there.
         """
         self._executor.device(config.device)
-        made = records.now()
+        made = records.now(self._runtime)
         data = records.encode(state.initial_state(config), config, made, made)
         with _store_errors():
             outcome = await self._store.create(name, data, self._options.max_layers)
@@ -118,7 +120,7 @@ class Layers:
                         continue  # it was read for a layer that is no more
                     raise
                 replaced = partial(state_dict.replace_tensors, tensors=tensors)
-                change = Change(token(None, ""), replaced, if_match, layer.stamp.incarnation)
+                change = Change(token(self._runtime, None, ""), replaced, if_match, layer.stamp.incarnation)
                 with suppress(ReplacedError):
                     return _snapshot(name, (await entry.queue.submit(change)).layer)
 
@@ -136,7 +138,7 @@ class Layers:
         operation: str = "",
     ) -> tuple[Snapshot, bool]:
         with self._cache.use(name) as entry:
-            done = await entry.queue.submit(Change(token(key, operation), apply, if_match))
+            done = await entry.queue.submit(Change(token(self._runtime, key, operation), apply, if_match))
         snapshot = _snapshot(name, done.layer)
         if done.replayed:
             snapshot = replace(snapshot, version=done.version, num_batches_tracked=done.batch)

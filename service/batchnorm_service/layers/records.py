@@ -15,6 +15,7 @@ from batchnorm_client.wire.tensors import decode_safetensors, decode_safetensors
 from ..engine.state import LayerState
 from ..engine.state_dict import BATCHES, SAMPLES, population_of, scalar, state_dict
 from ..engine.tensors import to_torch
+from ..runtime import Runtime
 from ..store.base import HEAD_BYTES, Entry, Record, Stamp
 
 FORMAT: Final = "batchnorm-layer/1"
@@ -39,14 +40,15 @@ class CommittedLayer:
     created_at: datetime
     updated_at: datetime
 
-    def next(self, state: LayerState) -> CommittedLayer:
+    def next(self, runtime: Runtime, state: LayerState) -> CommittedLayer:
         """The same layer with its next state."""
-        return CommittedLayer(self.stamp.next(), state, self.created_config, self.created_at, now())
+        stamp = self.stamp.next(runtime.bits(63))
+        return CommittedLayer(stamp, state, self.created_config, self.created_at, now(runtime))
 
 
-def now() -> datetime:
+def now(runtime: Runtime) -> datetime:
     """The time, with its zone."""
-    return datetime.now(UTC)
+    return datetime.fromtimestamp(runtime.wall(), UTC)
 
 
 def encode(state: LayerState, created_config: LayerConfig, created_at: datetime, updated_at: datetime) -> bytes:

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
+from ..runtime import Runtime
+
 T = TypeVar("T")
 
 
@@ -15,7 +17,8 @@ class SharedCheck(Generic[T]):
     Callers that arrive while a check is on its way share the next one, so at most one runs at a time.
     """
 
-    def __init__(self, check: Callable[[], Coroutine[Any, Any, T]]) -> None:
+    def __init__(self, check: Callable[[], Coroutine[Any, Any, T]], runtime: Runtime) -> None:
+        self._runtime = runtime
         self._check = check
         self._running: asyncio.Task[T] | None = None
         self._waiting: asyncio.Task[T] | None = None
@@ -24,9 +27,9 @@ class SharedCheck(Generic[T]):
         """The answer of a check that begins after this call. Raises what the check raises."""
         if self._waiting is None:
             if self._running is None or self._running.done():
-                self._running = asyncio.ensure_future(self._check())
+                self._running = self._runtime.create_task(self._check())
                 return await asyncio.shield(self._running)
-            self._waiting = asyncio.ensure_future(self._after(self._running))
+            self._waiting = self._runtime.create_task(self._after(self._running))
         return await asyncio.shield(self._waiting)
 
     @property

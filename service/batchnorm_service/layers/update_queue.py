@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from batchnorm_client.wire.errors import Overloaded, ProblemError, StoreUnavailable
 
+from ..runtime import Runtime
 from ..store.base import (
     Committed,
     Conflict,
@@ -42,11 +43,12 @@ class Queue:
     it was: its receipts come back as duplicates if the first try took effect, so that nothing is folded twice.
     """
 
-    def __init__(self, cached: CachedState, store: Store, length: int, timeout: float) -> None:
+    def __init__(self, cached: CachedState, store: Store, length: int, timeout: float, runtime: Runtime) -> None:
         self._cached = cached
         self._store = store
         self._length = length
         self._timeout = timeout
+        self._runtime = runtime
         self._backoff = ContentionBackoff()
         self._waiting: deque[Queued] = deque()
         self._task: asyncio.Task[None] | None = None
@@ -79,7 +81,7 @@ class Queue:
             )
         self._waiting.append(queued)
         if self._task is None:
-            self._task = asyncio.create_task(self._drain())
+            self._task = self._runtime.create_task(self._drain())
         return queued.done
 
     async def submit(self, queued: Queued) -> Done:
@@ -150,14 +152,14 @@ class Queue:
         deadline, losses = self._deadline(), 0
         while folds := [waiting for waiting in taken if isinstance(waiting, Fold) and not waiting.done.done()]:
             layer = await self._cached.known()
-            began = asyncio.get_running_loop().time()
-            plan = await make_plan(layer, folds)
+            began = self._runtime.now()
+            plan = await make_plan(self._runtime, layer, folds)
             for waiting, error in plan.refused:
                 await self._refuse(waiting, error)
             if not plan.folds:
                 return
             outcome = await self._commit(layer.stamp, plan.record, plan.receipts, deadline)
-            self._backoff.took(asyncio.get_running_loop().time() - began)
+            self._backoff.took(self._runtime.now() - began)
             match outcome:
                 case Committed(told):
                     self._cached.set(plan.layer)
@@ -184,7 +186,7 @@ class Queue:
             return passed
 
         for seconds in self._backoff.pauses(told, losses, others):
-            await asyncio.sleep(seconds)
+            await self._runtime.sleep(seconds)
             self._cached.set(None)
             passed = (await self._cached.known()).stamp.version - known.version
 
@@ -232,7 +234,7 @@ class Queue:
             if change.incarnation not in (None, layer.stamp.incarnation):
                 settle(change, ReplacedError())
                 return
-            new = layer.next(change.apply(layer.state))
+            new = layer.next(self._runtime, change.apply(layer.state))
             receipt = change.token.receipt(new.stamp.version, new.state.num_batches_tracked)
             match await self._commit(layer.stamp, record(new), [receipt], deadline):
                 case Committed():
@@ -342,15 +344,15 @@ class Queue:
             StoreUnavailable: the deadline has come, or there is nothing to wait for.
         """
         self._cached.set(None)
-        if isinstance(error, StoreLostError) or asyncio.get_running_loop().time() + pause > deadline:
+        if isinstance(error, StoreLostError) or self._runtime.now() + pause > deadline:
             raise StoreUnavailable(f"the store does not answer: {error}", retry_after=1) from error
-        await asyncio.sleep(pause)
+        await self._runtime.sleep(pause)
         return min(2 * pause, _LONGEST_PAUSE)
 
     def _lost_race(self, deadline: float, found: Record | None = None) -> None:
         """Take what another process has made of the layer, or forget it, to load it again; give up at the deadline."""
         self._cached.set(None if found is None else decode(found))
-        if asyncio.get_running_loop().time() > deadline:
+        if self._runtime.now() > deadline:
             raise Overloaded("too many processes change this layer at once; nothing was done", retry_after=1)
 
     def _gone(self) -> ProblemError:
@@ -358,7 +360,7 @@ class Queue:
         return layer_not_found(self._cached.name)
 
     def _deadline(self) -> float:
-        return asyncio.get_running_loop().time() + self._timeout
+        return self._runtime.now() + self._timeout
 
 
 def _settle_all(queued: Iterable[Queued], error: Exception) -> None:

@@ -10,7 +10,6 @@ expire, and they go when their layer is deleted.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
@@ -35,10 +34,9 @@ class Stamp(NamedTuple):
     version: int
     commit_id: int
 
-    def next(self) -> Stamp:
-        """The stamp of the commit that follows this one."""
-        # The system's random numbers: those of `random` would come again in a copy of a virtual machine.
-        return Stamp(self.incarnation, self.version + 1, secrets.randbits(63))
+    def next(self, commit_id: int) -> Stamp:
+        """The stamp of the commit that follows this one, with random bits of its own."""
+        return Stamp(self.incarnation, self.version + 1, commit_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +230,7 @@ class Store(Protocol):
     ) -> Committed | Conflict | Missing | Duplicates:
         """Replace the record whose stamp is `expected` and add the receipts, together or not at all, durably.
 
-        `record` None leaves the record as it is and adds the receipts only; otherwise its stamp is `expected.next()`,
+        `record` None leaves the record as it is and adds the receipts only; otherwise its stamp follows `expected`,
         or in a migration one with a larger version yet.
         Which answer comes when more than one fits: Missing before Duplicates before Conflict. `Duplicates` holds every
         one of the given keys that has an unexpired receipt.

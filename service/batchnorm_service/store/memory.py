@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
-import time
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
+from batchnorm_service.runtime import RUNTIME, Runtime
 from batchnorm_service.store.base import (
     HEAD_BYTES,
     LOST_SECONDS,
@@ -49,16 +48,14 @@ class MemoryStore:
     Args:
         receipt_seconds: how long a receipt counts.
         exclusive: whether the caller promises that it is the only one to use this object.
-        clock: seconds since the epoch.
+        runtime: its wall clock tells when receipts expire.
     """
 
-    def __init__(
-        self, receipt_seconds: float = 3600.0, exclusive: bool = True, clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, receipt_seconds: float = 3600.0, exclusive: bool = True, runtime: Runtime = RUNTIME) -> None:
         self.exclusive = exclusive
         self.url = "memory:"
         self._receipt_seconds = receipt_seconds
-        self._clock = clock
+        self._runtime = runtime
         self._users = 0
         self._records: dict[str, Record] = {}
         self._names: list[str] = []  # sorted: by code points, which is the order of their UTF-8 bytes
@@ -97,7 +94,7 @@ class MemoryStore:
             return Exists(present)
         if len(self._records) >= limit:
             return Full()
-        record = Record(Stamp(secrets.randbits(63), self._floor + 1, secrets.randbits(63)), data)
+        record = Record(Stamp(self._runtime.bits(63), self._floor + 1, self._runtime.bits(63)), data)
         self._records[name] = record
         insort(self._names, name)
         return record
@@ -110,7 +107,7 @@ class MemoryStore:
         present = self._records.get(name)
         if present is None:
             return Missing()
-        now = self._clock()
+        now = self._runtime.wall()
         incarnation = present.stamp.incarnation
         if duplicates := self._unexpired(incarnation, [receipt.key for receipt in receipts], now):
             return Duplicates(duplicates)
@@ -137,7 +134,7 @@ class MemoryStore:
         present = self._records.get(name)
         if present is None or present.stamp.incarnation != incarnation:
             return Missing()
-        return self._unexpired(incarnation, keys, self._clock())
+        return self._unexpired(incarnation, keys, self._runtime.wall())
 
     async def delete(self, name: str, expected: Stamp) -> Committed | Conflict | Missing:
         """See `Store.delete`."""
@@ -159,7 +156,7 @@ class MemoryStore:
         present = self._records.get(name)
         if present is None or present.stamp.incarnation != incarnation:
             return Missing()
-        now = self._clock()
+        now = self._runtime.wall()
         for key in [key for key, group_ in self._groups.items() if group_.expires <= now]:
             del self._groups[key]
         found = self._groups.setdefault((incarnation, group), _Group(size, now + self._receipt_seconds))
@@ -194,7 +191,7 @@ class MemoryStore:
     async def receipts(self) -> AsyncIterator[Sequence[ReceiptWithTTL]]:
         """See `Store.receipts`."""
         await self.ping()
-        now = self._clock()
+        now = self._runtime.wall()
         yield [
             ReceiptWithTTL(incarnation, receipt, expires - now)
             for (incarnation, _), (expires, receipt) in self._receipts.items()
@@ -207,7 +204,7 @@ class MemoryStore:
         present = self._records.get(name)
         if present is None or present.stamp.incarnation != incarnation:
             return Missing()
-        now = self._clock()
+        now = self._runtime.wall()
         for _, receipt, seconds in receipts:
             if not self._unexpired(incarnation, [receipt.key], now):
                 # Not in the order of expiry: those behind one that lasts longer leave memory when it does.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import time
 from pathlib import Path
 from typing import Final
 
+from batchnorm_service.runtime import RUNTIME
 from batchnorm_service.store.base import StoreError, StoreRefusedError
 from batchnorm_service.store.sqlite.identity import SqliteFiles
 from batchnorm_service.store.sqlite.table import SCHEMA
@@ -97,7 +97,7 @@ def _prepare(connection: sqlite3.Connection, path: Path, *, exclusive: bool, bus
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     connection.execute("COMMIT")
-    mode = _write_ahead(connection, time.monotonic() + busy_seconds)
+    mode = _write_ahead(connection, RUNTIME.now() + busy_seconds)
     if mode != "wal":
         raise StoreRefusedError(f"{path} has no write-ahead log on this file system (its journal mode is {mode})")
     for pragma in _PRAGMAS:
@@ -115,9 +115,9 @@ def _write_ahead(connection: sqlite3.Connection, deadline: float) -> object:
         try:
             return _value(connection, "PRAGMA journal_mode = WAL")
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= deadline:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or RUNTIME.now() >= deadline:
                 raise
-            time.sleep(0.01)
+            RUNTIME.pause_thread(0.01)
 
 
 def _version(connection: sqlite3.Connection, path: Path) -> int | None:

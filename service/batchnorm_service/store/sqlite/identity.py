@@ -10,11 +10,10 @@ from __future__ import annotations
 import logging
 import math
 import os
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from batchnorm_service.runtime import RUNTIME, Runtime
 from batchnorm_service.store.base import StoreError, StoreLostError, StoreRefusedError
 
 _log = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ class SqliteFiles:
         path: of the database, without symbolic links: SQLite's other files are beside it.
         given: how it was named: where symbolic links lead may change, too.
         shared: several processes use it, through a file of shared memory.
-        clock: seconds, of a clock that never goes back.
+        runtime: its clock tells how old a check is.
 
     Attributes:
         ids: of the files that were opened; empty before.
@@ -49,14 +48,14 @@ class SqliteFiles:
         lost: whether they were found to be gone or replaced. It stays so.
     """
 
-    def __init__(self, path: Path, given: Path, *, shared: bool, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, path: Path, given: Path, *, shared: bool, runtime: Runtime = RUNTIME) -> None:
         self.path: Final = path
         self.ids: FileIds = ()
         self.expected: FileIds | None = None
         self.lost = False
         self._given: Final = given
         self._names: Final = (path, Path(f"{path}-wal"), *([Path(f"{path}-shm")] if shared else []))
-        self._clock = clock
+        self._runtime = runtime
         self._checked = -math.inf
         self._due = False
 
@@ -72,7 +71,7 @@ class SqliteFiles:
         if not there or not set(there) <= _open_files(there):
             raise StoreRefusedError(f"{self.path} was replaced while it was opened")
         self._check_expected(there)
-        self.ids, self._checked = there, self._clock()
+        self.ids, self._checked = there, self._runtime.now()
 
     def request(self) -> None:
         """Let the next `verify` check, however new the last check is."""
@@ -85,7 +84,7 @@ class SqliteFiles:
             StoreLostError: the files are gone or replaced, or were at an earlier check.
             StoreError: they cannot be checked.
         """
-        now = self._clock()
+        now = self._runtime.now()
         if not self.lost and (self._due or now - self._checked >= _CHECK_SECONDS):
             self._due = False  # before the files are looked at: a request that comes meanwhile counts for the next time
             self.lost = self._there() != self.ids

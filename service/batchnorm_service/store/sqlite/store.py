@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import os
 import sqlite3
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
 
+from batchnorm_service.runtime import RUNTIME, Runtime
 from batchnorm_service.store.base import (
     Committed,
     Conflict,
@@ -52,9 +52,8 @@ class SqliteStore:
         receipt_seconds: how long a receipt counts, rounded up to a whole second.
         exclusive: lock the file until `close`, so that no other process can open it. False is for several processes
             on one file: only the stamps order their commits.
-        clock: seconds since the epoch.
         busy_seconds: how long a call waits for another process's transaction (`exclusive=False`).
-        monotonic: seconds, of a clock that never goes back.
+        runtime: clocks and chance.
 
     Attributes:
         path: the file, absolute and without symbolic links.
@@ -69,16 +68,16 @@ class SqliteStore:
         receipt_seconds: float = 3600.0,
         exclusive: bool = True,
         *,
-        clock: Callable[[], float] = time.time,
         busy_seconds: float = 5.0,
-        monotonic: Callable[[], float] = time.monotonic,
+        runtime: Runtime = RUNTIME,
     ) -> None:
         self.exclusive = self._locks = exclusive
         self.path = Path(os.path.realpath(path))
         self.url = f"sqlite:///{quote(self.path.as_posix(), safe='/:')}"
-        self.files = SqliteFiles(self.path, Path(path).absolute(), shared=not exclusive, clock=monotonic)
-        self._table = SqliteTable(receipt_seconds, clock)
+        self.files = SqliteFiles(self.path, Path(path).absolute(), shared=not exclusive, runtime=runtime)
+        self._table = SqliteTable(receipt_seconds, runtime)
         self._busy_seconds = 0.0 if exclusive else busy_seconds
+        self._runtime = runtime
         self._thread: SqliteThread | None = None
 
     @property
@@ -92,7 +91,7 @@ class SqliteStore:
             raise StoreError(f"{self.path} is open already")
         await self.close()  # one that is still closing holds the lock
         self.exclusive = self._locks
-        thread = SqliteThread(self._connect, self._table.commit, self._table.purge, self._verify)
+        thread = SqliteThread(self._connect, self._table.commit, self._table.purge, self._verify, self._runtime)
         opened = thread.start()
         self._thread = thread
         try:

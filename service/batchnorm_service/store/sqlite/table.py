@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import secrets
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
+from batchnorm_service.runtime import Runtime
 from batchnorm_service.store.base import (
     HEAD_BYTES,
     Committed,
@@ -94,12 +94,12 @@ class SqliteTable:
 
     Args:
         receipt_seconds: how long a receipt counts, rounded up to a whole second.
-        clock: seconds since the epoch; a wall clock, because receipts outlive the process.
+        runtime: its wall clock tells when receipts expire, because they outlive the process.
     """
 
-    def __init__(self, receipt_seconds: float, clock: Callable[[], float]) -> None:
+    def __init__(self, receipt_seconds: float, runtime: Runtime) -> None:
         self._receipt_seconds = receipt_seconds
-        self._clock = clock
+        self._runtime = runtime
 
     def load(self, connection: sqlite3.Connection, name: str, unless: Stamp | None) -> Record | Unchanged | Missing:
         """See `Store.load`."""
@@ -114,7 +114,7 @@ class SqliteTable:
         layers, floor = connection.execute("SELECT layers, floor FROM meta").fetchone()
         if layers >= limit:
             return Full()
-        record = Record(Stamp(secrets.randbits(63), floor + 1, secrets.randbits(63)), data)
+        record = Record(Stamp(self._runtime.bits(63), floor + 1, self._runtime.bits(63)), data)
         connection.execute(
             "INSERT INTO layers (name, incarnation, version, commit_id, data) VALUES (?, ?, ?, ?, ?)",
             (name, *record.stamp, data),
@@ -127,7 +127,7 @@ class SqliteTable:
     ) -> list[Committed | Conflict | Missing | Duplicates]:
         """See `Store.commit`: several, no two of one name, with a few statements for all of them together."""
         present = statements.stamps(connection, [commit.name for commit in commits])
-        now = self._clock()
+        now = self._runtime.wall()
         keys = [
             (present[commit.name].incarnation, receipt.key)
             for commit in commits
@@ -152,7 +152,7 @@ class SqliteTable:
         present = _stamp(connection, name)
         if present is None or present.incarnation != incarnation:
             return Missing()
-        found = statements.unexpired(connection, [(incarnation, key) for key in keys], self._clock())
+        found = statements.unexpired(connection, [(incarnation, key) for key in keys], self._runtime.wall())
         return tuple(found.values())
 
     def delete(self, connection: sqlite3.Connection, name: str, expected: Stamp) -> Committed | Conflict | Missing:
@@ -173,7 +173,7 @@ class SqliteTable:
         present = _stamp(connection, name)
         if present is None or present.incarnation != incarnation:
             return Missing()
-        now = self._clock()
+        now = self._runtime.wall()
         connection.execute("DELETE FROM shards WHERE expires <= ?", (now,))
         found = _gathering(connection, incarnation, group, now)
         opened, members = (size, {}) if found is None else (found.size, found.members)
@@ -194,7 +194,7 @@ class SqliteTable:
         present = _stamp(connection, name)
         if present is None or present.incarnation != incarnation:
             return Missing()
-        found = _gathering(connection, incarnation, group, self._clock())
+        found = _gathering(connection, incarnation, group, self._runtime.wall())
         return None if found is None or member not in found.members else found
 
     def leave(self, connection: sqlite3.Connection, incarnation: int, group: bytes, member: bytes | None) -> None:
@@ -222,7 +222,7 @@ class SqliteTable:
 
     def receipts(self, connection: sqlite3.Connection, after: int, limit: int) -> tuple[Sequence[ReceiptWithTTL], int]:
         """Up to `limit` unexpired receipts that follow a row, and the last of their rows."""
-        now = self._clock()
+        now = self._runtime.wall()
         rows = connection.execute(
             "SELECT id, incarnation, expires, key, fingerprint, version, batch, payload FROM receipts"
             " WHERE id > ? AND expires > ? ORDER BY id LIMIT ?",
@@ -237,7 +237,7 @@ class SqliteTable:
         present = _stamp(connection, name)
         if present is None or present.incarnation != incarnation:
             return Missing()
-        now = self._clock()
+        now = self._runtime.wall()
         there = statements.unexpired(connection, [(incarnation, each.receipt.key) for each in receipts], now)
         statements.insert_receipts(
             connection,
@@ -253,7 +253,7 @@ class SqliteTable:
         """Remove some expired receipts: more than `changes`, so that they go faster than new ones come."""
         connection.execute(
             "DELETE FROM receipts WHERE id IN (SELECT id FROM receipts WHERE expires <= ? ORDER BY expires LIMIT ?)",
-            (self._clock(), _PURGE_STEP + changes),
+            (self._runtime.wall(), _PURGE_STEP + changes),
         )
 
 

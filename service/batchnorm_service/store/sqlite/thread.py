@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, Final, Generic, TypeVar
 
+from batchnorm_service.runtime import Runtime
 from batchnorm_service.store.base import StoreError
 from batchnorm_service.store.sqlite.table import Commit
 
@@ -68,6 +68,7 @@ class SqliteThread:
         commit: does several commits, no two of one name.
         before_commit: called inside each transaction that wrote, with the number of rows that were changed.
         verify: called before each round, and before the answers to writes: raises `StoreError` where none may be given.
+        runtime: starts the thread.
 
     Attributes:
         transactions: how many write transactions were committed.
@@ -79,7 +80,9 @@ class SqliteThread:
         commit: Callable[[sqlite3.Connection, Sequence[Commit]], list[Any]],
         before_commit: Callable[[sqlite3.Connection, int], None],
         verify: Callable[[sqlite3.Connection], None],
+        runtime: Runtime,
     ) -> None:
+        self._runtime = runtime
         self.transactions = 0
         self._connect = connect
         self._commit = commit
@@ -103,7 +106,7 @@ class SqliteThread:
         self._opened.set_running_or_notify_cancel()
         self._closed.set_running_or_notify_cancel()
         # A daemon: a program that forgets to close must still be able to end, and nothing acknowledged is lost.
-        threading.Thread(target=self._run, name="batchnorm-sqlite", daemon=True).start()
+        self._runtime.thread(self._run, "batchnorm-sqlite")
         return self._opened
 
     def submit(self, job: Job[T]) -> asyncio.Future[T]:

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from valkey.exceptions import AskError, ClusterDownError, MovedError, NoScriptError, ResponseError, TryAgainError
 
+from batchnorm_service.runtime import Runtime
 from batchnorm_service.store.base import StoreError
 from batchnorm_service.store.valkey.address import Node
 from batchnorm_service.store.valkey.connection import in_words
@@ -26,9 +27,11 @@ class CommandRunner:
     Args:
         topology: where the buckets are.
         timeout: seconds that a call may be repeated because its bucket is on the move.
+        runtime: clock.
     """
 
-    def __init__(self, topology: ClusterTopology, timeout: float) -> None:
+    def __init__(self, topology: ClusterTopology, timeout: float, runtime: Runtime) -> None:
+        self._runtime = runtime
         self._topology = topology
         self._timeout = timeout
         self._running = 0
@@ -42,7 +45,7 @@ class CommandRunner:
         What comes back raises `StoreError`. A call is repeated here only when it is known to have had no effect, and
         only while somebody waits for it: what was given up never takes effect later, unless it was sent before.
         """
-        attempt = _Attempt(self._topology, Job(script, bucket, keys, args))
+        attempt = _Attempt(self._topology, Job(script, bucket, keys, args), self._runtime)
         return self._answer(attempt, attempt.send())
 
     async def finish(self) -> None:
@@ -60,7 +63,7 @@ class CommandRunner:
             self._ended.set()
 
     async def _sent(self, attempt: _Attempt, answer: asyncio.Future[Any]) -> Any:
-        deadline = asyncio.get_running_loop().time() + self._timeout
+        deadline = self._runtime.now() + self._timeout
         while True:
             try:
                 return await answer
@@ -76,7 +79,8 @@ class CommandRunner:
 class _Attempt:
     """A job on its way to the server that has its bucket."""
 
-    def __init__(self, topology: ClusterTopology, job: Job) -> None:
+    def __init__(self, topology: ClusterTopology, job: Job, runtime: Runtime) -> None:
+        self._runtime = runtime
         self._topology = topology
         self._job = job
         self._asked: Node | None = None
@@ -114,9 +118,9 @@ class _Attempt:
                 self._node, self._job = node, replace(self._job, asking=True)
             return self._redirections < _REDIRECTIONS
         # TRYAGAIN: some keys of the script have moved already and others not yet.
-        if isinstance(error, TryAgainError) and asyncio.get_running_loop().time() < deadline:
+        if isinstance(error, TryAgainError) and self._runtime.now() < deadline:
             self._redirections = 0
-            await asyncio.sleep(_PAUSE)
+            await self._runtime.sleep(_PAUSE)
             return True
         return False
 

@@ -14,6 +14,7 @@ from valkey.asyncio.connection import Connection, SSLConnection
 from valkey.exceptions import AuthenticationError, ResponseError, ValkeyError
 from valkey.exceptions import TimeoutError as ValkeyTimeoutError
 
+from batchnorm_service.runtime import Runtime
 from batchnorm_service.store.base import StoreRefusedError
 from batchnorm_service.store.valkey.address import Address, Node
 
@@ -84,7 +85,8 @@ class Connector:
         timeout: seconds that connecting may take.
     """
 
-    def __init__(self, address: Address, timeout: float) -> None:
+    def __init__(self, address: Address, timeout: float, runtime: Runtime) -> None:
+        self.runtime = runtime
         self.address = address
         self.timeout = timeout
 
@@ -96,7 +98,7 @@ class Connector:
         """
         connection = ServerConnection(self._connection(node), node)
         try:
-            async with asyncio.timeout(self.timeout):
+            async with self.runtime.timeout(self.timeout):
                 await connection.send([(b"INFO",)])
                 info = parse_info(await connection.reply())
         except FAULTS as error:

@@ -10,6 +10,7 @@ from collections.abc import Coroutine
 from heapq import heappop, heappush
 from typing import Any, Final
 
+from batchnorm_service.runtime import Runtime
 from batchnorm_service.store.base import StoreError
 from batchnorm_service.store.valkey.commands import CommandRunner
 from batchnorm_service.store.valkey.keys import BUCKETS, Keys
@@ -78,7 +79,8 @@ class LayerCounter:
     second old.
     """
 
-    def __init__(self, calls: CommandRunner, keys: Keys) -> None:
+    def __init__(self, calls: CommandRunner, keys: Keys, runtime: Runtime) -> None:
+        self._runtime = runtime
         self._calls = calls
         self._keys = keys
         self._layers = 0
@@ -103,16 +105,16 @@ class LayerCounter:
 
     async def refresh(self) -> None:
         """Count again if it was not just done. Whoever comes while others count waits for a count of its own time."""
-        asked = asyncio.get_running_loop().time()
+        asked = self._runtime.now()
         async with self._lock:
             if self._counted < asked:
-                began = asyncio.get_running_loop().time()
+                began = self._runtime.now()
                 counts = [self._calls.run(COUNT, bucket, [self._keys.names(bucket)]) for bucket in range(BUCKETS)]
                 self._layers = sum(await asyncio.gather(*counts))
                 self._counted = began
 
     async def refresh_if_old(self) -> None:
         """Count again if that was long ago; without an answer the old number has to do."""
-        if asyncio.get_running_loop().time() - self._counted > _RECOUNT_SECONDS:
+        if self._runtime.now() - self._counted > _RECOUNT_SECONDS:
             with contextlib.suppress(StoreError):
                 await self.refresh()

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from valkey.exceptions import ReadOnlyError, ResponseError
 
+from batchnorm_service.runtime import Runtime
 from batchnorm_service.store.base import StoreError, StoreRefusedError
 from batchnorm_service.store.valkey.connection import Command, ServerConnection, in_words
 from batchnorm_service.store.valkey.scripts import Script
@@ -105,7 +106,8 @@ class Pipeline:
         limits: see there.
     """
 
-    def __init__(self, connect: Callable[[], Awaitable[ServerConnection]], limits: Limits) -> None:
+    def __init__(self, connect: Callable[[], Awaitable[ServerConnection]], limits: Limits, runtime: Runtime) -> None:
+        self._runtime = runtime
         self._connect = connect
         self._limits = limits
         self._queue: deque[Waiting] = deque()
@@ -124,7 +126,7 @@ class Pipeline:
             self._writing[job.keys[0]] += 1
         self._queue.append(Waiting(job, answer))
         if self._task is None:
-            self._task = asyncio.create_task(self._drain())
+            self._task = self._runtime.create_task(self._drain())
         return answer
 
     def writing(self, key: bytes) -> bool:
@@ -175,7 +177,7 @@ class Pipeline:
             return
         waits = self._limits.replicas > 0 and any(waiting.job.script.writes for waiting in jobs)
         try:
-            async with asyncio.timeout(self._limits.timeout + (self._limits.wait_timeout if waits else 0)):
+            async with self._runtime.timeout(self._limits.timeout + (self._limits.wait_timeout if waits else 0)):
                 await connection.send(self._commands(jobs, waits=waits))
                 await self._collect(connection, jobs, waits=waits)
         except Exception as error:

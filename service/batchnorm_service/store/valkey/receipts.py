@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
@@ -28,8 +27,8 @@ async def scan(nodes: Sequence[Node], connector: Connector, keys: Keys) -> Async
             cursor = b"0"
             while True:
                 command = (b"SCAN", cursor, b"MATCH", keys.any_receipt(), b"COUNT", _KEYS_AT_ONCE)
-                ((cursor, found),) = await _ask(connection, [command], connector.timeout)
-                yield await _read(connection, keys, found, connector.timeout)
+                ((cursor, found),) = await _ask(connection, [command], connector)
+                yield await _read(connection, keys, found, connector)
                 if cursor == b"0":
                     break
         except FAULTS as error:
@@ -51,13 +50,13 @@ async def remember(
 
 
 async def _read(
-    connection: ServerConnection, keys: Keys, found: Sequence[bytes], seconds: float
+    connection: ServerConnection, keys: Keys, found: Sequence[bytes], connector: Connector
 ) -> Sequence[ReceiptWithTTL]:
     known = [(key, parts) for key in found if (parts := keys.receipt_of(key)) is not None]
     commands: list[Command] = []
     for key, _ in known:
         commands += [(b"GET", key), (b"PTTL", key)]
-    replies = await _ask(connection, commands, seconds)
+    replies = await _ask(connection, commands, connector)
     return [
         ReceiptWithTTL(incarnation, unpack_receipt(own, data), milliseconds / 1000)
         for (_, (incarnation, own)), data, milliseconds in zip(known, replies[::2], replies[1::2], strict=True)
@@ -65,8 +64,8 @@ async def _read(
     ]
 
 
-async def _ask(connection: ServerConnection, commands: Sequence[Command], seconds: float) -> list[Any]:
-    async with asyncio.timeout(seconds):
+async def _ask(connection: ServerConnection, commands: Sequence[Command], connector: Connector) -> list[Any]:
+    async with connector.runtime.timeout(connector.timeout):
         if commands:
             await connection.send(commands)
         return [await connection.reply() for _ in commands]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from batchnorm_service.runtime import RUNTIME, Runtime
 from batchnorm_service.store.base import (
     Committed,
     Conflict,
@@ -91,6 +91,7 @@ class ValkeyStore:
         wait_replicas: how many replicas must have a change before it is acknowledged. Only all the replicas that a
             primary has are enough for a failover to lose nothing.
         wait_timeout: seconds that a call waits for them.
+        runtime: clock, chance, tasks.
 
     Raises:
         StoreRefusedError: the URL or a number means nothing, with the reason in words.
@@ -107,6 +108,7 @@ class ValkeyStore:
         timeout: float = 5.0,
         wait_replicas: int = 0,
         wait_timeout: float = 1.0,
+        runtime: Runtime = RUNTIME,
     ) -> None:
         if connections < 1 or wait_replicas < 0 or not (timeout > 0 and wait_timeout > 0 and receipt_seconds > 0):
             raise StoreRefusedError(
@@ -114,7 +116,8 @@ class ValkeyStore:
             )
         address = parse_address(url)
         self.url = address.url
-        self._connector = Connector(address, timeout)
+        self._connector = Connector(address, timeout, runtime)
+        self._runtime = runtime
         self._keys = Keys(address.prefix)
         self._receipt_milliseconds = math.ceil(1000 * receipt_seconds)
         self._connections = connections
@@ -127,8 +130,8 @@ class ValkeyStore:
         if self._opened is not None:
             raise StoreError(f"{self.url} is open already")
         topology = ClusterTopology(self._connector, self._pipeline, self._connections, split=self._limits.replicas > 0)
-        calls = CommandRunner(topology, self._limits.timeout)
-        counter = LayerCounter(calls, self._keys)
+        calls = CommandRunner(topology, self._limits.timeout, self._runtime)
+        counter = LayerCounter(calls, self._keys, self._runtime)
         self._opened = _Opened(topology, calls, counter)
         try:
             await topology.open()
@@ -178,7 +181,7 @@ class ValkeyStore:
     async def create(self, name: str, data: bytes, limit: int) -> Record | Exists | Full:
         """See `Store.create`. Processes that create at the same time may pass the limit by what they do in a second."""
         opened = self._use()
-        incarnation, commit_id = secrets.randbits(63), secrets.randbits(63)
+        incarnation, commit_id = self._runtime.bits(63), self._runtime.bits(63)
         create = partial(self._create, opened, name, (pack_number(incarnation), pack_number(commit_id), data))
         reply = await create(limit)
         if reply[0] == Answer.FULL:  # unless others have deleted some since they were counted
@@ -233,7 +236,7 @@ class ValkeyStore:
         """See `Store.join`."""
         keys = [self._keys.record(name), *self._keys.group(name, incarnation, group)]
         args: Sequence[bytes | int] = (pack_number(incarnation), shard.member, size, shard.fingerprint, shard.part)
-        call = secrets.token_bytes(8)
+        call = self._runtime.bytes(8)
         reply = await self._use().calls.run(JOIN, bucket_of(name), keys, (*args, self._receipt_milliseconds, call))
         if reply[0] == Answer.MISSING:
             return Missing()
@@ -287,7 +290,7 @@ class ValkeyStore:
         return (self._keys.record(name), self._keys.names(bucket), self._keys.floor(bucket))
 
     def _pipeline(self, node: Node) -> Pipeline:
-        return Pipeline(partial(self._connector.connect, node), self._limits)
+        return Pipeline(partial(self._connector.connect, node), self._limits, self._runtime)
 
     def _use(self) -> _Opened:
         if self._opened is None:

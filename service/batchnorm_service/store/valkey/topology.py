@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
@@ -111,7 +110,7 @@ class ClusterTopology:
     def suspect(self) -> None:
         """Something is not where it was: ask the cluster, without waiting for what it says."""
         if self._cluster and (self._refreshing is None or self._refreshing.done()):
-            self._refreshing = asyncio.create_task(self._refresh())
+            self._refreshing = self._connector.runtime.create_task(self._refresh())
 
     async def refresh(self) -> None:
         """Ask the cluster, and wait for what it says. No answer is no error: all stays as it is known."""
@@ -126,18 +125,18 @@ class ClusterTopology:
         return self._pipelines[key]
 
     async def _refresh(self) -> None:
-        now = asyncio.get_running_loop().time
-        await asyncio.sleep(self._refreshed + _REST_SECONDS - now())
-        for node in random.sample(self._known, len(self._known)):
+        runtime = self._connector.runtime
+        await runtime.sleep(self._refreshed + _REST_SECONDS - runtime.now())
+        for node in sorted(self._known, key=lambda _: runtime.bits(32)):
             with contextlib.suppress(StoreRefusedError, *FAULTS):
-                async with asyncio.timeout(_ASK_SECONDS):
+                async with runtime.timeout(_ASK_SECONDS):
                     connection = await self._connector.connect(node)
                     try:
                         await self._learn(connection)
                         break
                     finally:
                         await connection.drop()
-        self._refreshed = now()
+        self._refreshed = runtime.now()
         self._retire()
 
     async def _first_answer(self) -> ServerConnection:
@@ -151,7 +150,7 @@ class ClusterTopology:
 
     async def _learn(self, connection: ServerConnection) -> None:
         await connection.send([(b"CLUSTER", b"SLOTS")])
-        async with asyncio.timeout(self._connector.timeout):
+        async with self._connector.runtime.timeout(self._connector.timeout):
             ranges = await connection.reply()
         owners: list[Node | None] = [None] * BUCKETS
         known: dict[Node, None] = {}
@@ -170,7 +169,7 @@ class ClusterTopology:
     def _retire(self) -> None:
         """Close the connections to servers that have left."""
         for key in [key for key in self._pipelines if key[0] not in self._known]:
-            task = asyncio.create_task(self._pipelines.pop(key).close())
+            task = self._connector.runtime.create_task(self._pipelines.pop(key).close())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
