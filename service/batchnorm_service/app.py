@@ -75,15 +75,7 @@ def create_app(settings: Settings | None = None, store: Store | None = None) -> 
 
 def make_store(settings: Settings) -> Store:
     """The store that the settings name, not open yet. Raises `StoreRefusedError` when they name none."""
-    return store_from_url(
-        settings.store,
-        receipt_seconds=settings.receipt_seconds,
-        exclusive=settings.workers == 1,
-        connections=settings.store_connections,
-        timeout=settings.store_call_timeout_seconds,
-        wait_replicas=settings.store_wait_replicas,
-        wait_timeout=settings.store_wait_timeout_seconds,
-    )
+    return store_from_url(settings.store, settings.store_options())
 
 
 def _text(secret: SecretStr | None) -> str | None:

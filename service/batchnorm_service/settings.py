@@ -13,6 +13,8 @@ import platformdirs
 from pydantic import Field, SecretStr, StringConstraints, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from batchnorm_service.store.base import StoreOptions
+
 PREFIX = "BATCHNORM_"
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -116,6 +118,17 @@ class Settings(BaseSettings):
 
     shutdown_seconds: int = Field(30, ge=0)
     """How long a stop waits for requests in flight."""
+
+    def store_options(self) -> StoreOptions:
+        """What a store is told when it is made."""
+        return StoreOptions(
+            self.receipt_seconds,
+            exclusive=self.workers == 1,
+            connections=self.store_connections,
+            timeout=self.store_call_timeout_seconds,
+            wait_replicas=self.store_wait_replicas,
+            wait_timeout=self.store_wait_timeout_seconds,
+        )
 
     @model_validator(mode="after")
     def _receipts_outlive_retries(self) -> Self:

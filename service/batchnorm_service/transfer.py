@@ -7,7 +7,7 @@ import secrets
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from batchnorm_service.settings import Settings
@@ -67,14 +67,8 @@ class Report:
 def store_to_move(url: str, settings: Settings, *, target: bool) -> Store:
     """The store of one end. Raises `StoreRefusedError`: it cannot be one, with the reason in words."""
     replicated = target and url.partition(":")[0].lower() in SCHEMES
-    store = store_from_url(
-        url,
-        receipt_seconds=settings.receipt_seconds,
-        connections=settings.store_connections,
-        timeout=settings.store_call_timeout_seconds,
-        wait_replicas=settings.store_wait_replicas if replicated else 0,
-        wait_timeout=settings.store_wait_timeout_seconds,
-    )
+    options = replace(settings.store_options(), exclusive=True)
+    store = store_from_url(url, options if replicated else replace(options, wait_replicas=0))
     if isinstance(store, MemoryStore):
         raise StoreRefusedError("memory: lives in the process that uses it: nothing can be moved from it or to it")
     if isinstance(store, SqliteStore) and not target and not store.path.exists():

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from batchnorm_service.store.base import StoreRefusedError
+from batchnorm_service.store.base import StoreOptions, StoreRefusedError
 from batchnorm_service.store.memory import MemoryStore
 from batchnorm_service.store.registry import store_from_url
 from batchnorm_service.store.sqlite.store import SqliteStore
 
 
 def test_memory() -> None:
-    store = store_from_url("memory:", receipt_seconds=60)
+    store = store_from_url("memory:", StoreOptions(60))
     assert isinstance(store, MemoryStore)
     assert store.url == "memory:"
     assert store.exclusive
@@ -34,12 +34,12 @@ def test_three_slashes_are_relative_and_four_absolute(
     url: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    store = store_from_url(url, receipt_seconds=60)
+    store = store_from_url(url, StoreOptions(60))
     assert isinstance(store, SqliteStore)
     assert store.exclusive
     assert store.path == (tmp_path / path).resolve()
     assert store.url.startswith("sqlite:////"), "shows which file is meant, wherever it is read"
-    again = store_from_url(store.url, receipt_seconds=60)
+    again = store_from_url(store.url, StoreOptions(60))
     assert again.url == store.url
 
 
@@ -81,6 +81,6 @@ def test_three_slashes_are_relative_and_four_absolute(
 )
 def test_what_it_cannot_mean_is_refused_in_words(url: str, words: str) -> None:
     with pytest.raises(StoreRefusedError) as refused:
-        store_from_url(url, receipt_seconds=60)
+        store_from_url(url, StoreOptions(60))
     assert words in str(refused.value)
     assert "secret" not in str(refused.value)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from batchnorm_service.store.base import StoreRefusedError
+from batchnorm_service.store.base import StoreOptions, StoreRefusedError
 from batchnorm_service.store.registry import store_from_url
 from batchnorm_service.store.valkey.address import Node, parse_address
 from batchnorm_service.store.valkey.store import ValkeyStore
@@ -27,7 +27,7 @@ def test_a_url_says_where_the_servers_are(url: str, shown: str, tls: bool, clust
     address = parse_address(url)
     assert (address.url, address.tls, address.cluster) == (shown, tls, cluster)
     assert parse_address(address.url) == address
-    store = store_from_url(url, receipt_seconds=60)
+    store = store_from_url(url, StoreOptions(60))
     assert isinstance(store, ValkeyStore)
     assert store.url == shown
     assert not store.exclusive
@@ -75,7 +75,7 @@ def test_user_and_password_are_decoded_and_never_shown() -> None:
 )
 def test_what_it_cannot_mean_is_refused_in_words_without_the_password(url: str, words: str) -> None:
     with pytest.raises(StoreRefusedError) as refused:
-        store_from_url(url, receipt_seconds=60)
+        store_from_url(url, StoreOptions(60))
     assert words in str(refused.value)
     assert "secret" not in str(refused.value)
     assert refused.value.__cause__ is None
@@ -83,8 +83,8 @@ def test_what_it_cannot_mean_is_refused_in_words_without_the_password(url: str, 
 
 def test_only_servers_with_replicas_can_wait_for_them() -> None:
     with pytest.raises(StoreRefusedError, match="only Valkey and Redis have replicas"):
-        store_from_url("memory:", receipt_seconds=60, wait_replicas=1)
-    store_from_url("valkey://host", receipt_seconds=60, wait_replicas=1)
+        store_from_url("memory:", StoreOptions(60, wait_replicas=1))
+    store_from_url("valkey://host", StoreOptions(60, wait_replicas=1))
     with pytest.raises(StoreRefusedError, match="above zero"):
         ValkeyStore("valkey://host", connections=0)
     with pytest.raises(StoreRefusedError, match="no negative number"):

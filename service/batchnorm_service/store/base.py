@@ -184,6 +184,33 @@ class StoreRefusedError(Exception):
     """A store cannot be opened, with the reason in words: a newer file, a file in use, a URL that means nothing."""
 
 
+@dataclass(frozen=True, slots=True)
+class StoreOptions:
+    """What the makers of stores are told; each takes what it has a use for.
+
+    Attributes:
+        receipt_seconds: how long a receipt counts.
+        exclusive: no other process will open the store; a SQLite file is locked then, and a Valkey server never is.
+        connections: to each Valkey server.
+        timeout: seconds for a round trip to a Valkey server.
+        wait_replicas: how many replicas must have a change before it is acknowledged.
+        wait_timeout: seconds that a call waits for them.
+    """
+
+    receipt_seconds: float
+    exclusive: bool = True
+    connections: int = 2
+    timeout: float = 5.0
+    wait_replicas: int = 0
+    wait_timeout: float = 1.0
+
+    def without_replicas(self) -> StoreOptions:
+        """The same, for a store that has no replicas. Raises `StoreRefusedError` when they are to be waited for."""
+        if self.wait_replicas:
+            raise StoreRefusedError("only Valkey and Redis have replicas to wait for")
+        return self
+
+
 class Store(Protocol):
     """A table of records with compare-and-set.
 

@@ -26,6 +26,8 @@ from batchnorm_service.store.base import (
     Shard,
     Stamp,
     StoreError,
+    StoreOptions,
+    StoreRefusedError,
     Unchanged,
 )
 
@@ -221,3 +223,13 @@ class MemoryStore:
             if not self._receipts or next(iter(self._receipts.values()))[0] > now:
                 return
             self._receipts.popitem(last=False)
+
+
+def from_url(url: str, options: StoreOptions) -> MemoryStore:
+    """The store of `memory:`. Raises `StoreRefusedError`."""
+    options.without_replicas()
+    if not options.exclusive:
+        raise StoreRefusedError("memory: lives in one process; several workers need sqlite: or valkey:")
+    if url.partition(":")[2]:
+        raise StoreRefusedError("a memory store has no name or options: its URL is memory:")
+    return MemoryStore(options.receipt_seconds)

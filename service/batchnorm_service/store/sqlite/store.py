@@ -28,12 +28,14 @@ from batchnorm_service.store.base import (
     Stamp,
     StoreError,
     StoreLostError,
+    StoreOptions,
     Unchanged,
 )
 from batchnorm_service.store.sqlite.file import open_file
 from batchnorm_service.store.sqlite.identity import SqliteFiles
 from batchnorm_service.store.sqlite.table import Commit, SqliteTable
 from batchnorm_service.store.sqlite.thread import Job, SqliteThread
+from batchnorm_service.store.sqlite.url import path_of
 
 T = TypeVar("T")
 
@@ -182,3 +184,9 @@ class SqliteStore:
         if self._thread is None:
             raise StoreError("the SQLite store is not open")
         return await self._thread.submit(Job(name, writes, work))
+
+
+def from_url(url: str, options: StoreOptions) -> SqliteStore:
+    """The store of `sqlite:///...`. Raises `StoreRefusedError`."""
+    options.without_replicas()
+    return SqliteStore(path_of(url), options.receipt_seconds, options.exclusive)

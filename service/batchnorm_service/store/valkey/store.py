@@ -25,6 +25,7 @@ from batchnorm_service.store.base import (
     Shard,
     Stamp,
     StoreError,
+    StoreOptions,
     StoreRefusedError,
     Unchanged,
 )
@@ -296,6 +297,18 @@ class ValkeyStore:
         if self._opened is None:
             raise StoreError("the Valkey store is not open")
         return self._opened
+
+
+def from_url(url: str, options: StoreOptions) -> ValkeyStore:
+    """The store of `valkey://...` and its like. Raises `StoreRefusedError`."""
+    return ValkeyStore(
+        url,
+        options.receipt_seconds,
+        connections=options.connections,
+        timeout=options.timeout,
+        wait_replicas=options.wait_replicas,
+        wait_timeout=options.wait_timeout,
+    )
 
 
 def _outcome(reply: Sequence[Any], keys: Sequence[bytes]) -> Committed | Conflict | Missing | Duplicates:
