@@ -13,11 +13,19 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.numpy import save as save_safetensors
 
-from batchnorm_client.wire.errors import InvalidRequest, MalformedBody, ProblemError, UnsupportedMediaType
+from batchnorm_client.wire.errors import (
+    InvalidRequest,
+    MalformedBody,
+    NotAcceptable,
+    ProblemError,
+    UnsupportedMediaType,
+)
 from batchnorm_client.wire.media_types import JSON, NPY, SAFETENSORS, TENSOR_MEDIA_TYPES
 from batchnorm_client.wire.tensors import (
+    CODECS,
     Tensor,
     bytes_read,
+    codec,
     decode,
     decode_safetensors_header,
     encode,
@@ -95,6 +103,37 @@ def test_media_type_that_is_not_known() -> None:
         with pytest.raises(UnsupportedMediaType) as caught:
             call()
         assert caught.value.fields == {"expected": list(TENSOR_MEDIA_TYPES), "got": "text/plain"}
+
+
+def test_every_form_has_a_row() -> None:
+    assert tuple(CODECS) == TENSOR_MEDIA_TYPES
+    assert {form for form, row in CODECS.items() if row.several} == {JSON, SAFETENSORS}
+    assert {form for form, row in CODECS.items() if row.text} == {JSON}
+
+
+@pytest.mark.parametrize("form", CODECS)
+@pytest.mark.parametrize("dtype", sorted(CODECS[SAFETENSORS].dtypes))
+def test_a_row_says_what_its_form_can_carry(form: str, dtype: str) -> None:
+    tensors = {"output": Tensor(dtype, (1,), bytes(itemsize(dtype)))}
+    if dtype in codec(form).dtypes:
+        assert encode(form, tensors)
+    else:
+        with pytest.raises(NotAcceptable) as caught:
+            encode(form, tensors)
+        assert all(dtype in codec(other).dtypes for other in caught.value.fields["expected"])
+
+
+@pytest.mark.parametrize("form", CODECS)
+def test_several_tensors_where_a_form_carries_one(form: str) -> None:
+    several = {"a": Tensor.of(ARRAY), "b": Tensor.of(ARRAY)}
+    if codec(form).several:
+        return
+    with pytest.raises(NotAcceptable) as caught:
+        encode(form, several)
+    assert caught.value.fields == {"expected": [JSON, SAFETENSORS], "got": form}
+    with pytest.raises(UnsupportedMediaType) as refused:
+        decode(form, BODIES[form], {"a": "float32", "b": "float32"})
+    assert refused.value.fields == {"expected": [JSON, SAFETENSORS], "got": form}
 
 
 def test_require() -> None:

@@ -2,19 +2,22 @@
 
     body --decode(media_type, body, dtypes)--> {name: Tensor} --encode(media_type, tensors, fields)--> pieces
 
-One table, in `codec`, holds each media type with its two directions. Whatever the bytes, `decode` either returns
-tensors whose buffers are as long as their shapes say, or raises a `ProblemError`; it allocates nothing on the word
-of a header.
+One table, `CODECS`, has a row for each media type: its two directions, and what it can carry. Whatever the bytes,
+`decode` either returns tensors whose buffers are as long as their shapes say, or raises a `ProblemError`; it allocates
+nothing on the word of a header.
 """
 
-from batchnorm_client.wire.tensors.codecs import bytes_read, decode, encode, require
+from batchnorm_client.wire.tensors.codecs import CODECS, Codec, bytes_read, codec, decode, encode, require
 from batchnorm_client.wire.tensors.json import json_list, json_pieces, json_tensors, load_json, split_vectors
 from batchnorm_client.wire.tensors.safetensors import decode_safetensors, decode_safetensors_header, encode_safetensors
 from batchnorm_client.wire.tensors.tensor import Tensor, itemsize
 
 __all__ = [
+    "CODECS",
+    "Codec",
     "Tensor",
     "bytes_read",
+    "codec",
     "decode",
     "decode_safetensors",
     "decode_safetensors_header",

@@ -1,29 +1,70 @@
-"""The codec table: each media type that carries tensors, with its two directions."""
+"""The codec table: for each media type that carries tensors, what it can carry, and its two directions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-from batchnorm_client.wire.errors import InvalidRequest, UnsupportedMediaType
+from batchnorm_client.wire.errors import InvalidRequest, NotAcceptable, UnsupportedMediaType
 from batchnorm_client.wire.media_types import JSON, NPY, SAFETENSORS
-from batchnorm_client.wire.tensors.json import decode_json, encode_json
-from batchnorm_client.wire.tensors.npy import decode_npy, encode_npy
-from batchnorm_client.wire.tensors.safetensors import decode_named, encode_named
-from batchnorm_client.wire.tensors.tensor import Buffer, Tensor
+from batchnorm_client.wire.tensors.json import JSON_DTYPES, decode_json, encode_json
+from batchnorm_client.wire.tensors.npy import decode_npy, encode_npy, npy_data_start
+from batchnorm_client.wire.tensors.safetensors import (
+    SAFETENSORS_DTYPES,
+    decode_named,
+    encode_named,
+    safetensors_data_start,
+)
+from batchnorm_client.wire.tensors.tensor import NUMPY_DTYPES, Buffer, Tensor
 
 
-class _Codec(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Codec:
+    """A row of the codec table: one form of tensors.
+
+    Attributes:
+        decode: a body and the known tensors' dtypes -> the tensors; see the function `decode`.
+        encode: tensors and fields -> the body's pieces; see the function `encode`.
+        several: whether a body can carry several tensors, by name.
+        dtypes: those that can be written, under torch's names.
+        text: numbers are text: parsed and written one by one, read in a dtype that the reader chooses, with a place
+            for `fields`. Otherwise the body has the buffers as they are, and says their dtypes itself.
+        data_start: a binary body -> where its tensors' bytes begin. None for text.
+    """
+
     decode: Callable[[Buffer, Mapping[str, str]], dict[str, Tensor]]
     encode: Callable[[Mapping[str, Tensor], Mapping[str, Any]], list[Buffer]]
+    several: bool
+    dtypes: frozenset[str]
+    text: bool
+    data_start: Callable[[Buffer], int] | None = None
 
 
-_CODECS: Final = {
-    JSON: _Codec(decode_json, encode_json),
-    NPY: _Codec(decode_npy, encode_npy),
-    SAFETENSORS: _Codec(decode_named, encode_named),
-}
+CODECS: Final[Mapping[str, Codec]] = MappingProxyType(
+    {
+        JSON: Codec(decode_json, encode_json, several=True, dtypes=JSON_DTYPES, text=True),
+        NPY: Codec(
+            decode_npy,
+            encode_npy,
+            several=False,
+            dtypes=frozenset(NUMPY_DTYPES),
+            text=False,
+            data_start=npy_data_start,
+        ),
+        SAFETENSORS: Codec(
+            decode_named,
+            encode_named,
+            several=True,
+            dtypes=SAFETENSORS_DTYPES,
+            text=False,
+            data_start=safetensors_data_start,
+        ),
+    }
+)
+"""Each form of tensors, by its media type. A new form is a module and a row here."""
+
 _NO_FIELDS: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
@@ -46,18 +87,21 @@ def decode(media_type: str, body: Buffer, dtypes: Mapping[str, str]) -> dict[str
         ShapeMismatch: ragged lists, or more than 64 dimensions.
         DtypeMismatch: a dtype that no layer takes and that cannot be viewed, such as big-endian.
     """
-    return _codec(media_type).decode(body, dtypes)
+    row = codec(media_type)
+    if not row.several and len(dtypes) != 1:
+        raise UnsupportedMediaType(
+            f"{media_type} carries one tensor; {', '.join(dtypes)} need another form",
+            expected=[form for form, other in CODECS.items() if other.several],
+            got=media_type,
+        )
+    return row.decode(body, dtypes)
 
 
 def bytes_read(media_type: str, body: Buffer) -> int:
     """How many bytes of a body `decode` has to look at or to copy; 0 where its tensors are views."""
-    if media_type == NPY:
-        start = 10 + int.from_bytes(body[8:10], "little")
-    elif media_type == SAFETENSORS:
-        start = 8 + int.from_bytes(body[:8], "little")
-    else:
-        return len(body)
-    return len(body) if start % 8 else 0  # tensors that lie askew are copied
+    data_start = codec(media_type).data_start
+    aligned = data_start is not None and data_start(body) % 8 == 0
+    return 0 if aligned else len(body)  # tensors that are not aligned are copied
 
 
 def encode(media_type: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any] = _NO_FIELDS) -> list[Buffer]:
@@ -72,7 +116,22 @@ def encode(media_type: str, tensors: Mapping[str, Tensor], fields: Mapping[str, 
         UnsupportedMediaType: not a form of tensors.
         NotAcceptable: .npy, and several tensors or one that is bfloat16.
     """
-    return _codec(media_type).encode(tensors, fields)
+    row = codec(media_type)
+    if not row.several and len(tensors) != 1:
+        raise NotAcceptable(
+            f"{media_type} carries one tensor, not {', '.join(tensors)}",
+            expected=[form for form, other in CODECS.items() if other.several],
+            got=media_type,
+        )
+    for name, tensor in tensors.items():
+        if tensor.dtype not in row.dtypes:
+            raise NotAcceptable(
+                f"{media_type} has no {tensor.dtype}, which {name} is",
+                field=name,
+                expected=[form for form, other in CODECS.items() if tensor.dtype in other.dtypes],
+                got=media_type,
+            )
+    return row.encode(tensors, fields)
 
 
 def require(tensors: Mapping[str, Tensor], *names: str) -> tuple[Tensor, ...]:
@@ -87,9 +146,14 @@ def require(tensors: Mapping[str, Tensor], *names: str) -> tuple[Tensor, ...]:
     return tuple(tensors[name] for name in names)
 
 
-def _codec(media_type: str) -> _Codec:
-    if codec := _CODECS.get(media_type):
-        return codec
+def codec(media_type: str) -> Codec:
+    """The row of a media type, which is given without parameters such as charset.
+
+    Raises:
+        UnsupportedMediaType: no form of tensors.
+    """
+    if row := CODECS.get(media_type):
+        return row
     raise UnsupportedMediaType(
-        f"tensors do not travel as {media_type[:100]}", expected=list(_CODECS), got=media_type[:100]
+        f"tensors do not travel as {media_type[:100]}", expected=list(CODECS), got=media_type[:100]
     )

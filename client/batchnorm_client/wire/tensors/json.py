@@ -22,13 +22,16 @@ import orjson
 
 from batchnorm_client.wire.errors import InvalidRequest, MalformedBody, RequestError, ShapeMismatch
 from batchnorm_client.wire.tensors.brackets import empty_lists, rewrapped
-from batchnorm_client.wire.tensors.tensor import MAX_RANK, Array, Buffer, Tensor, byte_view, check_known
+from batchnorm_client.wire.tensors.tensor import MAX_RANK, NUMPY_DTYPES, Array, Buffer, Tensor, byte_view, check_known
 
 simdjson: ModuleType | None
 try:
     import simdjson
 except ImportError:  # the light client does without
     simdjson = None
+
+JSON_DTYPES: Final = frozenset({"bfloat16", *NUMPY_DTYPES} - {"complex64"})
+"""The dtypes that are written; float16 and bfloat16 are widened to float32, which loses nothing."""
 
 _NON_FINITE: Final = {"NaN": np.nan, "Infinity": np.inf, "-Infinity": -np.inf}
 _OPTIONS: Final = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_UTC_Z

@@ -12,8 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from batchnorm_client.wire.errors import DtypeMismatch, MalformedBody, NotAcceptable, UnsupportedMediaType
-from batchnorm_client.wire.media_types import JSON, NPY, SAFETENSORS
+from batchnorm_client.wire.errors import DtypeMismatch, MalformedBody
 from batchnorm_client.wire.tensors.tensor import NUMPY_DTYPES, Buffer, Tensor, byte_view, checked_shape, view_tensor
 
 _MAGIC: Final = b"\x93NUMPY"
@@ -31,14 +30,9 @@ def decode_npy(body: Buffer, dtypes: Mapping[str, str]) -> dict[str, Tensor]:
     """The one tensor of a .npy file, as a view of the body, under the only name in `dtypes`.
 
     Raises:
-        UnsupportedMediaType: several tensors are known here, which .npy cannot carry.
         MalformedBody: not a .npy file, or one that declares another length than it has; pickled objects; Fortran order.
         DtypeMismatch: big-endian, or a dtype that does not travel.
     """
-    if len(dtypes) != 1:
-        raise UnsupportedMediaType(
-            f".npy carries one tensor; {', '.join(dtypes)} need another form", expected=[JSON, SAFETENSORS], got=NPY
-        )
     (field,) = dtypes
     view = byte_view(body)
     text, start = _split(view)
@@ -59,19 +53,18 @@ def decode_npy(body: Buffer, dtypes: Mapping[str, str]) -> dict[str, Tensor]:
     return {field: view_tensor(dtype, shape, view[start:])}
 
 
+def npy_data_start(body: Buffer) -> int:
+    """Where the data of a version 1.0 file begin."""
+    return 10 + int.from_bytes(body[8:10], "little")
+
+
 def encode_npy(tensors: Mapping[str, Tensor], _fields: Mapping[str, Any]) -> list[Buffer]:
     """A .npy file, version 1.0: its header, then the tensor's own buffer.
 
-    Raises:
-        NotAcceptable: several tensors, or a dtype that numpy does not have.
+    Args:
+        tensors: one, of a dtype that numpy has.
     """
-    if len(tensors) != 1:
-        raise NotAcceptable(f".npy carries one tensor, not {', '.join(tensors)}", expected=[JSON, SAFETENSORS], got=NPY)
-    ((name, tensor),) = tensors.items()
-    if tensor.dtype not in NUMPY_DTYPES:
-        raise NotAcceptable(
-            f".npy has no {tensor.dtype}, which {name} is", field=name, expected=[JSON, SAFETENSORS], got=NPY
-        )
+    (tensor,) = tensors.values()
     header = _written_header(tensor.dtype, tensor.shape)
     return [header, tensor.buffer] if tensor.nbytes else [header]
 

@@ -52,6 +52,9 @@ _NAMES: Final = {
     "C64": "complex64",
 }
 _CODES: Final = {name: code for code, name in _NAMES.items()}
+SAFETENSORS_DTYPES: Final = frozenset(_CODES)
+"""The dtypes that the form has: all that travel."""
+
 _SMALLER_THAN_A_BYTE: Final = {"F4", "F6_E2M3", "F6_E3M2"}
 
 
@@ -102,6 +105,11 @@ def _view(body: Buffer) -> tuple[dict[str, Tensor], _Layout]:
         for entry in layout.entries
     }
     return tensors, layout
+
+
+def safetensors_data_start(body: Buffer) -> int:
+    """Where the tensors' bytes begin, on the word of the first eight bytes."""
+    return 8 + int.from_bytes(body[:8], "little")
 
 
 def decode_safetensors_header(head: Buffer) -> tuple[dict[str, Any], int]:
