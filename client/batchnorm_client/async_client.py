@@ -12,6 +12,7 @@ import numpy.typing as npt
 from batchnorm_client.arrays import A, to_numpy, to_torch
 from batchnorm_client.core import Attempts, Request, Retry, calls, local
 from batchnorm_client.core.group_member import GroupMember
+from batchnorm_client.kernels.state import LocalState
 from batchnorm_client.options import HttpOptions, LayerChanges, LayerOptions, Mode, What
 from batchnorm_client.results import EvalResult, FoldResult, Gradients, TrainResult
 from batchnorm_client.wire.documents import Layer, LayerSummary
@@ -139,7 +140,7 @@ class AsyncRemoteLayer:
         calls.layer_path(name)
         self.name = name
         self._client = client
-        self._held: local.LocalState | None = None
+        self._held: LocalState | None = None
 
     async def train(
         self,
@@ -251,7 +252,7 @@ class AsyncRemoteLayer:
         """As `RemoteLayer.delete`."""
         await self._client._call(calls.delete(self.name, if_match))
 
-    async def _state(self) -> local.LocalState:
+    async def _state(self) -> LocalState:
         self._held = await self._client._call(calls.revalidate(self.name, self._held))
         return self._held
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from batchnorm_client.arrays import A, to_numpy, to_torch
 from batchnorm_client.core import calls, local
 from batchnorm_client.core.group_member import GroupMember
+from batchnorm_client.kernels.state import LocalState
 from batchnorm_client.options import LayerChanges, Mode, What
 from batchnorm_client.results import EvalResult, FoldResult, Gradients, TrainResult
 from batchnorm_client.wire.documents import Layer
@@ -34,7 +35,7 @@ class RemoteLayer:
         calls.layer_path(name)
         self.name = name
         self._client = client
-        self._held: local.LocalState | None = None  # of eval_local and train_local; asked about before each use
+        self._held: LocalState | None = None  # of eval_local and train_local; asked about before each use
 
     def train(
         self,
@@ -283,7 +284,7 @@ class RemoteLayer:
         """
         self._client._call(calls.delete(self.name, if_match))
 
-    def _state(self) -> local.LocalState:
+    def _state(self) -> LocalState:
         self._held = self._client._call(calls.revalidate(self.name, self._held))
         return self._held
 

@@ -14,9 +14,9 @@ import orjson
 from batchnorm_client.arrays import A, to_wire
 from batchnorm_client.core import readers
 from batchnorm_client.core.group_member import GroupMember, waits
-from batchnorm_client.core.local import LocalState
 from batchnorm_client.core.messages import Request
 from batchnorm_client.core.unknown_outcome import is_deleted, is_replaced, is_updated
+from batchnorm_client.kernels.state import LocalState
 from batchnorm_client.options import LayerChanges, LayerOptions, Mode, What
 from batchnorm_client.results import EvalResult, FoldResult, Gradients, TrainResult
 from batchnorm_client.wire.documents import Layer, LayerPage

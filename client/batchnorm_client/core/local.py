@@ -8,47 +8,17 @@ array through numpy, which rounds in another order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, cast
 
 import numpy as np
 
 from batchnorm_client.arrays import A
 from batchnorm_client.kernels import numpy as numpy_kernels
+from batchnorm_client.kernels.checks import check_enough, check_input, least_values
 from batchnorm_client.kernels.moments import BatchMoments
+from batchnorm_client.kernels.state import LocalState
 from batchnorm_client.results import BatchStatistics, EvalResult, FoldResult, TrainResult
-from batchnorm_client.wire.documents import INPUT_DTYPES, Layer, LayerConfig
-from batchnorm_client.wire.errors import DtypeMismatch, NonFinite, ShapeMismatch, TooFewValues, UnexpectedAnswer
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LocalState:
-    """What normalizing a batch needs of a layer.
-
-    Attributes:
-        config: of the layer, with its present eps and clip.
-        version: of the commit that it was read at.
-        num_batches_tracked: at that commit.
-        weight: gamma, (C,) in the layer's dtype, numpy or torch; None unless affine.
-        bias: beta, (C,); None unless affine.
-        running_mean: (C,); None if the layer keeps none.
-        running_var: (C,); None with running_mean.
-    """
-
-    config: LayerConfig
-    version: int
-    num_batches_tracked: int
-    weight: Any
-    bias: Any
-    running_mean: Any
-    running_var: Any
-
-    @classmethod
-    def of(cls, layer: Layer) -> LocalState:
-        """That of a `Layer` document, whose numbers are exact."""
-        texts = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
-        vectors = (None if text is None else np.array(text, layer.config.dtype) for text in texts)
-        return cls(layer.config, layer.version, layer.num_batches_tracked, *vectors)
+from batchnorm_client.wire.errors import NonFinite, UnexpectedAnswer
 
 
 class Step(NamedTuple, Generic[A]):
@@ -68,11 +38,11 @@ class Step(NamedTuple, Generic[A]):
 class Kernels(Protocol):
     """The arithmetic for one kind of array. The batch has its channels second; it fits the layer and is not empty."""
 
-    def own(self, state: LocalState, batch: Any) -> tuple[Any, BatchMoments, tuple[Any, Any, Any]]:
+    def with_own_statistics(self, state: LocalState, batch: Any) -> tuple[Any, BatchMoments, tuple[Any, Any, Any]]:
         """Normalize with the batch's own statistics: output; moments; mean, biased variance and inverse deviation."""
         ...
 
-    def given(self, state: LocalState, batch: Any, mean: Any, var: Any) -> tuple[Any, tuple[Any, Any, Any]]:
+    def with_statistics(self, state: LocalState, batch: Any, mean: Any, var: Any) -> tuple[Any, tuple[Any, Any, Any]]:
         """Normalize with this mean and biased variance."""
         ...
 
@@ -102,16 +72,14 @@ def train_step(state: LocalState, batch: A) -> Step[A]:
         NonFinite: NaN, infinity or overflow, and the layer rejects that.
     """
     kernels, moved = _ready(state, batch)
-    _check_enough(state.config, _values(state, batch))
-    output, moments, statistics = kernels.own(state, moved)
+    check_enough(_values(state, batch), least_values(state.config))
+    output, moments, statistics = kernels.with_own_statistics(state, moved)
     return _step(state, kernels, output, moments, statistics)
 
 
 def shard_moments(state: LocalState, batch: A) -> BatchMoments:
     """The moments of a shard of a synchronized batch, in float64; it may be empty."""
     kernels, moved = _ready(state, batch)
-    if not _values(state, batch):
-        return BatchMoments(0, np.zeros(state.config.num_features), np.zeros(state.config.num_features))
     return kernels.moments(moved)
 
 
@@ -122,7 +90,7 @@ def shard_step(state: LocalState, batch: A, whole: BatchMoments) -> Step[A]:
         NonFinite: the output has NaN or infinity, and the layer rejects that. The whole was folded.
     """
     kernels, moved = _ready(state, batch)
-    output, statistics = kernels.given(state, moved, whole.mean, whole.var)
+    output, statistics = kernels.with_statistics(state, moved, whole.mean, whole.var)
     return _step(state, kernels, output, whole, statistics)
 
 
@@ -148,12 +116,11 @@ def eval_step(state: LocalState, batch: A, *, statistics: bool) -> EvalResult[A]
     found: BatchStatistics[A] | None = None
     output = moved
     if state.running_mean is not None:
-        output, used = kernels.given(state, moved, state.running_mean, state.running_var)
+        output, used = kernels.with_statistics(state, moved, state.running_mean, state.running_var)
         found = BatchStatistics(*used)
     elif _values(state, batch):
-        if _values(state, batch) < 2:
-            _refuse_count(2, 1)
-        output, _, used = kernels.own(state, moved)
+        check_enough(_values(state, batch), 2)
+        output, _, used = kernels.with_own_statistics(state, moved)
         found = BatchStatistics(*used)
     output = _finished(state, kernels, output)
     return EvalResult(output, state.version, state.num_batches_tracked, found if statistics else None)
@@ -194,46 +161,10 @@ def _ready(state: LocalState, batch: Any) -> tuple[Kernels, Any]:
         batch = batch.detach()
     else:
         raise TypeError(f"a numpy array or a torch tensor is needed, not {type(batch).__name__}")
-    _check(state.config, dtype, tuple(batch.shape))
+    check_input(state.config, dtype, tuple(batch.shape))
     axis = state.config.channel_axis
     return kernels, batch if axis == 1 else kernels.move(batch, axis, 1)
 
 
-def _check(config: LayerConfig, dtype: str, shape: tuple[int, ...]) -> None:
-    """What the service would refuse."""
-    allowed = INPUT_DTYPES[config.dtype]
-    if dtype not in allowed:
-        raise DtypeMismatch(
-            f"input must be {' or '.join(allowed)} for a {config.dtype} layer, got {dtype}",
-            field="input",
-            expected=list(allowed),
-            got=dtype,
-        )
-    rank, ranks, axis = len(shape), config.input_ranks, config.channel_axis
-    if (rank not in ranks if ranks else rank < 2) or not -rank < axis < rank or shape[axis] != config.num_features:
-        raise ShapeMismatch(
-            f"input must have {config.num_features} channels on axis {axis}"
-            f"{f' and rank {ranks}' if ranks else ''}, got shape {shape}",
-            field="input",
-            expected={"num_features": config.num_features, "channel_axis": axis, "rank": ranks and list(ranks)},
-            got=list(shape),
-        )
-
-
 def _values(state: LocalState, batch: Any) -> int:
     return int(np.prod(batch.shape, dtype=np.int64)) // state.config.num_features
-
-
-def _check_enough(config: LayerConfig, count: int) -> None:
-    least = 1 if config.statistics == "population" else 2
-    if count < least:
-        _refuse_count(least, count)
-
-
-def _refuse_count(least: int, count: int) -> None:
-    raise TooFewValues(
-        f"batch statistics need at least {least} value(s) per channel, got {count}",
-        field="input",
-        expected=f">= {least}",
-        got=count,
-    )

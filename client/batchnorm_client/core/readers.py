@@ -9,9 +9,9 @@ import numpy as np
 import orjson
 
 from batchnorm_client.arrays import A, from_wire
-from batchnorm_client.core.local import LocalState
 from batchnorm_client.core.messages import Response
 from batchnorm_client.core.problems import problem_of
+from batchnorm_client.kernels.state import LocalState
 from batchnorm_client.results import BatchStatistics, EvalResult, FoldResult, Gradients, TrainResult
 from batchnorm_client.wire.documents import FoldedDocument, Layer, LayerPage
 from batchnorm_client.wire.errors import ProblemError

@@ -1,12 +1,18 @@
-"""The moments of batches, and merging them."""
+"""The moments of batches, and merging them; for numpy arrays and torch tensors alike."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable
+from functools import reduce
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
-import numpy as np
 import numpy.typing as npt
+
+V = TypeVar("V", bound=Any)
+"""A numpy array or a torch tensor, (C,) float64."""
+
+_CHUNK: Final = 1 << 17  # elements that are widened to float64 at a time, so that they stay in the processor's cache
 
 
 class BatchMoments(NamedTuple):
@@ -23,16 +29,53 @@ class BatchMoments(NamedTuple):
     var: npt.NDArray[Any]
 
 
-def merge(parts: Iterable[BatchMoments], channels: int) -> BatchMoments:
-    """The moments of all parts together (Chan, Golub & LeVeque 1983, eq. 2.1): no squares of large numbers."""
-    count, mean, m2 = 0, np.zeros(channels), np.zeros(channels)
-    for part in parts:
-        if not count:  # the first one is taken as it is: the square of its gap to 0 could overflow
-            count, mean, m2 = part.count, part.mean, part.var * part.count
-        elif part.count:
-            total = count + part.count
-            gap = part.mean - mean
-            mean = mean + gap * (part.count / total)
-            m2 = m2 + part.var * part.count + gap * gap * (count * (part.count / total))
-            count = total
-    return BatchMoments(count, mean, m2 / max(1, count))
+class Sums(NamedTuple, Generic[V]):
+    """Moments as they are merged.
+
+    Attributes:
+        weight: the number of samples per channel, or the sum of their weights.
+        mean: (C,) float64.
+        m2: (C,) float64, the sum of squared distances from the mean.
+    """
+
+    weight: float
+    mean: V
+    m2: V
+
+
+def merge(left: Sums[V], right: Sums[V]) -> Sums[V]:
+    """Both together (Chan, Golub & LeVeque 1983, eq. 2.1).
+
+    No squares of large numbers are subtracted, so an offset of all samples costs no precision.
+    """
+    # What is alone is taken as it is: the square of its distance to the other's mean could overflow.
+    if not left.weight:
+        return right
+    if not right.weight:
+        return left
+    total = left.weight + right.weight
+    gap = right.mean - left.mean
+    # From the heavier side: the other one's part of the gap is what is rounded.
+    if left.weight >= right.weight:
+        mean = left.mean + gap * (right.weight / total)
+    else:
+        mean = right.mean - gap * (left.weight / total)
+    return Sums(total, mean, left.m2 + right.m2 + gap * gap * (left.weight * (right.weight / total)))
+
+
+def merge_pieces(batch: Any, piece_sums: Callable[[Any], Sums[V]], nothing: Sums[V]) -> Sums[V]:
+    """The sums of a batch, some rows at a time, so that no second copy of it is made in float64.
+
+    Args:
+        batch: (N, C, *), numpy or torch.
+        piece_sums: of some of the batch's rows.
+        nothing: the sums of an empty batch.
+    """
+    return reduce(merge, map(piece_sums, pieces(batch)), nothing)
+
+
+def pieces(batch: Any, chunk: int = _CHUNK) -> list[Any]:
+    """A batch (N, C, *), some rows at a time: views of about `chunk` elements, none of them empty."""
+    rows, elements = batch.shape[0], math.prod(batch.shape)
+    step = max(1, chunk * rows // max(1, elements))
+    return [batch[start : start + step] for start in range(0, rows if elements else 0, step)]

@@ -1,31 +1,27 @@
-"""Normalizing with numpy: see `local.Kernels`. Sums are taken in float64, so half precision loses nothing."""
+"""Normalizing with numpy: see `core.local.Kernels`. Sums are taken in float64, so half precision loses nothing."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from batchnorm_client.kernels.moments import BatchMoments, merge
-
-if TYPE_CHECKING:
-    from batchnorm_client.core.local import LocalState
+from batchnorm_client.kernels.moments import BatchMoments, Sums, merge_pieces
+from batchnorm_client.kernels.state import LocalState
 
 Array = npt.NDArray[Any]
 Statistics = tuple[Array, Array, Array]
 
-_CHUNK = 1 << 17  # elements: what is widened to float64 at a time
 
-
-def own(state: LocalState, batch: Array) -> tuple[Array, BatchMoments, Statistics]:
+def with_own_statistics(state: LocalState, batch: Array) -> tuple[Array, BatchMoments, Statistics]:
     """Normalize (N, C, *) with its own statistics."""
     found = moments(batch)
-    output, statistics = given(state, batch, found.mean, found.var)
+    output, statistics = with_statistics(state, batch, found.mean, found.var)
     return output, found, statistics
 
 
-def given(state: LocalState, batch: Array, mean: Array, var: Array) -> tuple[Array, Statistics]:
+def with_statistics(state: LocalState, batch: Array, mean: Array, var: Array) -> tuple[Array, Statistics]:
     """Normalize (N, C, *) with a mean and a biased variance, (C,), of any float dtype."""
     dtype = np.dtype(state.config.dtype)
     with np.errstate(all="ignore"):  # whether NaN and overflow are errors is for the layer to say
@@ -42,17 +38,17 @@ def given(state: LocalState, batch: Array, mean: Array, var: Array) -> tuple[Arr
 
 
 def moments(batch: Array) -> BatchMoments:
-    """The moments of (N, C, *), a piece at a time, so that no second copy of it is made."""
+    """The moments of (N, C, *) in float64; of an empty batch zeros."""
     channels = batch.shape[1]
     axes = tuple(axis for axis in range(batch.ndim) if axis != 1)
-    rows = max(1, _CHUNK * batch.shape[0] // max(1, batch.size))
-    pieces = []
+
+    def piece_sums(piece: Array) -> Sums[Array]:
+        wide, count = piece.astype(np.float64), piece.size // channels
+        return Sums(count, wide.mean(axes), wide.var(axes) * count)
+
     with np.errstate(all="ignore"):
-        for start in range(0, batch.shape[0], rows):
-            piece = batch[start : start + rows].astype(np.float64)
-            if piece.size:
-                pieces.append(BatchMoments(piece.size // channels, piece.mean(axes), piece.var(axes)))
-        return merge(pieces, channels)
+        count, mean, m2 = merge_pieces(batch, piece_sums, Sums(0, np.zeros(channels), np.zeros(channels)))
+        return BatchMoments(int(count), mean, m2 / max(1, count))
 
 
 def move(batch: Array, source: int, destination: int) -> Array:

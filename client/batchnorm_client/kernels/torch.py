@@ -1,50 +1,91 @@
-"""Normalizing with torch's own kernels, which the service uses too: see `core.local.Kernels`."""
+"""Normalizing with torch's own kernels: see `core.local.Kernels`. The service's engine has its arithmetic from here."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from batchnorm_client.kernels.moments import BatchMoments, merge
-
-if TYPE_CHECKING:
-    from batchnorm_client.core.local import LocalState
+from batchnorm_client.kernels.moments import BatchMoments, Sums, merge_pieces
+from batchnorm_client.kernels.state import LocalState
 
 Statistics = tuple[Tensor, Tensor, Tensor]
 
-_CHUNK = 1 << 17  # elements: what is widened to float64 at a time
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def own(state: LocalState, batch: Tensor) -> tuple[Tensor, BatchMoments, Statistics]:
-    """Normalize (N, C, *) with its own statistics, in one pass.
+def train_kernel(
+    batch: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, dtype: torch.dtype, narrow: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """torch's own training kernel: the output and the batch's statistics in one pass, on the batch's device.
 
-    With momentum 1 the scratch buffers end as the batch's mean and unbiased variance. A layer with neither affine nor
-    running statistics gets no buffers, as in torch: half precision is rounded differently then.
+    With momentum 1 the scratch buffers end as the batch's mean and unbiased variance.
+
+    Args:
+        batch: (N, C, *), two values per channel at least.
+        weight: gamma, (C,), beside the batch; or None.
+        bias: beta, (C,), beside the batch; or None.
+        eps: added to the biased variance.
+        dtype: of the layer's state.
+        narrow: `is_narrow` of this layer and batch: then there are no buffers.
+
+    Returns:
+        The output, as the batch in shape and dtype; mean, unbiased variance and 1 / sqrt(biased variance + eps), (C,)
+        in the layer's dtype.
     """
-    config, dtype, device = state.config, _dtype(state), batch.device
-    count = batch.numel() // config.num_features
-    if state.weight is None and not config.track_running_stats and batch.dtype in _HALF:
-        output, _, _ = torch.native_batch_norm(batch, None, None, None, None, True, 0.0, config.eps)
-        axes = [axis for axis in range(batch.dim()) if axis != 1]
-        var, mean = torch.var_mean(batch.to(dtype), axes, correction=1)
-        invstd = torch.rsqrt(var * ((count - 1) / count) + config.eps)
-    else:
-        mean, var = (torch.zeros(config.num_features, dtype=dtype, device=device) for _ in range(2))
-        weight, bias = _on(batch, dtype, state.weight, state.bias)
-        output, _, invstd = torch.native_batch_norm(batch, weight, bias, mean, var, True, 1.0, config.eps)
-    biased = var.double() * ((count - 1) / count)
+    if narrow:
+        output, _, _ = torch.native_batch_norm(batch, None, None, None, None, True, 0.0, eps)
+        var, mean = torch.var_mean(batch.to(dtype), _axes(batch), correction=1)
+        count = batch.numel() // batch.shape[1]
+        return output, mean, var, torch.rsqrt(var * ((count - 1) / count) + eps)
+    mean = torch.zeros(batch.shape[1], dtype=dtype, device=batch.device)
+    var = torch.zeros(batch.shape[1], dtype=dtype, device=batch.device)
+    output, _, invstd = torch.native_batch_norm(batch, weight, bias, mean, var, True, 1.0, eps)
+    return output, mean, var, invstd
+
+
+def is_narrow(batch: Tensor, weight: Tensor | None, tracks: bool) -> bool:
+    """Whether torch's kernel keeps mean and deviation in half precision, as it does without any tensor in float32.
+
+    Args:
+        batch: the input, or another tensor of its dtype.
+        weight: gamma; None for a layer that is not affine.
+        tracks: whether the layer folds into running statistics.
+    """
+    return weight is None and not tracks and batch.dtype in _HALF
+
+
+def exact_sums(batch: Tensor) -> Sums[Tensor]:
+    """The sums of (N, C, *) in float64, whatever the batch's dtype; on the CPU."""
+    channels, axes = batch.shape[1], _axes(batch)
+
+    def piece_sums(piece: Tensor) -> Sums[Tensor]:
+        count = piece.numel() // channels
+        var, mean = torch.var_mean(piece.double(), axes, correction=0)
+        return Sums(count, mean.cpu(), var.cpu() * count)
+
+    zeros = torch.zeros(channels, dtype=torch.float64)
+    return merge_pieces(batch, piece_sums, Sums(0, zeros, zeros))
+
+
+def with_own_statistics(state: LocalState, batch: Tensor) -> tuple[Tensor, BatchMoments, Statistics]:
+    """Normalize (N, C, *) with its own statistics."""
+    config, dtype = state.config, _dtype(state)
+    weight, bias = _on(batch, dtype, state.weight, state.bias)
+    narrow = is_narrow(batch, weight, config.track_running_stats)
+    output, mean, var, invstd = train_kernel(batch, weight, bias, eps=config.eps, dtype=dtype, narrow=narrow)
     if config.statistics == "population":
         found = moments(batch)
-        biased = torch.from_numpy(found.var).to(device)
+        biased = torch.from_numpy(found.var).to(batch.device)
     else:
+        count = batch.numel() // config.num_features
+        biased = var.double() * ((count - 1) / count)
         found = BatchMoments(count, mean.double().cpu().numpy(), biased.cpu().numpy())
     return output, found, (mean, biased.to(dtype), invstd.to(dtype))
 
 
-def given(state: LocalState, batch: Tensor, mean: Any, var: Any) -> tuple[Tensor, Statistics]:
+def with_statistics(state: LocalState, batch: Tensor, mean: Any, var: Any) -> tuple[Tensor, Statistics]:
     """Normalize (N, C, *) with a mean and a biased variance, (C,), of any float dtype."""
     dtype = _dtype(state)
     mean_there, var_there, weight, bias = _on(batch, dtype, mean, var, state.weight, state.bias)
@@ -59,16 +100,9 @@ def given(state: LocalState, batch: Tensor, mean: Any, var: Any) -> tuple[Tensor
 
 
 def moments(batch: Tensor) -> BatchMoments:
-    """The moments of (N, C, *) in float64, a piece at a time, so that no second copy of it is made."""
-    channels = batch.shape[1]
-    axes = [axis for axis in range(batch.dim()) if axis != 1]
-    rows = max(1, _CHUNK * batch.shape[0] // max(1, batch.numel()))
-    pieces = []
-    for piece in torch.split(batch, rows):
-        if piece.numel():
-            var, mean = torch.var_mean(piece.double(), axes, correction=0)
-            pieces.append(BatchMoments(piece.numel() // channels, mean.cpu().numpy(), var.cpu().numpy()))
-    return merge(pieces, channels)
+    """The moments of (N, C, *) in float64; of an empty batch zeros."""
+    count, mean, m2 = exact_sums(batch)
+    return BatchMoments(int(count), mean.numpy(), (m2 / max(1, count)).numpy())
 
 
 def move(batch: Tensor, source: int, destination: int) -> Tensor:
@@ -85,6 +119,11 @@ def clip(batch: Tensor, bound: float) -> Tensor:
 def all_finite(batch: Tensor) -> bool:
     """Whether there is neither NaN nor infinity."""
     return bool(batch.isfinite().all())
+
+
+def _axes(batch: Tensor) -> list[int]:
+    """All but that of the channels."""
+    return [axis for axis in range(batch.dim()) if axis != 1]
 
 
 def _dtype(state: LocalState) -> torch.dtype:

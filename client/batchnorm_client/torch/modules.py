@@ -10,7 +10,8 @@ from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm_client import Client, Layer, LayerChanges, LayerOptions
-from batchnorm_client.core.local import LocalState, train_step
+from batchnorm_client.core.local import train_step
+from batchnorm_client.kernels.state import LocalState
 from batchnorm_client.results import BatchStatistics
 from batchnorm_client.torch.autograd import normalize, normalize_shard
 from batchnorm_client.torch.groups import Compute, Group, GroupStep

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from batchnorm_client.kernels.checks import check_enough, least_values
+
 from .layout import Batch, beside, channels_back, channels_second, fetch, per_channel, values_per_channel
-from .moments import Channels, Moments, check_enough, exact_moments, merge
-from .normalize import least_values
+from .moments import Channels, Moments, exact_moments, merge
 from .state import LayerState
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -12,14 +13,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from batchnorm_client.wire.errors import InvalidRequest, NonFinite, TooFewValues
+from batchnorm_client.kernels import moments as kernels
+from batchnorm_client.kernels.moments import Sums
+from batchnorm_client.kernels.torch import exact_sums
+from batchnorm_client.wire.errors import InvalidRequest, NonFinite
 
 Channels = Float[Tensor, "C"]
 
 MOST: Final = 2**63 - 1
 """The largest number that a counter, an int64 tensor, can hold."""
-
-_CHUNK: Final = 1 << 17  # elements: what is widened to float64 at a time, so that it stays in the cache
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,17 +124,6 @@ def sums_of_squares(*vectors: Channels) -> list[float]:
         return [float(array.dot(array)) for array in arrays]
 
 
-def check_enough(count: int, least: int, field: str = "input") -> None:
-    """Raise `TooFewValues` when a batch has fewer than `least` values per channel."""
-    if count < least:
-        raise TooFewValues(
-            f"batch statistics need at least {least} value(s) per channel, got {count}",
-            field=field,
-            expected=f">= {least}",
-            got=count,
-        )
-
-
 def check_fits(name: str, count: int) -> None:
     """Raise `InvalidRequest` when a counter, an int64 tensor, could not hold that number."""
     if count > MOST:
@@ -140,34 +131,17 @@ def check_fits(name: str, count: int) -> None:
 
 
 def exact_moments(batch: Float[Tensor, "N C *rest"]) -> Moments:
-    """Count, mean and biased variance in float64, whatever the batch's dtype; on the CPU.
-
-    The batch is widened a piece at a time, and the pieces are merged, so that no second copy of it is made.
-    """
-    channels = batch.shape[1]
-    axes = [axis for axis in range(batch.dim()) if axis != 1]
-    rows = max(1, _CHUNK * batch.shape[0] // max(1, batch.numel()))
-    pieces = []
-    for piece in torch.split(batch, rows):
-        if piece.numel():
-            var, mean = torch.var_mean(piece.double(), axes, correction=0)
-            pieces.append(Moments(piece.numel() // channels, mean.cpu(), var.cpu(), correction=0))
-    return merge(pieces, channels)
+    """Count, mean and biased variance in float64, whatever the batch's dtype; on the CPU."""
+    return _of_sums(exact_sums(batch))
 
 
 def merge(parts: Iterable[Moments], channels: int) -> Moments:
-    """The moments of all parts together, in float64 (Chan, Golub & LeVeque 1983, eq. 2.1).
+    """The moments of all parts together, in float64: see `kernels.moments.merge`."""
+    zeros = torch.zeros(channels, dtype=torch.float64)
+    sums = (Sums(part.count, part.mean.double(), part.m2().double()) for part in parts)
+    return _of_sums(reduce(kernels.merge, sums, Sums(0, zeros, zeros)))
 
-    No part of it subtracts squares of large numbers, so an offset of all samples costs no precision.
-    """
-    count, mean, m2 = 0, torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
-    for part in parts:
-        if not count:  # the first one is taken as it is: the square of its gap to 0 could overflow
-            count, mean, m2 = part.count, part.mean.double(), part.m2().double()
-        elif part.count:
-            total = count + part.count
-            gap = part.mean.double() - mean
-            mean = mean + gap * (part.count / total)
-            m2 = m2 + part.m2().double() + gap * gap * (count * (part.count / total))
-            count = total
-    return Moments(count, mean, m2 / float(max(1, count)), correction=0)  # a sum of counts may be beyond int64
+
+def _of_sums(sums: Sums[Channels]) -> Moments:
+    count = int(sums.weight)
+    return Moments(count, sums.mean, sums.m2 / float(max(1, count)), correction=0)  # a count may be beyond int64

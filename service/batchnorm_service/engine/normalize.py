@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 import torch
 
-from batchnorm_client.wire.documents import INPUT_DTYPES, LayerConfig
-from batchnorm_client.wire.errors import DtypeMismatch, ShapeMismatch
+from batchnorm_client.kernels import checks
+from batchnorm_client.kernels.checks import check_enough, least_values
+from batchnorm_client.kernels.torch import is_narrow, train_kernel
+from batchnorm_client.wire.documents import LayerConfig
 from batchnorm_client.wire.tensors import Tensor as WireTensor
 
 from .device_moments import launch_moments, merge_launched
@@ -25,7 +27,6 @@ from .moments import (
     Channels,
     Extremes,
     Moments,
-    check_enough,
     check_finite,
     check_fits,
     exact_moments,
@@ -52,36 +53,8 @@ class TrainStep(NamedTuple):
 
 
 def check_input(config: LayerConfig, tensor: WireTensor, field: str = "input") -> None:
-    """Refuse a batch that does not fit the layer, before anything is computed or copied.
-
-    Raises:
-        DtypeMismatch: not a dtype that a layer of this dtype takes.
-        ShapeMismatch: another rank, or another number of channels, than the layer has.
-    """
-    allowed = INPUT_DTYPES[config.dtype]
-    if tensor.dtype not in allowed:
-        raise DtypeMismatch(
-            f"{field} must be {' or '.join(allowed)} for a {config.dtype} layer, got {tensor.dtype}",
-            field=field,
-            expected=list(allowed),
-            got=tensor.dtype,
-        )
-    shape, ranks, axis = tensor.shape, config.input_ranks, config.channel_axis
-    rank = len(shape)
-    if rank not in ranks if ranks else not 2 <= rank <= 64:
-        raise ShapeMismatch(
-            f"{field} must have rank {' or '.join(map(str, ranks)) if ranks else '2 to 64'}, got shape {shape}",
-            field=field,
-            expected={"rank": list(ranks) if ranks else ">= 2"},
-            got=list(shape),
-        )
-    if not -rank < axis < rank or shape[axis] != config.num_features:
-        raise ShapeMismatch(
-            f"{field} must have {config.num_features} channels on axis {axis}, got shape {shape}",
-            field=field,
-            expected={"num_features": config.num_features, "channel_axis": axis},
-            got=list(shape),
-        )
+    """Refuse a batch that does not fit the layer: see `kernels.checks.check_input`."""
+    checks.check_input(config, tensor.dtype, tensor.shape, field)
 
 
 def empty_shape(config: LayerConfig) -> tuple[int, ...]:
@@ -243,11 +216,6 @@ def named_statistics(step: TrainStep) -> dict[str, Channels]:
     return {"batch_mean": step.mean, "batch_var": var, "batch_invstd": step.invstd}
 
 
-def least_values(config: LayerConfig) -> int:
-    """How many values per channel a training batch needs."""
-    return 1 if config.statistics == "population" else 2
-
-
 def _check_finite(state: LayerState, step: TrainStep, count: int) -> None:
     """Refuse moments that are not finite, and an output that overflowed its dtype.
 
@@ -266,7 +234,7 @@ def _check_finite(state: LayerState, step: TrainStep, count: int) -> None:
     if not (math.isfinite(mean) and math.sqrt(var) <= _most(state.dtype)):
         moments.check_finite()
         check_finite(moments.var.to(state.dtype), "the batch's variance", "input")
-    inner = step.output.dtype if _is_narrow(state, step.output) else state.dtype
+    inner = step.output.dtype if is_narrow(step.output, state.weight, state.tracks) else state.dtype
     bound = math.sqrt(weight * count) + math.sqrt(bias)
     on_the_way = bound + math.sqrt(max(weight, 1.0) / state.config.eps) * (1 + math.sqrt(mean))
     bound += _rounding(inner) * on_the_way
@@ -296,28 +264,12 @@ def _rounding(dtype: torch.dtype) -> float:
     return 32 * torch.finfo(dtype).eps
 
 
-def _is_narrow(state: LayerState, batch: Batch) -> bool:
-    """Whether torch's kernel keeps mean and deviation in half precision, as it does without any tensor in float32."""
-    return state.weight is None and not state.tracks and batch.dtype in (torch.float16, torch.bfloat16)
-
-
 def _kernel(state: LayerState, moved: Batch, count: int) -> TrainStep:
-    """torch's own training kernel, which gives output, mean and unbiased variance in one pass, on the batch's device.
-
-    With momentum 1 the scratch buffers end as the batch's mean and unbiased variance. A layer with neither affine nor
-    running statistics gets no buffers, as in torch: half precision is rounded differently then.
-    """
-    device, eps = moved.device, state.config.eps
-    if _is_narrow(state, moved):
-        output, _, _ = torch.native_batch_norm(moved, None, None, None, None, True, 0.0, eps)
-        axes = [axis for axis in range(moved.dim()) if axis != 1]
-        var, mean = torch.var_mean(moved.to(state.dtype), axes, correction=1)
-        invstd = torch.rsqrt(var * ((count - 1) / count) + eps)
-    else:
-        mean = torch.zeros(state.config.num_features, dtype=state.dtype, device=device)
-        var = torch.zeros(state.config.num_features, dtype=state.dtype, device=device)
-        weight, bias = beside(moved, state.weight, state.bias)
-        output, _, invstd = torch.native_batch_norm(moved, weight, bias, mean, var, True, 1.0, eps)
+    weight, bias = beside(moved, state.weight, state.bias)
+    narrow = is_narrow(moved, state.weight, state.tracks)
+    output, mean, var, invstd = train_kernel(
+        moved, weight, bias, eps=state.config.eps, dtype=state.dtype, narrow=narrow
+    )
     return TrainStep(output, Moments(count, mean, var, 1, strided=not is_dense(moved)), mean, invstd)
 
 

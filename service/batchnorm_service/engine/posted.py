@@ -7,12 +7,12 @@ from typing import Final
 
 import torch
 
+from batchnorm_client.kernels.checks import check_enough, least_values
 from batchnorm_client.wire.documents import LayerConfig
 from batchnorm_client.wire.errors import DtypeMismatch, InvalidRequest, ShapeMismatch
 from batchnorm_client.wire.tensors import Tensor as WireTensor
 
-from .moments import Channels, Moments, check_enough
-from .normalize import least_values
+from .moments import Channels, Moments
 from .tensors import to_torch, to_wire
 
 MOMENT_DTYPES: Final = {"count": "int64", "mean": "float64", "var": "float64"}

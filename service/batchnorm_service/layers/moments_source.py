@@ -7,8 +7,10 @@ from typing import Protocol
 
 import torch
 
-from ..engine.moments import Extremes, Moments, check_enough
-from ..engine.normalize import Frozen, TrainStep, check_whole, frozen, least_values, train_step
+from batchnorm_client.kernels.checks import check_enough, least_values
+
+from ..engine.moments import Extremes, Moments
+from ..engine.normalize import Frozen, TrainStep, check_whole, frozen, train_step
 from ..engine.state import LayerState
 from .compute import ComputeExecutor
 

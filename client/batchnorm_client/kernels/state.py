@@ -1,0 +1,40 @@
+"""What normalizing a batch needs of a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from batchnorm_client.wire.documents import Layer, LayerConfig
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LocalState:
+    """What normalizing a batch needs of a layer.
+
+    Attributes:
+        config: of the layer, with its present eps and clip.
+        version: of the commit that it was read at.
+        num_batches_tracked: at that commit.
+        weight: gamma, (C,) in the layer's dtype, numpy or torch; None unless affine.
+        bias: beta, (C,); None unless affine.
+        running_mean: (C,); None if the layer keeps none.
+        running_var: (C,); None with running_mean.
+    """
+
+    config: LayerConfig
+    version: int
+    num_batches_tracked: int
+    weight: Any
+    bias: Any
+    running_mean: Any
+    running_var: Any
+
+    @classmethod
+    def of(cls, layer: Layer) -> LocalState:
+        """That of a `Layer` document, whose numbers are exact."""
+        texts = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
+        vectors = (None if text is None else np.array(text, layer.config.dtype) for text in texts)
+        return cls(layer.config, layer.version, layer.num_batches_tracked, *vectors)
