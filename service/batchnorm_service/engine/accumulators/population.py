@@ -22,6 +22,8 @@ from typing import Final
 
 import torch
 
+from batchnorm_client.kernels.moments import Sums, merge
+
 from ..moments import Channels, Moments
 
 _TINY: Final = 1e-300  # a rate below it, times any count, forgets nothing that float64 could tell
@@ -46,19 +48,10 @@ class Population:
     def fold(self, batch: Moments, half_life: float | None) -> Population:
         """The accumulators after one more batch, older samples decayed."""
         keep, weight = _weights(batch.count, half_life)
-        old, mean, m2 = self.weight * keep, batch.mean.double(), batch.biased_var().double() * weight
-        squares = weight * (weight / batch.count)
-        if old == 0:  # nothing was seen, or all of it has faded: what it was, infinite too, is no matter
-            return Population(mean, m2, weight, squares)
-        total = old + weight
-        gap = mean - self.mean
-        return Population(
-            # From the heavier of both: the other one's part of the gap is what may be rounded.
-            mean=self.mean + gap * (weight / total) if old >= weight else mean - gap * (old / total),
-            m2=self.m2 * keep + m2 + gap * gap * (old * (weight / total)),
-            weight=total,
-            squares=self.squares * keep**2 + squares,
-        )
+        old = Sums(self.weight * keep, self.mean, self.m2 * keep)
+        new = Sums(weight, batch.mean.double(), batch.biased_var().double() * weight)
+        total, mean, m2 = merge(old, new)
+        return Population(mean, m2, total, self.squares * keep**2 + weight * (weight / batch.count))
 
     def unbiased_var(self) -> Channels:
         """M2 / (weight - squares / weight), which is M2 / (n - 1) while every weight is 1; 1 before two samples.
