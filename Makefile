@@ -8,7 +8,7 @@ CONSTRAINTS := -c constraints.txt
 GENERATORS := .venv-generators
 LOWEST := .venv-lowest
 
-.PHONY: help run test test-lowest check demo bench bench-quick bench-gpu example-digits examples pictures soak clean
+.PHONY: help run test test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -18,6 +18,9 @@ run: $(VENV)/service.stamp ## start the service on 127.0.0.1:8000
 
 test: check $(GENERATORS)/generators.stamp ## lint, types, dependency rules, and every test with coverage
 	$(BIN)/pytest --numprocesses 2 --dist worksteal --cov --cov-report term $(ARGS)
+
+sync-client: $(VENV)/dev.stamp ## write the blocking client anew, from the one that does not block
+	$(BIN)/python client/generate_sync.py
 
 check: $(VENV)/dev.stamp ## lint, types and dependency rules only
 	$(BIN)/ruff check .

@@ -10,7 +10,8 @@ numpy arrays and torch tensors go in, and come out as the same kind, dtype and d
 the caller, httpx when the first client is made.
 """
 
-from batchnorm_client.async_client import AsyncClient, AsyncRemoteLayer
+from batchnorm_client.async_client import AsyncClient
+from batchnorm_client.async_layer import AsyncRemoteLayer
 from batchnorm_client.client import Client
 from batchnorm_client.core import Retry
 from batchnorm_client.layer import RemoteLayer

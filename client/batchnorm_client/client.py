@@ -1,13 +1,14 @@
+# Generated from async_client.py by generate_sync.py (make sync-client): change that file, not this one.
 """The client that blocks."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
 from batchnorm_client.core import Attempts, Request, Retry, calls
+from batchnorm_client.core.runtime import SyncRuntime
 from batchnorm_client.layer import RemoteLayer
 from batchnorm_client.options import HttpOptions, LayerOptions
 from batchnorm_client.results import FoldResult
@@ -25,7 +26,7 @@ T = TypeVar("T")
 
 
 class Client:
-    """A batch-normalization service, from Python. A context manager; may be shared by threads, and used after a fork.
+    """A batch-normalization service, from Python. A context manager; may be shared by threads.
 
         with Client("http://127.0.0.1:8000") as client:
             layer = client.create_layer("obs", num_features=64)
@@ -66,6 +67,9 @@ class Client:
         ValueError: `base_url` is no http or https URL, or the token cannot be sent.
         TypeError: options besides `http`.
     """
+
+    _runtime = SyncRuntime()
+    """Clock, chance, sleep and threads; a simulated client has its own."""
 
     def __init__(
         self,
@@ -118,7 +122,10 @@ class Client:
         return RemoteLayer(self, name)
 
     def layers(self, prefix: str = "") -> Iterator[LayerSummary]:
-        """All layers whose names start with `prefix`, by name; asks for page after page as it goes."""
+        """All layers whose names start with `prefix`, by name: `for layer in client.layers()`.
+
+        Asks for page after page as it goes.
+        """
         after: str | None = None
         while True:
             page = self._call(calls.page(prefix, after))
@@ -146,7 +153,7 @@ class Client:
             ValueError: `key` has other names than `layers`. Nothing was sent.
         """
         results: dict[str, FoldResult | ProblemError] = {}
-        for request in calls.fold_many(layers, key=key):
+        for request in calls.fold_many(layers, key=self._runtime.key() if key is None else key):
             folded = self._call(request)
             results |= folded
         return {name: results[name] for name in layers}
@@ -173,11 +180,15 @@ class Client:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base_url!r})"
 
+    def _key(self, key: str | None) -> str:
+        """The caller's key, or a new one: with it every repeat is safe."""
+        return self._runtime.key() if key is None else key
+
     def _call(self, request: Request[T], retry: Retry | None = None) -> T:
-        attempts = Attempts(request, retry or self._retry)
+        attempts = Attempts(request, retry or self._retry, self._runtime)
         while True:
             try:
                 return attempts.receive(self._connections.send(attempts))
             except BatchNormError as error:
                 wait = attempts.pause(error)
-            time.sleep(wait)
+            self._runtime.sleep(wait)

@@ -1,7 +1,9 @@
+# Generated from async_layer.py by generate_sync.py (make sync-client): change that file, not this one.
 """A layer of a service, for callers that may block."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import numpy.typing as npt
@@ -35,7 +37,7 @@ class RemoteLayer:
         calls.layer_path(name)
         self.name = name
         self._client = client
-        self._held: LocalState | None = None  # of eval_local and train_local; asked about before each use
+        self._cached_state: LocalState | None = None  # of eval_local and train_local; asked about before each use
 
     def train(
         self,
@@ -73,8 +75,10 @@ class RemoteLayer:
             PayloadTooLarge: the batch is larger than the service takes.
             TypeError: `x` is no array, or has a dtype that does not travel.
         """
-        shard = GroupMember.of(group, size, timeout)
-        return self._client._call(calls.train(self.name, x, key=key, statistics=statistics, shard=shard))
+        member = GroupMember.of(group, size, timeout)
+        return self._client._call(
+            calls.train(self.name, x, key=self._client._key(key), statistics=statistics, member=member)
+        )
 
     def train_local(
         self,
@@ -104,11 +108,12 @@ class RemoteLayer:
         Raises:
             As `train`, but a shard whose output overflows is found after the group was folded.
         """
-        state, shard = self._state(), GroupMember.of(group, size, timeout)
-        step = local.train_step(state, x) if shard is None else None
-        moments = local.shard_moments(state, x) if step is None else step.moments
-        done = self._client._call(calls.fold_moments(self.name, moments, key=key, shard=shard))
-        return local.trained(state, x, step, done, statistics=statistics)
+        state, member = self._state(), GroupMember.of(group, size, timeout)
+        run = self._client._runtime.run
+        step = run(partial(local.train_step, state, x)) if member is None else None
+        moments = run(partial(local.shard_moments, state, x)) if step is None else step.moments
+        done = self._client._call(calls.fold_moments(self.name, moments, key=self._client._key(key), member=member))
+        return run(partial(local.trained, state, x, step, done, statistics=statistics))
 
     def fold_moments(
         self,
@@ -135,8 +140,10 @@ class RemoteLayer:
         Raises:
             As `train`.
         """
-        shard = GroupMember.of(group, size, timeout)
-        return self._client._call(calls.fold_moments(self.name, (count, mean, var), key=key, shard=shard))
+        member = GroupMember.of(group, size, timeout)
+        return self._client._call(
+            calls.fold_moments(self.name, (count, mean, var), key=self._client._key(key), member=member)
+        )
 
     def eval(self, x: A, *, statistics: bool = False) -> EvalResult[A]:
         """Normalize a batch with the running statistics (with its own, if the layer keeps none). Changes nothing.
@@ -161,7 +168,8 @@ class RemoteLayer:
         Raises:
             As `eval`.
         """
-        return local.eval_step(self._state(), x, statistics=statistics)
+        state = self._state()
+        return self._client._runtime.run(partial(local.eval_step, state, x, statistics=statistics))
 
     def inverse(self, y: A) -> EvalResult[A]:
         """Undo `eval`: (y - bias) / weight * sqrt(running_var + eps) + running_mean. What `clip` cut off is lost.
@@ -203,8 +211,10 @@ class RemoteLayer:
             GroupIncomplete, GroupClosed, GroupMismatch: as for `train`.
             InvalidRequest: a group in eval mode, or of a layer that clips.
         """
-        shard = GroupMember.of(group, size, timeout)
-        return self._client._call(calls.backward(self.name, x, grad_output, mode=mode, key=key, shard=shard))
+        member = GroupMember.of(group, size, timeout)
+        return self._client._call(
+            calls.backward(self.name, x, grad_output, mode=mode, key=self._client._key(key), member=member)
+        )
 
     def inspect(self) -> Layer:
         """The layer's config, counters and state, as of its newest commit."""
@@ -235,7 +245,7 @@ class RemoteLayer:
             VersionMismatch: the layer has another version than `if_match`.
             IdempotencyKeyReused: the key belongs to another call.
         """
-        return self._client._call(calls.reset(self.name, what, key, if_match))
+        return self._client._call(calls.reset(self.name, what, self._client._key(key), if_match))
 
     @overload
     def state_dict(self, *, as_torch: Literal[False] = False) -> dict[str, npt.NDArray[Any]]: ...
@@ -285,8 +295,8 @@ class RemoteLayer:
         self._client._call(calls.delete(self.name, if_match))
 
     def _state(self) -> LocalState:
-        self._held = self._client._call(calls.revalidate(self.name, self._held))
-        return self._held
+        self._cached_state = self._client._call(calls.revalidate(self.name, self._cached_state))
+        return self._cached_state
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r} at {self._client.base_url})"

@@ -13,6 +13,7 @@ import anyio.from_thread
 import httpx
 
 from batchnorm_client import AsyncClient, Client, Retry
+from batchnorm_client.core.runtime import Runtime
 
 NOW = Retry(wait_initial=0, wait_max=0, deadline=30)
 """Tries again at once, so that tests do not wait."""
@@ -52,6 +53,16 @@ def serving(**settings):
         with contextlib.suppress(UnboundLocalError):
             rest.join(timeout=30)
         process.stdout.close()
+
+
+class StoppedClock(Runtime):
+    """A clock that stands still until a test moves it."""
+
+    def __init__(self):
+        self.seconds = 100.0
+
+    def now(self):
+        return self.seconds
 
 
 class Blocking:

@@ -10,7 +10,7 @@ import torch
 from batchnorm_client import Client, GroupClosed, GroupIncomplete, GroupMismatch, InvalidRequest, Retry
 from batchnorm_client.core import Attempts, calls
 from batchnorm_client.core.group_member import GroupMember
-from client.harness import NOW
+from client.harness import NOW, StoppedClock
 
 X = np.random.default_rng(3).normal(2, 3, size=(9, 3)).astype(np.float32)
 SHARDS = [X[:4], X[4:5], X[5:5], X[5:]]
@@ -127,6 +127,6 @@ def test_the_client_waits_longer_than_the_group(connect, timeout, longer):
     (limits,) = seen
     assert limits["read"] > longer
     assert limits["connect"] <= 60
-    request = calls.train("x", X, key=None, statistics=False, shard=GroupMember("g", 2, timeout))
-    attempts = Attempts(request, Retry(deadline=60), clock=lambda: 100.0)
+    request = calls.train("x", X, key="k", statistics=False, member=GroupMember("g", 2, timeout))
+    attempts = Attempts(request, Retry(deadline=60), StoppedClock())
     assert attempts.remaining() == 60 + longer

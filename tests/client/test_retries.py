@@ -14,23 +14,16 @@ from batchnorm_client import (
 )
 from batchnorm_client.core import Attempts, Request, Response
 from batchnorm_client.wire.errors import PROBLEMS
+from client.harness import StoppedClock
 
 NEW = Request("POST", "/v1/layers/bn/train", lambda answer: answer.status)
 READ = Request("GET", "/v1/layers/bn", lambda answer: answer.status, reads=True)
 ONCE = Request("DELETE", "/v1/layers/bn", lambda answer: answer.status, repeat_if_unknown=False)
 
 
-class Clock:
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    return StoppedClock()
 
 
 def cut():
@@ -137,20 +130,20 @@ def test_retry_after_beyond_the_deadline_is_not_waited_for(clock):
 def test_the_deadline(clock):
     attempts = Attempts(NEW, Retry(deadline=10, wait_initial=1, wait_max=1), clock)
     assert attempts.remaining() == 10
-    clock.now += 8
+    clock.seconds += 8
     assert attempts.remaining() == 2
     attempts.pause(cut())
-    clock.now += 1.5
+    clock.seconds += 1.5
     with pytest.raises(ConnectionFailed):
         attempts.pause(cut())
-    clock.now += 1
+    clock.seconds += 1
     with pytest.raises(TimedOut, match="deadline of 10 s"):
         attempts.remaining()
 
 
 def test_no_deadline(clock):
     attempts = Attempts(NEW, Retry(deadline=None), clock)
-    clock.now += 1e9
+    clock.seconds += 1e9
     assert attempts.remaining() == float("inf")
     assert attempts.pause(cut()) > 0
 
@@ -195,7 +188,7 @@ def test_what_is_tried_again_is_told(clock, caplog):
     """Before the second try and each one after it: what, why, and for how long; ten tries were silent for 17.5 s."""
     attempts = Attempts(NEW, Retry(attempts=3, deadline=60, wait_initial=1), clock)
     attempts.pause(cut())
-    clock.now += 20
+    clock.seconds += 20
     attempts.pause(refused())
     with pytest.raises(ConnectionFailed):
         attempts.pause(refused())

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
-from uuid import uuid4
 
 import numpy as np
 import orjson
@@ -92,7 +91,7 @@ def delete(name: str, if_match: int | None) -> Request[None]:
     )
 
 
-def reset(name: str, what: What, key: str | None, if_match: int | None) -> Request[Layer]:
+def reset(name: str, what: What, key: str, if_match: int | None) -> Request[Layer]:
     """Set running statistics or parameters back. A key makes every repeat safe."""
     return Request(
         "POST",
@@ -128,17 +127,17 @@ def replace_state(name: str, state_dict: StateDict, if_match: int | None) -> Req
 
 
 def train(
-    name: str, batch: A, *, key: str | None, statistics: bool, shard: GroupMember | None = None
+    name: str, batch: A, *, key: str, statistics: bool, member: GroupMember | None = None
 ) -> Request[TrainResult[A]]:
     """Normalize with the batch's statistics, and fold them. A key makes every repeat safe."""
     tensor = to_wire(batch)
     return Request(
         "POST",
-        _target(name, "train", statistics=statistics, shard=shard),
+        _target(name, "train", statistics=statistics, member=member),
         partial(readers.trained, tensor.shape, batch),
         headers=_TENSORS | key_header(key),
         pieces=encode(SAFETENSORS, {"input": tensor}),
-        waits=waits(shard),
+        waits=waits(member),
     )
 
 
@@ -169,37 +168,35 @@ def inverse(name: str, batch: A) -> Request[EvalResult[A]]:
 
 
 def backward(
-    name: str, batch: A, grad_output: A, *, mode: Mode, key: str | None, shard: GroupMember | None
+    name: str, batch: A, grad_output: A, *, mode: Mode, key: str, member: GroupMember | None
 ) -> Request[Gradients[A]]:
     """The gradients of a normalization. As a shard it has a key, by which the group knows a repeat."""
     tensors = {"input": to_wire(batch), "grad_output": to_wire(grad_output)}
     return Request(
         "POST",
-        _target(name, "backward", mode=mode, shard=shard),
+        _target(name, "backward", mode=mode, member=member),
         partial(readers.differentiated, tensors["input"].shape, batch),
-        headers=_TENSORS | (key_header(key) if shard else {}),
+        headers=_TENSORS | (key_header(key) if member else {}),
         pieces=encode(SAFETENSORS, tensors),
         reads=True,
-        waits=waits(shard),
+        waits=waits(member),
     )
 
 
-def fold_moments(
-    name: str, moments: Moments, *, key: str | None, shard: GroupMember | None = None
-) -> Request[FoldResult]:
+def fold_moments(name: str, moments: Moments, *, key: str, member: GroupMember | None = None) -> Request[FoldResult]:
     """Fold the moments of a batch that stays here. A key makes every repeat safe."""
     return Request(
         "POST",
-        _target(name, "moments", shard=shard),
+        _target(name, "moments", member=member),
         readers.folded,
         headers={"Content-Type": SAFETENSORS} | key_header(key),
         pieces=encode(SAFETENSORS, _moments(moments)),
-        waits=waits(shard),
+        waits=waits(member),
     )
 
 
 def fold_many(
-    layers: Mapping[str, Moments], *, key: str | Mapping[str, str] | None
+    layers: Mapping[str, Moments], *, key: str | Mapping[str, str]
 ) -> list[Request[dict[str, FoldResult | ProblemError]]]:
     """The same for many layers: one call, or one for each key if every layer has its own, since a call carries one.
 
@@ -216,7 +213,7 @@ def fold_many(
     return [_fold_together(group, shared) for shared, group in by_key.items()]
 
 
-def _fold_together(layers: Mapping[str, Moments], key: str | None) -> Request[dict[str, FoldResult | ProblemError]]:
+def _fold_together(layers: Mapping[str, Moments], key: str) -> Request[dict[str, FoldResult | ProblemError]]:
     tensors = {f"{name}/{part}": one for name, given in layers.items() for part, one in _moments(given).items()}
     return Request(
         "POST",
@@ -248,13 +245,13 @@ _TENSORS = {"Content-Type": SAFETENSORS, "Accept": SAFETENSORS}
 
 
 def _target(
-    name: str, call: str, *, statistics: bool = False, mode: Mode | None = None, shard: GroupMember | None = None
+    name: str, call: str, *, statistics: bool = False, mode: Mode | None = None, member: GroupMember | None = None
 ) -> str:
     query: dict[str, Any] = {"statistics": "true"} if statistics else {}
     query |= {} if mode is None else {"mode": mode}
-    if shard is not None:
-        query |= {"group": shard.group, "size": shard.size}
-        query |= {} if shard.timeout is None else {"timeout": shard.timeout}
+    if member is not None:
+        query |= {"group": member.group, "size": member.size}
+        query |= {} if member.timeout is None else {"timeout": member.timeout}
     return f"{layer_path(name)}/{call}{'?' if query else ''}{urlencode(query)}"
 
 
@@ -264,11 +261,13 @@ def _moments(moments: Moments) -> dict[str, Tensor]:
     return {"count": Tensor.of(np.array(int(count), np.int64))} | tensors
 
 
-def key_header(key: str | None) -> dict[str, str]:
-    """The header for a caller's key, or for a new one."""
-    if key is None:
-        key = uuid4().hex
-    elif not KEY_PATTERN.fullmatch(key):
+def key_header(key: str) -> dict[str, str]:
+    """The header for a key.
+
+    Raises:
+        InvalidRequest: it is no key.
+    """
+    if not KEY_PATTERN.fullmatch(key):
         raise InvalidRequest(
             "a key is 1 to 200 characters of ASCII 0x21 to 0x7E", field=IDEMPOTENCY_KEY, expected=KEY_PATTERN.pattern
         )

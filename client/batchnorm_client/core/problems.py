@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -25,8 +24,13 @@ _STANDARD = {"type", "title", "status", "detail", "instance"}
 _SECONDS = re.compile(r"[0-9]{1,9}")
 
 
-def error_of(answer: Response) -> ProblemError | UnexpectedAnswer:
-    """The exception that an answer other than the expected one stands for."""
+def error_of(answer: Response, date: float | None = None) -> ProblemError | UnexpectedAnswer:
+    """The exception that an answer other than the expected one stands for.
+
+    Args:
+        answer: what came back.
+        date: when, in seconds since 1970; without it, a Retry-After that is a date is passed over.
+    """
     document = _document(answer)
     request_id = answer.headers.get(REQUEST_ID.lower())
     error: ProblemError | UnexpectedAnswer | None = problem_of(document, request_id)
@@ -35,7 +39,7 @@ def error_of(answer: Response) -> ProblemError | UnexpectedAnswer:
         error = UnexpectedAnswer(_detail(answer, document), status=answer.status, name=name or None)
         error.fields.update(_fields(document))
         error.request_id = request_id
-    error.retry_after = _retry_after(answer.headers.get("retry-after", ""), time.time())
+    error.retry_after = _retry_after(answer.headers.get("retry-after", ""), date)
     return error
 
 
@@ -89,11 +93,13 @@ def _detail(answer: Response, document: dict[str, Any]) -> str:
     return f"status {answer.status} ({kind}) is no answer of a batch-normalization service; is something in between?"
 
 
-def _retry_after(value: str, now: float) -> float | None:
+def _retry_after(value: str, now: float | None) -> float | None:
     """Seconds to wait, from Retry-After in either of its forms (RFC 9110, 10.2.3): seconds, or a date."""
     value = value.strip()
     if _SECONDS.fullmatch(value):
         return float(value)
+    if now is None:
+        return None
     try:
         date = parsedate_to_datetime(value)
     except (ValueError, IndexError, TypeError, OverflowError):

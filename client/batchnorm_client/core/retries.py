@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import logging
 import math
-import random
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
 from batchnorm_client.core.messages import Request, Response
 from batchnorm_client.core.problems import error_of, unreadable
+from batchnorm_client.core.runtime import Runtime
 from batchnorm_client.wire.errors import (
     BatchNormError,
     NoAnswer,
@@ -71,7 +69,7 @@ class Attempts(Generic[T]):
     Args:
         request: the call.
         retry: how often, and for how long.
-        clock: seconds, from any start.
+        runtime: tells time and chance.
 
     Attributes:
         request: what to send next.
@@ -79,19 +77,19 @@ class Attempts(Generic[T]):
         deadline: seconds for the call with all its tries; infinite without one.
     """
 
-    def __init__(self, request: Request[T], retry: Retry, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, request: Request[T], retry: Retry, runtime: Runtime) -> None:
         self.request = request
         self.in_doubt = False
         self.deadline = math.inf if retry.deadline is None else retry.deadline + request.waits
         self._retry = retry
-        self._clock = clock
+        self._runtime = runtime
         self._tries = 0
         self._unsettled: BatchNormError | None = None
-        self._end = clock() + self.deadline
+        self._end = runtime.now() + self.deadline
 
     def left(self) -> float:
         """Seconds until the deadline; infinite without one, and 0 or less when it has passed."""
-        return self._end - self._clock()
+        return self._end - self._runtime.now()
 
     def remaining(self) -> float:
         """Seconds until the deadline; infinite without one.
@@ -115,7 +113,7 @@ class Attempts(Generic[T]):
             ProblemError, UnexpectedAnswer: the answer is an error, or cannot be read.
         """
         if answer.status not in self.request.statuses:
-            raise error_of(answer)
+            raise error_of(answer, self._runtime.date())
         try:
             return self.request.read(answer)
         except (ValueError, LookupError) as why:
@@ -134,7 +132,7 @@ class Attempts(Generic[T]):
         if error is self._unsettled or (follow_up is None and not self._again(error)):
             raise error
         wait = 0.0 if follow_up else self._wait(error)
-        if self._tries >= self._retry.attempts or self._clock() + wait >= self._end:
+        if self._tries >= self._retry.attempts or self._runtime.now() + wait >= self._end:
             error.add_note(f"after {self._tries} tries")
             raise error
         self._warn(error, wait, follow_up)
@@ -164,7 +162,7 @@ class Attempts(Generic[T]):
 
     def _wait(self, error: BatchNormError) -> float:
         wait = min(self._retry.wait_max, self._retry.wait_initial * 2.0 ** min(self._tries - 1, 60))
-        wait *= random.uniform(0.5, 1.0)  # noqa: S311 - spreads load, keeps no secret
+        wait *= 0.5 + 0.5 * self._runtime.random()
         asked = getattr(error, "retry_after", None)
         return wait if asked is None else wait + float(asked)
 

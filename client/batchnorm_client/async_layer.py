@@ -1,0 +1,309 @@
+"""A layer of a service, for callers that do not block."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
+
+import numpy.typing as npt
+
+from batchnorm_client.arrays import A, to_numpy, to_torch
+from batchnorm_client.core import calls, local
+from batchnorm_client.core.group_member import GroupMember
+from batchnorm_client.kernels.state import LocalState
+from batchnorm_client.options import LayerChanges, Mode, What
+from batchnorm_client.results import EvalResult, FoldResult, Gradients, TrainResult
+from batchnorm_client.wire.documents import Layer
+
+if TYPE_CHECKING:
+    import torch
+
+    from batchnorm_client.async_client import AsyncClient
+    from batchnorm_client.options import Numbers, StateDict
+
+
+class AsyncRemoteLayer:
+    """A layer of a service: a handle that holds the name. Made by `AsyncClient.layer` and `create_layer`.
+
+    Every method may raise, besides what it says: `LayerNotFound`; `Unauthenticated` and `Forbidden`; `Overloaded`,
+    `StoreUnavailable`, `ConnectionFailed` and `TimedOut` after all tries; `UnexpectedAnswer`.
+
+    Attributes:
+        name: of the layer.
+    """
+
+    def __init__(self, client: AsyncClient, name: str) -> None:
+        calls.layer_path(name)
+        self.name = name
+        self._client = client
+        self._cached_state: LocalState | None = None  # of eval_local and train_local; asked about before each use
+
+    async def train(
+        self,
+        x: A,
+        *,
+        key: str | None = None,
+        statistics: bool = False,
+        group: str | None = None,
+        size: int | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - the service looks at it
+    ) -> TrainResult[A]:
+        """Normalize a batch with its own statistics, and fold these into the running ones. Counts exactly once.
+
+        Args:
+            x: (N, C, *), or with the channels where the layer's `channel_axis` says; a numpy array or a torch tensor.
+                float16, bfloat16 or float32 for a float32 layer, float64 for a float64 layer. Gradients do not flow.
+            key: names this batch: a repeat with the same key and batch counts no second time, whoever sends it, for as
+                long as the service keeps receipts (one hour by default). By default a new one, which makes the
+                client's own tries safe.
+            statistics: also return the batch's mean, biased variance and inverse standard deviation.
+            group: makes `x` a shard of a synchronized batch with this id, not used before: every shard is normalized
+                with the statistics of all, which are folded once. A shard may be empty.
+            size: how many members the group has.
+            timeout: seconds to wait for the others; 30 by default. The read timeout and the deadline of this call are
+                as much later.
+
+        Raises:
+            ShapeMismatch, DtypeMismatch: the batch does not fit the layer.
+            TooFewValues: fewer than two values per channel (one, for population statistics), in all shards together.
+            GroupIncomplete: not all members came in time. Nothing was folded; begin again with another id.
+            GroupClosed: the group has its members, or gave up.
+            GroupMismatch: the group has another size.
+            NonFinite: NaN, infinity or overflow, unless the layer allows them.
+            IdempotencyKeyReused: the key belongs to another batch.
+            PayloadTooLarge: the batch is larger than the service takes.
+            TypeError: `x` is no array, or has a dtype that does not travel.
+        """
+        member = GroupMember.of(group, size, timeout)
+        return await self._client._call(
+            calls.train(self.name, x, key=self._client._key(key), statistics=statistics, member=member)
+        )
+
+    async def train_local(
+        self,
+        x: A,
+        *,
+        key: str | None = None,
+        statistics: bool = False,
+        group: str | None = None,
+        size: int | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - the service looks at it
+    ) -> TrainResult[A]:
+        """As `train`, but the batch stays here: only its moments are sent, about 16 bytes per channel.
+
+        The arithmetic runs in a thread.
+
+        A torch tensor is normalized by torch's kernel: on the CPU the output is bit-equal to that of `train` if torch
+        uses as many threads as the service (one), and so is running_mean; running_var is within one unit in the last
+        place per fold (of a float64 layer, two). A numpy array gives the same up to rounding. Weight, bias and config
+        are those that the layer has when the call begins.
+
+        Args:
+            x: as for `train`.
+            key: as for `train`; names the moments.
+            statistics: as for `train`.
+            group: as for `train`; members may use either call.
+            size: as for `train`.
+            timeout: as for `train`.
+
+        Raises:
+            As `train`, but a shard whose output overflows is found after the group was folded.
+        """
+        state, member = await self._state(), GroupMember.of(group, size, timeout)
+        run = self._client._runtime.run
+        step = await run(partial(local.train_step, state, x)) if member is None else None
+        moments = await run(partial(local.shard_moments, state, x)) if step is None else step.moments
+        done = await self._client._call(
+            calls.fold_moments(self.name, moments, key=self._client._key(key), member=member)
+        )
+        return await run(partial(local.trained, state, x, step, done, statistics=statistics))
+
+    async def fold_moments(
+        self,
+        count: int,
+        mean: Numbers,
+        var: Numbers,
+        *,
+        key: str | None = None,
+        group: str | None = None,
+        size: int | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - the service looks at it
+    ) -> FoldResult:
+        """Fold the moments of a batch that stayed here. Counts exactly once.
+
+        Args:
+            count: values per channel, N*H*W.
+            mean: (C,), of any float dtype; a list, numpy array or torch tensor.
+            var: (C,), biased: divided by count.
+            key: as for `train`.
+            group: as for `train`; the result has count, mean and var of all shards, and count may be 0.
+            size: as for `train`.
+            timeout: as for `train`.
+
+        Raises:
+            As `train`.
+        """
+        member = GroupMember.of(group, size, timeout)
+        return await self._client._call(
+            calls.fold_moments(self.name, (count, mean, var), key=self._client._key(key), member=member)
+        )
+
+    async def eval(self, x: A, *, statistics: bool = False) -> EvalResult[A]:
+        """Normalize a batch with the running statistics (with its own, if the layer keeps none). Changes nothing.
+
+        Args:
+            x: as for `train`; may be empty.
+            statistics: also return the mean, variance and inverse standard deviation that were used.
+
+        Raises:
+            ShapeMismatch, DtypeMismatch, PayloadTooLarge, TypeError: as for `train`.
+            TooFewValues: one value per channel, and the layer keeps no running statistics.
+        """
+        return await self._client._call(calls.evaluate(self.name, x, statistics=statistics))
+
+    async def eval_local(self, x: A, *, statistics: bool = False) -> EvalResult[A]:
+        """As `eval`, but the batch stays here: the layer's state is read, and read again only when it has changed.
+
+        The arithmetic runs in a thread.
+
+        Args:
+            x: as for `eval`.
+            statistics: as for `eval`.
+
+        Raises:
+            As `eval`.
+        """
+        state = await self._state()
+        return await self._client._runtime.run(partial(local.eval_step, state, x, statistics=statistics))
+
+    async def inverse(self, y: A) -> EvalResult[A]:
+        """Undo `eval`: (y - bias) / weight * sqrt(running_var + eps) + running_mean. What `clip` cut off is lost.
+
+        Args:
+            y: what `eval` returned, or anything like it; as `x` of `train`.
+
+        Raises:
+            InvalidRequest: the layer has no running statistics, or a weight is 0.
+            ShapeMismatch, DtypeMismatch, PayloadTooLarge, TypeError: as for `train`.
+        """
+        return await self._client._call(calls.inverse(self.name, y))
+
+    async def backward(
+        self,
+        x: A,
+        grad_output: A,
+        mode: Mode = "train",
+        *,
+        key: str | None = None,
+        group: str | None = None,
+        size: int | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - the service looks at it
+    ) -> Gradients[A]:
+        """The gradients of a loss with respect to a batch, weight and bias. Changes nothing.
+
+        Args:
+            x: the batch, as for `train`.
+            grad_output: the loss's gradient with respect to the output; as `x` in shape and dtype.
+            mode: the step that made the output.
+            key: as for `train`; counts in a group only.
+            group: makes `x` a shard: its gradient is that of the whole batch, and those of the parameters are
+                sums over the shard, as with `nn.SyncBatchNorm`. Groups of backward and of train may have the same id.
+            size: as for `train`.
+            timeout: as for `train`.
+
+        Raises:
+            ShapeMismatch, DtypeMismatch, TooFewValues, PayloadTooLarge, TypeError: as for `train`.
+            GroupIncomplete, GroupClosed, GroupMismatch: as for `train`.
+            InvalidRequest: a group in eval mode, or of a layer that clips.
+        """
+        member = GroupMember.of(group, size, timeout)
+        return await self._client._call(
+            calls.backward(self.name, x, grad_output, mode=mode, key=self._client._key(key), member=member)
+        )
+
+    async def inspect(self) -> Layer:
+        """The layer's config, counters and state, as of its newest commit."""
+        return await self._client._call(calls.inspect(self.name))
+
+    async def update(self, *, if_match: int | None = None, **changes: Unpack[LayerChanges]) -> Layer:
+        """Set `eps`, `momentum`, `track_running_stats`, `non_finite`, `half_life`, `clip`, `weight` or `bias`.
+
+        Args:
+            if_match: do it only if the layer has this version.
+            changes: those to set; weight and bias are (C,) arrays, tensors or lists.
+
+        Raises:
+            VersionMismatch: the layer has another version than `if_match`.
+            InvalidRequest, ShapeMismatch, NonFinite: a value does not fit; nothing was set.
+        """
+        return await self._client._call(calls.update(self.name, changes, if_match))
+
+    async def reset(
+        self, what: What = "running_stats", *, key: str | None = None, if_match: int | None = None
+    ) -> Layer:
+        """Set running statistics ("running_stats"), weight and bias ("parameters") or both ("all") back, as torch does.
+
+        Args:
+            what: to set back.
+            key: names this reset, as in `train`.
+            if_match: do it only if the layer has this version.
+
+        Raises:
+            VersionMismatch: the layer has another version than `if_match`.
+            IdempotencyKeyReused: the key belongs to another call.
+        """
+        return await self._client._call(calls.reset(self.name, what, self._client._key(key), if_match))
+
+    @overload
+    async def state_dict(self, *, as_torch: Literal[False] = False) -> dict[str, npt.NDArray[Any]]: ...
+    @overload
+    async def state_dict(self, *, as_torch: Literal[True]) -> dict[str, torch.Tensor]: ...
+    @overload
+    async def state_dict(self, *, as_torch: bool) -> dict[str, npt.NDArray[Any]] | dict[str, torch.Tensor]: ...
+    async def state_dict(self, *, as_torch: bool = False) -> dict[str, npt.NDArray[Any]] | dict[str, torch.Tensor]:
+        """The layer's tensors, by their names in torch's `nn.BatchNorm*.state_dict()`.
+
+        A population layer also has `samples_tracked`, `population_mean` and `population_m2`.
+
+        Args:
+            as_torch: torch tensors, on the CPU, for `module.load_state_dict`; numpy arrays otherwise.
+        """
+        tensors = await self._client._call(calls.state(self.name))
+        if as_torch:
+            return {name: to_torch(tensor) for name, tensor in tensors.items()}
+        return {name: to_numpy(tensor) for name, tensor in tensors.items()}
+
+    async def load_state_dict(self, state_dict: StateDict, *, if_match: int | None = None) -> Layer:
+        """Replace the layer's tensors by those given; others stay.
+
+        Args:
+            state_dict: of a torch module or of another layer; numpy arrays or torch tensors.
+            if_match: do it only if the layer has this version. Without it, a call whose answer was lost is not
+                repeated, because batches that others trained since would be undone; it raises, with `outcome_unknown`
+                set.
+
+        Raises:
+            VersionMismatch: the layer has another version than `if_match`.
+            InvalidRequest, ShapeMismatch, DtypeMismatch, NonFinite: a tensor does not fit; nothing was replaced.
+        """
+        return await self._client._call(calls.replace_state(self.name, state_dict, if_match))
+
+    async def delete(self, *, if_match: int | None = None) -> None:
+        """Delete the layer and its receipts.
+
+        Args:
+            if_match: do it only if the layer has this version. Without it, a call whose answer was lost is not
+                repeated, because another layer may have the name by then; if the layer is not gone, it raises, with
+                `outcome_unknown` set.
+
+        Raises:
+            VersionMismatch: the layer has another version than `if_match`.
+        """
+        await self._client._call(calls.delete(self.name, if_match))
+
+    async def _state(self) -> LocalState:
+        self._cached_state = await self._client._call(calls.revalidate(self.name, self._cached_state))
+        return self._cached_state
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r} at {self._client.base_url})"
