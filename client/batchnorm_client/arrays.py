@@ -1,4 +1,4 @@
-"""numpy arrays and torch tensors <-> `Tensor`, the form in which they travel.
+"""numpy arrays and torch tensors <-> `Tensor`, the form in which they are sent.
 
 torch is not imported here: whoever passes a torch tensor has done so.
 """
@@ -30,13 +30,13 @@ def to_wire(array: object) -> Tensor:
         array: a numpy array or a torch tensor, any shape, on any device; its gradient history is left behind.
 
     Raises:
-        TypeError: it is neither, or has a dtype that does not travel.
+        TypeError: it is neither, or has a dtype that cannot be sent.
     """
     if isinstance(array, Tensor):
         return array
     if isinstance(array, np.ndarray):
         if isinstance(array, np.ma.MaskedArray):
-            raise TypeError("a masked array does not travel: its mask would be lost")
+            raise TypeError("a masked array cannot be sent: its mask would be lost")
         return Tensor.of(np.asarray(array))
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
@@ -82,13 +82,13 @@ def to_numpy(tensor: Tensor) -> npt.NDArray[Any]:
 
 def _from_torch(tensor: torch.Tensor) -> Tensor:
     name = str(tensor.dtype).removeprefix("torch.")
-    # Made contiguous where it is: a strided tensor on a device would be copied twice the other way round.
+    # Made contiguous where it is: a strided tensor on a device would be copied twice if it were moved first.
     host = tensor.detach().contiguous().cpu()
     flat = host.reshape(-1).view(_torch().uint8)
     try:
         return Tensor(name, tuple(host.shape), flat.numpy().data)
     except ValueError:
-        raise TypeError(f"torch's {name} does not travel") from None
+        raise TypeError(f"torch's {name} cannot be sent") from None
 
 
 def _torch() -> Any:

@@ -72,7 +72,7 @@ class AsyncRemoteLayer:
             NonFinite: NaN, infinity or overflow, unless the layer allows them.
             IdempotencyKeyReused: the key belongs to another batch.
             PayloadTooLarge: the batch is larger than the service takes.
-            TypeError: `x` is no array, or has a dtype that does not travel.
+            TypeError: `x` is no array, or has a dtype that cannot be sent.
         """
         member = GroupMember.of(group, size, timeout)
         return await self._client._call(

@@ -68,7 +68,7 @@ def test_shapes_with_little_in_them(shape):
 @pytest.mark.parametrize(
     "array", [torch.zeros(2, dtype=torch.complex128), np.zeros(2, "c16"), np.array(["a"]), [1.0], 1.0]
 )
-def test_what_does_not_travel(array):
+def test_what_cannot_be_sent(array):
     with pytest.raises(TypeError):
         to_wire(array)
 

@@ -102,7 +102,7 @@ def test_what_was_not_begun_can_always_be_repeated(clock, error):
     assert not raised.value.outcome_unknown
 
 
-def test_doubt_stays(clock):
+def test_an_unknown_outcome_stays_unknown(clock):
     """The last try certainly did nothing, but the first may have."""
     attempts = Attempts(NEW, Retry(attempts=2), clock)
     attempts.pause(cut())
@@ -111,7 +111,7 @@ def test_doubt_stays(clock):
     assert raised.value.outcome_unknown
 
 
-def test_reading_leaves_no_doubt(clock):
+def test_reading_has_no_unknown_outcome(clock):
     with pytest.raises(ConnectionFailed) as raised:
         Attempts(READ, Retry(attempts=1), clock).pause(cut())
     assert not raised.value.outcome_unknown
@@ -156,7 +156,7 @@ def test_a_follow_up_that_finds_nothing_is_the_end(clock):
         raise first
 
     follow_up = Request("GET", "/", find, reads=True)
-    attempts = Attempts(Request("DELETE", "/", lambda _: None, settle=lambda _: follow_up), Retry(), clock)
+    attempts = Attempts(Request("DELETE", "/", lambda _: None, confirm=lambda _: follow_up), Retry(), clock)
     assert attempts.pause(first) == 0
     assert attempts.request is follow_up
     assert attempts.pause(refused()) > 0

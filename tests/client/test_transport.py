@@ -92,7 +92,7 @@ def test_httpx_options(connect):
     connect("http://h", timeout=7, limits=httpx.Limits(max_connections=1), trust_env=False, verify=False)
     for options, expected in (({"timeout": 7}, httpx.Timeout(7)), ({}, httpx.Timeout(30, connect=5))):
         attempts = Attempts(Request("GET", "/", lambda _: None), Retry(deadline=None), StoppedClock())
-        outgoing = ServiceEndpoint("http://h", None, None, options).outgoing(attempts)
+        outgoing = ServiceEndpoint("http://h", None, None, options).build_request(attempts)
         assert outgoing.extensions["timeout"] == expected.as_dict()
 
 
@@ -118,7 +118,7 @@ def test_large_bodies_go_in_blocks_without_a_copy(connect, size):
     with httpx.Client() as http:
         endpoint = ServiceEndpoint("http://h", None, http, {})
         request = Request("POST", "/", lambda _: None, pieces=pieces)
-        outgoing = endpoint.outgoing(Attempts(request, Retry(), StoppedClock()))
+        outgoing = endpoint.build_request(Attempts(request, Retry(), StoppedClock()))
     blocks = list(outgoing.stream)
     assert b"".join(blocks) == b"".join(pieces)
     assert outgoing.headers["content-length"] == str(size + 4)
@@ -143,7 +143,7 @@ def test_large_bodies_go_in_blocks_without_a_copy(connect, size):
 def test_a_client_that_is_made_here_sends_what_httpx_would(base, token, method, headers, pieces):
     endpoint = ServiceEndpoint(base, token, None, {})
     request = Request(method, "/a?b=c", lambda _: None, headers=headers, pieces=pieces)
-    outgoing = endpoint.outgoing(Attempts(request, Retry(deadline=None), StoppedClock()))
+    outgoing = endpoint.build_request(Attempts(request, Retry(deadline=None), StoppedClock()))
     sent = []
 
     def handle(request):
@@ -183,7 +183,7 @@ def test_timeouts_end_at_the_deadline():
         request = Request("GET", "/", lambda _: None)
 
         def timeouts(deadline):
-            return endpoint.outgoing(Attempts(request, Retry(deadline=deadline), StoppedClock())).extensions
+            return endpoint.build_request(Attempts(request, Retry(deadline=deadline), StoppedClock())).extensions
 
         assert timeouts(3)["timeout"] == dict.fromkeys(("connect", "read", "write", "pool"), 3)
         assert timeouts(50)["timeout"] == {"connect": 50, "read": 30, "write": 30, "pool": 30}

@@ -85,7 +85,7 @@ def calling(url: str | None, token: str | None, retry: Retry = QUICK) -> Iterato
             fail(sentence(error), exit_code(error))
         except KeyboardInterrupt as interrupt:
             fail("; ".join(["interrupted", *getattr(interrupt, "__notes__", [])]), INTERRUPTED)
-        except TypeError as error:  # a dtype that does not travel
+        except TypeError as error:  # a dtype that cannot be sent
             fail(str(error), USAGE)
         except OSError as error:
             fail(_file_error(error), 1)

@@ -1,10 +1,10 @@
-"""What both clients are made of, without any input or output: calls as `Request` values, and what answers mean.
+"""What both clients are made of, without any input or output: calls as `Request` values, and what responses mean.
 
-    request = calls.train("obs", batch)          what to send, and how to read the answer
+    request = calls.train("obs", batch)          what to send, and how to read the response
     attempts = Attempts(request, Retry())        how often to send it, and what a failure means
     attempts.receive(Response(200, headers, body)) the result, or the exception that fits
 
-Nothing here knows an HTTP library: `Client` and `AsyncClient` only carry requests there and answers back.
+Nothing here knows an HTTP library: `Client` and `AsyncClient` only carry requests there and responses back.
 """
 
 from batchnorm_client.core.messages import Request, Response

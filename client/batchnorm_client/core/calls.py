@@ -12,9 +12,9 @@ import orjson
 
 from batchnorm_client.arrays import A, to_wire
 from batchnorm_client.core import readers
-from batchnorm_client.core.group_member import GroupMember, waits
+from batchnorm_client.core.group_member import GroupMember, group_wait
 from batchnorm_client.core.messages import Request
-from batchnorm_client.core.unknown_outcome import is_deleted, is_replaced, is_updated
+from batchnorm_client.core.unknown_outcome import confirm_deleted, confirm_replaced, confirm_updated
 from batchnorm_client.kernels.state import LocalState
 from batchnorm_client.options import LayerChanges, LayerOptions, Mode, What
 from batchnorm_client.results import EvalResult, FoldResult, Gradients, TrainResult
@@ -34,7 +34,7 @@ _WRITE = orjson.OPT_SERIALIZE_NUMPY
 
 def ready() -> Request[bool]:
     """Can the service work?"""
-    return Request("GET", "/readyz", lambda answer: answer.status == 200, (200, 502, 503, 504), reads=True)
+    return Request("GET", "/readyz", lambda response: response.status == 200, (200, 502, 503, 504), reads=True)
 
 
 def create(name: str, num_features: int, options: LayerOptions) -> Request[Layer]:
@@ -70,7 +70,7 @@ def update(name: str, changes: LayerChanges, if_match: int | None) -> Request[La
         readers.layer,
         headers=_JSON | _if_match(if_match),
         pieces=[orjson.dumps(document, option=_WRITE)],
-        settle=None if if_match is None else partial(is_updated, layer_path(name), document, if_match),
+        confirm=None if if_match is None else partial(confirm_updated, layer_path(name), document, if_match),
     )
 
 
@@ -87,7 +87,7 @@ def delete(name: str, if_match: int | None) -> Request[None]:
         (204,),
         headers=_if_match(if_match),
         repeat_if_unknown=if_match is not None,
-        settle=partial(is_deleted, layer_path(name), if_match),
+        confirm=partial(confirm_deleted, layer_path(name), if_match),
     )
 
 
@@ -122,7 +122,7 @@ def replace_state(name: str, state_dict: StateDict, if_match: int | None) -> Req
         headers={"Content-Type": SAFETENSORS} | _if_match(if_match),
         pieces=encode(SAFETENSORS, tensors),
         repeat_if_unknown=if_match is not None,
-        settle=None if if_match is None else partial(is_replaced, layer_path(name), tensors, if_match),
+        confirm=None if if_match is None else partial(confirm_replaced, layer_path(name), tensors, if_match),
     )
 
 
@@ -137,7 +137,7 @@ def train(
         partial(readers.trained, tensor.shape, batch),
         headers=_TENSORS | key_header(key),
         pieces=encode(SAFETENSORS, {"input": tensor}),
-        waits=waits(member),
+        waits=group_wait(member),
     )
 
 
@@ -179,7 +179,7 @@ def backward(
         headers=_TENSORS | (key_header(key) if member else {}),
         pieces=encode(SAFETENSORS, tensors),
         reads=True,
-        waits=waits(member),
+        waits=group_wait(member),
     )
 
 
@@ -191,7 +191,7 @@ def fold_moments(name: str, moments: Moments, *, key: str, member: GroupMember |
         readers.folded,
         headers={"Content-Type": SAFETENSORS} | key_header(key),
         pieces=encode(SAFETENSORS, _moments(moments)),
-        waits=waits(member),
+        waits=group_wait(member),
     )
 
 
@@ -224,10 +224,10 @@ def _fold_together(layers: Mapping[str, Moments], key: str) -> Request[dict[str,
     )
 
 
-def revalidate(name: str, held: LocalState | None) -> Request[LocalState]:
+def revalidate(name: str, cached: LocalState | None) -> Request[LocalState]:
     """What normalizing here needs of a layer, read again only if it changed."""
-    unless = {} if held is None else {"If-None-Match": f'"{held.version}"'}
-    return Request("GET", layer_path(name), partial(readers.local_state, held), (200, 304), unless, reads=True)
+    unless = {} if cached is None else {"If-None-Match": f'"{cached.version}"'}
+    return Request("GET", layer_path(name), partial(readers.local_state, cached), (200, 304), unless, reads=True)
 
 
 def layer_path(name: str) -> str:

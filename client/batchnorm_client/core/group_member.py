@@ -38,8 +38,8 @@ class GroupMember:
         return cls(group, size, timeout)
 
 
-def waits(shard: GroupMember | None) -> float:
+def group_wait(member: GroupMember | None) -> float:
     """How long the service may wait for the other members."""
-    if shard is None:
+    if member is None:
         return 0.0
-    return GROUP_TIMEOUT if shard.timeout is None else shard.timeout
+    return GROUP_TIMEOUT if member.timeout is None else member.timeout

@@ -1,4 +1,4 @@
-"""A call as a value, and the answer to it."""
+"""A call as a value, and the response to it."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Request(Generic[T]):
-    """A call: what to send, how to read the answer, and what may be done when none comes.
+    """A call: what to send, how to read the response, and what may be done when none comes.
 
     Attributes:
         method: HTTP's.
         target: path and query, from the service's root on.
-        read: makes the result of an answer with one of `statuses`. Raises ValueError or LookupError when the answer
+        read: makes the result of a response with one of `statuses`. Raises ValueError or LookupError when the response
             is not what the contract says.
         statuses: those that `read` takes; all others are errors.
         headers: what to send beside what every call sends.
@@ -47,10 +47,10 @@ class Request(Generic[T]):
         reads: the call changes nothing.
         repeat_if_unknown: whether the call may be sent again when an earlier try may have taken effect: because it
             carries a key, sets values, or has a condition that cannot hold twice.
-        settle: tells, when an earlier try may have taken effect, what to send after this error instead: a call that
-            only reads, and either finds the result or raises the error that it was made for. None for the usual way.
-        waits: seconds for which the service may hold the answer back on purpose: the read timeout and the deadline are
-            as much later.
+        confirm: when an earlier try may have taken effect, makes the call that finds out after this error: a call that
+            only reads, and either finds the result or raises the error. None to go on with this call.
+        waits: seconds for which the service may wait on purpose before it responds: the read timeout and the deadline
+            are as much later.
     """
 
     method: str
@@ -61,7 +61,7 @@ class Request(Generic[T]):
     pieces: Sequence[Buffer] = ()
     reads: bool = False
     repeat_if_unknown: bool = True
-    settle: Callable[[BatchNormError], Request[T] | None] | None = None
+    confirm: Callable[[BatchNormError], Request[T] | None] | None = None
     waits: float = 0.0
 
     @property

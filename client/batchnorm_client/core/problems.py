@@ -1,4 +1,4 @@
-"""Error answers as exceptions."""
+"""Error responses as exceptions."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ _STANDARD = {"type", "title", "status", "detail", "instance"}
 _SECONDS = re.compile(r"[0-9]{1,9}")
 
 
-def error_of(answer: Response, date: float | None = None) -> ProblemError | UnexpectedAnswer:
-    """The exception that an answer other than the expected one stands for.
+def error_of(response: Response, date: float | None = None) -> ProblemError | UnexpectedAnswer:
+    """The exception that a response other than the expected one stands for.
 
     Args:
-        answer: what came back.
+        response: what came back.
         date: when, in seconds since 1970; without it, a Retry-After that is a date is passed over.
     """
-    document = _document(answer)
-    request_id = answer.headers.get(REQUEST_ID.lower())
+    document = _document(response)
+    request_id = response.headers.get(REQUEST_ID.lower())
     error: ProblemError | UnexpectedAnswer | None = problem_of(document, request_id)
     if error is None:
         name = str(document.get("type", "")).rpartition("/")[2]
-        error = UnexpectedAnswer(_detail(answer, document), status=answer.status, name=name or None)
+        error = UnexpectedAnswer(_detail(response, document), status=response.status, name=name or None)
         error.fields.update(_fields(document))
         error.request_id = request_id
-    error.retry_after = _retry_after(answer.headers.get("retry-after", ""), date)
+    error.retry_after = _retry_after(response.headers.get("retry-after", ""), date)
     return error
 
 
@@ -63,34 +63,34 @@ def _fields(document: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in document.items() if key not in _STANDARD}
 
 
-def unreadable(answer: Response, why: Exception) -> UnexpectedAnswer:
-    """The exception for an answer with the expected status whose body or headers are not what the contract says."""
+def unreadable(response: Response, why: Exception) -> UnexpectedAnswer:
+    """The exception for a response with the expected status whose body or headers are not what the contract says."""
     return UnexpectedAnswer(
         f"the answer cannot be read: {why}",
-        status=answer.status,
-        request_id=answer.headers.get(REQUEST_ID.lower()),
+        status=response.status,
+        request_id=response.headers.get(REQUEST_ID.lower()),
     )
 
 
-def _document(answer: Response) -> dict[str, Any]:
-    """The problem document; empty if the answer is none."""
-    if answer.media_type not in {PROBLEM_JSON, JSON}:
+def _document(response: Response) -> dict[str, Any]:
+    """The problem document; empty if the response is none."""
+    if response.media_type not in {PROBLEM_JSON, JSON}:
         return {}
     try:
-        document = orjson.loads(answer.body)
+        document = orjson.loads(response.body)
     except orjson.JSONDecodeError:
         return {}
     return document if isinstance(document, dict) and isinstance(document.get("type"), str) else {}
 
 
-def _detail(answer: Response, document: dict[str, Any]) -> str:
+def _detail(response: Response, document: dict[str, Any]) -> str:
     for member in ("detail", "title"):
         if isinstance(document.get(member), str):
-            return f"status {answer.status}: {document[member]}"
-    kind = answer.media_type or "no Content-Type"
-    if answer.status == 413:
+            return f"status {response.status}: {document[member]}"
+    kind = response.media_type or "no Content-Type"
+    if response.status == 413:
         return f"status 413 ({kind}): something before the service takes no body of this size; {_ADVICE['train_local']}"
-    return f"status {answer.status} ({kind}) is no answer of a batch-normalization service; is something in between?"
+    return f"status {response.status} ({kind}) is no answer of a batch-normalization service; is something in between?"
 
 
 def _retry_after(value: str, now: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""Answers as results. What an answer lacks, or has in another form than the contract says, is a ValueError."""
+"""Responses as results. What a response lacks, or has in another form than the contract says, is a ValueError."""
 
 from __future__ import annotations
 
@@ -22,80 +22,80 @@ from batchnorm_client.wire.tensors import Tensor, decode_safetensors
 _STATISTICS = ("batch_mean", "batch_var", "batch_invstd")
 
 
-def nothing(_answer: Response) -> None:
+def nothing(_response: Response) -> None:
     """There is nothing to read."""
 
 
-def layer(answer: Response) -> Layer:
+def layer(response: Response) -> Layer:
     """A `Layer` document. Fields that a newer service added are passed over."""
-    _check_form(answer, JSON)
-    return Layer.model_validate_json(bytes(answer.body), extra="ignore")
+    _check_form(response, JSON)
+    return Layer.model_validate_json(bytes(response.body), extra="ignore")
 
 
-def page(answer: Response) -> LayerPage:
+def page(response: Response) -> LayerPage:
     """A page of a listing."""
-    _check_form(answer, JSON)
-    return LayerPage.model_validate_json(bytes(answer.body), extra="ignore")
+    _check_form(response, JSON)
+    return LayerPage.model_validate_json(bytes(response.body), extra="ignore")
 
 
-def tensors(answer: Response) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, as views of the answer's body."""
-    _check_form(answer, SAFETENSORS)
+def tensors(response: Response) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, as views of the response's body."""
+    _check_form(response, SAFETENSORS)
     try:
-        return decode_safetensors(answer.body)[0]
-    except ProblemError as error:  # it is the answer that is malformed, not the request
+        return decode_safetensors(response.body)[0]
+    except ProblemError as error:  # it is the response that is malformed, not the request
         raise ValueError(str(error)) from error
 
 
-def trained(shape: tuple[int, ...], batch: A, answer: Response) -> TrainResult[A]:
-    """The answer to train."""
-    output, statistics = _normalized(shape, batch, answer)
+def trained(shape: tuple[int, ...], batch: A, response: Response) -> TrainResult[A]:
+    """The response to train."""
+    output, statistics = _normalized(shape, batch, response)
     return TrainResult(
         output,
-        version=int(answer.headers[VERSION.lower()]),
-        num_batches_tracked=int(answer.headers[NUM_BATCHES_TRACKED.lower()]),
-        replayed=_is_replay(answer),
+        version=int(response.headers[VERSION.lower()]),
+        num_batches_tracked=int(response.headers[NUM_BATCHES_TRACKED.lower()]),
+        replayed=_is_replay(response),
         statistics=statistics,
     )
 
 
-def evaluated(shape: tuple[int, ...], batch: A, answer: Response) -> EvalResult[A]:
-    """The answer to eval."""
-    output, statistics = _normalized(shape, batch, answer)
+def evaluated(shape: tuple[int, ...], batch: A, response: Response) -> EvalResult[A]:
+    """The response to eval."""
+    output, statistics = _normalized(shape, batch, response)
     return EvalResult(
         output,
-        version=int(answer.headers[VERSION.lower()]),
-        num_batches_tracked=int(answer.headers[NUM_BATCHES_TRACKED.lower()]),
+        version=int(response.headers[VERSION.lower()]),
+        num_batches_tracked=int(response.headers[NUM_BATCHES_TRACKED.lower()]),
         statistics=statistics,
     )
 
 
-def differentiated(shape: tuple[int, ...], batch: A, answer: Response) -> Gradients[A]:
-    """The answer to backward."""
-    found = {name: from_wire(tensor, batch) for name, tensor in tensors(answer).items()}
+def differentiated(shape: tuple[int, ...], batch: A, response: Response) -> Gradients[A]:
+    """The response to backward."""
+    found = {name: from_wire(tensor, batch) for name, tensor in tensors(response).items()}
     if tuple(found["grad_input"].shape) != shape:
         raise ValueError(f"grad_input has shape {tuple(found['grad_input'].shape)}, the input {shape}")
     return Gradients(
         found["grad_input"],
         found.get("grad_weight"),
         found.get("grad_bias"),
-        version=int(answer.headers[VERSION.lower()]),
-        replayed=_is_replay(answer),
+        version=int(response.headers[VERSION.lower()]),
+        replayed=_is_replay(response),
     )
 
 
-def folded(answer: Response) -> FoldResult:
-    """The answer to moments."""
-    _check_form(answer, JSON)
-    return _folded(orjson.loads(answer.body) | {"replayed": _is_replay(answer)})
+def folded(response: Response) -> FoldResult:
+    """The response to moments."""
+    _check_form(response, JSON)
+    return _folded(orjson.loads(response.body) | {"replayed": _is_replay(response)})
 
 
-def many_folded(names: Collection[str], answer: Response) -> dict[str, FoldResult | ProblemError]:
-    """The answer to moments of many layers, which has a result for each of them."""
-    _check_form(answer, JSON)
-    request_id = answer.headers.get(REQUEST_ID.lower())
+def many_folded(names: Collection[str], response: Response) -> dict[str, FoldResult | ProblemError]:
+    """The response to moments of many layers, which has a result for each of them."""
+    _check_form(response, JSON)
+    request_id = response.headers.get(REQUEST_ID.lower())
     results: dict[str, FoldResult | ProblemError] = {}
-    for name, document in orjson.loads(answer.body)["layers"].items():
+    for name, document in orjson.loads(response.body)["layers"].items():
         if "type" in document:
             error = problem_of(document, request_id)
             if error is None:
@@ -108,13 +108,13 @@ def many_folded(names: Collection[str], answer: Response) -> dict[str, FoldResul
     return results
 
 
-def local_state(held: LocalState | None, answer: Response) -> LocalState:
-    """What normalizing here needs; the one that was held, if the service says that it is the newest."""
-    if answer.status == 304:
-        if held is None:
+def local_state(cached: LocalState | None, response: Response) -> LocalState:
+    """What normalizing here needs; the cached one, if the service says that it is the newest."""
+    if response.status == 304:
+        if cached is None:
             raise ValueError("a 304 to a call without a condition")
-        return held
-    return LocalState.of(layer(answer))
+        return cached
+    return LocalState.of(layer(response))
 
 
 def _folded(document: dict[str, Any]) -> FoldResult:
@@ -123,12 +123,12 @@ def _folded(document: dict[str, Any]) -> FoldResult:
     return FoldResult(found.version, found.num_batches_tracked, found.replayed, found.count, mean, var)
 
 
-def _is_replay(answer: Response) -> bool:
-    return answer.headers.get(IDEMPOTENT_REPLAY.lower()) == "true"
+def _is_replay(response: Response) -> bool:
+    return response.headers.get(IDEMPOTENT_REPLAY.lower()) == "true"
 
 
-def _normalized(shape: tuple[int, ...], batch: A, answer: Response) -> tuple[A, BatchStatistics[A] | None]:
-    found = tensors(answer)
+def _normalized(shape: tuple[int, ...], batch: A, response: Response) -> tuple[A, BatchStatistics[A] | None]:
+    found = tensors(response)
     output = found["output"]
     if output.shape != shape:
         raise ValueError(f"the output has shape {output.shape}, the input {shape}")
@@ -138,6 +138,6 @@ def _normalized(shape: tuple[int, ...], batch: A, answer: Response) -> tuple[A, 
     return from_wire(output, batch), statistics
 
 
-def _check_form(answer: Response, expected: str) -> None:
-    if answer.media_type != expected:
-        raise ValueError(f"it is {answer.media_type or 'of no type'}, not {expected}")
+def _check_form(response: Response, expected: str) -> None:
+    if response.media_type != expected:
+        raise ValueError(f"it is {response.media_type or 'of no type'}, not {expected}")

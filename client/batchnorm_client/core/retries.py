@@ -1,9 +1,9 @@
 """When to send a call again, and how long to wait first.
 
-Why not stamina or tenacity: what is sent next is not always the same call (a lost answer to a DELETE is settled by
-looking, not by deleting again), and a deadline has to bound the wait that `Retry-After` asks for and the timeouts of
-each try; theirs is looked at between tries only. What would be left to them is a loop of four lines. Here it is a
-value that does not sleep, so that both clients use the same.
+Why not stamina or tenacity: what is sent next is not always the same call (after a lost response to a DELETE the client
+reads the layer and does not delete again), and a deadline has to bound the wait that `Retry-After` asks for and the
+timeouts of each try; theirs is looked at between tries only. What would be left to them is a loop of four lines. Here
+it is a value that does not sleep, so that both clients use the same.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from batchnorm_client.wire.errors import (
 T = TypeVar("T")
 
 _log = logging.getLogger("batchnorm_client")
-_PASSING: Final = (408, 502, 503, 504)
+_TRANSIENT: Final = (408, 502, 503, 504)
 """Statuses after which the same call may end better: the network was too slow, or what is behind it was away."""
 
-_NEVER: Final = {"group-incomplete"}
+_NEVER_AGAIN: Final = {"group-incomplete"}
 """Problems whose status says "try again", while their meaning says that it would have to be another call."""
 
-_NOTHING_DONE: Final = {"overloaded", "not-implemented", "group-incomplete"}
+_WITHOUT_EFFECT: Final = {"overloaded", "not-implemented", "group-incomplete"}
 """Problems with a status from 500 on that a call has only before it takes effect."""
 
 
@@ -48,7 +48,7 @@ class Retry:
             the other members of a group has as much longer as it may wait for them.
         wait_initial: seconds before the second try. Each later wait is twice as long; a random part of up to a half is
             taken off, so that clients that failed together do not come back together.
-        wait_max: the longest wait that the client chooses itself. `Retry-After` of an answer may ask for more.
+        wait_max: the longest wait that the client chooses itself. `Retry-After` of a response may ask for more.
     """
 
     attempts: int = 10
@@ -73,18 +73,18 @@ class Attempts(Generic[T]):
 
     Attributes:
         request: what to send next.
-        in_doubt: a try failed, and may have taken effect all the same.
+        outcome_unknown: a try failed, and may have taken effect all the same.
         deadline: seconds for the call with all its tries; infinite without one.
     """
 
     def __init__(self, request: Request[T], retry: Retry, runtime: Runtime) -> None:
         self.request = request
-        self.in_doubt = False
+        self.outcome_unknown = False
         self.deadline = math.inf if retry.deadline is None else retry.deadline + request.waits
         self._retry = retry
         self._runtime = runtime
         self._tries = 0
-        self._unsettled: BatchNormError | None = None
+        self._unconfirmed: BatchNormError | None = None
         self._end = runtime.now() + self.deadline
 
     def left(self) -> float:
@@ -106,18 +106,18 @@ class Attempts(Generic[T]):
         """What to raise for a call that the deadline ended."""
         return TimedOut(f"no answer within the deadline of {self.deadline:g} s", outcome_unknown=True)
 
-    def receive(self, answer: Response) -> T:
+    def receive(self, response: Response) -> T:
         """The result.
 
         Raises:
-            ProblemError, UnexpectedAnswer: the answer is an error, or cannot be read.
+            ProblemError, UnexpectedAnswer: the response is an error, or cannot be read.
         """
-        if answer.status not in self.request.statuses:
-            raise error_of(answer, self._runtime.date())
+        if response.status not in self.request.statuses:
+            raise error_of(response, self._runtime.date())
         try:
-            return self.request.read(answer)
+            return self.request.read(response)
         except (ValueError, LookupError) as why:
-            raise unreadable(answer, why) from why
+            raise unreadable(response, why) from why
 
     def pause(self, error: BatchNormError) -> float:
         """Seconds to wait before `request` is sent, after a try that ended in `error`.
@@ -125,11 +125,11 @@ class Attempts(Generic[T]):
         Raises:
             BatchNormError: `error`, when there is no other try; its `outcome_unknown` says what that means.
         """
-        self.in_doubt |= not self.request.reads and _may_be_done(error)
-        error.outcome_unknown = self.in_doubt
+        self.outcome_unknown |= not self.request.reads and _may_have_taken_effect(error)
+        error.outcome_unknown = self.outcome_unknown
         self._tries += 1
-        follow_up = self.request.settle(error) if self.in_doubt and self.request.settle else None
-        if error is self._unsettled or (follow_up is None and not self._again(error)):
+        follow_up = self.request.confirm(error) if self.outcome_unknown and self.request.confirm else None
+        if error is self._unconfirmed or (follow_up is None and not self._may_repeat(error)):
             raise error
         wait = 0.0 if follow_up else self._wait(error)
         if self._tries >= self._retry.attempts or self._runtime.now() + wait >= self._end:
@@ -137,7 +137,7 @@ class Attempts(Generic[T]):
             raise error
         self._warn(error, wait, follow_up)
         if follow_up is not None:
-            self.request, self._unsettled = follow_up, error
+            self.request, self._unconfirmed = follow_up, error
         return wait
 
     def _warn(self, error: BatchNormError, wait: float, follow_up: Request[T] | None) -> None:
@@ -157,8 +157,8 @@ class Attempts(Generic[T]):
             end,
         )
 
-    def _again(self, error: BatchNormError) -> bool:
-        return _is_passing(error) and (self.request.repeat_if_unknown or not self.in_doubt)
+    def _may_repeat(self, error: BatchNormError) -> bool:
+        return _is_transient(error) and (self.request.repeat_if_unknown or not self.outcome_unknown)
 
     def _wait(self, error: BatchNormError) -> float:
         wait = min(self._retry.wait_max, self._retry.wait_initial * 2.0 ** min(self._tries - 1, 60))
@@ -167,19 +167,19 @@ class Attempts(Generic[T]):
         return wait if asked is None else wait + float(asked)
 
 
-def _is_passing(error: BatchNormError) -> bool:
+def _is_transient(error: BatchNormError) -> bool:
     """Whether another try may end better."""
     if isinstance(error, NoAnswer):
         return not error.permanent
     if isinstance(error, ProblemError | UnexpectedAnswer):
-        return error.status in _PASSING and error.name not in _NEVER
+        return error.status in _TRANSIENT and error.name not in _NEVER_AGAIN
     return False
 
 
-def _may_be_done(error: BatchNormError) -> bool:
+def _may_have_taken_effect(error: BatchNormError) -> bool:
     """Whether a call that ended in this error may have taken effect all the same."""
     if isinstance(error, NoAnswer):
         return error.outcome_unknown
     if isinstance(error, ProblemError | UnexpectedAnswer):
-        return not 400 <= error.status < 500 and error.name not in _NOTHING_DONE
+        return not 400 <= error.status < 500 and error.name not in _WITHOUT_EFFECT
     return False

@@ -1,6 +1,6 @@
-"""Calls whose answer was lost: how to find out whether they took effect.
+"""Calls whose response was lost: how to find out whether they took effect.
 
-Each function is a `Request.settle`: it is asked after an error when an earlier try may have taken effect.
+Each function is a `Request.confirm`: it is asked after an error when an earlier try may have taken effect.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from batchnorm_client.wire.tensors import Tensor, json_list
 _PARAMETERS = ("weight", "bias")
 
 
-def is_deleted(path: str, if_match: int | None, error: BatchNormError) -> Request[None] | None:
+def confirm_deleted(path: str, if_match: int | None, error: BatchNormError) -> Request[None] | None:
     """DELETE: a layer that is gone was deleted.
 
     With If-Match the call is repeated, and only "no such layer" is looked into: a layer that has the name by now is
@@ -29,9 +29,9 @@ def is_deleted(path: str, if_match: int | None, error: BatchNormError) -> Reques
     if if_match is not None and not isinstance(error, LayerNotFound):
         return None
 
-    def read(answer: Response) -> None:
-        if answer.status == 404:
-            found = error_of(answer)
+    def read(response: Response) -> None:
+        if response.status == 404:
+            found = error_of(response)
             if not isinstance(found, LayerNotFound):
                 raise found
         elif if_match is None:
@@ -41,7 +41,7 @@ def is_deleted(path: str, if_match: int | None, error: BatchNormError) -> Reques
     return Request("GET", path, read, (200, 404), reads=True)
 
 
-def is_updated(path: str, asked: Mapping[str, Any], if_match: int, error: BatchNormError) -> Request[Layer] | None:
+def confirm_updated(path: str, asked: Mapping[str, Any], if_match: int, error: BatchNormError) -> Request[Layer] | None:
     """PATCH with If-Match: refused because of its own first try, if the one commit since has its values."""
 
     def matches(layer: Layer) -> bool:
@@ -50,25 +50,29 @@ def is_updated(path: str, asked: Mapping[str, Any], if_match: int, error: BatchN
             for name, value in asked.items()
         )
 
-    return _look(path, if_match, error, matches)
+    return _read_again(path, if_match, error, matches)
 
 
-def is_replaced(path: str, asked: Mapping[str, Tensor], if_match: int, error: BatchNormError) -> Request[Layer] | None:
+def confirm_replaced(
+    path: str, asked: Mapping[str, Tensor], if_match: int, error: BatchNormError
+) -> Request[Layer] | None:
     """PUT state with If-Match: the same, by those of the tensors that a `Layer` shows."""
 
     def matches(layer: Layer) -> bool:
         shown = ((json_list(tensor), getattr(layer, name)) for name, tensor in asked.items() if hasattr(layer, name))
         return all(_same(value, now, layer) for value, now in shown)
 
-    return _look(path, if_match, error, matches)
+    return _read_again(path, if_match, error, matches)
 
 
-def _look(path: str, if_match: int, error: BatchNormError, matches: Callable[[Layer], bool]) -> Request[Layer] | None:
+def _read_again(
+    path: str, if_match: int, error: BatchNormError, matches: Callable[[Layer], bool]
+) -> Request[Layer] | None:
     if not isinstance(error, VersionMismatch):
         return None
 
-    def read(answer: Response) -> Layer:
-        layer = readers.layer(answer)
+    def read(response: Response) -> Layer:
+        layer = readers.layer(response)
         if layer.version == if_match + 1 and matches(layer):
             return layer
         raise error

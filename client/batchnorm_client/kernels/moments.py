@@ -63,18 +63,18 @@ def merge(left: Sums[V], right: Sums[V]) -> Sums[V]:
     return Sums(total, mean, left.m2 + right.m2 + gap * gap * (left.weight * (right.weight / total)))
 
 
-def merge_pieces(batch: Any, piece_sums: Callable[[Any], Sums[V]], nothing: Sums[V]) -> Sums[V]:
+def merge_chunks(batch: Any, chunk_sums: Callable[[Any], Sums[V]], nothing: Sums[V]) -> Sums[V]:
     """The sums of a batch, some rows at a time, so that no second copy of it is made in float64.
 
     Args:
         batch: (N, C, *), numpy or torch.
-        piece_sums: of some of the batch's rows.
+        chunk_sums: of some of the batch's rows.
         nothing: the sums of an empty batch.
     """
-    return reduce(merge, map(piece_sums, pieces(batch)), nothing)
+    return reduce(merge, map(chunk_sums, chunks(batch)), nothing)
 
 
-def pieces(batch: Any, chunk: int = _CHUNK) -> list[Any]:
+def chunks(batch: Any, chunk: int = _CHUNK) -> list[Any]:
     """A batch (N, C, *), some rows at a time: views of about `chunk` elements, none of them empty."""
     rows, elements = batch.shape[0], math.prod(batch.shape)
     step = max(1, chunk * rows // max(1, elements))

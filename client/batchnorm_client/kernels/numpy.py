@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from batchnorm_client.kernels.moments import BatchMoments, Sums, merge_pieces
+from batchnorm_client.kernels.moments import BatchMoments, Sums, merge_chunks
 from batchnorm_client.kernels.state import LocalState
 
 Array = npt.NDArray[Any]
@@ -42,12 +42,12 @@ def moments(batch: Array) -> BatchMoments:
     channels = batch.shape[1]
     axes = tuple(axis for axis in range(batch.ndim) if axis != 1)
 
-    def piece_sums(piece: Array) -> Sums[Array]:
-        wide, count = piece.astype(np.float64), piece.size // channels
+    def chunk_sums(chunk: Array) -> Sums[Array]:
+        wide, count = chunk.astype(np.float64), chunk.size // channels
         return Sums(count, wide.mean(axes), wide.var(axes) * count)
 
     with np.errstate(all="ignore"):
-        count, mean, m2 = merge_pieces(batch, piece_sums, Sums(0, np.zeros(channels), np.zeros(channels)))
+        count, mean, m2 = merge_chunks(batch, chunk_sums, Sums(0, np.zeros(channels), np.zeros(channels)))
         return BatchMoments(int(count), mean, m2 / max(1, count))
 
 

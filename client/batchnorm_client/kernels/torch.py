@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm_client.kernels.moments import BatchMoments, Sums, merge_pieces
+from batchnorm_client.kernels.moments import BatchMoments, Sums, merge_chunks
 from batchnorm_client.kernels.state import LocalState
 
 Statistics = tuple[Tensor, Tensor, Tensor]
@@ -60,13 +60,13 @@ def exact_sums(batch: Tensor) -> Sums[Tensor]:
     """The sums of (N, C, *) in float64, whatever the batch's dtype; on the CPU."""
     channels, axes = batch.shape[1], _axes(batch)
 
-    def piece_sums(piece: Tensor) -> Sums[Tensor]:
-        count = piece.numel() // channels
-        var, mean = torch.var_mean(piece.double(), axes, correction=0)
+    def chunk_sums(chunk: Tensor) -> Sums[Tensor]:
+        count = chunk.numel() // channels
+        var, mean = torch.var_mean(chunk.double(), axes, correction=0)
         return Sums(count, mean.cpu(), var.cpu() * count)
 
     zeros = torch.zeros(channels, dtype=torch.float64)
-    return merge_pieces(batch, piece_sums, Sums(0, zeros, zeros))
+    return merge_chunks(batch, chunk_sums, Sums(0, zeros, zeros))
 
 
 def with_own_statistics(state: LocalState, batch: Tensor) -> tuple[Tensor, BatchMoments, Statistics]:

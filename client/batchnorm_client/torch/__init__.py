@@ -13,10 +13,10 @@
 Importing this package imports torch; `batchnorm_client` itself does not.
 """
 
+from batchnorm_client.torch.batchnorms import RemoteBatchNorm1d, RemoteBatchNorm2d, RemoteBatchNorm3d
 from batchnorm_client.torch.convert import convert_batchnorm, flush
 from batchnorm_client.torch.modules import RemoteBatchNorm
 from batchnorm_client.torch.plain import revert, snapshot
-from batchnorm_client.torch.twins import RemoteBatchNorm1d, RemoteBatchNorm2d, RemoteBatchNorm3d
 
 __all__ = [
     "RemoteBatchNorm",

@@ -21,7 +21,7 @@ Forward = Callable[[Tensor, bool], tuple[Tensor, BatchStatistics[Tensor] | None]
 """(input, whether statistics are wanted) -> (output, the statistics it was normalized with)."""
 
 
-class Shard(Protocol):
+class SharedBatch(Protocol):
     """One synchronized batch, as one of its members sees it."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,31 +91,31 @@ class _Normalize(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def normalize_shard(shard: Shard, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def normalize_shard(shared: SharedBatch, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Normalize a shard of a synchronized batch; its gradient is that of the whole batch.
 
     Args:
-        shard: the calls, under the same weight and bias. All members run the backward pass, or none.
+        shared: the calls, under the same weight and bias. All members run the backward pass, or none.
         x: the shard, (N, C, *); may be empty.
         weight: (C,), or None; its gradient is the shard's part of the sum, as with `nn.SyncBatchNorm`.
         bias: (C,), or None; as weight.
     """
-    return cast(Tensor, _NormalizeShard.apply(x, weight, bias, shard))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _NormalizeShard.apply(x, weight, bias, shared))  # type: ignore[no-untyped-call]
 
 
 class _NormalizeShard(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, shard: Shard) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, shared: SharedBatch) -> Tensor:
         del weight, bias  # the service has them
         ctx.save_for_backward(x)
-        ctx.shard = shard
-        return _formatted(shard.forward(x), x)
+        ctx.shared = shared
+        return _formatted(shared.forward(x), x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        found = ctx.shard.backward(x, grad_output)
+        found = ctx.shared.backward(x, grad_output)
         grads = (found.grad_input, found.grad_weight, found.grad_bias)
         wanted = zip(grads, ctx.needs_input_grad[:3], strict=True)
         return (*(grad if needed else None for grad, needed in wanted), None)

@@ -9,16 +9,16 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm_client import Client, LayerOptions
+from batchnorm_client.torch.batchnorms import REMOTE
 from batchnorm_client.torch.folding import Folding
 from batchnorm_client.torch.groups import Compute
 from batchnorm_client.torch.modules import RemoteBatchNorm, layer_options
 from batchnorm_client.torch.plain import M, swap
 from batchnorm_client.torch.takeover import Claim, Existing, take_over
-from batchnorm_client.torch.twins import REMOTE
 
 
 class RemoteOptions(TypedDict, total=False):
-    """What `RemoteBatchNorm` takes and its torch twin does not."""
+    """What `RemoteBatchNorm` takes and torch's module does not."""
 
     non_finite: Literal["reject", "allow"]
     compute: Compute
@@ -57,7 +57,7 @@ def convert_batchnorm(
         options: `non_finite`, `compute`, `group`, `group_size`, `group_timeout`, as in `RemoteBatchNorm`. With
             `compute="local"` and without a group, one call per training step folds the moments of all layers: after the
             model's forward pass, or before a layer is evaluated or its running statistics are read, or by `flush`.
-            (A part of the model that is called by itself has nobody to do that for it but those.)
+            (A part of the model that is called by itself is sent by those only.)
 
     Returns:
         `module`, or what replaces it if it is itself a batch normalization.

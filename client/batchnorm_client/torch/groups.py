@@ -40,11 +40,11 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class GroupStep:
-    """One shared batch: see `autograd.Shard`.
+    """One shared batch: see `autograd.SharedBatch`.
 
     Attributes:
         layer: of the service.
-        group: who shares it.
+        group: the processes that share it.
         step: how many batches they shared before; all count alike.
         compute: where the shard is normalized.
     """

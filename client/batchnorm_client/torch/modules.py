@@ -21,7 +21,7 @@ from batchnorm_client.torch.running import RunningInService, parameters_of
 class RemoteBatchNorm(RunningInService):
     """Batch normalization whose running statistics live in the service; use `RemoteBatchNorm1d`, `2d` or `3d`.
 
-    A drop-in for its torch twin: an instance of it, with its constructor arguments, names, `state_dict()` and errors.
+    A drop-in for torch's module: an instance of it, with its constructor arguments, names, `state_dict()` and errors.
     In train mode the service normalizes the batch and folds its statistics, exactly once, whatever is retried; in eval
     mode it normalizes with the running statistics of everybody who trains the layer. The backward pass is local.
 
@@ -130,7 +130,7 @@ class RemoteBatchNorm(RunningInService):
         """Normalize a batch: in train mode with its own statistics, which are folded, else with the running ones.
 
         Args:
-            input: (N, C, *), with the ranks of the torch twin; on the parameters' device.
+            input: (N, C, *), with the ranks of torch's module; on the parameters' device.
 
         Returns:
             As the input in shape, dtype, device and memory format.

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm_client import Layer
+from batchnorm_client.torch.batchnorms import REMOTE
 from batchnorm_client.torch.modules import RemoteBatchNorm, without_bias
 from batchnorm_client.torch.running import RUNNING, parameters_of, tensors_of
-from batchnorm_client.torch.twins import REMOTE
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -23,7 +23,7 @@ def revert(module: RemoteBatchNorm) -> _BatchNorm: ...
 @overload
 def revert(module: M) -> M: ...
 def revert(module: nn.Module) -> nn.Module:
-    """Swap every remote batch normalization of a model for its torch twin with the service's state; the way back.
+    """Undo `convert_batchnorm`: torch's own modules in place of the remote ones, with the service's state.
 
     Weight and bias that changed since they were last sent are sent first. Layers stay in the service.
 
@@ -92,7 +92,7 @@ def _remotes(module: nn.Module) -> list[RemoteBatchNorm]:
 
 def _reverted(remote: RemoteBatchNorm) -> _BatchNorm:
     remote.push()
-    return _twin(remote, remote.pull())
+    return _torch_module(remote, remote.pull())
 
 
 def _copied(remote: RemoteBatchNorm, memo: dict[int, Any]) -> _BatchNorm:
@@ -100,7 +100,7 @@ def _copied(remote: RemoteBatchNorm, memo: dict[int, Any]) -> _BatchNorm:
     unsent = remote.unsent()
     layer = remote.layer.inspect()
     values = parameters_of(layer, remote) | unsent
-    local = copy.deepcopy(_twin(remote, layer), memo)
+    local = copy.deepcopy(_torch_module(remote, layer), memo)
     with torch.no_grad():
         for name, parameter in local.named_parameters():
             parameter.copy_(values[name])
@@ -109,7 +109,7 @@ def _copied(remote: RemoteBatchNorm, memo: dict[int, Any]) -> _BatchNorm:
     return local
 
 
-def _twin(remote: RemoteBatchNorm, layer: Layer) -> _BatchNorm:
+def _torch_module(remote: RemoteBatchNorm, layer: Layer) -> _BatchNorm:
     """torch's module with the options and running statistics of a layer, and a remote module's Parameter objects."""
     tensors = tensors_of(layer)
     local_class = next(local for local, cls in REMOTE.items() if isinstance(remote, cls))

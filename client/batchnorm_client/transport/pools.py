@@ -20,7 +20,7 @@ import httpx
 
 from batchnorm_client.core import Attempts, Response
 from batchnorm_client.transport.network import AsyncDeadlineBackend, DeadlineBackend, seconds_left
-from batchnorm_client.transport.requests import Incoming, ServiceEndpoint
+from batchnorm_client.transport.requests import ResponseBuffer, ServiceEndpoint
 from batchnorm_client.wire.errors import BatchNormError, ConnectionFailed, NoAnswer, TimedOut
 
 T = TypeVar("T")
@@ -86,7 +86,7 @@ class _Connections(Generic[T, G]):
             )
         return given
 
-    def _retire(self) -> T | None:
+    def _take_pool(self) -> T | None:
         """No more calls; the pool that is to be closed. An HTTP client that was passed in is left as it is."""
         self._closed = self._given is None
         return self._pools.pop(os.getpid(), None)
@@ -134,23 +134,23 @@ class Connections(_Connections[httpx.HTTPTransport, httpx.Client]):
         token = seconds_left.set(attempts.left)
         try:
             with self._errors(attempts):
-                outgoing = self._endpoint.outgoing(attempts)
-                response = send(outgoing)
+                request = self._endpoint.build_request(attempts)
+                response = send(request)
                 try:
-                    incoming = Incoming(response, attempts.remaining)
+                    buffer = ResponseBuffer(response, attempts.remaining)
                     for part in response.iter_bytes():
-                        incoming.add(part)
+                        buffer.add(part)
                 finally:
                     response.close()
         finally:
             seconds_left.reset(token)
             if pool is not None and self._closed:  # meanwhile; this call's connection came back to the pool after that
                 pool.close()
-        return incoming.answer()
+        return buffer.response()
 
     def close(self) -> None:
         """Close what was made here, in this process. Calls under way raise `ConnectionFailed`."""
-        pool = self._retire()
+        pool = self._take_pool()
         if pool is not None:
             pool.close()
 
@@ -182,15 +182,15 @@ class AsyncConnections(_Connections[httpx.AsyncHTTPTransport, httpx.AsyncClient]
         try:
             # An HTTP client that was passed in has sockets of its own, which look at no deadline.
             with self._errors(attempts), nullcontext() if given is None else anyio.move_on_after(attempts.left()):
-                outgoing = self._endpoint.outgoing(attempts)
-                response = await send(outgoing)
+                request = self._endpoint.build_request(attempts)
+                response = await send(request)
                 try:
-                    incoming = Incoming(response, attempts.remaining)
+                    buffer = ResponseBuffer(response, attempts.remaining)
                     async for part in response.aiter_bytes():
-                        incoming.add(part)
+                        buffer.add(part)
                 finally:
                     await response.aclose()
-                return incoming.answer()
+                return buffer.response()
         finally:
             seconds_left.reset(token)
             if pool is not None and self._closed:  # meanwhile; this call's connection came back to the pool after that
@@ -199,7 +199,7 @@ class AsyncConnections(_Connections[httpx.AsyncHTTPTransport, httpx.AsyncClient]
 
     async def aclose(self) -> None:
         """Close what was made here, in this process. Calls under way raise `ConnectionFailed`."""
-        pool = self._retire()
+        pool = self._take_pool()
         if pool is not None:
             await pool.aclose()
 
@@ -223,7 +223,7 @@ def _no_answer(
         return _timed_out(error, endpoint, attempts)
     text = str(error) or type(error).__name__
     if not isinstance(error, _NOT_SENT + _PERMANENT):
-        return ConnectionFailed(f"the connection to {_way(error, endpoint)} was cut: {text}", outcome_unknown=True)
+        return ConnectionFailed(f"the connection to {_route(error, endpoint)} was cut: {text}", outcome_unknown=True)
     permanent = isinstance(error, _PERMANENT) or _caused_by(error, ssl.SSLCertVerificationError)
     if endpoint.proxy is not None and not isinstance(error, _PERMANENT):
         if isinstance(error, httpx.ProxyError):
@@ -232,7 +232,7 @@ def _no_answer(
             )
         if not _caused_by(error, ssl.SSLError):  # which may be the service's, at the end of a tunnel
             return ConnectionFailed(f"cannot reach {endpoint.proxy}: {text}", proxy=str(endpoint.proxy))
-    return ConnectionFailed(f"cannot reach {_way(error, endpoint)}: {text}", permanent=permanent)
+    return ConnectionFailed(f"cannot reach {_route(error, endpoint)}: {text}", permanent=permanent)
 
 
 def _timed_out(error: httpx.TimeoutException, endpoint: ServiceEndpoint, attempts: Attempts[Any]) -> TimedOut:
@@ -241,16 +241,16 @@ def _timed_out(error: httpx.TimeoutException, endpoint: ServiceEndpoint, attempt
         case httpx.ConnectTimeout() if endpoint.proxy is not None:
             return TimedOut(f"{endpoint.proxy} did not connect {when}", proxy=str(endpoint.proxy))
         case httpx.ConnectTimeout():
-            return TimedOut(f"{_way(error, endpoint)} did not connect {when}")
+            return TimedOut(f"{_route(error, endpoint)} did not connect {when}")
         case httpx.PoolTimeout():
             return TimedOut(f"no connection of the pool became free {when}")
         case httpx.ReadTimeout():
-            return TimedOut(f"{_way(error, endpoint)} did not answer {when}", outcome_unknown=True)
+            return TimedOut(f"{_route(error, endpoint)} did not answer {when}", outcome_unknown=True)
         case _:
-            return TimedOut(f"{_way(error, endpoint)} did not take the request {when}", outcome_unknown=True)
+            return TimedOut(f"{_route(error, endpoint)} did not take the request {when}", outcome_unknown=True)
 
 
-def _way(error: httpx.TransportError | httpx.DecodingError, endpoint: ServiceEndpoint) -> str:
+def _route(error: httpx.TransportError | httpx.DecodingError, endpoint: ServiceEndpoint) -> str:
     """The service, and the proxy before it; of an HTTP client that was passed in, where it was redirected to."""
     try:
         url = error.request.url

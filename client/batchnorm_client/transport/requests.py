@@ -82,7 +82,7 @@ class ServiceEndpoint:
             self._headers["Host"] = url.netloc.decode("ascii")
             self._headers["Accept"] = "*/*"
             self._headers["User-Agent"] = f"batchnorm-client/{version('batchnorm-service')}"
-        # A compressed answer would have to be unpacked into another buffer, and floats hardly shrink.
+        # A compressed response would have to be unpacked into another buffer, and floats hardly shrink.
         self._headers["Accept-Encoding"] = "identity"
         if token is not None:
             if not token or not token.isascii() or not token.isprintable() or " " in token:
@@ -91,7 +91,7 @@ class ServiceEndpoint:
         if given is None and url.userinfo:  # as httpx does, also in that it goes before a token
             self._headers["Authorization"] = f"Basic {b64encode(_credentials(url)).decode('ascii')}"
 
-    def outgoing(self, attempts: Attempts[Any]) -> httpx.Request:
+    def build_request(self, attempts: Attempts[Any]) -> httpx.Request:
         """A request for httpx, whose timeouts end at the deadline.
 
         Raises:
@@ -99,7 +99,7 @@ class ServiceEndpoint:
         """
         remaining, request, http = attempts.remaining(), attempts.request, self._given
         size, url = request.size, _url(self.base + request.target)
-        timeout = _until(_patient(self._timeout if http is None else http.timeout, request.waits), remaining)
+        timeout = _capped(_with_longer_read(self._timeout if http is None else http.timeout, request.waits), remaining)
         headers = {**self._headers, **request.headers}
         joined = b"".join(request.pieces) if size <= BLOCK else None
         blocks = None if joined is not None else _Blocks(request.pieces, attempts.remaining)
@@ -144,7 +144,7 @@ class _Blocks(httpx.SyncByteStream, httpx.AsyncByteStream):
             yield block
 
 
-class Incoming:
+class ResponseBuffer:
     """A body as it arrives, into one buffer that can be written to: results are views of it.
 
     Args:
@@ -171,8 +171,8 @@ class Incoming:
         else:  # no length was announced, or it was that of a compressed body
             self._rest += part
 
-    def answer(self) -> Response:
-        """The answer, once it is complete."""
+    def response(self) -> Response:
+        """The response, once it is complete."""
         body: Buffer = self._rest
         if self._buffer is not None:
             filled = self._buffer[: self._filled]
@@ -202,14 +202,14 @@ def _credentials(url: httpx.URL) -> bytes:
     return f"{url.username}:{url.password}".encode()
 
 
-def _patient(timeout: httpx.Timeout, waits: float) -> httpx.Timeout:
+def _with_longer_read(timeout: httpx.Timeout, waits: float) -> httpx.Timeout:
     """The timeouts for a call that the service answers later on purpose."""
     limits = timeout.as_dict()
     read = limits.pop("read")
     return timeout if read is None or not waits else httpx.Timeout(**limits, read=read + waits)
 
 
-def _until(timeout: httpx.Timeout, remaining: float) -> httpx.Timeout:
+def _capped(timeout: httpx.Timeout, remaining: float) -> httpx.Timeout:
     """The timeouts, none longer than what is left until the deadline."""
     limits = timeout.as_dict()
     if all(limit is not None and limit <= remaining for limit in limits.values()) or remaining == float("inf"):

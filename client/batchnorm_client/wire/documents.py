@@ -120,7 +120,7 @@ class LayerConfig(Document):
 
 
 def _number_or_name(value: Any) -> Any:
-    """JSON has no NaN: non-finite elements travel as strings."""
+    """JSON has no NaN: non-finite elements are written as strings."""
     if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity"):
         return float(value)
     return value

@@ -89,6 +89,6 @@ def test_what_numpy_has_not(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("array", [np.array(["a"]), np.array([object()]), np.array([1 + 1j]), np.zeros(1, "f4,i4")])
-def test_what_does_not_travel(array: np.ndarray) -> None:
-    with pytest.raises(TypeError, match="does not travel"):
+def test_what_cannot_be_sent(array: np.ndarray) -> None:
+    with pytest.raises(TypeError, match="cannot be sent"):
         Tensor.of(array)

@@ -155,5 +155,5 @@ def codec(media_type: str) -> Codec:
     if row := CODECS.get(media_type):
         return row
     raise UnsupportedMediaType(
-        f"tensors do not travel as {media_type[:100]}", expected=list(CODECS), got=media_type[:100]
+        f"tensors cannot be sent as {media_type[:100]}", expected=list(CODECS), got=media_type[:100]
     )

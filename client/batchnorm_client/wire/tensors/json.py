@@ -1,11 +1,11 @@
-"""Tensors in JSON: nested lists of numbers; what is not finite travels as "NaN", "Infinity" and "-Infinity".
+"""Tensors in JSON: nested lists of numbers; what is not finite is written as "NaN", "Infinity" and "-Infinity".
 
 Parsers and writers of JSON hold Python's lock (the GIL) from their first byte to their last. Large texts are therefore
 read and written in pieces, so that other threads, such as one with an event loop, need not wait for a whole body.
 
-Reading has two ways. The fast one, for large bodies, takes only nested lists that are regular: their brackets and
+There are two readers. The fast one, for large bodies, takes only nested lists that are regular: their brackets and
 commas must be those of one shape, and the numbers between them are parsed piece by piece, by simdjson where it is
-installed. Whatever it does not take goes the second way, through orjson in one call, which accepts the same bodies and
+installed. Whatever it does not take goes to the other one, orjson in one call, which accepts the same bodies and
 alone decides what is refused and why.
 """
 
@@ -53,10 +53,10 @@ _NUMBERS: Final = b"0123456789+-.eE \t\r\n"
 
 
 class _UnusualError(Exception):
-    """The fast way does not take a body.
+    """The fast reader does not take a body.
 
     Args:
-        refusal: what its sender is told where it is too large to be read in another way.
+        refusal: what its sender is told where it is too large for the other reader.
     """
 
     def __init__(self, refusal: RequestError | None = None) -> None:
@@ -134,7 +134,7 @@ def json_tensors(document: Any, dtypes: Mapping[str, str]) -> dict[str, Tensor]:
 def split_vectors(body: Buffer, names: Collection[str]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """An object's vectors of these names in float64, and its other members; None where anything is unusual.
 
-    Who gets None reads the body in another way, which decides whether it is to be refused.
+    Who gets None reads the body with `load_json`, which decides whether it is to be refused.
     """
     others: dict[str, Any] = {}
     vectors: dict[str, Tensor] = {}
@@ -258,7 +258,7 @@ def _widened(tensor: Tensor) -> Array:
 
 
 def _read_regular(raw: memoryview, dtypes: Mapping[str, str]) -> dict[str, Array]:
-    """The way for big bodies. Raises `_UnusualError`."""
+    """The fast reader. Raises `_UnusualError`."""
     found: dict[str, Array] = {}
     for name, text in _members(raw, _MOST_MEMBERS):
         try:

@@ -31,7 +31,7 @@ def decode_npy(body: Buffer, dtypes: Mapping[str, str]) -> dict[str, Tensor]:
 
     Raises:
         MalformedBody: not a .npy file, or one that declares another length than it has; pickled objects; Fortran order.
-        DtypeMismatch: big-endian, or a dtype that does not travel.
+        DtypeMismatch: big-endian, or a dtype that cannot be sent.
     """
     (field,) = dtypes
     view = byte_view(body)

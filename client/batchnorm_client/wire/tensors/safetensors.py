@@ -53,7 +53,7 @@ _NAMES: Final = {
 }
 _CODES: Final = {name: code for code, name in _NAMES.items()}
 SAFETENSORS_DTYPES: Final = frozenset(_CODES)
-"""The dtypes that the form has: all that travel."""
+"""The dtypes that the form has: all that can be sent."""
 
 _SMALLER_THAN_A_BYTE: Final = {"F4", "F6_E2M3", "F6_E3M2"}
 

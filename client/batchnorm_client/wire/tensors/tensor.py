@@ -1,4 +1,4 @@
-"""A tensor as it travels: a dtype's name, a shape, and a buffer."""
+"""A tensor as it is sent: a dtype's name, a shape, and a buffer."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def itemsize(dtype: str) -> int:
         dtype: a name as torch has it, such as "float32" or "bfloat16".
 
     Raises:
-        ValueError: no such dtype travels.
+        ValueError: no such dtype can be sent.
     """
     try:
         return _ITEMSIZES[dtype]
@@ -71,7 +71,7 @@ class _Parts(NamedTuple):  # a tuple is quicker to make than a frozen dataclass:
 
 
 class Tensor(_Parts):
-    """A tensor as it travels; numpy and torch view its buffer.
+    """A tensor as it is sent; numpy and torch view its buffer.
 
     Attributes:
         dtype: torch's name of the dtype: "float16", "bfloat16", "float32", "float64", "int64", ...
@@ -102,12 +102,12 @@ class Tensor(_Parts):
         """An array's tensor: a view where the array is C-contiguous and little-endian, a copy otherwise.
 
         Raises:
-            TypeError: the array has a dtype that does not travel, such as object or str.
+            TypeError: the array has a dtype that cannot be sent, such as object or str.
         """
         name = dtype_name(array.dtype)
         dtype = NUMPY_DTYPES.get(name)
         if dtype is None:
-            raise TypeError(f"numpy's {name} does not travel; {', '.join(NUMPY_DTYPES)} do")
+            raise TypeError(f"numpy's {name} cannot be sent; {', '.join(NUMPY_DTYPES)} can")
         straight = np.asarray(array, dtype=dtype, order="C")
         return cls(name, straight.shape, straight.reshape(-1).view(np.uint8).data)
 
@@ -137,7 +137,7 @@ def byte_view(body: Buffer) -> memoryview:
 def view_tensor(dtype: str, shape: tuple[int, ...], view: memoryview) -> Tensor:
     """A tensor on a part of a body, which is as long as the shape says.
 
-    A copy only where the data lie askew, as torch's kernels want them aligned.
+    A copy only where the data are not aligned, as torch's kernels want them to be.
     """
     if view.nbytes and not np.frombuffer(view, _WORDS[itemsize(dtype)]).flags.aligned:
         return Tensor.unchecked(dtype, shape, bytearray(view))
