@@ -1,7 +1,7 @@
 """Writes the client that blocks from the one that does not: `python client/generate_sync.py [--check]`.
 
-`async_client.py` and `async_layer.py` are written by hand; `client.py` and `layer.py` come from them word by word, with
-their docstrings. Not by `unasync`: it keeps files' names and leaves docstrings alone, which are most of these files.
+`async_*.py` are written by hand; `client.py`, `layer.py` and `connections.py` come from them word by word, with their
+docstrings. Not by `unasync`: it keeps files' names and leaves docstrings alone, which are most of these files.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).with_name("batchnorm_client")
-FILES = {"async_client.py": "client.py", "async_layer.py": "layer.py"}
+FILES = {
+    "async_client.py": "client.py",
+    "async_layer.py": "layer.py",
+    "transport/async_connections.py": "transport/connections.py",
+}
 
 WORDS = {
     r"(?<!\w)\(await ([\w.]+\([^()]*\))\)": r"\1",
@@ -20,9 +24,12 @@ WORDS = {
     r"\basync (def|with|for)\b": r"\1",
     r"\bAsyncRuntime\b": "SyncRuntime",
     r"\bAsync(?=[A-Z])": "",
-    r"\basync_(client|layer)\b": r"\1",
+    r"\basync_(client|connections|layer)\b": r"\1",
     r"__a(enter|exit)__": r"__\1__",
     r"\baclose\b": "close",
+    r"\baiter_bytes\b": "iter_bytes",
+    r"\bhandle_async_request\b": "handle_request",
+    r"\basync_transport\b": "sync_transport",
     r"for (\w+) in (.+):\n +yield \1\n": r"yield from \2\n",
     r"  # noqa: ASYNC109.*": "",
 }
@@ -38,6 +45,12 @@ SENTENCES = {
             headers that come byte by byte it waits for all, also beyond the deadline. Without it connections are made
             here, from the options below.""",
     "\n        The arithmetic runs in a thread.\n": "",
+    "Sending calls without blocking.": "Sending calls, for those who may block.",
+    "client that does not block.\n": "client that blocks; threads may share them.\n",
+    """            # An HTTP client that was passed in has sockets of its own, which look at no deadline.
+""": "",
+    ", nullcontext() if given is None else anyio.move_on_after(attempts.left())": "",
+    "        raise attempts.timed_out()\n": "",
 }
 """What is true of one client only."""
 
@@ -55,7 +68,7 @@ def sync_text(source: str) -> str:
 
 def formatted(text: str, name: str) -> str:
     """The text with imports in order, laid out as all other files."""
-    for command in (["check", "--quiet", "--select=I", "--fix"], ["format", "--quiet"]):
+    for command in (["check", "--quiet", "--select=I,F401", "--fix"], ["format", "--quiet"]):
         ruff = [sys.executable, "-m", "ruff", *command, f"--stdin-filename={PACKAGE / name}", "-"]
         text = subprocess.run(ruff, input=text, capture_output=True, text=True, check=True).stdout  # noqa: S603
     return text
@@ -63,6 +76,9 @@ def formatted(text: str, name: str) -> str:
 
 def main() -> None:
     """Write the files, or with `--check` end with status 1 if one of them is out of date."""
+    sources = "".join((PACKAGE / source).read_text() for source in FILES)
+    if unused := [sentence for sentence in SENTENCES if sentence not in sources]:
+        sys.exit(f"no source says {unused[0]!r} any more")
     for source, target in FILES.items():
         text, path = sync_text(source), PACKAGE / target
         if "--check" not in sys.argv:

@@ -80,7 +80,7 @@ class AsyncClient:
         **options: Unpack[HttpOptions],
     ) -> None:
         # httpx takes longer to import than this whole package
-        from batchnorm_client.transport.pools import AsyncConnections  # noqa: PLC0415
+        from batchnorm_client.transport.async_connections import AsyncConnections  # noqa: PLC0415
         from batchnorm_client.transport.requests import ServiceEndpoint  # noqa: PLC0415
 
         endpoint = ServiceEndpoint(base_url, token, http, options)

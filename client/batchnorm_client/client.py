@@ -81,7 +81,7 @@ class Client:
         **options: Unpack[HttpOptions],
     ) -> None:
         # httpx takes longer to import than this whole package
-        from batchnorm_client.transport.pools import Connections  # noqa: PLC0415
+        from batchnorm_client.transport.connections import Connections  # noqa: PLC0415
         from batchnorm_client.transport.requests import ServiceEndpoint  # noqa: PLC0415
 
         endpoint = ServiceEndpoint(base_url, token, http, options)

@@ -1,0 +1,61 @@
+# Generated from transport/async_connections.py by generate_sync.py (make sync-client): change that file, not this one.
+"""Sending calls, for those who may block."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import httpx
+
+from batchnorm_client.core import Attempts, Response
+from batchnorm_client.transport.network import seconds_left
+from batchnorm_client.transport.pools import PoolPerProcess, sync_transport
+from batchnorm_client.transport.requests import ResponseBuffer, ServiceEndpoint
+
+
+class Connections(PoolPerProcess[httpx.HTTPTransport, httpx.Client]):
+    """Connections of the client that blocks; threads may share them.
+
+    Args:
+        endpoint: to the service.
+        given: the HTTP client that was passed in, or None.
+    """
+
+    def __init__(self, endpoint: ServiceEndpoint, given: httpx.Client | None) -> None:
+        super().__init__(endpoint, given, lambda: sync_transport(endpoint))
+
+    def send(self, attempts: Attempts[Any]) -> Response:
+        """Send a call once.
+
+        Raises:
+            NoAnswer: none came, the deadline passed, or the client is closed.
+        """
+        given, pool = self.given, None
+        if given is None:
+            pool = self.pool()
+            send = pool.handle_request
+        else:
+            send = partial(self.usable(given).send, stream=True)
+        token = seconds_left.set(attempts.left)
+        try:
+            with self.errors(attempts):
+                request = self.endpoint.build_request(attempts)
+                response = send(request)
+                try:
+                    buffer = ResponseBuffer(response, attempts.remaining)
+                    for part in response.iter_bytes():
+                        buffer.add(part)
+                finally:
+                    response.close()
+                return buffer.response()
+        finally:
+            seconds_left.reset(token)
+            if pool is not None and self.closed:  # meanwhile; this call's connection came back to the pool after that
+                pool.close()
+
+    def close(self) -> None:
+        """Close what was made here, in this process. Calls under way raise `ConnectionFailed`."""
+        pool = self.take_pool()
+        if pool is not None:
+            pool.close()
