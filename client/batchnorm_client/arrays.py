@@ -1,6 +1,6 @@
 """numpy arrays and torch tensors <-> `Tensor`, the form in which they are sent.
 
-torch is not imported here: whoever passes a torch tensor has done so.
+torch is not imported here: a caller that passes a torch tensor has imported it.
 """
 
 from __future__ import annotations

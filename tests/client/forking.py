@@ -179,7 +179,7 @@ def waiting(client):
         flush(model)
         model(torch.eye(3))
 
-    sending = model[0]._folding._sending
+    sending = model[0]._pending._sending
     with sending:
         children = [child(work) for _ in range(CHILDREN)]
         join(children)

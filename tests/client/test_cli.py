@@ -161,7 +161,7 @@ def test_reset(run, layer):
 
 def test_delete(run, layer):
     refused = run("delete", layer.name, code=2)
-    assert refused.stderr.endswith(f"whether to delete {layer.name}; --yes deletes it unasked\n")
+    assert refused.stderr.endswith(f"whether to delete {layer.name}; --yes deletes it without asking\n")
     assert "deleted" in run("delete", layer.name, "--yes").stdout
     refused = run("delete", layer.name, "--yes", "--json", code=3)
     assert refused.stderr == f"batchnorm: there is no layer '{layer.name}'\n"

@@ -149,7 +149,7 @@ def delete(
         layer = client.layer(name)
         if not yes:
             if not can_ask():
-                fail(f"nobody is there to be asked whether to delete {name}; --yes deletes it unasked", USAGE)
+                fail(f"no terminal to ask whether to delete {name}; --yes deletes it without asking", USAGE)
             typer.confirm(f"Delete {name} ({size(layer.inspect())})?", abort=True, err=True)
         layer.delete(if_match=if_match)
     if json:
@@ -159,7 +159,7 @@ def delete(
 
 
 def can_ask() -> bool:
-    """Whether somebody is there to answer."""
+    """Whether there is a terminal that can be asked."""
     return sys.stdin.isatty()
 
 

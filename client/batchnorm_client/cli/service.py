@@ -38,13 +38,13 @@ EXIT_CODES: Final = (
 )
 
 QUICK: Final = Retry(attempts=4)
-"""Somebody waits: half a second of tries is enough to find a service that is not there."""
+"""For commands that a person waits for: half a second is enough to notice that no service is there."""
 
 PATIENT: Final = Retry(attempts=1000, deadline=120)
 """A long run outlives a restart of the service."""
 
 _QUIET_SECONDS: Final = 1.0
-"""A command that is over by then says how it ended; only what takes longer also says what it tries again."""
+"""Retries are shown only by commands that take longer."""
 
 Url = Annotated[
     str | None,

@@ -1,4 +1,4 @@
-"""Parts of a synchronized batch."""
+"""Membership in a synchronized batch: which group a call belongs to."""
 
 from __future__ import annotations
 

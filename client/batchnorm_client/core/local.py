@@ -1,9 +1,9 @@
-"""Normalizing a batch that stays here: what the service does, with the state that it keeps.
+"""Normalizing a batch in the client, with the layer's state from the service; the batch is not sent.
 
     output = (input - mean) / sqrt(var + eps) * weight + bias
 
-per channel (Ioffe & Szegedy 2015). A torch tensor goes through torch's kernels, which the service uses too; a numpy
-array through numpy, which rounds in another order.
+per channel (Ioffe & Szegedy 2015). torch tensors are normalized by torch's kernels, as in the service; numpy arrays by
+numpy, which rounds in another order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from batchnorm_client.wire.errors import NonFinite, UnexpectedAnswer
 
 
 class Step(NamedTuple, Generic[A]):
-    """A batch that was normalized here.
+    """A batch that was normalized in the client.
 
     Attributes:
         output: as the input in kind, shape, dtype and device.

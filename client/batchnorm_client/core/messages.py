@@ -43,8 +43,8 @@ class Request(Generic[T]):
             is not what the contract says.
         statuses: those that `read` takes; all others are errors.
         headers: what to send beside what every call sends.
-        pieces: the body, to be sent one after the other.
-        reads: the call changes nothing.
+        pieces: the body, in buffers that are sent one after the other.
+        reads: the call changes nothing in the service.
         repeat_if_unknown: whether the call may be sent again when an earlier try may have taken effect: because it
             carries a key, sets values, or has a condition that cannot hold twice.
         confirm: when an earlier try may have taken effect, makes the call that finds out after this error: a call that

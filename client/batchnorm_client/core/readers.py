@@ -1,4 +1,4 @@
-"""Responses as results. What a response lacks, or has in another form than the contract says, is a ValueError."""
+"""Responses as results. A ValueError means that a response is not what the contract says."""
 
 from __future__ import annotations
 

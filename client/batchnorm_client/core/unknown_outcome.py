@@ -1,6 +1,7 @@
 """Calls whose response was lost: how to find out whether they took effect.
 
-Each function is a `Request.confirm`: it is asked after an error when an earlier try may have taken effect.
+Each function is a `Request.confirm`: it is called after an error, if an earlier try may have taken effect, and returns
+the read that tells, or None.
 """
 
 from __future__ import annotations

@@ -1,1 +1,4 @@
-"""Arithmetic that both sides run, with numpy and with torch: normalizing a batch, and merging moments."""
+"""Arithmetic that client and service share: normalizing a batch, its moments and how they are merged, input checks.
+
+Imports numpy; torch only in `kernels.torch`; of this package nothing but `wire`.
+"""

@@ -10,9 +10,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm_client import Client, LayerOptions
 from batchnorm_client.torch.batchnorms import REMOTE
-from batchnorm_client.torch.folding import Folding
 from batchnorm_client.torch.groups import Compute
 from batchnorm_client.torch.modules import RemoteBatchNorm, layer_options
+from batchnorm_client.torch.pending_moments import PendingMoments
 from batchnorm_client.torch.plain import M, swap
 from batchnorm_client.torch.takeover import Claim, Existing, take_over
 
@@ -101,11 +101,11 @@ def flush(module: nn.Module) -> None:
 
 
 def _fold_together(root: nn.Module, remotes: list[RemoteBatchNorm], client: Client) -> None:
-    folding = Folding(client)
+    pending = PendingMoments(client)
     for remote in remotes:
-        remote._folding = folding
-        folding.join(remote, remote.name)
-    folding.attach(root)
+        remote._pending = pending
+        pending.join(remote, remote.name)
+    pending.attach(root)
 
 
 def _is_local(module: nn.Module, path: str) -> TypeGuard[_BatchNorm]:

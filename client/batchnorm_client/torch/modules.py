@@ -15,10 +15,10 @@ from batchnorm_client.kernels.state import LocalState
 from batchnorm_client.results import BatchStatistics
 from batchnorm_client.torch.autograd import normalize, normalize_shard
 from batchnorm_client.torch.groups import Compute, Group, GroupStep
-from batchnorm_client.torch.running import RunningInService, parameters_of
+from batchnorm_client.torch.running import RemoteRunningStatistics, parameters_of
 
 
-class RemoteBatchNorm(RunningInService):
+class RemoteBatchNorm(RemoteRunningStatistics):
     """Batch normalization whose running statistics live in the service; use `RemoteBatchNorm1d`, `2d` or `3d`.
 
     A drop-in for torch's module: an instance of it, with its constructor arguments, names, `state_dict()` and errors.
@@ -106,7 +106,7 @@ class RemoteBatchNorm(RunningInService):
         super().__init__(num_features, eps, momentum, affine, False, device, dtype, **without_bias(not bias))
         self._forget_buffers()
         self.compute = compute
-        self._folding = None
+        self._pending = None
         self.track_running_stats = self._tracks = track_running_stats
         self.client = client
         self.state_dtype, self._device = dtype, torch.device("cpu" if device is None else device)
@@ -182,8 +182,8 @@ class RemoteBatchNorm(RunningInService):
         tracks = self._tracks and self.track_running_stats
         config = self._config.model_copy(update={"eps": self.eps, "track_running_stats": tracks})
         step = train_step(LocalState(config, 0, 0, self.weight, self.bias, None, None), x)
-        if tracks and self._folding:
-            self._folding.add(self.name, step.moments)
+        if tracks and self._pending:
+            self._pending.add(self.name, step.moments)
         elif tracks:
             self.layer.fold_moments(*step.moments)
         return step.output, step.statistics

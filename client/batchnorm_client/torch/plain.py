@@ -39,8 +39,8 @@ def revert(module: nn.Module) -> nn.Module:
     remotes = _remotes(module)
     reverted = swap(module, {remote: _reverted(remote) for remote in remotes})
     for remote in remotes:
-        if remote._folding is not None:
-            remote._folding.leave(remote)
+        if remote._pending is not None:
+            remote._pending.leave(remote)
     return reverted
 
 
@@ -71,9 +71,9 @@ def snapshot(module: nn.Module) -> nn.Module:
     for remote in remotes:
         memo[id(remote)] = _copied(remote, memo)  # copy.deepcopy takes what is there already
     copied = copy.deepcopy(module, memo)
-    for folding in {remote._folding for remote in remotes if remote._folding is not None}:
+    for pending in {remote._pending for remote in remotes if remote._pending is not None}:
         for found in copied.modules():
-            folding.detach(found)
+            pending.detach(found)
     return copied
 
 

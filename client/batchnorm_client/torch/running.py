@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm_client import Layer, RemoteLayer
-from batchnorm_client.torch.folding import Folding
+from batchnorm_client.torch.pending_moments import PendingMoments
 
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 """What torch keeps in buffers, and the service keeps here."""
@@ -37,7 +37,7 @@ def parameters_of(layer: Layer, module: _BatchNorm) -> dict[str, Tensor]:
     return values
 
 
-class RunningInService(_BatchNorm):
+class RemoteRunningStatistics(_BatchNorm):
     """A batch normalization module without buffers: what torch keeps there belongs to a layer of the service.
 
     Attributes:
@@ -49,7 +49,7 @@ class RunningInService(_BatchNorm):
     state_dtype: torch.dtype
     _tracks: bool
     """Whether the layer was created with running statistics; `track_running_stats` may be toggled later."""
-    _folding: Folding | None
+    _pending: PendingMoments | None
     """Where moments wait that are sent together with those of other modules."""
     _device: torch.device
     """Where what is read goes, if there are no parameters to follow."""
@@ -64,8 +64,8 @@ class RunningInService(_BatchNorm):
 
     def flush(self) -> None:
         """Send moments that wait for those of other modules, theirs included; see `convert_batchnorm`."""
-        if self._folding is not None:
-            self._folding.flush()
+        if self._pending is not None:
+            self._pending.flush()
 
     def _read(self, name: str) -> Tensor | None:
         if name in self._buffers:  # while a state_dict is loaded

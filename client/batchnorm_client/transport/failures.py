@@ -1,4 +1,4 @@
-"""What goes wrong on the way, in the terms of this package: which host, before or after the call was sent."""
+"""httpx's exceptions as exceptions of this package: which host failed, and whether the call may have taken effect."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Sockets on which every wait ends at the deadline of the call that uses them.
+"""Sockets that keep to the deadline of the call that uses them.
 
-httpx gives each read and each write the same number of seconds, so a peer that sends a byte now and then could hold a
-call for ever. httpcore lets its sockets be replaced; these ask before each wait how much time the call has left.
-The client on an event loop has them, too: httpcore leaks a connection that is cancelled in a TLS handshake.
+httpx's timeouts hold for each read and each write by itself, so a peer that sends a byte now and then could keep a call
+waiting without end. httpcore's sockets can be replaced; these ask before each wait how much time the call has left.
+The async client has them, too, and does not cancel: httpcore leaks a connection that is cancelled in a TLS handshake.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Sending: over connections that a client makes itself, one pool for each process, or over an HTTP client given to it.
+"""Connection pools, one for each process; or the HTTP client that the caller passed in.
 
-A socket that two processes read from gives either the other's answers. So what was inherited by a fork is neither used
-nor closed in the child: closing could take a connection's TLS session, or its place in an event loop, from the parent.
+Two processes that read from one socket get each other's responses. So a child neither uses nor closes the pools that it
+inherited by a fork: closing could end a TLS session of the parent, or take a socket from its event loop.
 
-Connections are used through httpx's transports and not through its clients, which log a line at INFO for every call.
+httpx's transports are used, and not its clients, which log a line at INFO for every call.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ T = TypeVar("T")
 G = TypeVar("G", httpx.Client, httpx.AsyncClient)
 
 _inherited: list[object] = []
-"""Pools of parent processes. Kept, because an event loop's sockets are taken from it when nobody has them any more."""
+"""Pools of parent processes. Kept, because a socket that is garbage collected is removed from its event loop."""
 
 
 class PoolPerProcess(Generic[T, G]):
@@ -93,7 +93,7 @@ class PoolPerProcess(Generic[T, G]):
 
     @contextmanager
     def errors(self, attempts: Attempts[Any]) -> Iterator[None]:
-        """What goes wrong below, as exceptions of this package."""
+        """Turns httpx's exceptions into those of this package."""
         try:
             yield
         except BatchNormError:

@@ -11,7 +11,7 @@ import httpx
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """A proxy, and who named it.
+    """A proxy, and where it is configured.
 
     Attributes:
         http: for httpx.

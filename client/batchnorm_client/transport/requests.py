@@ -1,7 +1,4 @@
-"""What both clients do with httpx beside sending: settings, headers and bodies.
-
-Imported by a client when it is made and not before: httpx takes longer to import than all the rest.
-"""
+"""Requests and responses for httpx: settings, headers, timeouts and bodies."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ _WITH_BODY: Final = ("POST", "PUT", "PATCH")
 
 
 class ServiceEndpoint:
-    """The way to one service: its address, the headers of every call, and the settings of its connections.
+    """One service: its address, the headers of every call, and the settings of its connections.
 
     Args:
         base_url: by default the HTTP client's, if one was passed in that has one; else BATCHNORM_URL; else
@@ -145,7 +142,7 @@ class _Blocks(httpx.SyncByteStream, httpx.AsyncByteStream):
 
 
 class ResponseBuffer:
-    """A body as it arrives, into one buffer that can be written to: results are views of it.
+    """Collects a response's body in one writable buffer; results are views of it.
 
     Args:
         response: says how long the body will be.
@@ -203,7 +200,7 @@ def _credentials(url: httpx.URL) -> bytes:
 
 
 def _with_longer_read(timeout: httpx.Timeout, waits: float) -> httpx.Timeout:
-    """The timeouts for a call that the service answers later on purpose."""
+    """The timeouts for a call on which the service waits on purpose."""
     limits = timeout.as_dict()
     read = limits.pop("read")
     return timeout if read is None or not waits else httpx.Timeout(**limits, read=read + waits)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Pending:
+class PendingBatch:
     """The moments of one batch, until it is known that they were folded.
 
     Attributes:
@@ -33,8 +33,8 @@ class Pending:
     key: str | None = None
 
 
-class Folding:
-    """Collects moments by layer, and sends them together: after the root's forward, or when somebody has to see them.
+class PendingMoments:
+    """Collects moments by layer, and sends them together: after the root's forward pass, or before they are needed.
 
     May be used by threads.
 
@@ -44,7 +44,7 @@ class Folding:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._pending: dict[str, deque[Pending]] = {}
+        self._batches: dict[str, deque[PendingBatch]] = {}
         self._users: set[nn.Module] = set()
         self._hooks: list[RemovableHandle] = []
         self._in_forward = False
@@ -72,7 +72,7 @@ class Folding:
     def join(self, user: nn.Module, name: str) -> None:
         """A module that adds moments for the layer of that name."""
         self._users.add(user)
-        self._pending[name] = deque()
+        self._batches[name] = deque()
 
     def leave(self, user: nn.Module) -> None:
         """Flush; the last one to leave takes the hooks away."""
@@ -92,8 +92,8 @@ class Folding:
             As `flush`. The moments were added.
         """
         self._forget_the_parents()
-        self._pending[name].append(Pending(moments))
-        if len(self._pending[name]) > 1 and not self._in_forward:
+        self._batches[name].append(PendingBatch(moments))
+        if len(self._batches[name]) > 1 and not self._in_forward:
             self.flush()
 
     def flush(self) -> None:
@@ -108,26 +108,26 @@ class Folding:
         errors: dict[str, ProblemError] = {}
         with self._sending:
             stuck: set[str] = set()
-            while heads := {name: queue[0] for name, queue in self._pending.items() if queue and name not in stuck}:
+            while heads := {name: queue[0] for name, queue in self._batches.items() if queue and name not in stuck}:
                 for name, result in self._send(heads).items():
                     if not isinstance(result, FoldResult):
                         errors.setdefault(name, result)
                     if isinstance(result, ServiceError):  # not the batch's fault: another try may succeed
                         stuck.add(name)
                     else:
-                        self._pending[name].popleft()
+                        self._batches[name].popleft()
         for name, error in errors.items():
-            error.add_note(f"layer {name!r}, one of {len(self._pending)}")
+            error.add_note(f"layer {name!r}, one of {len(self._batches)}")
             raise error
 
     def _forget_the_parents(self) -> None:
         """After a fork: what waited is the parent's to send, or it would count twice, and its lock may be held."""
         if self._process != os.getpid():
             self._process, self._sending = os.getpid(), Lock()
-            for queue in self._pending.values():
+            for queue in self._batches.values():
                 queue.clear()
 
-    def _send(self, heads: dict[str, Pending]) -> dict[str, FoldResult | ProblemError]:
+    def _send(self, heads: dict[str, PendingBatch]) -> dict[str, FoldResult | ProblemError]:
         fresh = uuid4().hex
         keys: dict[str, str] = {}
         for name, head in heads.items():
