@@ -41,7 +41,7 @@ READERS = [
     (safetensors_codec, "check_known"),
     (documents, "parse_document"),
 ]
-WRITERS = [(json_codec, "_widened")]
+WRITERS = [(json_codec, "widened")]
 
 
 @pytest.fixture

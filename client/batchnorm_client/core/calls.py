@@ -23,7 +23,7 @@ from batchnorm_client.wire.errors import InvalidRequest, ProblemError
 from batchnorm_client.wire.headers import IDEMPOTENCY_KEY, KEY_PATTERN
 from batchnorm_client.wire.media_types import JSON, SAFETENSORS
 from batchnorm_client.wire.names import check_layer_name
-from batchnorm_client.wire.tensors import Tensor, encode, json_list
+from batchnorm_client.wire.tensors import Tensor, encode, json_pieces
 
 if TYPE_CHECKING:
     from batchnorm_client.options import Moments, Numbers, StateDict
@@ -63,13 +63,13 @@ def update(name: str, changes: LayerChanges, if_match: int | None) -> Request[La
     document: dict[str, Any] = dict(changes)
     for parameter in ("weight", "bias"):
         if parameter in document:
-            document[parameter] = json_list(_vector(document[parameter]))
+            document[parameter] = _vector(document[parameter])
     return Request(
         "PATCH",
         layer_path(name),
         readers.layer,
         headers=_JSON | _if_match(if_match),
-        pieces=[orjson.dumps(document, option=_WRITE)],
+        pieces=json_pieces(document),
         confirm=None if if_match is None else partial(confirm_updated, layer_path(name), document, if_match),
     )
 

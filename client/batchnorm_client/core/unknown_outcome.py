@@ -16,7 +16,7 @@ from batchnorm_client.core.messages import Request, Response
 from batchnorm_client.core.problems import error_of
 from batchnorm_client.wire.documents import Layer
 from batchnorm_client.wire.errors import BatchNormError, LayerNotFound, VersionMismatch
-from batchnorm_client.wire.tensors import Tensor, json_list
+from batchnorm_client.wire.tensors import Tensor, widened
 
 _PARAMETERS = ("weight", "bias")
 
@@ -60,8 +60,7 @@ def confirm_replaced(
     """PUT state with If-Match: the same, by those of the tensors that a `Layer` shows."""
 
     def matches(layer: Layer) -> bool:
-        shown = ((json_list(tensor), getattr(layer, name)) for name, tensor in asked.items() if hasattr(layer, name))
-        return all(_same(value, now, layer) for value, now in shown)
+        return all(_same(tensor, getattr(layer, name), layer) for name, tensor in asked.items() if hasattr(layer, name))
 
     return _read_again(path, if_match, error, matches)
 
@@ -81,11 +80,11 @@ def _read_again(
     return Request("GET", path, read, reads=True)
 
 
-def _same(asked: Any, now: Any, layer: Layer) -> bool:
-    """Whether numbers are equal in the layer's dtype; non-finite ones may be strings."""
+def _same(asked: Tensor, now: list[Any] | int | None, layer: Layer) -> bool:
+    """Whether numbers are equal in the layer's dtype; the layer's non-finite ones may be strings."""
     if now is None or isinstance(now, int):
-        return bool(now == asked)
+        return now is not None and bool(widened(asked) == now)
     with np.errstate(over="ignore"):
         # By way of float64: the document's text of a float32 is the shortest that reads back as one.
-        left, right = (np.asarray(numbers, np.float64).astype(layer.config.dtype) for numbers in (asked, now))
+        left, right = (np.asarray(one, np.float64).astype(layer.config.dtype) for one in (widened(asked), now))
     return np.array_equal(left, right, equal_nan=True)

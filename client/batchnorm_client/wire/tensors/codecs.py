@@ -10,14 +10,14 @@ from typing import Any, Final
 from batchnorm_client.wire.errors import InvalidRequest, NotAcceptable, UnsupportedMediaType
 from batchnorm_client.wire.media_types import JSON, NPY, SAFETENSORS
 from batchnorm_client.wire.tensors.json import JSON_DTYPES, decode_json, encode_json
-from batchnorm_client.wire.tensors.npy import decode_npy, encode_npy, npy_data_start
+from batchnorm_client.wire.tensors.npy import NPY_DTYPES, decode_npy, encode_npy, npy_data_start
 from batchnorm_client.wire.tensors.safetensors import (
     SAFETENSORS_DTYPES,
     decode_named,
     encode_named,
     safetensors_data_start,
 )
-from batchnorm_client.wire.tensors.tensor import NUMPY_DTYPES, Buffer, Tensor
+from batchnorm_client.wire.tensors.tensor import Buffer, Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,22 +44,10 @@ class Codec:
 
 CODECS: Final[Mapping[str, Codec]] = MappingProxyType(
     {
-        JSON: Codec(decode_json, encode_json, several=True, dtypes=JSON_DTYPES, text=True),
-        NPY: Codec(
-            decode_npy,
-            encode_npy,
-            several=False,
-            dtypes=frozenset(NUMPY_DTYPES),
-            text=False,
-            data_start=npy_data_start,
-        ),
+        JSON: Codec(decode_json, encode_json, True, JSON_DTYPES, text=True),
+        NPY: Codec(decode_npy, encode_npy, False, NPY_DTYPES, text=False, data_start=npy_data_start),
         SAFETENSORS: Codec(
-            decode_named,
-            encode_named,
-            several=True,
-            dtypes=SAFETENSORS_DTYPES,
-            text=False,
-            data_start=safetensors_data_start,
+            decode_named, encode_named, True, SAFETENSORS_DTYPES, text=False, data_start=safetensors_data_start
         ),
     }
 )

@@ -185,7 +185,7 @@ def _listed(tensor: Tensor) -> Array | orjson.Fragment:
     shape = tensor.shape
     if not tensor.nbytes:
         return empty_lists(shape)
-    array = _widened(tensor)
+    array = widened(tensor)
     if 1 not in shape[1:]:
         return array
     squeezed = array.reshape([n for n in shape if n != 1])
@@ -229,26 +229,8 @@ def _list_text(array: Array) -> bytes:
     return b"".join(parts)
 
 
-def json_list(tensor: Tensor) -> Any:
-    """What `orjson.dumps(..., option=OPT_SERIALIZE_NUMPY)` writes as nested lists that read back exactly.
-
-    Returns:
-        An array where all elements are finite, nested lists of numbers and strings otherwise, a scalar or a string
-        for a tensor without dimensions. float16 and bfloat16 are widened to float32, which loses nothing.
-    """
-    array = _widened(tensor)
-    finite = np.isfinite(array)
-    if finite.all():
-        return array if array.shape else array[()]
-    nested: list[Any] = list(array.reshape(-1))
-    for place in np.flatnonzero(~finite):
-        nested[place] = "NaN" if np.isnan(nested[place]) else "Infinity" if nested[place] > 0 else "-Infinity"
-    for n in reversed(array.shape):
-        nested = [nested[i : i + n] for i in range(0, len(nested), n)]
-    return nested[0]
-
-
-def _widened(tensor: Tensor) -> Array:
+def widened(tensor: Tensor) -> Array:
+    """An array of a tensor's numbers, exactly; float16 and bfloat16 become float32."""
     if tensor.dtype == "bfloat16":  # the upper half of a float32
         halves = np.ndarray(tensor.shape, "<u2", buffer=tensor.buffer)
         wide: Array = np.left_shift(halves, 16, dtype=np.uint32)

@@ -15,6 +15,9 @@ import numpy as np
 from batchnorm_client.wire.errors import DtypeMismatch, MalformedBody
 from batchnorm_client.wire.tensors.tensor import NUMPY_DTYPES, Buffer, Tensor, byte_view, checked_shape, view_tensor
 
+NPY_DTYPES: Final = frozenset(NUMPY_DTYPES)
+"""The dtypes that the form has: numpy's."""
+
 _MAGIC: Final = b"\x93NUMPY"
 _LENGTH_WIDTHS: Final = {(1, 0): 2, (2, 0): 4, (3, 0): 4}
 _MAX_HEADER: Final = 4096  # 64 dimensions of 20 digits take 1,400 bytes
