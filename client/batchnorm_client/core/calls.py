@@ -141,12 +141,12 @@ def train(
     )
 
 
-def evaluate(name: str, batch: A, *, statistics: bool) -> Request[EvalResult[A]]:
+def evaluate(name: str, batch: A, *, statistics: bool = False, call: str = "eval") -> Request[EvalResult[A]]:
     """Normalize with the running statistics."""
     tensor = to_wire(batch)
     return Request(
         "POST",
-        _target(name, "eval", statistics=statistics),
+        _target(name, call, statistics=statistics),
         partial(readers.evaluated, tensor.shape, batch),
         headers=_TENSORS,
         pieces=encode(SAFETENSORS, {"input": tensor}),
@@ -156,15 +156,7 @@ def evaluate(name: str, batch: A, *, statistics: bool) -> Request[EvalResult[A]]
 
 def inverse(name: str, batch: A) -> Request[EvalResult[A]]:
     """Undo what eval does."""
-    tensor = to_wire(batch)
-    return Request(
-        "POST",
-        _target(name, "inverse"),
-        partial(readers.evaluated, tensor.shape, batch),
-        headers=_TENSORS,
-        pieces=encode(SAFETENSORS, {"input": tensor}),
-        reads=True,
-    )
+    return evaluate(name, batch, call="inverse")
 
 
 def backward(
