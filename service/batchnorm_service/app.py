@@ -69,7 +69,7 @@ def create_app(settings: Settings | None = None, store: Store | None = None) -> 
         ),
         lifespan,
     )
-    gateway.app.state.settings, gateway.app.state.store, gateway.app.state.layers = settings, store, layers
+    gateway.app.state.settings, gateway.app.state.store = settings, store
     return gateway
 
 

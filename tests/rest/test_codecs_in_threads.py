@@ -10,7 +10,7 @@ from safetensors.numpy import save
 from batchnorm_client.wire.media_types import JSON, SAFETENSORS
 from batchnorm_client.wire.tensors import json as json_codec
 from batchnorm_client.wire.tensors import safetensors as safetensors_codec
-from batchnorm_service.rest import documents
+from batchnorm_service.rest import routes
 
 pytestmark = pytest.mark.anyio
 
@@ -39,7 +39,7 @@ CALLS = {
 READERS = [
     (json_codec, "_values"),
     (safetensors_codec, "check_known"),
-    (documents, "parse_document"),
+    (routes, "parse_document"),
 ]
 WRITERS = [(json_codec, "widened")]
 

@@ -1,9 +1,11 @@
 """HTTP and nothing else: requests in, calls to `Layers`, answers and problems out.
 
-    gateway ── train, eval, inverse, moments ──> normalize, moments ─┐     the endpoint table: no router in between
-      └───── all the rest ──> FastAPI ─────────────────────────────┴──> layers.Layers
+    gateway ── what is called for every batch ──> endpoints ─┐     a table: no router in between
+      └───── all the rest ──> FastAPI ───────────────────────┴──> layers.Layers
 
 Most requests that bring a batch or its moments come by the fast path, without ASGI (`batchnorm_service.fast_path`).
+Routes for JSON documents are FastAPI's, with typed parameters and models (`routes`, `layers`, `health`, `pages`). Tensor
+bodies are read by hand, since their forms are negotiated and they are not parsed in Python.
 """
 
 from batchnorm_service.rest.application import ApiOptions, build_api

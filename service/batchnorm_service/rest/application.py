@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
+from typing import Final
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -17,20 +19,36 @@ from batchnorm_service import __version__
 from batchnorm_service.layers import Layers
 
 from .bodies import ClientGoneError
+from .documents import invalid_request
 from .gateway import Gateway
-from .gradients import add_gradient_routes
-from .health import add_health_routes
+from .gradients import GradientEndpoint
+from .gradients import router as gradient_routes
+from .health import router as health_routes
 from .layer_request import Endpoint
-from .layers import add_layer_routes
-from .moments import MomentsCalls, add_moments_routes
-from .normalize import NormalizeEndpoints, add_normalize_routes
+from .layers import read_layer
+from .layers import router as layer_routes
+from .moments import MomentsEndpoint
+from .moments import router as moments_routes
+from .normalize import NormalizeEndpoints
+from .normalize import router as normalize_routes
 from .openapi import openapi_document
-from .pages import add_pages
+from .pages import router as page_routes
 from .problems import respond_problem
 from .responses import Response, respond_empty
 from .security import Guard
-from .state import add_state_routes
+from .state import router as state_routes
 from .transfers import Transfers
+
+ROUTERS: Final = (
+    layer_routes,
+    state_routes,
+    normalize_routes,
+    gradient_routes,
+    moments_routes,
+    health_routes,
+    page_routes,
+)
+"""Every route. A new one goes into the router of its module; a new router goes here."""
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
@@ -70,29 +88,28 @@ def build_api(layers: Layers, options: ApiOptions, lifespan: Lifespan) -> Gatewa
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
         exception_handlers={
             ProblemError: _answer_problem,
             HTTPException: _answer_problem,
+            RequestValidationError: _answer_problem,
             ClientGoneError: _answer_nobody,
             Exception: _answer_problem,
         },
     )
-    calls = NormalizeEndpoints(layers, options.max_body_bytes, options.max_elements)
-    moments = MomentsCalls(layers, options.max_body_bytes)
-    add_layer_routes(app, layers, options.max_body_bytes)
-    add_state_routes(app, layers, options.max_body_bytes)
-    add_normalize_routes(app, calls)
-    add_gradient_routes(app, layers, options.max_body_bytes, options.max_elements)
-    add_moments_routes(app, moments)
-    add_health_routes(app, layers)
-    add_pages(app)
+    for router in ROUTERS:
+        app.include_router(router)
     app.openapi = cache(lambda: openapi_document(app))  # type: ignore[method-assign]
-    endpoints: dict[str, Endpoint] = {
-        "train": calls.train,
-        "eval": calls.eval,
-        "inverse": calls.inverse,
-        "moments": moments.fold,
+    normalize_endpoints = NormalizeEndpoints(layers, options.max_body_bytes, options.max_elements)
+    endpoints: dict[tuple[str, str], Endpoint] = {
+        ("GET", ""): partial(read_layer, layers),
+        ("POST", "train"): normalize_endpoints.train,
+        ("POST", "eval"): normalize_endpoints.eval,
+        ("POST", "inverse"): normalize_endpoints.inverse,
+        ("POST", "backward"): GradientEndpoint(layers, options.max_body_bytes, options.max_elements).backward,
+        ("POST", "moments"): MomentsEndpoint(layers, options.max_body_bytes).fold,
     }
+    app.state.layers, app.state.options, app.state.endpoints = layers, options, endpoints
     transfers = Transfers(
         options.read_timeout, options.write_timeout, options.max_buffered_bytes, options.max_body_bytes
     )
@@ -110,6 +127,9 @@ def build_api(layers: Layers, options: ApiOptions, lifespan: Lifespan) -> Gatewa
 async def _answer_problem(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException) and error.status_code == MethodNotAllowed.status:
         error = _method_not_allowed(request)
+    elif isinstance(error, RequestValidationError):
+        # What pydantic says of parameters, each with where it stands ("query", "header") before its name.
+        error = invalid_request([each | {"loc": each["loc"][1:]} for each in error.errors()])
     return respond_problem(error, request.scope["path"], request.state.request_id)
 
 
@@ -122,7 +142,8 @@ def _method_not_allowed(request: Request) -> MethodNotAllowed:
     path = request.scope["path"]
     methods = {
         method
-        for route in request.app.routes
+        for router in ROUTERS
+        for route in router.routes
         if isinstance(route, APIRoute) and route.path_regex.fullmatch(path)
         for method in route.methods or ()
     }

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
-from starlette.requests import Request
 
 from batchnorm_client.wire.documents import MAX_FEATURES, LayerUpdate
 from batchnorm_client.wire.errors import InvalidRequest, MalformedBody
-from batchnorm_client.wire.media_types import JSON
 from batchnorm_client.wire.tensors import load_json, split_vectors
-from batchnorm_service.layers import Layers
-
-from .bodies import read_body
-from .headers import read_headers
-from .negotiation import content_type
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -26,33 +20,6 @@ _VECTORS_FROM: Final = 1 << 14
 """Of an update that is longer, the vectors are read as tensors: pydantic looks at each number by itself."""
 
 _SHOWN_ERRORS: Final = 20
-
-
-async def read_document(
-    request: Request,
-    layers: Layers,
-    model: type[Model],
-    limit: int,
-    known: tuple[str, ...] = (JSON,),
-    empty: Model | None = None,
-) -> Model:
-    """The request's body as a `model`; `empty`, if given, when there is no body.
-
-    Raises:
-        UnsupportedMediaType: its Content-Type is none of `known`.
-        PayloadTooLarge: it is larger than `limit`.
-        MalformedBody: it is not JSON.
-        InvalidRequest: a field is unknown, missing or out of range.
-    """
-    headers = read_headers(request.scope["headers"])
-    if empty is None:
-        content_type(headers, known)  # before the body is read
-    body = await read_body(headers, request.receive, limit)
-    if empty is not None:
-        if not body:
-            return empty
-        content_type(headers, known)
-    return await layers.run_codec(len(body), parse_document, model, body)
 
 
 def parse_document(model: type[Model], body: bytes | bytearray | memoryview) -> Model:
@@ -71,14 +38,19 @@ def _validated(model: type[Model], value: dict[str, Any]) -> Model:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise invalid(error, model) from None
+        raise invalid_request(error.errors(include_url=False), list(model.model_fields)) from None
 
 
-def invalid(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
-    """What pydantic refused, as a problem: the first error's field and expectation, and `errors` if there are more."""
+def invalid_request(errors: Sequence[Any], known: Sequence[str] = ()) -> InvalidRequest:
+    """What pydantic refused, as a problem: the first error's field and expectation, and `errors` if there are more.
+
+    Args:
+        errors: `ErrorDetails`, as pydantic lists them.
+        known: the fields that there are.
+    """
     # A default that is made from other fields is not made, and reported as an error, when one of them is wrong.
-    wrong = [each for each in error.errors(include_url=False) if each["type"] != "default_factory_not_called"]
-    found = [_described(details, model) for details in wrong[:_SHOWN_ERRORS]]
+    wrong = [each for each in errors if each["type"] != "default_factory_not_called"]
+    found = [_described(details, known) for details in wrong[:_SHOWN_ERRORS]]
     first = found[0]
     count = len(wrong)
     detail = f"{first['field']}: {first.pop('detail')}"
@@ -86,19 +58,18 @@ def invalid(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
         return InvalidRequest(detail, **first)
     for other in found[1:]:
         other["detail"] = f"{other['field']}: {other['detail']}"
-    errors = [{**first, "detail": detail}, *found[1:]]
-    return InvalidRequest(f"{detail} (and {count - 1} more, see errors)", **first, errors=errors)
+    errors_shown = [{**first, "detail": detail}, *found[1:]]
+    return InvalidRequest(f"{detail} (and {count - 1} more, see errors)", **first, errors=errors_shown)
 
 
-def _described(details: ErrorDetails, model: type[BaseModel]) -> dict[str, Any]:
+def _described(details: ErrorDetails, known: Sequence[str]) -> dict[str, Any]:
     message = details["msg"].removeprefix("Value error, ")
     described: dict[str, Any] = {"field": ".".join(map(str, details["loc"]))[:200] or "body", "detail": message}
     given = details["input"]
     match details["type"]:
         case "extra_forbidden":
-            known = list(model.model_fields)
             described["detail"] = f"is not known; known are {', '.join(known)}" if known else "is not known"
-            described["expected"] = known
+            described["expected"] = list(known)
         case "missing":
             described["detail"] = "is missing"
             described["expected"] = "a value"

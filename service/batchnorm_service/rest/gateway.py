@@ -44,8 +44,8 @@ class Gateway:
 
     Args:
         app: has all routes.
-        endpoints: by the last part of `/v1/layers/{name}/...`: POST requests that bring a batch or its moments, and
-            go past FastAPI's router.
+        endpoints: by method and the last part of `/v1/layers/{name}/...`: the calls that are made for every batch,
+            and are asked without FastAPI.
         guard: who may do what.
         transfers: bounds what is buffered before and after a call runs.
         max_body_bytes: larger bodies are refused.
@@ -61,7 +61,7 @@ class Gateway:
     def __init__(
         self,
         app: FastAPI,
-        endpoints: Mapping[str, Endpoint],
+        endpoints: Mapping[tuple[str, str], Endpoint],
         guard: Guard,
         transfers: Transfers,
         *,
@@ -89,12 +89,12 @@ class Gateway:
             self._admit(target, headers, method)
             if method not in _READ_A_BODY:
                 metered.enter()
-            endpoint = self._endpoints.get(target.call) if target.layer and method == "POST" else None
+            endpoint = self._endpoints.get((method, target.call)) if target.layer else None
             if target.layer and endpoint:
                 request = LayerRequest(target.layer, scope["query_string"], headers, metered.receive)
                 await exchange.send_response(await endpoint(request), metered.send)
             else:
-                inner = _inner(scope, target, exchange.request_id)
+                inner = _inner(scope, target, headers, exchange.request_id)
                 await self.app(inner, metered.receive, exchange.completing(metered.send))
         except ClientGoneError:
             log.debug("request %s: the client went away", exchange.request_id)
@@ -112,7 +112,7 @@ class Gateway:
         if len(url) > MOST_CACHED_BYTES or b"?" in url or not url.startswith(b"/v1/"):
             return None
         target = target_of(url)
-        return target if target.layer and target.call in self._fast_endpoints else None
+        return target if target.layer and ("POST", target.call) in self._fast_endpoints else None
 
     def admits(self, target: Target, headers: Headers, size: int) -> bool:
         """Whether the body of such a POST may come; if not, it goes by ASGI, which says why."""
@@ -143,7 +143,7 @@ class Gateway:
             self._running += 1
             if self._running > self._max_concurrent_requests:
                 raise self._too_many()
-            response = await self._endpoints[target.call](request)
+            response = await self._endpoints["POST", target.call](request)
         except asyncio.CancelledError:
             response = respond_problem(_stopping(), target.path, name)
         except Exception as error:
@@ -287,13 +287,17 @@ def _log_request(method: str, target: Target, status: int, began: float, request
         log.debug("%s %s %d %.2f ms %s", method, target.path, status, milliseconds, request_id)
 
 
-def _inner(scope: Scope, target: Target, request_id: str) -> dict[str, Any]:
-    """The scope for the application inside. HEAD is GET whose body the server leaves out."""
+def _inner(scope: Scope, target: Target, headers: Headers, request_id: str) -> dict[str, Any]:
+    """The scope for the application inside. HEAD is GET whose body the server leaves out.
+
+    A header that came more than once is one list (RFC 9110, 5.3): FastAPI's parameters take only the first.
+    """
     return {
         **scope,
         "path": target.path,
         "raw_path": target.path.encode(),
         "root_path": "",
+        "headers": list(headers.items()),
         "method": "GET" if scope["method"] == "HEAD" else scope["method"],
         "state": {**scope.get("state", {}), "request_id": request_id},
     }

@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI
-from starlette.requests import Request
+from typing import Literal
 
-from batchnorm_service.layers import Layers
+from pydantic import BaseModel
 
-from .openapi import describe
-from .queries import NoQuery, parse_query
-from .responses import Response, respond_json
+from .openapi import answers
+from .routes import LayersDependency, document_router
 
-_OK = {
-    200: {
-        "description": "Yes",
-        "content": {
-            "application/json": {
-                "schema": {"type": "object", "properties": {"status": {"const": "ok"}}, "required": ["status"]}
-            }
-        },
-    }
-}
+router = document_router("health", guarded=False)
 
 
-def add_health_routes(app: FastAPI, layers: Layers) -> None:
-    """The two probes, as routes of `app`."""
+class Health(BaseModel):
+    """What a probe says when all is well."""
 
-    @app.get("/healthz", **describe("healthz", "The process is alive", tag="health", answers=_OK, guarded=False))
-    async def healthz(request: Request) -> Response:
-        """Asks nothing of the store: restarting the process would not help a store that is gone."""
-        parse_query(NoQuery, request.scope["query_string"])
-        return respond_json(200, {"status": "ok"})
+    status: Literal["ok"] = "ok"
 
-    @app.get("/readyz", **describe("readyz", "The store can be reached", tag="health", answers=_OK, guarded=False))
-    async def readyz(request: Request) -> Response:
-        """503 `store-unavailable` as long as it cannot."""
-        parse_query(NoQuery, request.scope["query_string"])
-        await layers.ping()
-        return respond_json(200, {"status": "ok"})
+
+@router.get("/healthz", summary="The process is alive", responses=answers("It is", guarded=False))
+async def healthz() -> Health:
+    """Asks nothing of the store: restarting the process would not help a store that is gone."""
+    return Health()
+
+
+@router.get("/readyz", summary="The store can be reached", responses=answers("It can", guarded=False))
+async def readyz(layers: LayersDependency) -> Health:
+    """503 `store-unavailable` as long as it cannot."""
+    await layers.ping()
+    return Health()

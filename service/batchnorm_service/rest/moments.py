@@ -4,55 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
-from fastapi import FastAPI
+from fastapi import Query
 from starlette.requests import Request
-from starlette.types import Receive
+from starlette.responses import JSONResponse
 
+from batchnorm_client.wire.documents import FoldedDocument, ManyFolded
 from batchnorm_client.wire.errors import InvalidRequest, MalformedBody, ProblemError, shown
-from batchnorm_client.wire.headers import IDEMPOTENCY_KEY
+from batchnorm_client.wire.headers import IDEMPOTENT_REPLAY
 from batchnorm_client.wire.media_types import JSON, SAFETENSORS
 from batchnorm_client.wire.names import check_layer_name
 from batchnorm_client.wire.tensors import Tensor, decode, decode_safetensors, json_pieces, json_tensors, load_json
 from batchnorm_service.layers import MOMENT_DTYPES, Folded, Layers
 
 from .bodies import read_body
-from .headers import Headers, idempotency_key, read_headers
+from .headers import idempotency_key, read_headers
 from .layer_request import LayerRequest
 from .many import read_each_layer
 from .negotiation import content_type
-from .openapi import (
-    Json,
-    LayerNamePath,
-    describe,
-    folded_response,
-    json_body,
-    json_response,
-    tensor_body,
-    tensor_content,
-)
+from .openapi import answers, tensor_body
 from .preconditions import etag
 from .problems import problem_document
 from .queries import MomentsQuery, NoQuery, parse_query
 from .responses import REPLAYED, Response, respond_json, text_bytes
+from .routes import IdempotencyKey, LayerName, LayersDependency, ask_endpoint, tensor_router
 
 _FORMS: Final = (JSON, SAFETENSORS)
 _MOMENTS: Final = ("count", "mean", "var")
 _MOST_LAYERS: Final = 10_000
 _PROBLEMS: Final = ("malformed-body", "payload-too-large", "unsupported-media-type")
-_MANY_BODY: Json = {
-    "required": True,
-    "content": json_body("ManyMoments")["content"]
-    | tensor_content((SAFETENSORS,), {}, "count, mean and var of each layer, named {layer}/count and so on"),
-}
 
 Moments = Mapping[str, Tensor] | ProblemError
 """A layer's count, mean and var, or why they cannot be read."""
 
 
-class MomentsCalls:
-    """Moments over HTTP, of one layer and of many.
+class MomentsEndpoint:
+    """The moments of one layer over HTTP.
 
     Args:
         layers: what does the work.
@@ -74,74 +62,6 @@ class MomentsCalls:
         call = self._batches.fold_moments(request.name, read, key, nbytes=len(body), group=group)
         done = await (request.unless_gone(call) if group else call)
         return await self._layers.run_codec(text_bytes(JSON, done.moments.values()), _answer, done)
-
-    async def fold_many(self, query: bytes, headers: Headers, receive: Receive, request_id: str) -> Response:
-        """The same for many layers, each all or nothing."""
-        parse_query(NoQuery, query)
-        key = idempotency_key(headers)
-        media = content_type(headers, _FORMS)
-        body = await read_body(headers, receive, self._max_body_bytes)
-        read = _many_from_json if media == JSON else _many_from_safetensors
-        given = await self._layers.run_codec(len(body), read, body)
-        good: dict[str, Moments] = {}
-        results: dict[str, Any] = {}
-        for name, moments in given.items():
-            try:
-                check_layer_name(name)
-                good[name] = moments
-            except ProblemError as error:
-                results[name] = _told(name, error, request_id)
-        for name, result in (await self._batches.fold_many(good, key)).items():
-            results[name] = _told(name, result, request_id)
-        return respond_json(200, {"layers": {name: results[name] for name in given}})
-
-
-def add_moments_routes(app: FastAPI, calls: MomentsCalls) -> None:
-    """Both calls as routes of `app`."""
-
-    @app.post(
-        "/v1/layers/{name}/moments",
-        **describe(
-            "fold_moments",
-            "Fold the moments of a batch that stays with the caller",
-            query=MomentsQuery,
-            headers=(IDEMPOTENCY_KEY,),
-            body=tensor_body(_FORMS, "MomentsDocument", ", ".join(_MOMENTS)),
-            answers={200: folded_response()},
-            problems=(
-                *_PROBLEMS,
-                "layer-not-found",
-                "group-closed",
-                "shape-mismatch",
-                "dtype-mismatch",
-                "too-few-values",
-                "non-finite",
-                "idempotency-key-reused",
-                "group-mismatch",
-                "group-incomplete",
-            ),
-        ),
-    )
-    async def fold_moments(name: LayerNamePath, request: Request) -> Response:
-        """`count` is values per channel, `var` is biased. A group's members also get count, mean and var of all."""
-        headers = read_headers(request.scope["headers"])
-        return await calls.fold(LayerRequest(name, request.scope["query_string"], headers, request.receive))
-
-    @app.post(
-        "/v1/moments",
-        **describe(
-            "fold_many_moments",
-            "Fold the moments of many layers",
-            headers=(IDEMPOTENCY_KEY,),
-            body=_MANY_BODY,
-            answers={200: json_response("ManyFolded", "One result or problem for each layer")},
-            problems=_PROBLEMS,
-        ),
-    )
-    async def fold_many_moments(request: Request) -> Response:
-        """Each layer all or nothing. An Idempotency-Key counts for each layer by itself: a repeat does the rest."""
-        headers = read_headers(request.scope["headers"])
-        return await calls.fold_many(request.scope["query_string"], headers, request.receive, request.state.request_id)
 
 
 def _answer(done: Folded) -> Response:
@@ -206,3 +126,68 @@ def _bounded(layers: dict[str, Any]) -> dict[str, Any]:
             f"layers: at most {_MOST_LAYERS} in one call", field="layers", expected=_MOST_LAYERS, got=len(layers)
         )
     return layers
+
+
+_READERS: Final = {JSON: _many_from_json, SAFETENSORS: _many_from_safetensors}
+router = tensor_router()
+
+
+@router.post(
+    "/v1/layers/{name}/moments",
+    summary="Fold the moments of a batch that stays with the caller",
+    response_model=FoldedDocument,
+    response_class=JSONResponse,
+    responses=answers(
+        "Folded; count, mean and var only for a group",
+        "ETag",
+        IDEMPOTENT_REPLAY,
+        problems=(
+            *_PROBLEMS,
+            "layer-not-found",
+            "group-closed",
+            "shape-mismatch",
+            "dtype-mismatch",
+            "too-few-values",
+            "non-finite",
+            "idempotency-key-reused",
+            "group-mismatch",
+            "group-incomplete",
+        ),
+    ),
+    openapi_extra=tensor_body(_FORMS, "MomentsDocument", ", ".join(_MOMENTS)),
+)
+async def fold_moments(
+    name: LayerName, request: Request, _query: Annotated[MomentsQuery, Query()], _key: IdempotencyKey
+) -> Response:
+    """`count` is values per channel, `var` is biased. A group's members also get count, mean and var of all."""
+    return await ask_endpoint("POST", "moments", name, request)
+
+
+@router.post(
+    "/v1/moments",
+    summary="Fold the moments of many layers",
+    response_model=ManyFolded,
+    response_class=JSONResponse,
+    responses=answers("One result or problem for each layer", problems=_PROBLEMS),
+    openapi_extra=tensor_body(
+        _FORMS, "ManyMoments", "count, mean and var of each layer, named {layer}/count and so on"
+    ),
+)
+async def fold_many_moments(request: Request, layers: LayersDependency, key: IdempotencyKey) -> Response:
+    """Each layer all or nothing. An Idempotency-Key counts for each layer by itself: a repeat does the rest."""
+    parse_query(NoQuery, request.scope["query_string"])
+    headers = read_headers(request.scope["headers"])
+    media = content_type(headers, _FORMS)
+    body = await read_body(headers, request.receive, request.app.state.options.max_body_bytes)
+    given = await layers.run_codec(len(body), _READERS[media], body)
+    good: dict[str, Moments] = {}
+    results: dict[str, Any] = {}
+    for name, moments in given.items():
+        try:
+            check_layer_name(name)
+            good[name] = moments
+        except ProblemError as error:
+            results[name] = _told(name, error, request.state.request_id)
+    for name, result in (await layers.batches.fold_many(good, key)).items():
+        results[name] = _told(name, result, request.state.request_id)
+    return respond_json(200, {"layers": {name: results[name] for name in given}})

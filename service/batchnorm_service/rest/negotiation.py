@@ -8,7 +8,8 @@ from functools import lru_cache
 from typing import Final
 
 from batchnorm_client.wire.errors import NotAcceptable, UnsupportedMediaType
-from batchnorm_client.wire.media_types import NPY, TENSOR_MEDIA_TYPES
+from batchnorm_client.wire.media_types import TENSOR_MEDIA_TYPES
+from batchnorm_client.wire.tensors import codec
 
 from .headers import Headers
 
@@ -122,18 +123,23 @@ def _ranges(header: bytes | None) -> dict[str, float]:
 
 
 def tensor_form(forms: Sequence[str], dtype: str, statistics: bool) -> str:
-    """The first of `forms` that can carry the answer: .npy has one tensor, and no bfloat16.
+    """The first of `forms` that can carry a response: its dtype, and with statistics several tensors.
 
     Raises:
         NotAcceptable: none of them can.
     """
     for form in forms:
-        if form != NPY or not (statistics or dtype == "bfloat16"):
+        if _carries(form, dtype, statistics):
             return form
-    why = "carries one tensor, and statistics are several" if statistics else "has no bfloat16"
+    why = "carries one tensor, and statistics are several" if statistics else f"has no {dtype}"
     raise NotAcceptable(
-        f"a .npy file {why}; name another form in Accept",
+        f"{forms[0]} {why}; name another form in Accept",
         field="Accept",
-        expected=[form for form in TENSOR_MEDIA_TYPES if form != NPY],
-        got=NPY,
+        expected=[form for form in TENSOR_MEDIA_TYPES if _carries(form, dtype, statistics)],
+        got=forms[0],
     )
+
+
+def _carries(form: str, dtype: str, several: bool) -> bool:
+    row = codec(form)
+    return dtype in row.dtypes and (row.several or not several)

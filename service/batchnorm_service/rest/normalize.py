@@ -1,29 +1,27 @@
-"""Train, eval and inverse: from headers and a body to a response, without a framework in between.
-
-`Gateway` calls these before FastAPI's router is reached. FastAPI has the same as routes, for its OpenAPI document
-and its 405; they lead here too.
-"""
+"""Train, eval and inverse: from headers and a body to a response, without a framework in between."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from functools import partial
+from typing import Annotated, Final
 
-from fastapi import FastAPI
+from fastapi import Query
 from starlette.requests import Request
 
-from batchnorm_client.wire.headers import IDEMPOTENCY_KEY, NUM_BATCHES_TRACKED, VERSION
-from batchnorm_client.wire.media_types import JSON, TENSOR_MEDIA_TYPES
+from batchnorm_client.wire.headers import IDEMPOTENT_REPLAY, NUM_BATCHES_TRACKED, VERSION
+from batchnorm_client.wire.media_types import TENSOR_MEDIA_TYPES
 from batchnorm_client.wire.tensors import Tensor, bytes_read, decode, encode
 from batchnorm_service.layers import Layers, Normalized
 
-from .headers import Headers, idempotency_key, read_headers
+from .headers import Headers, idempotency_key
 from .layer_request import LayerRequest
 from .negotiation import FORMS_FOR, accepted, content_type, tensor_form
-from .openapi import LayerNamePath, describe, tensor_body, tensor_response
+from .openapi import answers, ref, tensor_body, tensor_content
 from .preconditions import etag
 from .queries import NoQuery, NormalizeQuery, TrainQuery, parse_query
 from .responses import REPLAYED, RawHeader, Response, text_bytes
+from .routes import IdempotencyKey, LayerName, ask_endpoint, tensor_router
 from .sizes import check_elements
 
 _SMALL_BODY: Final = 1 << 16
@@ -108,14 +106,12 @@ class _TensorExchange:
         tensors = decode(self._media, self.body, dtypes)
         if (batch := tensors.get("input")) is not None:
             self._form = tensor_form(self._accepted, batch.dtype, self.statistics)  # the output has the same dtype
-            check_elements(batch, self._max_elements, json=JSON in (self._media, self._form), field="input")
+            check_elements(batch, self._max_elements, (self._media, self._form), field="input")
         return tensors
 
     def response(self, done: Normalized) -> Response:
         """The output in the best form that the caller takes."""
-        fields: dict[str, Any] = {}
-        if self._form == JSON:
-            fields = {"version": done.version, "num_batches_tracked": done.num_batches_tracked}
+        fields = {"version": done.version, "num_batches_tracked": done.num_batches_tracked}
         headers: list[RawHeader] = [
             (b"etag", etag(done.version)),
             (_VERSION, b"%d" % done.version),
@@ -127,67 +123,65 @@ class _TensorExchange:
         return Response(200, self._form, pieces, headers)
 
 
-def add_normalize_routes(app: FastAPI, endpoints: NormalizeEndpoints) -> None:
-    """The endpoints as routes of `app`."""
-    problems = (
-        "malformed-body",
-        "layer-not-found",
-        "not-acceptable",
-        "payload-too-large",
-        "unsupported-media-type",
-        "shape-mismatch",
-        "dtype-mismatch",
-        "too-few-values",
-        "non-finite",
-        "device-unavailable",
-    )
+_PROBLEMS: Final = (
+    "malformed-body",
+    "layer-not-found",
+    "not-acceptable",
+    "payload-too-large",
+    "unsupported-media-type",
+    "shape-mismatch",
+    "dtype-mismatch",
+    "too-few-values",
+    "non-finite",
+    "device-unavailable",
+)
+_GROUP_PROBLEMS: Final = ("idempotency-key-reused", "group-closed", "group-mismatch", "group-incomplete")
+_BATCH: Final = tensor_body(TENSOR_MEDIA_TYPES, "InputBatch", "input")
+_TAGS: Final = ("ETag", VERSION, NUM_BATCHES_TRACKED)
+_OUTPUT: Final = partial(
+    answers,
+    "The normalized batch, in the form that Accept names; by default in the request's",
+    content=tensor_content(
+        TENSOR_MEDIA_TYPES,
+        ref("NormalizedBatch"),
+        "output, and with statistics=true batch_mean, batch_var, batch_invstd",
+    ),
+)
 
-    @app.post(
-        "/v1/layers/{name}/train",
-        **describe(
-            "train",
-            "Normalize with the batch's statistics, and fold them into the running ones",
-            query=TrainQuery,
-            headers=(IDEMPOTENCY_KEY,),
-            body=tensor_body(TENSOR_MEDIA_TYPES, "InputBatch", "input"),
-            answers={200: tensor_response(TENSOR_MEDIA_TYPES, replay=True)},
-            problems=(*problems, "idempotency-key-reused", "group-closed", "group-mismatch", "group-incomplete"),
-        ),
-    )
-    async def train(name: LayerNamePath, request: Request) -> Response:
-        """Answers after the commit: the batch is in the running statistics exactly once per Idempotency-Key."""
-        return await endpoints.train(_layer_request(name, request))
-
-    @app.post(
-        "/v1/layers/{name}/eval",
-        **describe(
-            "eval",
-            "Normalize with the running statistics",
-            query=NormalizeQuery,
-            body=tensor_body(TENSOR_MEDIA_TYPES, "InputBatch", "input"),
-            answers={200: tensor_response(TENSOR_MEDIA_TYPES)},
-            problems=problems,
-        ),
-    )
-    async def eval_(name: LayerNamePath, request: Request) -> Response:
-        """Uses the newest committed state and changes nothing. A batch may be empty."""
-        return await endpoints.eval(_layer_request(name, request))
-
-    @app.post(
-        "/v1/layers/{name}/inverse",
-        **describe(
-            "inverse",
-            "Undo eval's normalization",
-            body=tensor_body(TENSOR_MEDIA_TYPES, "InputBatch", "input"),
-            answers={200: tensor_response(TENSOR_MEDIA_TYPES)},
-            problems=problems,
-        ),
-    )
-    async def inverse(name: LayerNamePath, request: Request) -> Response:
-        """As scikit-learn's inverse_transform. What a layer's `clip` cut off does not come back."""
-        return await endpoints.inverse(_layer_request(name, request))
+router = tensor_router()
 
 
-def _layer_request(name: str, request: Request) -> LayerRequest:
-    scope = request.scope
-    return LayerRequest(name, scope["query_string"], read_headers(scope["headers"]), request.receive)
+@router.post(
+    "/v1/layers/{name}/train",
+    summary="Normalize with the batch's statistics, and fold them into the running ones",
+    responses=_OUTPUT(*_TAGS, IDEMPOTENT_REPLAY, problems=(*_PROBLEMS, *_GROUP_PROBLEMS)),
+    openapi_extra=_BATCH,
+)
+async def train(
+    name: LayerName, request: Request, _query: Annotated[TrainQuery, Query()], _key: IdempotencyKey
+) -> Response:
+    """Responds after the commit: the batch is in the running statistics exactly once per Idempotency-Key."""
+    return await ask_endpoint("POST", "train", name, request)
+
+
+@router.post(
+    "/v1/layers/{name}/eval",
+    name="eval",
+    summary="Normalize with the running statistics",
+    responses=_OUTPUT(*_TAGS, problems=_PROBLEMS),
+    openapi_extra=_BATCH,
+)
+async def eval_(name: LayerName, request: Request, _query: Annotated[NormalizeQuery, Query()]) -> Response:
+    """Uses the newest committed state and changes nothing. A batch may be empty."""
+    return await ask_endpoint("POST", "eval", name, request)
+
+
+@router.post(
+    "/v1/layers/{name}/inverse",
+    summary="Undo eval's normalization",
+    responses=_OUTPUT(*_TAGS, problems=_PROBLEMS),
+    openapi_extra=_BATCH,
+)
+async def inverse(name: LayerName, request: Request) -> Response:
+    """As scikit-learn's inverse_transform. What a layer's `clip` cut off does not come back."""
+    return await ask_endpoint("POST", "inverse", name, request)

@@ -1,28 +1,22 @@
-"""The OpenAPI document: what FastAPI cannot know of bodies, headers and problems, said once per call."""
+"""The OpenAPI document: what FastAPI cannot know of tensors, headers and problems."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Final
+from collections.abc import Sequence
+from typing import Any, Final
 
-from fastapi import FastAPI, Path
+from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
-from starlette.responses import Response as StarletteResponse
 
 from batchnorm_client.wire import documents
 from batchnorm_client.wire import headers as wire_headers
 from batchnorm_client.wire import media_types as forms
 from batchnorm_client.wire.errors import PROBLEMS
-from batchnorm_client.wire.names import LAYER_NAME_PATTERN
-
-from .queries import NoQuery, Query
 
 Json = dict[str, Any]
 
-LayerNamePath = Annotated[str, Path(pattern=f"^{LAYER_NAME_PATTERN.pattern}$", description="the layer's name")]
-"""The `{name}` of a route; `Gateway` has checked it, the pattern is there to be read."""
-
+# FastAPI does not list those of tensors and problems, and of the others it drops defaults that are null.
 _MODELS: Final = (
     documents.Layer,
     documents.LayerConfig,
@@ -46,17 +40,12 @@ _ALWAYS: Final = (
 _TEXT: Final[Json] = {"type": "string"}
 _BINARY: Final[Json] = {"type": "string", "format": "binary"}
 
-_REQUEST_HEADERS: Final[dict[str, Json]] = {
-    wire_headers.IDEMPOTENCY_KEY: {
-        "description": "makes a repeat of the same call harmless, as long as its receipt is kept",
-        "schema": {"type": "string", "pattern": f"^{wire_headers.KEY_PATTERN.pattern}$"},
-    },
-    "If-Match": {"description": 'only at these versions, such as `"7"`', "schema": _TEXT},
-    "If-None-Match": {"description": "304 at these versions", "schema": _TEXT},
-    wire_headers.REQUEST_ID: {
-        "description": "comes back in the answer, and is in the service's log",
-        "schema": {"type": "string", "pattern": f"^{wire_headers.KEY_PATTERN.pattern}$"},
-    },
+_REQUEST_ID: Final[Json] = {
+    "name": wire_headers.REQUEST_ID,
+    "in": "header",
+    "required": False,
+    "description": "comes back in the response, and is in the service's log",
+    "schema": {"type": "string", "pattern": f"^{wire_headers.KEY_PATTERN.pattern}$"},
 }
 _ANSWER_HEADERS: Final[dict[str, Json]] = {
     wire_headers.REQUEST_ID: {"description": "the caller's, or a new one", "schema": _TEXT},
@@ -99,45 +88,31 @@ CONFIG_EXAMPLES: Final[Json] = {
 _COUNT: Final[Json] = {"type": "integer", "minimum": 0}
 
 
-def describe(
-    operation_id: str,
-    summary: str,
-    *,
-    tag: str = "layers",
-    query: type[Query] = NoQuery,
-    headers: Sequence[str] = (),
-    body: Json | None = None,
-    answers: Mapping[int, Json],
+def answers(
+    description: str,
+    *headers: str,
+    status: int = 200,
+    content: Json | None = None,
+    unchanged: bool = False,
     problems: Sequence[str] = (),
     guarded: bool = True,
-) -> dict[str, Any]:
-    """The arguments of a FastAPI route that say what FastAPI cannot see in its function.
+) -> dict[int | str, Json]:
+    """The `responses` of a FastAPI route, as far as its signature does not say them.
 
     Args:
-        operation_id: a name for generated clients.
-        summary: one line.
-        tag: the group that the documentation shows it in.
-        query: its query parameters.
-        headers: its request headers.
-        body: its request body.
-        answers: by status.
+        description: of the response when all goes well.
+        headers: those that it has besides X-Request-ID.
+        status: the one that it has.
+        content: by media type, unless FastAPI knows it as the function's return type.
+        unchanged: it may be 304 instead.
         problems: names of problem types besides those that every call may answer.
-        guarded: whether it may ask for a token, as all calls below /v1 do.
+        guarded: it may ask for a token, as all calls below /v1 do.
     """
-    extra: Json = {"parameters": [*_query_parameters(query), *_header_parameters((*headers, wire_headers.REQUEST_ID))]}
-    if body is not None:
-        extra["requestBody"] = body
-    described: dict[int | str, Json] = {status: _with_headers(answer, ()) for status, answer in answers.items()}
-    return {
-        "operation_id": operation_id,
-        "summary": summary,
-        "tags": [tag],
-        "status_code": min(answers),
-        "response_model": None,
-        "response_class": StarletteResponse,  # without a media type, which would be listed before those of `answers`
-        "responses": {**described, **problem_responses((*problems, *_ALWAYS, *(_GUARDED if guarded else ())))},
-        "openapi_extra": extra,
-    }
+    good = _with_headers({"description": description} | ({"content": content} if content else {}), headers)
+    responses: dict[int | str, Json] = {status: good}
+    if unchanged:
+        responses[304] = _with_headers({"description": "The version is one of those in If-None-Match"}, ("ETag",))
+    return responses | problem_responses((*problems, *_ALWAYS, *(_GUARDED if guarded else ())))
 
 
 def problem_responses(names: Sequence[str]) -> dict[int | str, Json]:
@@ -174,26 +149,6 @@ def ref(model: str) -> Json:
     return {"$ref": f"#/components/schemas/{model}"}
 
 
-def json_body(
-    model: str, media_types: Sequence[str] = (forms.JSON,), *, required: bool = True, examples: Sequence[str] = ()
-) -> Json:
-    """A request body that is a JSON document; `examples` are names in the document's components."""
-    content = {"schema": ref(model)}
-    if examples:
-        content["examples"] = {name: {"$ref": f"#/components/examples/{name}"} for name in examples}
-    return {"required": required, "content": dict.fromkeys(media_types, content)}
-
-
-def json_response(model: str, description: str, headers: Sequence[str] = ()) -> Json:
-    """An answer that is a JSON document."""
-    return _with_headers({"description": description, "content": {forms.JSON: {"schema": ref(model)}}}, headers)
-
-
-def empty_response(description: str, headers: Sequence[str] = ()) -> Json:
-    """An answer without a body."""
-    return _with_headers({"description": description}, headers)
-
-
 def tensor_content(media_types: Sequence[str], document: Json, names: str) -> Json:
     """Tensors in each of the forms that they have on the wire."""
     schemas: dict[str, Json] = {
@@ -205,32 +160,8 @@ def tensor_content(media_types: Sequence[str], document: Json, names: str) -> Js
 
 
 def tensor_body(media_types: Sequence[str], model: str, names: str) -> Json:
-    """A request body of the tensors `names`, in JSON a `model`."""
-    return {"required": True, "content": tensor_content(media_types, ref(model), names)}
-
-
-def tensors_response(description: str, content: Json, headers: Sequence[str]) -> Json:
-    """An answer that is tensors."""
-    return _with_headers({"description": description, "content": content}, headers)
-
-
-def tensor_response(media_types: Sequence[str], *, replay: bool = False) -> Json:
-    """A normalized batch."""
-    names = "output, and with statistics=true batch_mean, batch_var, batch_invstd"
-    headers = ["ETag", wire_headers.VERSION, wire_headers.NUM_BATCHES_TRACKED]
-    return _with_headers(
-        {
-            "description": "The normalized batch, in the form that Accept names; by default in the request's",
-            "content": tensor_content(media_types, ref("NormalizedBatch"), names),
-        },
-        [*headers, wire_headers.IDEMPOTENT_REPLAY] if replay else headers,
-    )
-
-
-def folded_response() -> Json:
-    """Moments that were folded."""
-    headers = ("ETag", wire_headers.IDEMPOTENT_REPLAY)
-    return json_response("FoldedDocument", "Folded; count, mean and var only for a group", headers)
+    """The `openapi_extra` of a call whose body is the tensors `names`, in JSON a `model`."""
+    return {"requestBody": {"required": True, "content": tensor_content(media_types, ref(model), names)}}
 
 
 def _tensor_documents() -> dict[str, Json]:
@@ -259,21 +190,30 @@ def _object(required: Json, optional: Json | None = None) -> Json:
 
 
 def openapi_document(app: FastAPI) -> Json:
-    """The whole document of `app`."""
-    document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    """The whole document of `app`: FastAPI's, and what tensors and problems are."""
+    document = get_openapi(
+        title=app.title,
+        version=app.version,
+        description=app.description,
+        routes=app.routes,
+        separate_input_output_schemas=False,
+    )
     _, models = models_json_schema(
         [(model, "validation") for model in _MODELS], ref_template="#/components/schemas/{model}"
     )
-    schemas: Json = models["$defs"]
+    components = document["components"]
+    schemas: Json = components["schemas"]
+    schemas |= {**models["$defs"], **_tensor_documents()}
     schemas["ProblemDocument"]["properties"]["type"]["enum"] = [f"/problems/{name}" for name in PROBLEMS]
-    components = document.setdefault("components", {})
-    components["schemas"] = {**schemas, **_tensor_documents()}
     components["examples"] = CONFIG_EXAMPLES
-    components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-    for path, operations in document["paths"].items():
+    for operations in document["paths"].values():
         for operation in operations.values():
-            if path.startswith("/v1/"):
-                operation["security"] = [{}, {"token": []}]
+            if "security" in operation:
+                operation["security"].insert(0, {})  # a service without tokens asks for none
+            parameters = operation.setdefault("parameters", [])
+            for parameter in parameters:
+                parameter["schema"] = _without_null(parameter["schema"])
+            parameters.append(_REQUEST_ID)
             operation["responses"]["default"] = {
                 "description": "Any other problem, such as `not-found` and `method-not-allowed`",
                 "headers": {"Allow": _ANSWER_HEADERS["Allow"]},
@@ -287,28 +227,10 @@ def _with_headers(answer: Json, names: Sequence[str]) -> Json:
     return {**answer, "headers": {**headers, **answer.get("headers", {})}}
 
 
-def _query_parameters(model: type[Query]) -> list[Json]:
-    properties: dict[str, Json] = model.model_json_schema()["properties"] if model.model_fields else {}
-    return [
-        {
-            "name": name,
-            "in": "query",
-            "required": False,
-            "description": schema.pop("description", ""),
-            "schema": _without_null(schema),
-        }
-        for name, schema in properties.items()
-    ]
-
-
 def _without_null(schema: Json) -> Json:
-    """What a parameter is that may be left out: a query has no null."""
+    """What a parameter is that may be left out: queries and headers have no null."""
     if "anyOf" not in schema:
         return schema
     (given,) = (choice for choice in schema["anyOf"] if choice != {"type": "null"})
     kept = {name: value for name, value in schema.items() if name not in ("anyOf", "default")}
     return {**kept, **given}
-
-
-def _header_parameters(names: Sequence[str]) -> list[Json]:
-    return [{"name": name, "in": "header", "required": False, **_REQUEST_HEADERS[name]} for name in names]

@@ -7,19 +7,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Final
 
-import orjson
-from fastapi import FastAPI
 from starlette.requests import Request
-from starlette.responses import FileResponse
+from starlette.responses import FileResponse, PlainTextResponse
 
 from batchnorm_client.wire.errors import PROBLEMS, NotAcceptable, NotFound, ProblemError
 from batchnorm_client.wire.media_types import JSON
 
-from .headers import Headers, read_headers
 from .negotiation import accepted
-from .openapi import Json, describe
-from .queries import NoQuery, parse_query
+from .openapi import answers
 from .responses import RawHeader, Response, respond_json
+from .routes import document_router
 
 _HTML: Final = "text/html"
 _HTML_TYPE: Final = "text/html; charset=utf-8"
@@ -36,6 +33,7 @@ _DOCS_HEADERS: Final[tuple[RawHeader, ...]] = (
     (b"content-security-policy", _POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),
 )
+_SWAGGER_UI: Final = Path(str(files("fastapi_offline"))) / "static"
 _FILE_HEADERS: Final = {"cache-control": "public, max-age=3600", "x-content-type-options": "nosniff"}
 _DOCS_PAGE: Final = b"""<!DOCTYPE html>
 <html lang="en">
@@ -62,53 +60,32 @@ _START_SCRIPT: Final = b"""SwaggerUIBundle({
 });
 """
 
-_ABOUT: Final[dict[int, Json]] = {
-    200: {
-        "description": "Name, version and links",
-        "content": {JSON: {"schema": {"type": "object", "additionalProperties": {"type": "string"}}}},
-    },
-    307: {"description": "To the documentation, where text/html is preferred"},
-}
-_TEXT = {200: {"description": "Text", "content": {"text/plain": {"schema": {"type": "string"}}}}}
-_TEXT_TYPE = "text/plain; charset=utf-8"
+router = document_router("about", guarded=False)
 
 
-def add_pages(app: FastAPI) -> None:
-    """The pages, as routes of `app`."""
-    _add_about(app)
-    _add_problem_pages(app)
-    _add_documentation(app)
+@router.get(
+    "/problems",
+    summary="Every problem type",
+    responses=answers("Text", guarded=False),
+    response_class=PlainTextResponse,
+)
+async def list_problems() -> str:
+    """One line each: status, name, title."""
+    return "".join(sorted(f"{problem.status}  {name:24}{problem.title}\n" for name, problem in PROBLEMS.items()))
 
 
-def _add_problem_pages(app: FastAPI) -> None:
-    @app.get(
-        "/problems",
-        **describe("list_problems", "Every problem type", tag="problems", answers=_TEXT, guarded=False),
-    )
-    async def list_problems(request: Request) -> Response:
-        """One line each: status, name, title."""
-        parse_query(NoQuery, request.scope["query_string"])
-        lines = [f"{problem.status}  {name:24}{problem.title}\n" for name, problem in PROBLEMS.items()]
-        return Response(200, _TEXT_TYPE, ["".join(sorted(lines)).encode()])
-
-    @app.get(
-        "/problems/{problem}",
-        **describe(
-            "explain_problem",
-            "What a problem type means",
-            tag="problems",
-            answers=_TEXT,
-            problems=("not-found",),
-            guarded=False,
-        ),
-    )
-    async def explain_problem(problem: str, request: Request) -> Response:
-        """The `type` of a problem document leads here."""
-        parse_query(NoQuery, request.scope["query_string"])
-        found = PROBLEMS.get(problem)
-        if found is None:
-            raise NotFound(f"there is no problem type {problem[:200]!r}; /problems lists them", expected=list(PROBLEMS))
-        return Response(200, _TEXT_TYPE, [problem_page(found).encode()])
+@router.get(
+    "/problems/{problem}",
+    summary="What a problem type means",
+    responses=answers("Text", problems=("not-found",), guarded=False),
+    response_class=PlainTextResponse,
+)
+async def explain_problem(problem: str) -> str:
+    """The `type` of a problem document leads here."""
+    found = PROBLEMS.get(problem)
+    if found is None:
+        raise NotFound(f"there is no problem type {problem[:200]!r}; /problems lists them", expected=list(PROBLEMS))
+    return problem_page(found)
 
 
 def problem_page(problem: type[ProblemError]) -> str:
@@ -116,62 +93,55 @@ def problem_page(problem: type[ProblemError]) -> str:
     return f"{problem.title}\n{problem.name}, HTTP status {problem.status}\n\n{inspect.getdoc(problem)}\n"
 
 
-def _add_about(app: FastAPI) -> None:
-    @app.get(
-        "/",
-        **describe("about", "What this is, and where its documentation is", tag="about", answers=_ABOUT, guarded=False),
-    )
-    async def about(request: Request) -> Response:
-        """A browser, or whoever else prefers text/html, is sent to the documentation."""
-        parse_query(NoQuery, request.scope["query_string"])
-        if _prefers_html(read_headers(request.scope["headers"])):
-            return Response(307, None, [], [(b"location", b"docs"), _VARY, (b"content-length", b"0")])
-        return respond_json(200, _about(app), [_VARY])
+@router.get(
+    "/",
+    summary="What this is, and where its documentation is",
+    response_model=dict[str, str],
+    responses=answers("Name, version and links", guarded=False)
+    | {307: {"description": "To the documentation, where text/html is preferred"}},
+)
+async def about(request: Request) -> Response:
+    """A browser, or whoever else prefers text/html, is sent to the documentation."""
+    if _prefers_html(request.headers.get("accept")):
+        return Response(307, None, [], [(b"location", b"docs"), _VARY, (b"content-length", b"0")])
+    links = {name: f"/{name}" for name in ("docs", "problems", "healthz", "readyz")}
+    app = request.app
+    document = {"name": "batchnorm-service", "version": app.version, "description": app.description, **links}
+    return respond_json(200, document | {"openapi": "/openapi.json"}, [_VARY])
 
 
-def _about(app: FastAPI) -> dict[str, str]:
-    return {
-        "name": "batchnorm-service",
-        "version": app.version,
-        "description": app.description,
-        "docs": "/docs",
-        "openapi": "/openapi.json",
-        "problems": "/problems",
-        "healthz": "/healthz",
-        "readyz": "/readyz",
-    }
-
-
-def _prefers_html(headers: Headers) -> bool:
+def _prefers_html(accept: str | None) -> bool:
     try:
-        return accepted(headers.get(b"accept"), (JSON, _HTML))[0] == _HTML
+        return accepted(accept.encode("latin-1") if accept else None, (JSON, _HTML))[0] == _HTML
     except NotAcceptable:
         return False  # JSON says more than a 406 would
 
 
-def _add_documentation(app: FastAPI) -> None:
-    @app.get("/openapi.json", include_in_schema=False)
-    async def document(request: Request) -> Response:
-        parse_query(NoQuery, request.scope["query_string"])
-        return Response(200, JSON, [orjson.dumps(app.openapi())])
+@router.get("/openapi.json", include_in_schema=False)
+async def openapi(request: Request) -> Response:
+    """The OpenAPI document."""
+    return respond_json(200, request.app.openapi())
 
-    @app.get("/docs", include_in_schema=False)
-    async def docs(request: Request) -> Response:
-        parse_query(NoQuery, request.scope["query_string"])
-        return Response(200, _HTML_TYPE, [_DOCS_PAGE], _DOCS_HEADERS)
 
-    @app.get("/docs/start.js", include_in_schema=False)
-    async def start(request: Request) -> Response:
-        parse_query(NoQuery, request.scope["query_string"])
-        return Response(200, _SCRIPT_TYPE, [_START_SCRIPT], _DOCS_HEADERS)
+@router.get("/docs", include_in_schema=False)
+async def docs() -> Response:
+    """Swagger UI."""
+    return Response(200, _HTML_TYPE, [_DOCS_PAGE], _DOCS_HEADERS)
 
-    def add_file(name: str, media_type: str) -> None:
-        path = Path(str(files("fastapi_offline"))) / "static" / name
 
-        @app.get(f"/docs/{name}", include_in_schema=False)
-        async def file(request: Request) -> FileResponse:
-            parse_query(NoQuery, request.scope["query_string"])
-            return FileResponse(path, media_type=media_type, headers=_FILE_HEADERS)
+@router.get("/docs/start.js", include_in_schema=False)
+async def start() -> Response:
+    """Its start, in a file: the policy allows no scripts in the page."""
+    return Response(200, _SCRIPT_TYPE, [_START_SCRIPT], _DOCS_HEADERS)
 
-    add_file("swagger-ui-bundle.js", _SCRIPT_TYPE)
-    add_file("swagger-ui.css", "text/css; charset=utf-8")
+
+@router.get("/docs/swagger-ui-bundle.js", include_in_schema=False)
+async def swagger_ui_script() -> FileResponse:
+    """From the wheel."""
+    return FileResponse(_SWAGGER_UI / "swagger-ui-bundle.js", media_type=_SCRIPT_TYPE, headers=_FILE_HEADERS)
+
+
+@router.get("/docs/swagger-ui.css", include_in_schema=False)
+async def swagger_ui_styles() -> FileResponse:
+    """From the wheel."""
+    return FileResponse(_SWAGGER_UI / "swagger-ui.css", media_type="text/css; charset=utf-8", headers=_FILE_HEADERS)

@@ -6,8 +6,6 @@ import re
 
 from batchnorm_client.wire.errors import InvalidRequest
 
-from .headers import Headers
-
 _TAG = r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"'
 _TAGS = re.compile(rf"[ \t,]*{_TAG}(?:[ \t]*,[ \t,]*{_TAG})*[ \t,]*")
 _STRONG_VERSION = re.compile(r'(?<!W/)"(0|[1-9][0-9]{0,18})"')
@@ -19,8 +17,8 @@ def etag(version: int) -> bytes:
     return b'"%d"' % version
 
 
-def if_match(headers: Headers) -> frozenset[int] | None:
-    """The versions that If-Match admits; None when it admits any (absent, or `*`).
+def if_match(given: str | None) -> frozenset[int] | None:
+    """The versions that an If-Match header admits; None when it admits any (absent, or `*`).
 
     RFC 9110, 13.1.1: a list of tags under the strong comparison, so weak tags match nothing; neither do tags that this
     service never gave. A header that is no such list is refused: to ignore it would drop the caller's condition, and
@@ -29,26 +27,23 @@ def if_match(headers: Headers) -> frozenset[int] | None:
     Raises:
         InvalidRequest: it is neither `*` nor a list of entity tags.
     """
-    given = headers.get(b"if-match")
-    if given is None or given.strip() == b"*":
+    if given is None or given.strip() == "*":
         return None
-    text = given.decode("latin-1")
-    if not _TAGS.fullmatch(text):
+    if not _TAGS.fullmatch(given):
         raise InvalidRequest(
             'If-Match is * or a list of entity tags such as "7", quotes included',
             field="If-Match",
             expected='"<version>"',
-            got=text[:200],
+            got=given[:200],
         )
-    return frozenset(int(version) for version in _STRONG_VERSION.findall(text))
+    return frozenset(int(version) for version in _STRONG_VERSION.findall(given))
 
 
-def none_match_holds(headers: Headers, version: int) -> bool:
-    """Whether If-None-Match lets the answer through: False means 304.
+def matches_none(given: bytes | None, version: int) -> bool:
+    """Whether an If-None-Match header lets the response through: False means 304.
 
-    RFC 9110, 13.1.2: the weak comparison. A header that is no list of tags is ignored; that costs an answer in full.
+    RFC 9110, 13.1.2: the weak comparison. A header that is no list of tags is ignored; that costs a response in full.
     """
-    given = headers.get(b"if-none-match")
     if given is None:
         return True
     text = given.decode("latin-1")

@@ -7,12 +7,13 @@ from typing import Final, Literal, TypeVar, cast
 from urllib.parse import parse_qsl
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import ErrorDetails
 
 from batchnorm_client.wire.errors import InvalidRequest
 from batchnorm_client.wire.headers import KEY_PATTERN
 from batchnorm_service.layers import GroupCall
 
-from .documents import invalid
+from .documents import invalid_request
 
 MOST_MEMBERS: Final = 4096
 
@@ -25,14 +26,6 @@ class Query(BaseModel):
 
 class NoQuery(Query):
     """A call without query parameters."""
-
-
-class ListQuery(Query):
-    """Which layers a listing shows."""
-
-    prefix: str = Field("", max_length=200, description="only layers whose names start with this")
-    after: str = Field("", max_length=200, description="only layers after this name: `next` of the page before")
-    limit: int = Field(100, ge=1, le=1000, description="at most so many layers")
 
 
 class NormalizeQuery(Query):
@@ -102,6 +95,22 @@ def parse_query(model: type[Q], query_string: bytes) -> Q:
 def _parse(model: type[Q], query_string: bytes) -> Q:
     if not query_string:
         return model()
+    known = list(model.model_fields)
+    try:
+        return model.model_validate(split_query(query_string, known))
+    except ValidationError as error:
+        raise invalid_request(error.errors(include_url=False), known) from None
+
+
+_parse_cached = lru_cache(maxsize=256)(_parse)
+
+
+def split_query(query_string: bytes, known: list[str]) -> dict[str, str]:
+    """The query parameters as text.
+
+    Raises:
+        InvalidRequest: the query string cannot be read, or a parameter is unknown or repeated.
+    """
     try:
         pairs = parse_qsl(
             query_string.decode("ascii"),
@@ -111,22 +120,17 @@ def _parse(model: type[Q], query_string: bytes) -> Q:
             max_num_fields=50,
         )
     except ValueError:
-        raise InvalidRequest(
-            "the query string cannot be read", field="query", expected=list(model.model_fields)
-        ) from None
+        raise InvalidRequest("the query string cannot be read", field="query", expected=known) from None
     values: dict[str, str] = {}
     for name, value in pairs:
         if name in values:
             raise InvalidRequest(
-                f"{name}: is given more than once",
-                field=name,
-                expected=f"one of {', '.join(model.model_fields) or 'none'}",
+                f"{name}: is given more than once", field=name, expected=f"one of {', '.join(known) or 'none'}"
             )
         values[name] = value
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise invalid(error, model) from None
-
-
-_parse_cached = lru_cache(maxsize=256)(_parse)
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise invalid_request(
+            [ErrorDetails(type="extra_forbidden", loc=(name,), msg="", input=None) for name in unknown], known
+        )
+    return values

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from batchnorm_client.wire.headers import IDEMPOTENT_REPLAY
 from batchnorm_client.wire.media_types import JSON
-from batchnorm_client.wire.tensors import Tensor, json_pieces
+from batchnorm_client.wire.tensors import Tensor, codec, json_pieces
 from batchnorm_service.layers import Layers, Snapshot
 
 from .preconditions import etag
@@ -71,7 +71,7 @@ def respond_empty(status: int, headers: Iterable[RawHeader] = ()) -> Response:
 
 def text_bytes(form: str, tensors: Iterable[Tensor]) -> int:
     """About how many bytes of text tensors are in this form; nothing is written of those that go as they are."""
-    return sum(_NUMBER_BYTES * math.prod(tensor.shape) for tensor in tensors) if form == JSON else 0
+    return sum(_NUMBER_BYTES * math.prod(tensor.shape) for tensor in tensors) if codec(form).text else 0
 
 
 async def respond_with_layer(

@@ -7,37 +7,39 @@ as many lists as the shape says.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from itertools import accumulate
 from operator import mul
 from typing import Final
 
 from batchnorm_client.wire.errors import PayloadTooLarge
-from batchnorm_client.wire.tensors import Tensor
+from batchnorm_client.wire.tensors import Tensor, codec
 
-_MOST_EMPTY_IN_JSON: Final = 1 << 20
+_MOST_EMPTY_IN_TEXT: Final = 1 << 20
 _LISTS_PER_ELEMENT: Final = 8  # as many dimensions; more of them, of length 1, would make more text than numbers do
 
 
-def check_elements(tensor: Tensor, most: int, *, json: bool, field: str) -> None:
+def check_elements(tensor: Tensor, most: int, forms: Iterable[str], *, field: str) -> None:
     """Refuse a batch by its shape, before anything is done with it.
 
     Args:
         tensor: as the caller declared it.
         most: elements that a batch may have, a dimension of 0 counted as 1.
-        json: the request or the answer is JSON: then a batch with a dimension of 0 has at most 2^20 elements, and JSON
-            may have eight times as many lists as a batch may have elements.
+        forms: of the request and the response. If one is text, a batch with a dimension of 0 has at most 2^20
+            elements, and it may have eight times as many lists as a batch may have elements.
         field: the tensor's name.
 
     Raises:
         PayloadTooLarge: it has more.
     """
     shape = tensor.shape
-    if 0 < tensor.nbytes <= most and not (json and len(shape) > _LISTS_PER_ELEMENT):
+    text = any(codec(form).text for form in forms)
+    if 0 < tensor.nbytes <= most and not (text and len(shape) > _LISTS_PER_ELEMENT):
         return  # it has no more elements than bytes
     elements = math.prod(n or 1 for n in shape)
     _check(elements, most, f"{field} has {elements} elements, a dimension of 0 counted as 1", field)
-    if json:
-        most = most if tensor.nbytes else min(most, _MOST_EMPTY_IN_JSON)
+    if text:
+        most = most if tensor.nbytes else min(most, _MOST_EMPTY_IN_TEXT)
         _check(elements, most, f"{field} has a dimension of 0, and in JSON {elements} elements", field)
         lists = sum(accumulate(shape[:-1], mul, initial=1))
         _check(lists, _LISTS_PER_ELEMENT * most, f"{field} would be {lists} lists in JSON", field)

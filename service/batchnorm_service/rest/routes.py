@@ -1,0 +1,158 @@
+"""How routes for JSON documents read requests: FastAPI's parameters, with the contract's strictness and bounds.
+
+    router = document_router("layers")
+
+    @router.put("/v1/layers/{name}", ...)
+    async def create_layer(name: LayerName, config: LayerConfig, layers: LayersDependency) -> Response: ...
+
+FastAPI finds parameters and body in the signature, as always. `DocumentRoute` adds what it does not do: it refuses
+unknown and repeated query parameters, and reads the body within the limit, as strict JSON and off the event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Path, Security
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response as StarletteResponse
+
+from batchnorm_client.wire.headers import IDEMPOTENCY_KEY, KEY_PATTERN
+from batchnorm_client.wire.media_types import JSON, MERGE_PATCH_JSON
+from batchnorm_client.wire.names import LAYER_NAME_PATTERN
+from batchnorm_service.layers import Layers
+
+from .bodies import read_body
+from .documents import parse_document
+from .headers import idempotency_key, read_headers
+from .layer_request import Endpoint, LayerRequest
+from .negotiation import content_type
+from .preconditions import if_match
+from .queries import split_query
+from .responses import Response
+
+Handler = Callable[[Request], Coroutine[Any, Any, StarletteResponse]]
+
+
+class DocumentRoute(APIRoute):
+    """A route whose query parameters are all known, and whose body, if it has one, is a JSON document.
+
+    A custom route class, as in FastAPI's guide "Custom Request and APIRoute class". Its handler raises:
+
+        InvalidRequest: a query parameter is unknown or repeated; a field of the body is unknown, missing or wrong.
+        UnsupportedMediaType: the body is no JSON, by its Content-Type.
+        PayloadTooLarge: it is larger than `max_body_bytes` of the application's options.
+        MalformedBody: it is no JSON.
+    """
+
+    def get_route_handler(self) -> Handler:
+        """FastAPI's handler, after these checks."""
+        handle = super().get_route_handler()
+        known = [field.alias for field in self.dependant.query_params]
+        body = self.body_field.field_info if self.body_field else None
+        types = (JSON, MERGE_PATCH_JSON) if "PATCH" in (self.methods or ()) else (JSON,)
+
+        async def read_and_handle(request: Request) -> StarletteResponse:
+            if request.scope["query_string"]:
+                split_query(request.scope["query_string"], known)
+            if body is not None:
+                model: Any = body.annotation
+                request = await _read_document(request, model, types, required=body.is_required())
+            return await handle(request)
+
+        return read_and_handle
+
+
+class _DocumentRequest(Request):
+    """A request whose body has been read; FastAPI asks for it as JSON if there is one, and finds it checked."""
+
+    def __init__(self, request: Request, size: int, document: BaseModel | None) -> None:
+        super().__init__(request.scope, request.receive)
+        self._size = size
+        self._document = document
+
+    async def body(self) -> bytes:
+        return b"{}" if self._size else b""
+
+    async def json(self) -> BaseModel | None:
+        return self._document
+
+
+async def _read_document(
+    request: Request, model: type[BaseModel], types: tuple[str, ...], *, required: bool
+) -> _DocumentRequest:
+    headers = read_headers(request.scope["headers"])
+    if required:
+        content_type(headers, types)  # before the body is read
+    body = await read_body(headers, request.receive, request.app.state.options.max_body_bytes)
+    if not (body or required):
+        return _DocumentRequest(request, 0, None)
+    content_type(headers, types)
+    document = await request.app.state.layers.run_codec(len(body), parse_document, model, body)
+    return _DocumentRequest(request, max(1, len(body)), document)
+
+
+_bearer = HTTPBearer(auto_error=False, scheme_name="token", description="BATCHNORM_TOKEN, or for reads a read token")
+
+
+def document_router(tag: str, *, guarded: bool = True) -> APIRouter:
+    """A router for JSON documents.
+
+    Args:
+        tag: the group that the documentation shows its calls in.
+        guarded: a token may be asked for, which the gateway does before anything is read; here it is described.
+    """
+    return APIRouter(route_class=DocumentRoute, tags=[tag], dependencies=[Security(_bearer)] if guarded else [])
+
+
+def tensor_router(tag: str = "layers") -> APIRouter:
+    """A router for calls whose body or response is tensors, in forms that only their descriptions list."""
+    return APIRouter(tags=[tag], dependencies=[Security(_bearer)], default_response_class=StarletteResponse)
+
+
+async def ask_endpoint(method: str, call: str, name: str, request: Request) -> Response:
+    """What the endpoint of a call on a layer responds.
+
+    The gateway asks endpoints without FastAPI. Their routes are there for the OpenAPI document, for HEAD and for 405;
+    they lead to the same endpoints.
+    """
+    endpoint: Endpoint = request.app.state.endpoints[method, call]
+    headers = read_headers(request.scope["headers"])
+    return await endpoint(LayerRequest(name, request.scope["query_string"], headers, request.receive))
+
+
+async def _layers(request: Request) -> Layers:
+    layers: Layers = request.app.state.layers
+    return layers
+
+
+async def _if_match(
+    given: Annotated[str | None, Header(alias="If-Match", description='only at these versions, such as `"7"`')] = None,
+) -> frozenset[int] | None:
+    return if_match(given)
+
+
+async def _idempotency_key(
+    request: Request,
+    _given: Annotated[
+        str | None,
+        Header(
+            alias=IDEMPOTENCY_KEY,
+            description="makes a repeat of the same call harmless, as long as its receipt is kept",
+            json_schema_extra={"pattern": f"^{KEY_PATTERN.pattern}$"},
+        ),
+    ] = None,
+) -> str | None:
+    return idempotency_key(read_headers(request.scope["headers"]))
+
+
+LayerName = Annotated[str, Path(pattern=f"^{LAYER_NAME_PATTERN.pattern}$", description="the layer's name")]
+LayersDependency = Annotated[Layers, Depends(_layers)]
+IfMatch = Annotated[frozenset[int] | None, Depends(_if_match)]
+"""The versions that If-Match admits; None for any."""
+IfNoneMatch = Annotated[str | None, Header(alias="If-None-Match", description="304 at these versions")]
+IdempotencyKey = Annotated[str | None, Depends(_idempotency_key)]
