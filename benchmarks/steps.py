@@ -25,6 +25,7 @@ from batchnorm_service.engine import normalize, tensors
 from batchnorm_service.engine.accumulators import moving as statistics
 from batchnorm_service.fast_path.protocol import Protocol
 from batchnorm_service.layers import records
+from batchnorm_service.runtime import RUNTIME
 from batchnorm_service.server import uvicorn_config
 from batchnorm_service.settings import Settings
 from benchmarks import bodies, cores
@@ -51,7 +52,7 @@ async def steps(directory: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         held = records.decode(await gateway.app.state.store.load("bench"))
         batch = tensors.to_torch(wire)
         output, step = normalize.eval_step(held.state, batch), normalize.train_step(held.state, batch)
-        folded = held.next(statistics.fold(held.state, step.moments))
+        folded = held.next(RUNTIME, statistics.fold(held.state, step.moments))
 
         def answered() -> None:
             protocol.data_received(request)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from batchnorm_client.wire.documents import LayerConfig, LayerUpdate
 from batchnorm_client.wire.errors import InvalidRequest, ShapeMismatch
+from batchnorm_client.wire.statistics import STATISTICS
 from batchnorm_client.wire.tensors import Tensor as WireTensor
 
 from .accumulators.population import Population, empty_population
@@ -137,20 +138,9 @@ def update(state: LayerState, change: LayerUpdate) -> LayerState:
             expected=False,
             got=True,
         )
-    if config.get("momentum") is not None and state.config.statistics == "population":
-        raise InvalidRequest(
-            "momentum must be null for population statistics: every sample has the same weight",
-            field="momentum",
-            expected=None,
-            got=config["momentum"],
-        )
-    if config.get("half_life") is not None and state.config.statistics != "population":
-        raise InvalidRequest(
-            "half_life must be null unless statistics is population: moving statistics have a momentum",
-            field="half_life",
-            expected=None,
-            got=config["half_life"],
-        )
+    for field, reason in STATISTICS[state.config.statistics].must_be_null.items():
+        if config.get(field) is not None:
+            raise InvalidRequest(f"{field} {reason}", field=field, expected=None, got=config[field])
     return state._replace(config=state.config.model_copy(update=config), **tensors)
 
 
