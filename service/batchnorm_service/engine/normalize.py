@@ -42,7 +42,7 @@ class TrainStep(NamedTuple):
 
     Attributes:
         output: as the input in shape and dtype.
-        moments: of the batch: what `statistics.fold` takes.
+        moments: of the batch: what `running_statistics.fold` takes.
         mean: (C,), of the batch, in the state's dtype.
         invstd: (C,), 1 / sqrt(biased variance + eps): what a backward pass needs beside the mean.
     """
@@ -68,7 +68,7 @@ def empty_shape(config: LayerConfig) -> tuple[int, ...]:
 
 
 def train_step(state: LayerState, batch: Batch) -> TrainStep:
-    """Normalize with the batch's own statistics. Changes nothing: the moments are for `statistics.fold`.
+    """Normalize with the batch's own statistics. Changes nothing: the moments are for `running_statistics.fold`.
 
     Args:
         state: its config, weight and bias count; the running statistics do not.
