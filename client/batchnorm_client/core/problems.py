@@ -10,7 +10,14 @@ from typing import Any
 import orjson
 
 from batchnorm_client.core.messages import Response
-from batchnorm_client.wire.errors import PROBLEMS, PayloadTooLarge, ProblemError, UnexpectedAnswer
+from batchnorm_client.wire.errors import (
+    PROBLEMS,
+    BatchNormError,
+    NoAnswer,
+    PayloadTooLarge,
+    ProblemError,
+    UnexpectedAnswer,
+)
 from batchnorm_client.wire.headers import REQUEST_ID
 from batchnorm_client.wire.media_types import JSON, PROBLEM_JSON
 
@@ -19,6 +26,9 @@ _ADVICE = {
     "train_local": "train_local and eval_local do not send the batch, whatever its size",
 }
 """What to do about a body that is too large, by a word of it: a note for where the service's text does not say it."""
+
+_WITHOUT_EFFECT = {"overloaded", "not-implemented", "group-incomplete"}
+"""Problems with a status from 500 on that a call has only before it takes effect."""
 
 _STANDARD = {"type", "title", "status", "detail", "instance"}
 _SECONDS = re.compile(r"[0-9]{1,9}")
@@ -57,6 +67,15 @@ def problem_of(document: dict[str, Any], request_id: str | None) -> ProblemError
     error.fields.update(_fields(document))
     error.request_id = request_id
     return error
+
+
+def may_have_taken_effect(error: BatchNormError) -> bool:
+    """Whether a call that ended in this error may have taken effect all the same."""
+    if isinstance(error, NoAnswer):
+        return error.outcome_unknown
+    if isinstance(error, ProblemError | UnexpectedAnswer):
+        return not 400 <= error.status < 500 and error.name not in _WITHOUT_EFFECT
+    return False
 
 
 def _fields(document: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import orjson
 
 from batchnorm_client.arrays import A, from_wire
 from batchnorm_client.core.messages import Response
-from batchnorm_client.core.problems import problem_of
+from batchnorm_client.core.problems import may_have_taken_effect, problem_of
 from batchnorm_client.kernels.state import LocalState
 from batchnorm_client.results import BatchStatistics, EvalResult, FoldResult, Gradients, TrainResult
 from batchnorm_client.wire.documents import FoldedDocument, Layer, LayerPage
@@ -100,6 +100,7 @@ def many_folded(names: Collection[str], response: Response) -> dict[str, FoldRes
             error = problem_of(document, request_id)
             if error is None:
                 raise ValueError(f"{document['type']} is no known problem")
+            error.outcome_unknown = may_have_taken_effect(error)
             results[name] = error
         else:
             results[name] = _folded(document)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
 from batchnorm_client.core.messages import Request, Response
-from batchnorm_client.core.problems import error_of, unreadable
+from batchnorm_client.core.problems import error_of, may_have_taken_effect, unreadable
 from batchnorm_client.core.runtime import Runtime
 from batchnorm_client.wire.errors import (
     BatchNormError,
@@ -32,9 +32,6 @@ _TRANSIENT: Final = (408, 502, 503, 504)
 
 _NEVER_AGAIN: Final = {"group-incomplete"}
 """Problems whose status says "try again", while their meaning says that it would have to be another call."""
-
-_WITHOUT_EFFECT: Final = {"overloaded", "not-implemented", "group-incomplete"}
-"""Problems with a status from 500 on that a call has only before it takes effect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +112,14 @@ class Attempts(Generic[T]):
         if response.status not in self.request.statuses:
             raise error_of(response, self._runtime.date())
         try:
-            return self.request.read(response)
+            result = self.request.read(response)
         except (ValueError, LookupError) as why:
             raise unreadable(response, why) from why
+        if self.outcome_unknown and isinstance(result, dict):  # of many layers, some of which may have been refused
+            for each in result.values():
+                if isinstance(each, BatchNormError):
+                    each.outcome_unknown = True
+        return result
 
     def pause(self, error: BatchNormError) -> float:
         """Seconds to wait before `request` is sent, after a try that ended in `error`.
@@ -125,7 +127,7 @@ class Attempts(Generic[T]):
         Raises:
             BatchNormError: `error`, when there is no other try; its `outcome_unknown` says what that means.
         """
-        self.outcome_unknown |= not self.request.reads and _may_have_taken_effect(error)
+        self.outcome_unknown |= not self.request.reads and may_have_taken_effect(error)
         error.outcome_unknown = self.outcome_unknown
         self._tries += 1
         follow_up = self.request.confirm(error) if self.outcome_unknown and self.request.confirm else None
@@ -173,13 +175,4 @@ def _is_transient(error: BatchNormError) -> bool:
         return not error.permanent
     if isinstance(error, ProblemError | UnexpectedAnswer):
         return error.status in _TRANSIENT and error.name not in _NEVER_AGAIN
-    return False
-
-
-def _may_have_taken_effect(error: BatchNormError) -> bool:
-    """Whether a call that ended in this error may have taken effect all the same."""
-    if isinstance(error, NoAnswer):
-        return error.outcome_unknown
-    if isinstance(error, ProblemError | UnexpectedAnswer):
-        return not 400 <= error.status < 500 and error.name not in _WITHOUT_EFFECT
     return False

@@ -79,6 +79,11 @@ class ApiOptions:
 
 def build_api(layers: Layers, options: ApiOptions, lifespan: Lifespan) -> Gateway:
     """The ASGI application over `layers`."""
+    return build_gateway(build_app(lifespan), layers, options)
+
+
+def build_app(lifespan: Lifespan) -> FastAPI:
+    """FastAPI with every route."""
     app = FastAPI(
         title="Batch normalization",
         version=__version__,
@@ -100,6 +105,11 @@ def build_api(layers: Layers, options: ApiOptions, lifespan: Lifespan) -> Gatewa
     for router in ROUTERS:
         app.include_router(router)
     app.openapi = cache(lambda: openapi_document(app))  # type: ignore[method-assign]
+    return app
+
+
+def build_gateway(app: FastAPI, layers: Layers, options: ApiOptions) -> Gateway:
+    """The gateway around `app`, whose routes then call `layers`."""
     normalize_endpoints = NormalizeEndpoints(layers, options.max_body_bytes, options.max_elements)
     endpoints: dict[tuple[str, str], Endpoint] = {
         ("GET", ""): partial(read_layer, layers),

@@ -1,0 +1,67 @@
+"""How often what goes wrong in a world; drawn from its seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """Probabilities of each message, and mean seconds between what happens to processes.
+
+    Attributes:
+        latency: mean seconds of a message's way between client and replica; a store is a fifth as far.
+        request_lost, response_lost, request_twice: of a request between client and replica.
+        store_request_lost, store_reply_lost, store_late: of a call of the store; a late one arrives after its caller
+            has given up.
+        disk_full: a write fails.
+        gives_up: a caller cancels its call.
+        kill: between kills of a replica; 0 for none.
+        failover: between crashes of the store, which may lose writes that were not synced; 0 for none.
+        store_away: between times when the store does not answer; 0 for none.
+        clock_jump: between jumps of a replica's wall clock; 0 for none.
+        sync: mean seconds until a write of the store is durable.
+    """
+
+    latency: float
+    request_lost: float
+    response_lost: float
+    request_twice: float
+    store_request_lost: float
+    store_reply_lost: float
+    store_late: float
+    disk_full: float
+    gives_up: float
+    kill: float
+    failover: float
+    store_away: float
+    clock_jump: float
+    sync: float
+
+    @classmethod
+    def draw(cls, random: Random) -> Faults:
+        """Each kind is there in about half of all worlds, so that few hide others."""
+
+        def chance(most: float) -> float:
+            return random.uniform(0, most) if random.random() < 0.5 else 0.0
+
+        def every(least: float, most: float) -> float:
+            return random.uniform(least, most) if random.random() < 0.5 else 0.0
+
+        return cls(
+            latency=random.choice((0.0005, 0.005, 0.05)),
+            request_lost=chance(0.1),
+            response_lost=chance(0.2),
+            request_twice=chance(0.2),
+            store_request_lost=chance(0.1),
+            store_reply_lost=chance(0.2),
+            store_late=chance(0.1),
+            disk_full=chance(0.1),
+            gives_up=chance(0.15),
+            kill=every(0.3, 5),
+            failover=every(0.3, 5),
+            store_away=every(1, 10),
+            clock_jump=every(1, 5),
+            sync=random.choice((0.0, 0.001, 0.02)),
+        )

@@ -1,0 +1,365 @@
+"""The checker: could one layer, changed by one call after the other, have given these answers?
+
+The store's log tells where each change took effect (its linearization point): a change that is in the log with its
+receipts happened once, at that time; an operation without an answer may be there or not. So the history is
+linearizable if
+
+1. each change in the log is what some operation asked for, applied to the state before it (numpy, step by step);
+2. no key is folded twice into one incarnation of a layer;
+3. each acknowledged operation is in the log, between its beginning and its end, with the version and batch number that
+   its caller was told, and each that was refused is not;
+4. each read returned a state that was the newest at some time between its beginning and its end, with its numbers.
+
+A write that a crash undid is not in the log: nobody may have been told that it took effect. A read may have seen it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load
+
+from batchnorm_client.wire.errors import LayerNotFound
+from batchnorm_service.store.base import Receipt, Record
+from simulation.operations import Operation
+
+if TYPE_CHECKING:
+    from simulation.store import Applied, Server
+
+Vector = np.ndarray[Any, Any]
+FOLDS = ("train", "fold_moments")
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+@dataclass(frozen=True)
+class State:
+    """A record, read without the service's code: a safetensors file with torch's names.
+
+    Attributes:
+        config: as JSON.
+        tensors: by name.
+        samples: values per channel that were folded.
+    """
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Vector]
+    samples: int
+
+    @property
+    def tracks(self) -> bool:
+        """Whether batches are folded."""
+        return bool(self.config["track_running_stats"])
+
+    @property
+    def batches(self) -> int:
+        """num_batches_tracked; 0 where the layer keeps none."""
+        return int(self.tensors.get("num_batches_tracked", 0))
+
+
+@lru_cache(maxsize=512)
+def read(data: bytes) -> State:
+    """The state in a record."""
+    size = int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8 : 8 + size])["__metadata__"]
+    return State(json.loads(metadata["config"]), load(data), int(metadata["samples_tracked"]))
+
+
+def receipt_key(key: str) -> bytes:
+    """What a receipt is filed under: the digest of a caller's key, or of a group's name."""
+    return blake2b(key.encode(), digest_size=16).digest()
+
+
+def check(configs: Mapping[str, Any], operations: list[Operation], server: Server) -> list[str]:
+    """What broke a promise; empty if nothing did."""
+    return list(_Checker(operations, server).findings())
+
+
+class _Checker:
+    def __init__(self, operations: list[Operation], server: Server) -> None:
+        self._operations = operations
+        self._server = server
+        self._by_key: dict[tuple[str, bytes], list[Operation]] = {}
+        self._groups: dict[tuple[str, bytes], list[Operation]] = {}
+        for one in operations:
+            if key := one.arguments.get("key"):
+                self._by_key.setdefault((one.layer, receipt_key(key)), []).append(one)
+            if group := one.arguments.get("group"):
+                self._groups.setdefault((one.layer, receipt_key(f"group fold {group}")), []).append(one)
+        self._places: dict[tuple[str, bytes], list[tuple[Applied, Receipt]]] = {}
+        for applied in server.log:
+            for receipt in applied.receipts:
+                self._places.setdefault((applied.name, receipt.key), []).append((applied, receipt))
+
+    def findings(self) -> Iterator[str]:
+        """All faults."""
+        yield from self._chains()
+        yield from self._once()
+        for applied in self._server.log:
+            if why := self._explains_nothing(applied):
+                yield f"at {applied.at:.4f} {applied.name}: {why}"
+        for one in self._operations:
+            if why := self._contradicts(one):
+                yield f"{one}: {why}"
+
+    # ------------------------------------------------------------------------------------------------ the log
+
+    def _chains(self) -> Iterator[str]:
+        """Each change was made to the newest state, and versions grow."""
+        newest: dict[str, Record | None] = {}
+        floor: dict[str, int] = {}
+        for applied in self._server.log:
+            before = newest.get(applied.name)
+            if applied.before is not before:
+                yield f"at {applied.at:.4f} {applied.name}: changed a state that was not the newest"
+            if applied.after is not None and applied.after is not before:
+                version = applied.after.stamp.version
+                if version <= floor.get(applied.name, 0):
+                    yield f"at {applied.at:.4f} {applied.name}: version {version} came before"
+                floor[applied.name] = version
+            newest[applied.name] = applied.after
+
+    def _once(self) -> Iterator[str]:
+        """No key is folded twice into one incarnation."""
+        for (name, key), places in self._places.items():
+            incarnations = [applied.before.stamp.incarnation for applied, _ in places if applied.before]
+            if len(set(incarnations)) != len(incarnations):
+                asked = self._by_key.get((name, key)) or self._groups.get((name, key))
+                yield f"{name}: folded twice: {asked[0] if asked else key.hex()}"
+
+    def _explains_nothing(self, applied: Applied) -> str | None:
+        """Why a change is not one that somebody asked for; None if it is."""
+        if applied.after is None:
+            return self._asked(applied, "delete")
+        if applied.before is None:
+            after = read(applied.after.data)
+            fresh = after.batches == 0 and (after.tensors["running_mean"] == 0).all()
+            return self._asked(applied, "create") if fresh else "a new layer is not in its initial state"
+        before, after = read(applied.before.data), read(applied.after.data)
+        folds = [receipt for receipt in applied.receipts if self._is_fold(applied.name, receipt.key)]
+        if applied.after is applied.before and all((applied.name, receipt.key) in self._groups for receipt in folds):
+            return None  # a group that waited in vain is closed
+        if folds:
+            return self._folds_differ(applied, before, after, folds)
+        return self._change_differs(applied, before, after)
+
+    def _is_fold(self, name: str, key: bytes) -> bool:
+        operations = self._by_key.get((name, key), [])
+        return (name, key) in self._groups or any(one.kind in FOLDS for one in operations)
+
+    def _asked(self, applied: Applied, kind: str) -> str | None:
+        found = any(one.kind == kind and one.layer == applied.name and one.began <= applied.at for one in self._operations)
+        return None if found else f"nobody asked to {kind} it"
+
+    def _folds_differ(self, applied: Applied, before: State, after: State, folds: list[Receipt]) -> str | None:
+        name, number, state, members = applied.name, before.batches, before, set()
+        for receipt in folds:
+            if receipt.key in members:
+                continue  # a group's member: folded with its group
+            group = self._groups.get((name, receipt.key))
+            candidates = group or self._by_key[name, receipt.key]
+            if group:
+                batches = {one.arguments["key"]: one.arguments["batch"] for one in group}
+                if len(batches) != 2:
+                    return f"a group was folded with {len(batches)} members"
+                members |= {receipt_key(key) for key in batches}
+                choices = [np.concatenate(list(batches.values()))]
+            else:
+                choices = [one.arguments["batch"] for one in candidates if "group" not in one.arguments]
+            if not any(one.began <= applied.at for one in candidates):
+                return "a batch was folded before anybody sent it"
+            number += before.tracks
+            if (receipt.version, receipt.batch) != (applied.after.stamp.version, number):
+                return f"a receipt says version {receipt.version}, batch {receipt.batch}, not {number}"
+            state = _nearest(state, choices, after if receipt is folds[-1] else None)
+        if not before.tracks:
+            return None if applied.after is applied.before else "a batch changed a layer whose tracking is off"
+        return _difference(state, after)
+
+    def _change_differs(self, applied: Applied, before: State, after: State) -> str | None:
+        kinds = ("reset", "update", "load_state_dict")
+        keyed = [one for receipt in applied.receipts for one in self._by_key.get((applied.name, receipt.key), [])]
+        asked = [one for one in keyed or self._operations if one.kind in kinds and one.layer == applied.name]
+        for one in asked:
+            if one.began <= applied.at and _difference(_changed(before, one), after) is None:
+                return None
+        return f"no call asked for this change, of {len(asked)}"
+
+    # ----------------------------------------------------------------------------------------- the operations
+
+    def _contradicts(self, one: Operation) -> str | None:
+        """Why what a caller was told is not true; None if it is."""
+        if isinstance(one.error, LayerNotFound):
+            return None if any(record is None for record in self._between(one)) else "there was a layer all the time"
+        if one.kind in ("eval", "inspect"):
+            return self._misread(one) if one.acknowledged else None
+        key = one.arguments.get("key")
+        if key is None:
+            return self._unmade(one) if one.acknowledged else None
+        places = self._places.get((one.layer, receipt_key(key)), [])
+        if one.refused:
+            alone = len(self._by_key[one.layer, receipt_key(key)]) == 1 and "group" not in one.arguments
+            return "refused, and yet it took effect" if places and alone else None
+        return self._misplaced(one, places) if one.acknowledged else None
+
+    def _misplaced(self, one: Operation, places: list[tuple[Applied, Receipt]]) -> str | None:
+        """An acknowledged operation with a key is in the log as its caller was told."""
+        group = one.arguments.get("group")
+        if group:
+            places = self._places.get((one.layer, receipt_key(f"group fold {group}")), [])
+        told = (one.result.version, one.result.num_batches_tracked)
+        mine = [applied for applied, receipt in places if (receipt.version, receipt.batch) == told]
+        if not places:
+            return "acknowledged, and yet it is lost"
+        if not mine:
+            return f"told version and batch {told}, not {[(r.version, r.batch) for _, r in places]}"
+        if mine[0].at > one.ended:
+            return f"acknowledged before it was written, at {mine[0].at:.4f}"
+        if one.kind == "train":
+            batch = one.arguments["batch"]
+            if group:
+                members = {each.arguments["key"]: each.arguments["batch"] for each in self._groups[one.layer, receipt_key(f"group fold {group}")]}
+                batch = np.concatenate(list(members.values()))
+            return self._wrong_output(one, batch, mine[0])
+        return None
+
+    def _wrong_output(self, one: Operation, batch: Vector, applied: Applied) -> str | None:
+        """torch's own output, under the weight, bias and eps of the commit; of a shard, that of the whole batch."""
+        if one.result.replayed:
+            return None  # normalized with the weight and bias of today
+        state = read(applied.after.data)
+        weight, bias = (torch.from_numpy(state.tensors[name].copy()) for name in ("weight", "bias"))
+        whole = torch.from_numpy(batch)
+        normalized = torch.nn.functional.batch_norm(whole, None, None, weight, bias, True, 0.0, state.config["eps"])
+        expected, mine = normalized.numpy(), one.arguments["batch"]
+        if batch is not mine:
+            expected = expected[(batch[:, None] == mine).all(2).any(1)]
+            return None if np.allclose(one.result.output, expected, rtol=1e-3, atol=1e-3) else "the output is wrong"
+        return None if np.array_equal(one.result.output, expected) else "the output is not torch's"
+
+    def _misread(self, one: Operation) -> str | None:
+        """A read returned a state that was the newest while it ran."""
+        told = (one.result.version, one.result.num_batches_tracked)
+        for record in self._between(one):
+            if record is not None and record.stamp.version == told[0]:
+                state = read(record.data)
+                if state.batches == told[1] and _shows(one, state):
+                    return None
+        return f"no state that was the newest meanwhile is what it returned: version and batch {told}"
+
+    def _unmade(self, one: Operation) -> str | None:
+        """A change without a key is in the log while its call ran."""
+        if one.kind == "create":
+            return None if any(self._between(one)) else "there was no such layer"
+        for applied in self._server.log:
+            if applied.name != one.layer or not one.began <= applied.at <= one.ended:
+                continue
+            if one.kind == "delete":
+                if applied.after is None:
+                    return None
+            elif applied.before is not None and applied.after is not None:
+                if _difference(_changed(read(applied.before.data), one), read(applied.after.data)) is None:
+                    return None
+        gone = one.kind == "delete" and any(record is None for record in self._between(one))
+        return None if gone or self._confirmed(one) else "acknowledged, and yet it is not in the log"
+
+    def _confirmed(self, one: Operation) -> bool:
+        """A client that asked whether its update took effect may have found that it made no difference."""
+        return any(
+            record is not None and _difference(_changed(read(record.data), one), read(record.data)) is None
+            for record in self._between(one)
+        )
+
+    def _between(self, one: Operation) -> Iterable[Record | None]:
+        """Each record that was the newest at some time while an operation ran; None for no layer."""
+        present: Record | None = None
+        for at, record in self._server.history.get(one.layer, []):
+            if at > one.began:
+                yield present
+            if at > one.ended:
+                return
+            present = record
+        yield present
+
+
+def _nearest(state: State, choices: list[Vector], after: State | None) -> State:
+    """The state after one more batch. Of several under one key, the one that leads to what came after."""
+    made = [_folded(state, batch) for batch in choices]
+    return next((one for one in made if after is not None and _difference(one, after) is None), made[0])
+
+
+def _folded(state: State, batch: Vector) -> State:
+    """running = (1 - m) * running + m * batch; or Chan's merge, in float64."""
+    if not state.tracks:
+        return state
+    wide = batch.astype(np.float64)
+    count, mean, var = len(wide), wide.mean(0), wide.var(0)
+    tensors, number, samples = dict(state.tensors), state.batches + 1, state.samples + count
+    if state.config["statistics"] == "population":
+        delta, m2 = mean - tensors["population_mean"], tensors["population_m2"]
+        tensors["population_m2"] = m2 + var * count + delta**2 * (state.samples * count / samples)
+        tensors["population_mean"] = tensors["population_mean"] + delta * (count / samples)
+        tensors["samples_tracked"] = np.int64(samples)
+        tensors["running_mean"] = tensors["population_mean"]
+        tensors["running_var"] = tensors["population_m2"] / max(samples - 1, 1)
+    else:
+        momentum = state.config["momentum"] if state.config["momentum"] is not None else 1 / number
+        for name, value in (("running_mean", mean), ("running_var", var * count / (count - 1))):
+            tensors[name] = (1 - momentum) * tensors[name].astype(np.float64) + momentum * value
+    tensors["num_batches_tracked"] = np.int64(number)
+    return State(state.config, tensors, samples)
+
+
+def _changed(state: State, one: Operation) -> State:
+    """What a change makes of a state."""
+    config, tensors, samples = dict(state.config), dict(state.tensors), state.samples
+    match one.kind:
+        case "update":
+            for name, value in one.arguments["changes"].items():
+                (tensors if name in ("weight", "bias") else config)[name] = value
+        case "load_state_dict":
+            tensors |= one.arguments["tensors"]
+        case "reset":
+            what = one.arguments["what"]
+            if what in ("running_stats", "all") and config["track_running_stats"]:
+                zero, samples = np.zeros_like(tensors["running_mean"], np.float64), 0
+                tensors |= {"running_mean": zero, "running_var": zero + 1, "num_batches_tracked": np.int64(0)}
+                if config["statistics"] == "population":
+                    tensors |= {"population_mean": zero, "population_m2": zero, "samples_tracked": np.int64(0)}
+            if what in ("parameters", "all"):
+                tensors |= {"weight": np.ones_like(tensors["weight"]), "bias": np.zeros_like(tensors["bias"])}
+    return State(config, tensors, samples)
+
+
+def _difference(expected: State, found: State) -> str | None:
+    """How two states differ; None if they are the same up to rounding."""
+    if expected.config != found.config:
+        return f"the config is {found.config}, not {expected.config}"
+    if expected.tensors.keys() != found.tensors.keys():
+        return f"it has {sorted(found.tensors)}, not {sorted(expected.tensors)}"
+    for name, value in expected.tensors.items():
+        if not np.allclose(value, found.tensors[name], **TOLERANCE):
+            return f"{name} is {found.tensors[name]}, not {value}"
+    return None if expected.samples == found.samples else f"samples are {found.samples}, not {expected.samples}"
+
+
+def _shows(one: Operation, state: State) -> bool:
+    """Whether a read shows this state's numbers."""
+    if one.kind == "inspect":
+        names = ("running_mean", "running_var", "weight", "bias")
+        return all(np.allclose(getattr(one.result, name), state.tensors[name], **TOLERANCE) for name in names)
+    batch = one.arguments["batch"].astype(np.float64)
+    mean, var = state.tensors["running_mean"], state.tensors["running_var"]  # also where tracking is off, as in torch
+    return np.allclose(one.result.output, _normalized(batch, mean, var, state), **TOLERANCE)
+
+
+def _normalized(batch: Vector, mean: Vector, var: Vector, state: State) -> Vector:
+    wide = batch.astype(np.float64)
+    scaled = (wide - mean) / np.sqrt(np.asarray(var, np.float64) + state.config["eps"])
+    return scaled * state.tensors["weight"] + state.tensors["bias"]

@@ -1,0 +1,85 @@
+"""A replica of the service: the real gateway and the real layers, in a process that can be killed and comes back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from random import Random
+from typing import Any
+
+from fastapi import FastAPI
+
+from batchnorm_client.core import Response
+from batchnorm_service.layers import Layers, LayersOptions
+from batchnorm_service.rest import ApiOptions, Gateway
+from batchnorm_service.rest.application import build_app, build_gateway
+from simulation.faults import Faults
+from simulation.loop import Process
+from simulation.network import cut
+from simulation.runtimes import ServiceRuntime
+from simulation.store import Server, SimulatedStore
+
+
+@asynccontextmanager
+async def _lifespan(_: Any) -> AsyncGenerator[None]:
+    yield
+
+
+_APPS: list[FastAPI] = []
+"""Used again by other replicas: making the routes takes longer than a world."""
+
+
+class Replica:
+    """One replica.
+
+    Attributes:
+        process: its present one.
+        gateway: the service in it.
+        serving: whether it takes requests.
+        connections: replies that clients wait for.
+    """
+
+    def __init__(self, name: str, server: Server, random: Random, faults: Faults, *, exclusive: bool) -> None:
+        self.name = name
+        self._server = server
+        self._random = random
+        self._faults = faults
+        self._exclusive = exclusive
+        self._options = LayersOptions(
+            resident_layers=random.choice((1, 2, 3, 100)),
+            queue_length=random.choice((2, 1024)),
+            store_timeout=random.choice((1.0, 10.0)),
+            inline_bytes=random.choice((0, 1 << 20)),
+        )
+        self._graveyard: list[Any] = []  # what killed processes had is not collected: that would run their code
+        self.runtime = ServiceRuntime(random)
+        self.connections: list[asyncio.Future[Response]] = []
+        self.process: Process
+        self.gateway: Gateway
+        self.serving = False
+
+    async def start(self) -> None:
+        """Begin to serve."""
+        self.process = Process(self.name)
+        store = SimulatedStore(self._server, self._random, self._faults, exclusive=self._exclusive)
+        layers = Layers(store, self._options, self.runtime)
+
+        self.gateway = build_gateway(_APPS.pop() if _APPS else build_app(_lifespan), layers, ApiOptions())
+        await store.open()
+        self.serving = True
+
+    def kill(self) -> None:
+        """As SIGKILL does. An embedded store dies with it; with the machine's power, it may lose what is not durable."""
+        self.serving = False
+        self.process.kill()
+        self._graveyard.append((self.process, self.gateway))
+        _APPS.append(self.gateway.app)
+        if self._exclusive and self._random.random() < 0.5:
+            self._server.crash()
+        cut(self.connections)
+
+    def stop(self) -> None:
+        """The world is over."""
+        self.process.kill()
+        _APPS.append(self.gateway.app)

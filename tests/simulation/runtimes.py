@@ -1,0 +1,64 @@
+"""Clock, chance, tasks and threads of the simulated processes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from random import Random
+from typing import Any
+
+from batchnorm_client.core.runtime import AsyncRuntime
+from batchnorm_service.runtime import Runtime
+
+EPOCH = 1_700_000_000.0
+"""The wall clock when a world begins."""
+
+
+class ServiceRuntime(Runtime):
+    """A replica's.
+
+    Args:
+        random: the world's.
+        skew: seconds that its wall clock is ahead; faults change it.
+    """
+
+    def __init__(self, random: Random, skew: float = 0.0) -> None:
+        self._random = random
+        self.skew = skew
+        self.now = lambda: asyncio.get_running_loop().time()
+        self.wall = lambda: EPOCH + self.skew + asyncio.get_running_loop().time()
+        self.bits = random.getrandbits
+        self.bytes = random.randbytes
+
+    async def in_thread(self, executor: Executor | None, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """A thread takes time, before and after."""
+        await asyncio.sleep(self._random.expovariate(1000))
+        result = function(*args, **kwargs)
+        await asyncio.sleep(self._random.expovariate(1000))
+        return result
+
+
+class ClientRuntime(AsyncRuntime):
+    """A client's."""
+
+    def __init__(self, random: Random) -> None:
+        self._random = random
+
+    def now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def date(self) -> float:
+        return EPOCH + asyncio.get_running_loop().time()
+
+    def random(self) -> float:
+        return self._random.random()
+
+    def key(self) -> str:
+        return f"{self._random.getrandbits(128):032x}"
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    async def run(self, function: Callable[[], Any]) -> Any:
+        return function()

@@ -1,0 +1,243 @@
+"""The simulated store: a server whose writes become durable with time, and replicas' connections to it.
+
+The server's table is the service's `MemoryStore`, which passes the conformance suite; `SimulatedStore` passes it, too.
+What is added is distance and trouble: calls and replies take time, are lost, or come late; writes are answered once they
+are durable; a crash (a power failure, or a failover to a server that lags) loses a suffix of those that are not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from random import Random
+from typing import Any, NamedTuple
+
+from batchnorm_service.runtime import Runtime
+from batchnorm_service.store.base import (
+    Committed,
+    Entry,
+    GroupStatus,
+    Missing,
+    Receipt,
+    ReceiptWithTTL,
+    Record,
+    Shard,
+    Stamp,
+    StoreError,
+    Unchanged,
+)
+from batchnorm_service.store.memory import MemoryStore
+from simulation.faults import Faults
+from simulation.loop import Process
+
+CALL_TIMEOUT = 2.0
+"""Seconds after which a replica no longer waits for a reply."""
+
+
+class Applied(NamedTuple):
+    """A write that the server applied, for the checker.
+
+    Attributes:
+        at: when.
+        name: of the record.
+        before, after: the record; None where there is none.
+        receipts: that were written with it.
+    """
+
+    at: float
+    name: str
+    before: Record | None
+    after: Record | None
+    receipts: tuple[Receipt, ...]
+
+
+class _Snapshot(NamedTuple):
+    """The table after a write.
+
+    Attributes:
+        number: of the write.
+        content: the table's.
+        applied: how long the log is.
+    """
+
+    number: int
+    content: dict[str, Any]
+    applied: int
+
+
+class Server:
+    """The machine that keeps the records.
+
+    Attributes:
+        table: the records.
+        log: the writes that were applied and not undone, in order.
+        history: by name, when each record came to be the newest: also what a crash brought back.
+        away: whether it refuses connections.
+        process: where it works.
+    """
+
+    def __init__(self, random: Random, faults: Faults, receipt_seconds: float, runtime: Runtime) -> None:
+        self._random = random
+        self._faults = faults
+        self._clock = runtime.now
+        self.table = MemoryStore(receipt_seconds, exclusive=False, runtime=runtime)
+        self.log: list[Applied] = []
+        self.history: dict[str, list[tuple[float, Record | None]]] = {}
+        self.away = False
+        self.process = Process("server")
+        self._writes = 0
+        self._crashes = 0
+        self._snapshots = deque([self._snapshot()])  # of the newest durable write, and of each after it
+
+    def _snapshot(self) -> _Snapshot:
+        """Records and receipts are immutable, groups are not."""
+        state = vars(self.table)
+        content = {name: copy.copy(value) for name, value in state.items() if isinstance(value, dict | list)}
+        content |= {"_groups": copy.deepcopy(state["_groups"]), "_floor": state["_floor"]}
+        return _Snapshot(self._writes, content, len(self.log))
+
+    async def apply(self, name: str, work: Callable[[MemoryStore], Any], receipts: Sequence[Receipt] = ()) -> Any:
+        """Do a write. Returns its reply, once it and all that it rests on are durable.
+
+        Raises:
+            StoreError: the server crashed before.
+        """
+        before = self.table._records.get(name)
+        reply = await work(self.table)
+        after = self.table._records.get(name)
+        written = tuple(receipts) if isinstance(reply, Committed) else ()
+        if after is not before or written:
+            self.log.append(Applied(self._clock(), name, before, after, written))
+            self._note(name)
+        self._writes += 1
+        self._snapshots.append(self._snapshot())
+        number, crashes = self._writes, self._crashes
+        if self._faults.sync:
+            await asyncio.sleep(self._random.expovariate(1 / self._faults.sync))
+        if crashes != self._crashes:
+            raise StoreError("the server crashed")
+        while self._snapshots[0].number < number:
+            self._snapshots.popleft()
+        return reply
+
+    def _note(self, name: str) -> None:
+        self.history.setdefault(name, []).append((self._clock(), self.table._records.get(name)))
+
+    def crash(self) -> None:
+        """Lose some of the newest writes that are not durable, and answer none of them."""
+        kept = self._snapshots[self._random.randrange(len(self._snapshots))]
+        vars(self.table).update(kept.content)
+        for applied in self.log[kept.applied :]:
+            self._note(applied.name)
+        del self.log[kept.applied :]
+        self._crashes += 1
+        self._snapshots = deque([self._snapshot()])
+
+
+class SimulatedStore:
+    """A replica's connection to the server.
+
+    Args:
+        server: it.
+        random: the world's.
+        faults: how often what goes wrong.
+        exclusive: nobody else is connected: an embedded store, which dies with its process and loses no message.
+    """
+
+    def __init__(self, server: Server, random: Random, faults: Faults, *, exclusive: bool = False) -> None:
+        self.exclusive = exclusive
+        self.url = "simulated:"
+        self._server = server
+        self._random = random
+        self._faults = faults
+        self._open = False
+        self._arrival = 0.0  # of the newest message: those of one connection arrive in the order they were sent in
+
+    async def open(self) -> None:
+        await self._server.table.open()
+        self._open = True
+
+    async def close(self) -> None:
+        self._open = False
+
+    async def _call(self, work: Callable[[], Awaitable[Any]]) -> Any:
+        if not self._open:
+            raise StoreError("the store is not open")
+        if self.exclusive:
+            await asyncio.sleep(self._random.expovariate(2000))
+            self._maybe_full()
+            return await work()
+        loop, faults, random = asyncio.get_running_loop(), self._faults, self._random
+        self._arrival = max(self._arrival, loop.time()) + random.expovariate(5 / faults.latency)
+        if random.random() < faults.store_late:
+            self._arrival += CALL_TIMEOUT + random.uniform(0, 2 * CALL_TIMEOUT)
+        reply: asyncio.Future[Any] = loop.create_future()
+        if random.random() >= faults.store_request_lost:
+            self._server.process.spawn(self._serve(work, self._arrival - loop.time(), reply))
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT):
+                return await reply
+        except TimeoutError:
+            self._arrival = 0.0  # a new connection, whose messages may overtake those of the old one
+            raise StoreError("no reply") from None
+
+    async def _serve(self, work: Callable[[], Awaitable[Any]], way: float, reply: asyncio.Future[Any]) -> None:
+        await asyncio.sleep(way)
+        answer: Any = StoreError("connection refused")
+        if not self._server.away:
+            try:
+                self._maybe_full()
+                answer = await work()
+            except StoreError as error:
+                answer = error
+        if self._random.random() < self._faults.store_reply_lost:
+            return
+        await asyncio.sleep(self._random.expovariate(5 / self._faults.latency))
+        if not reply.done():
+            reply.set_exception(answer) if isinstance(answer, StoreError) else reply.set_result(answer)
+
+    def _maybe_full(self) -> None:
+        if self._random.random() < self._faults.disk_full:
+            raise StoreError("the disk is full")
+
+    async def _write(self, name: str, work: Callable[[MemoryStore], Any], receipts: Sequence[Receipt] = ()) -> Any:
+        return await self._call(lambda: self._server.apply(name, work, receipts))
+
+    async def _read(self, work: Callable[[MemoryStore], Any]) -> Any:
+        return await self._call(lambda: work(self._server.table))
+
+    async def ping(self) -> None:
+        await self._read(lambda table: table.ping())
+
+    async def load(self, name: str, unless: Stamp | None = None) -> Record | Unchanged | Missing:
+        return await self._read(lambda table: table.load(name, unless))
+
+    async def create(self, name: str, data: bytes, limit: int) -> Any:
+        return await self._write(name, lambda table: table.create(name, data, limit))
+
+    async def commit(self, name: str, expected: Stamp, record: Record | None, receipts: Sequence[Receipt]) -> Any:
+        return await self._write(name, lambda table: table.commit(name, expected, record, receipts), receipts)
+
+    async def find_receipts(self, name: str, incarnation: int, keys: Sequence[bytes]) -> Any:
+        return await self._write(name, lambda table: table.find_receipts(name, incarnation, keys))
+
+    async def delete(self, name: str, expected: Stamp) -> Any:
+        return await self._write(name, lambda table: table.delete(name, expected))
+
+    async def join(self, name: str, incarnation: int, group: bytes, size: int, shard: Shard) -> GroupStatus | Missing:
+        return await self._write(name, lambda table: table.join(name, incarnation, group, size, shard))
+
+    async def leave(self, name: str, incarnation: int, group: bytes, member: bytes | None) -> None:
+        await self._write(name, lambda table: table.leave(name, incarnation, group, member))
+
+    async def list(self, prefix: str, after: str, limit: int) -> list[Entry]:
+        return await self._read(lambda table: table.list(prefix, after, limit))
+
+    async def receipts(self) -> AsyncIterator[Sequence[ReceiptWithTTL]]:
+        async for some in self._server.table.receipts():
+            yield some
+
+    async def remember(self, name: str, incarnation: int, receipts: Sequence[ReceiptWithTTL]) -> Committed | Missing:
+        return await self._write(name, lambda table: table.remember(name, incarnation, receipts))

@@ -1,0 +1,202 @@
+"""What clients do in a world: drawn from its seed, and carried out through the real client."""
+
+from __future__ import annotations
+
+import asyncio
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from batchnorm_client import AsyncClient, Retry
+from batchnorm_client.wire.errors import BatchNormError
+from simulation.faults import Faults
+from simulation.operations import Operation, Script
+
+CHANNELS = 3
+_KINDS = {
+    "train": 40,
+    "eval": 14,
+    "inspect": 8,
+    "fold_moments": 8,
+    "many": 4,
+    "group": 5,
+    "repeat": 8,
+    "reset": 4,
+    "update": 5,
+    "load_state_dict": 3,
+    "delete": 3,
+    "create": 4,
+}
+
+
+def draw_configs(random: Random) -> dict[str, dict[str, Any]]:
+    """One to three layers."""
+    configs = {}
+    for name in ["a", "b", "c"][: random.randint(1, 3)]:
+        population = random.random() < 0.3
+        configs[name] = (
+            {"statistics": "population", "momentum": None}
+            if population
+            else {"momentum": random.choice((None, 0.1, 0.5))}
+        )
+    return configs
+
+
+def draw_scripts(random: Random, layers: list[str], length: int) -> list[Script]:
+    """Two to four clients. A group's members are steps of different clients with the same group."""
+    scripts = [Script() for _ in range(random.randint(2, 4))]
+    numpy = np.random.default_rng(random.getrandbits(32))
+    keyed: list[tuple[str, dict[str, Any]]] = []
+    kinds, weights = list(_KINDS), list(_KINDS.values())
+    for number in range(length):
+        kind, layer = random.choices(kinds, weights)[0], random.choice(layers)
+        first, second = random.sample(scripts, 2)
+        pause = random.expovariate(random.choice((1, 10, 100)))
+        batch = _batch(random, numpy)
+        match kind:
+            case "train":
+                arguments = {"batch": batch, "key": f"train-{number}"}
+                keyed.append((layer, arguments))
+            case "fold_moments":
+                arguments = {"batch": batch, "key": f"moments-{number}"}
+            case "many":
+                batches = {name: _batch(random, numpy) for name in layers}
+                arguments = {"batches": batches, "key": f"many-{number}"}
+            case "group":
+                group = {"group": f"group-{number}", "timeout": random.choice((0.5, 5.0))}
+                step = {"batch": batch, "key": f"first-{number}", **group}
+                first.steps.append((pause, "train", layer, step))
+                first, kind = second, "train"
+                arguments = {"batch": _batch(random, numpy), "key": f"second-{number}", **group}
+            case "repeat":
+                if not keyed:
+                    continue
+                (layer, arguments), kind = random.choice(keyed), "train"
+                if random.random() < 0.2:  # the same key for another batch
+                    arguments = {"batch": batch, "key": arguments["key"]}
+            case "reset":
+                what = random.choice(("running_stats", "parameters", "all"))
+                arguments = {"what": what, "key": f"reset-{number}"}
+            case "update":
+                arguments = {"changes": _changes(random, numpy)}
+            case "load_state_dict":
+                arguments = {"tensors": {"weight": _vector(numpy), "bias": _vector(numpy)}}
+            case _:
+                arguments = {"batch": batch} if kind == "eval" else {}
+        first.steps.append((pause, kind, layer, arguments))
+    return scripts
+
+
+def _batch(random: Random, numpy: np.random.Generator) -> np.ndarray:
+    return numpy.normal(3, 2, (random.randint(2, 6), CHANNELS)).astype(np.float32)
+
+
+def _vector(numpy: np.random.Generator) -> np.ndarray:
+    return numpy.normal(1, 0.5, CHANNELS).astype(np.float32)
+
+
+def _changes(random: Random, numpy: np.random.Generator) -> dict[str, Any]:
+    choices = {"eps": random.choice((1e-5, 1e-3, 0.1)), "weight": _vector(numpy), "bias": _vector(numpy)}
+    choices["track_running_stats"] = random.random() < 0.5
+    return {name: choices[name] for name in random.sample(list(choices), random.randint(1, 2))}
+
+
+class Caller:
+    """One client, which carries out a script and writes down what it saw.
+
+    Args:
+        client: the real one, over the simulated network.
+        configs: of the layers.
+        operations: where each call is written down.
+        random: the world's.
+        faults: how often it gives up.
+    """
+
+    def __init__(
+        self,
+        client: AsyncClient,
+        configs: dict[str, dict[str, Any]],
+        operations: list[Operation],
+        random: Random,
+        faults: Faults,
+    ) -> None:
+        self._client = client
+        self._configs = configs
+        self._operations = operations
+        self._random = random
+        self._faults = faults
+
+    async def carry_out(self, script: Script) -> None:
+        """All steps, one after the other."""
+        for pause, kind, layer, arguments in script.steps:
+            await asyncio.sleep(pause)
+            names = list(arguments["batches"]) if kind == "many" else [layer]
+            begun = [self._begin(kind, name, arguments) for name in names]
+            patience = self._random.expovariate(2) if self._random.random() < self._faults.gives_up else None
+            try:
+                async with asyncio.timeout(patience):
+                    result = await self._call(kind, layer, arguments)
+                for operation in begun:
+                    self._end(operation, result[operation.layer] if kind == "many" else result)
+            except TimeoutError:
+                for operation in begun:
+                    operation.gave_up = True
+                    operation.ended = self._now()
+            except BatchNormError as error:
+                for operation in begun:
+                    self._end(operation, error)
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _begin(self, kind: str, layer: str, arguments: dict[str, Any]) -> Operation:
+        if kind == "many":
+            kind, arguments = "fold_moments", {"batch": arguments["batches"][layer], "key": arguments["key"]}
+        operation = Operation(kind, layer, arguments, self._now())
+        self._operations.append(operation)
+        return operation
+
+    def _end(self, operation: Operation, result: Any) -> None:
+        operation.ended = self._now()
+        if isinstance(result, BatchNormError):
+            operation.error = result
+        else:
+            operation.result = result
+
+    async def _call(self, kind: str, name: str, arguments: dict[str, Any]) -> Any:
+        layer, batch, key = self._client.layer(name), arguments.get("batch"), arguments.get("key")
+        match kind:
+            case "train" if "group" in arguments:
+                return await layer.train(batch, key=key, group=arguments["group"], size=2, timeout=arguments["timeout"])
+            case "train":
+                return await layer.train(batch, key=key)
+            case "fold_moments":
+                return await layer.fold_moments(*moments(batch), key=key)
+            case "many":
+                given = {name: moments(batch) for name, batch in arguments["batches"].items()}
+                return await self._client.fold_moments(given, key=key)
+            case "eval":
+                return await layer.eval(batch)
+            case "inspect":
+                return await layer.inspect()
+            case "reset":
+                return await layer.reset(arguments["what"], key=key)
+            case "update":
+                return await layer.update(**arguments["changes"])
+            case "load_state_dict":
+                return await layer.load_state_dict(arguments["tensors"])
+            case "delete":
+                return await layer.delete()
+            case "create":
+                return await self._client.create_layer(name, CHANNELS, **self._configs[name])
+        raise AssertionError(kind)
+
+
+def moments(batch: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+    """Count, mean and biased variance, in float64."""
+    wide = batch.astype(np.float64)
+    return len(wide), wide.mean(0), wide.var(0)
+
+
+RETRY = Retry(attempts=8, deadline=20.0)

@@ -1,0 +1,171 @@
+"""A simulated world: clients, replicas, network and store, on one seeded event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sys
+from dataclasses import dataclass, field, replace
+from functools import cache
+from random import Random
+from typing import Any
+
+import httpx
+
+from batchnorm_client import AsyncClient
+from simulation import loop, oracle
+from simulation.faults import Faults
+from simulation.network import Connections
+from simulation.operations import Operation, Script
+from simulation.replica import Replica
+from simulation.runtimes import ClientRuntime, ServiceRuntime
+from simulation.store import Server
+from simulation.workload import RETRY, Caller, draw_configs, draw_scripts
+
+LENGTH = 40
+"""Steps of all clients together."""
+
+LONGEST = 3600.0
+"""Seconds of the world's time after which something hangs."""
+
+RECEIPT_SECONDS = 24 * 3600.0
+
+
+_HTTP = httpx.AsyncClient(base_url="http://world", transport=httpx.MockTransport(lambda _: httpx.Response(500)))
+"""For the client's address; making one takes longer than a world."""
+
+
+@dataclass
+class Plan:
+    """What happens in a world, as far as it is drawn beforehand.
+
+    Attributes:
+        seed: of everything else: latencies, order of callbacks, which messages are lost.
+        faults: how often what goes wrong.
+        configs: of the layers.
+        scripts: of the clients.
+        replicas: how many; 1 has an embedded store.
+    """
+
+    seed: int
+    faults: Faults
+    configs: dict[str, dict[str, Any]]
+    scripts: list[Script]
+    replicas: int
+
+    @classmethod
+    def draw(cls, seed: int, length: int = LENGTH) -> Plan:
+        """The plan of a seed."""
+        random = Random(seed)
+        configs = draw_configs(random)
+        faults = Faults.draw(random)
+        replicas = random.choice((1, 2, 2, 3))
+        return cls(seed, faults, configs, draw_scripts(random, list(configs), length), replicas)
+
+
+@dataclass
+class World:
+    """A world that was run.
+
+    Attributes:
+        plan: what it was made from.
+        operations: what clients saw, in the order in which calls began.
+        server: with all that was written.
+        findings: what broke a promise; empty if nothing did.
+        events: what went wrong, for the trace.
+    """
+
+    plan: Plan
+    operations: list[Operation] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
+    events: list[tuple[float, str]] = field(default_factory=list)
+    server: Server = field(init=False)
+
+    def run(self) -> World:
+        """Run it to its end and check its history."""
+        _collect_garbage()
+        random = Random(f"{self.plan.seed} world")
+        try:
+            loop.run(random, lambda: self._live(random))
+        except loop.DeadlockError as error:
+            self.findings.append(str(error))
+        self.findings += oracle.check(self.plan.configs, self.operations, self.server)
+        return self
+
+    async def _live(self, random: Random) -> None:
+        plan = self.plan
+        exclusive = plan.replicas == 1
+        faults = replace(plan.faults, failover=0.0, store_away=0.0) if exclusive else plan.faults
+        self.server = Server(random, faults, RECEIPT_SECONDS, ServiceRuntime(random))
+        replicas = [Replica(f"replica {n}", self.server, random, faults, exclusive=exclusive) for n in range(plan.replicas)]
+        for one in replicas:
+            await one.start()
+        client = AsyncClient(http=_HTTP, retry=RETRY)
+        client._connections = Connections(replicas, random, faults)
+        client._runtime = ClientRuntime(random)
+        caller = Caller(client, plan.configs, self.operations, random, faults)
+        first = Script([(0.0, "create", name, {}) for name in plan.configs])
+        trouble = [
+            asyncio.ensure_future(self._every(random, faults.kill, lambda: self._kill(random, replicas))),
+            asyncio.ensure_future(self._every(random, faults.failover, self._fail_over)),
+            asyncio.ensure_future(self._every(random, faults.store_away, lambda: self._store_away(random))),
+            asyncio.ensure_future(self._every(random, faults.clock_jump, lambda: self._jump(random, replicas))),
+        ]
+        work = asyncio.gather(caller.carry_out(first), *(caller.carry_out(script) for script in plan.scripts))
+        try:
+            async with asyncio.timeout(LONGEST):
+                await work
+        except TimeoutError:
+            self.findings.append("a call hangs")
+        for one in trouble:
+            one.cancel()
+        for one in replicas:
+            one.stop()
+
+    async def _every(self, random: Random, mean: float, happen: Any) -> None:
+        while mean:
+            await asyncio.sleep(random.expovariate(1 / mean))
+            await happen()
+
+    def _note(self, what: str) -> None:
+        self.events.append((asyncio.get_running_loop().time(), what))
+
+    async def _kill(self, random: Random, replicas: list[Replica]) -> None:
+        one = random.choice(replicas)
+        if one.serving:
+            self._note(f"{one.name} is killed")
+            one.kill()
+            await asyncio.sleep(random.expovariate(5))
+            await one.start()
+            self._note(f"{one.name} is back")
+
+    async def _fail_over(self) -> None:
+        self._note("the store crashes")
+        self.server.crash()
+
+    async def _store_away(self, random: Random) -> None:
+        self._note("the store is away")
+        self.server.away = True
+        await asyncio.sleep(random.expovariate(0.5))
+        self.server.away = False
+        self._note("the store is back")
+
+    async def _jump(self, random: Random, replicas: list[Replica]) -> None:
+        random.choice(replicas).runtime.skew += random.uniform(-600, 600)
+
+
+@cache
+def _freeze() -> None:
+    """What was imported is not looked at again."""
+    gc.collect()
+    gc.freeze()
+
+
+def _collect_garbage() -> None:
+    """Of the worlds before, while no loop runs. Coroutines that cannot end there are of no interest."""
+    _freeze()
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
