@@ -16,7 +16,7 @@ A write that a crash undid is not in the log: nobody may have been told that it 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -276,16 +276,12 @@ class _Checker:
             for record in self._between(one)
         )
 
-    def _between(self, one: Operation) -> Iterable[Record | None]:
+    def _between(self, one: Operation) -> list[Record | None]:
         """Each record that was the newest at some time while an operation ran; None for no layer."""
-        present: Record | None = None
-        for at, record in self._server.history.get(one.layer, []):
-            if at > one.began:
-                yield present
-            if at > one.ended:
-                return
-            present = record
-        yield present
+        known = self._server.history.get(one.layer)
+        if known is None:
+            return [None]
+        return [each.record for each in known if each.since <= one.ended and one.began <= each.until]
 
 
 def _nearest(state: State, choices: list[Vector], after: State | None) -> State:

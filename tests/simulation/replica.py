@@ -81,5 +81,6 @@ class Replica:
 
     def stop(self) -> None:
         """The world is over."""
-        self.process.kill()
-        _APPS.append(self.gateway.app)
+        if self.process.alive:
+            self.process.kill()
+            _APPS.append(self.gateway.app)

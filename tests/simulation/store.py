@@ -11,6 +11,7 @@ import asyncio
 import copy
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from random import Random
 from typing import Any, NamedTuple
 
@@ -53,6 +54,22 @@ class Applied(NamedTuple):
     receipts: tuple[Receipt, ...]
 
 
+@dataclass(slots=True)
+class Newest:
+    """A time in which a record was the newest.
+
+    Attributes:
+        record: None where there was none.
+        since: when it was written, or a crash brought it back.
+        until: when its successor was written, or the crash. An embedded store's readers may use what they know until
+            the successor is durable: its writer has not been told before.
+    """
+
+    record: Record | None
+    since: float
+    until: float = float("inf")
+
+
 class _Snapshot(NamedTuple):
     """The table after a write.
 
@@ -73,18 +90,21 @@ class Server:
     Attributes:
         table: the records.
         log: the writes that were applied and not undone, in order.
-        history: by name, when each record came to be the newest: also what a crash brought back.
+        history: by name, when each record was the newest: also what a crash undid.
         away: whether it refuses connections.
         process: where it works.
     """
 
-    def __init__(self, random: Random, faults: Faults, receipt_seconds: float, runtime: Runtime) -> None:
+    def __init__(
+        self, random: Random, faults: Faults, receipt_seconds: float, runtime: Runtime, *, embedded: bool = False
+    ) -> None:
         self._random = random
+        self._embedded = embedded
         self._faults = faults
         self._clock = runtime.now
         self.table = MemoryStore(receipt_seconds, exclusive=False, runtime=runtime)
         self.log: list[Applied] = []
-        self.history: dict[str, list[tuple[float, Record | None]]] = {}
+        self.history: dict[str, list[Newest]] = {}
         self.away = False
         self.process = Process("server")
         self._writes = 0
@@ -107,10 +127,13 @@ class Server:
         before = self.table._records.get(name)
         reply = await work(self.table)
         after = self.table._records.get(name)
+        overtaken: Newest | None = None
         written = tuple(receipts) if isinstance(reply, Committed) else ()
         if after is not before or written:
             self.log.append(Applied(self._clock(), name, before, after, written))
-            self._note(name)
+            overtaken = self._note(name)
+            if not self._embedded:
+                overtaken.until = self._clock()
         self._writes += 1
         self._snapshots.append(self._snapshot())
         number, crashes = self._writes, self._crashes
@@ -118,19 +141,26 @@ class Server:
             await asyncio.sleep(self._random.expovariate(1 / self._faults.sync))
         if crashes != self._crashes:
             raise StoreError("the server crashed")
+        if overtaken is not None:
+            overtaken.until = min(overtaken.until, self._clock())
         while self._snapshots[0].number < number:
             self._snapshots.popleft()
         return reply
 
-    def _note(self, name: str) -> None:
-        self.history.setdefault(name, []).append((self._clock(), self.table._records.get(name)))
+    def _note(self, name: str) -> Newest:
+        """Another record is the newest; returns the one before."""
+        known = self.history.setdefault(name, [Newest(None, 0.0)])
+        known.append(Newest(self.table._records.get(name), self._clock()))
+        return known[-2]
 
     def crash(self) -> None:
         """Lose some of the newest writes that are not durable, and answer none of them."""
         kept = self._snapshots[self._random.randrange(len(self._snapshots))]
         vars(self.table).update(kept.content)
-        for applied in self.log[kept.applied :]:
-            self._note(applied.name)
+        for name in {applied.name: None for applied in self.log[kept.applied :]}:
+            for one in self.history[name]:
+                one.until = min(one.until, self._clock())
+            self._note(name)
         del self.log[kept.applied :]
         self._crashes += 1
         self._snapshots = deque([self._snapshot()])

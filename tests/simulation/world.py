@@ -96,7 +96,7 @@ class World:
         plan = self.plan
         exclusive = plan.replicas == 1
         faults = replace(plan.faults, failover=0.0, store_away=0.0) if exclusive else plan.faults
-        self.server = Server(random, faults, RECEIPT_SECONDS, ServiceRuntime(random))
+        self.server = Server(random, faults, RECEIPT_SECONDS, ServiceRuntime(random), embedded=exclusive)
         replicas = [Replica(f"replica {n}", self.server, random, faults, exclusive=exclusive) for n in range(plan.replicas)]
         for one in replicas:
             await one.start()
