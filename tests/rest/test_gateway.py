@@ -42,6 +42,12 @@ async def gone():
 
 
 @pytest.fixture
+def way():
+    """These tests are the server that calls the application by ASGI."""
+    return "asgi"
+
+
+@pytest.fixture
 async def bn(client):
     (await client.put("/v1/layers/bn", json={"num_features": 1})).raise_for_status()
 

@@ -12,6 +12,8 @@ from batchnorm_client.wire.tensors import Tensor, encode
 from batchnorm_service.engine.accumulators import moving as statistics
 from batchnorm_service.layers import group_commit as plan
 
+from .conftest import by_asgi
+
 pytestmark = pytest.mark.anyio
 
 BATCH = np.array([[1.0, 2.0], [3.0, 6.0], [5.0, 1.0]])
@@ -193,6 +195,7 @@ async def test_an_incomplete_group_is_told_so(client, population):
     assert (await client.get(population)).json()["num_batches_tracked"] == 0
 
 
+@by_asgi
 async def test_a_member_without_a_key_that_hangs_up_is_withdrawn(service, client, population):
     """As a real server does it: the connection closes while the call waits for others."""
     body = b'{"input": [[1.0, 2.0]]}'
