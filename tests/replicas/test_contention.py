@@ -109,7 +109,9 @@ def test_nobody_is_starved(trips: list[float]) -> None:
 
 async def _race(trips: list[float], count: int) -> tuple[list[int], list[int]]:
     """Who made each of the first commits, when each replica has two callers that never pause; races lost in a row."""
-    shared = MemoryStore(exclusive=False, runtime=Clocks(wall=asyncio.get_running_loop().time))
+    time = asyncio.get_running_loop().time
+    runtime = Clocks(wall=time, now=time)
+    shared = MemoryStore(exclusive=False, runtime=runtime)
     commits: list[int] = []
     lost, losses = [0] * len(trips), [0] * len(trips)
 
@@ -136,7 +138,7 @@ async def _race(trips: list[float], count: int) -> tuple[list[int], list[int]]:
 
     async with AsyncExitStack() as stack:
         stores = [virtual.Distant(Noted(who), trip) for who, trip in enumerate(trips)]
-        services = [await stack.enter_async_context(serving(store)) for store in stores]  # type: ignore[arg-type]
+        services = [await stack.enter_async_context(serving(store, runtime)) for store in stores]  # type: ignore[arg-type]
         await services[0].create("a", CONFIG)
         await asyncio.gather(*(caller(service) for service in services for _ in range(2)))
     return commits[:count], losses
