@@ -8,7 +8,7 @@ CONSTRAINTS := -c constraints.txt
 GENERATORS := .venv-generators
 LOWEST := .venv-lowest
 
-.PHONY: help run test test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak clean
+.PHONY: help run test test-quick test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -19,14 +19,18 @@ run: $(VENV)/service.stamp ## start the service on 127.0.0.1:8000
 test: check $(GENERATORS)/generators.stamp ## lint, types, dependency rules, and every test with coverage
 	$(BIN)/pytest --numprocesses 2 --dist worksteal --cov --cov-report term $(ARGS)
 
+test-quick: check ## the same in a minute: only the tests that start no processes and do not wait
+	$(BIN)/pytest --numprocesses 2 --dist worksteal -m "not slow" $(ARGS)
+
 sync-client: $(VENV)/dev.stamp ## write the blocking client anew, from the one that does not block
 	$(BIN)/python client/generate_sync.py
 
-check: $(VENV)/dev.stamp ## lint, types and dependency rules only
+check: $(VENV)/dev.stamp ## lint, types, dependency rules and the generated client only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=client:service $(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python client/generate_sync.py --check
 
 demo: $(VENV)/dev.stamp ## normalize the digits images through a real server, beside torch
 	$(BIN)/python examples/digits.py

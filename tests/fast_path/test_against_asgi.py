@@ -353,6 +353,7 @@ async def test_pipelined_requests_are_answered_in_order(service):
     assert [json.loads(answers[n][2])["num_batches_tracked"] for n in (1, 4)] == [1, 2]
 
 
+@pytest.mark.slow
 async def test_who_does_not_read_is_not_written_to_without_end(service):
     batch = save({"input": np.zeros((1024, 2), np.float32)})
     request, loop = post("/v1/layers/bn/eval", batch, SAFETENSORS), asyncio.get_running_loop()

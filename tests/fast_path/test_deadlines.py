@@ -15,7 +15,7 @@ from batchnorm_service.fast_path.deadlines import SLOWEST_RATE, Progress
 
 from .running import answer, get, post, serving, until
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 ASGI = "Connection: TE\r\n"  # a header that the fast path leaves to ASGI
 EVAL, SHARD = "/v1/layers/bn/eval", "/v1/layers/bm/train?group=g&size=2"
@@ -144,7 +144,7 @@ async def test_a_request_that_trickles_gets_408(anyio_backend, monkeypatch, way)
 @pytest.mark.parametrize("way", ["", ASGI])
 async def test_a_request_that_comes_steadily_is_answered_however_long_it_takes(anyio_backend, monkeypatch, way):
     async with serving(monkeypatch, read_timeout_seconds=SHORT) as service, connection(service) as (reader, writer):
-        batch = save({"input": np.ones((1 << 13, 2), np.float32)})  # 64 KiB in at least 2 seconds
+        batch = save({"input": np.ones((1 << 12, 2), np.float32)})  # 32 KiB in at least a second
         request = post(EVAL, batch, SAFETENSORS, way)
         for begin in range(0, len(request), 2048):
             writer.write(request[begin : begin + 2048])
