@@ -204,7 +204,34 @@ def test_an_unknown_method_is_answered(plain, http):
     assert http.request("PROPFIND", f"{plain}/v1/layers").status_code == 405
 
 
-def test_the_application_runs_under_plain_uvicorn_too(http, store, tmp_path):
+REQUESTS = [
+    ("PUT", "", {"num_features": 2}),
+    ("POST", "/train", {"input": [[1, 2], [3, 4]]}),
+    ("POST", "/train?statistics=true", {"input": [[1, 2], [3, 4]]}),
+    ("POST", "/eval", {"input": [[1, 2]]}),
+    ("POST", "/inverse", {"input": [[1, 2]]}),
+    ("POST", "/backward", {"input": [[1, 2], [3, 4]], "grad_output": [[1, 2], [3, 4]]}),
+    ("POST", "/moments", {"count": 2, "mean": [1, 2], "var": [3, 4]}),
+    ("POST", "/eval", {"input": [[1, 2, 3]]}),
+    ("POST", "/eval", {"inputs": []}),
+    ("PATCH", "", {"weight": [2, 3]}),
+    ("POST", "/reset", {"what": "parameters"}),
+    ("GET", "/state", None),
+    ("OPTIONS", "/train", None),
+    ("DELETE", "", None),
+    ("GET", "", None),
+]
+
+
+def responses(http, url):
+    """What differs by nothing but the time, and the id of a request."""
+    for method, call, document in REQUESTS:
+        response = http.request(method, f"{url}/v1/layers/bn{call}", json=document, headers={"X-Request-ID": "same"})
+        headers = {name: value for name, value in response.headers.items() if name not in {"date", "server"}}
+        yield response.status_code, headers, re.sub(rb'"\w+_at":"[^"]*"', b"", response.content)
+
+
+def test_plain_uvicorn_serves_the_same_api(start, http, store, tmp_path):
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "uvicorn", "--factory", "batchnorm_service.app:create_app", "--port", str(port)],
@@ -217,7 +244,7 @@ def test_the_application_runs_under_plain_uvicorn_too(http, store, tmp_path):
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.1)
-        create(http, f"http://127.0.0.1:{port}")
+        assert [*responses(http, f"http://127.0.0.1:{port}")] == [*responses(http, start("--store", "memory:").url)]
         assert (tmp_path / "layers.db").exists()
     finally:
         process.terminate()
