@@ -276,13 +276,12 @@ async def test_bodies_that_were_let_in_cannot_grow_without_bound(anyio_backend, 
     async with serving(monkeypatch, **settings) as service, contextlib.AsyncExitStack() as stack:
         callers = [await stack.enter_async_context(connection(service)) for _ in range(4)]
         for _, writer in callers:
-            writer.write(post(EVAL, body, SAFETENSORS, way)[: -len(body)])
-        await until(lambda: len(service.state.connections) == 4)
-        await asyncio.sleep(0.05)  # all heads are read before the first body
-        for _, writer in callers:
-            writer.write(body[:-1])
+            writer.write(post(EVAL, body, SAFETENSORS, way)[: 1 - len(body)])
         refused = []
         transfers = service.gateway.transfers
+        await until(lambda: transfers.buffered == 4)  # all are let in before much of a body has come
+        for _, writer in callers:
+            writer.write(body[1:-1])
 
         async def read(reader, writer):
             status, _, problem = await answer(reader)

@@ -50,6 +50,12 @@ async def fold_moments(
     return await started(layers.batches.fold_moments(name, lambda _: tensors, key))
 
 
+async def settle() -> None:
+    """Let everything go on that waits for no thread and no clock."""
+    for _ in range(100):
+        await asyncio.sleep(0)
+
+
 async def started(call: Coroutine[Any, Any, T]) -> T:
     """What a call returns."""
     if not _Way.eager:

@@ -122,8 +122,14 @@ async def test_a_response_on_its_way_takes_no_slot_and_counts_as_buffered(serve)
 
 async def test_a_call_that_the_server_gives_up_gets_an_answer(service, bn):
     sent = Sent()
-    task = asyncio.create_task(service.gateway(scope(), asyncio.Event().wait, sent))
-    await asyncio.sleep(0.01)
+    reads = asyncio.Event()
+
+    async def receive():
+        reads.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(service.gateway(scope(), receive, sent))
+    await reads.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

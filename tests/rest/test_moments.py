@@ -199,12 +199,13 @@ async def test_an_incomplete_group_is_told_so(client, population):
 async def test_a_member_without_a_key_that_hangs_up_is_withdrawn(service, client, population):
     """As a real server does it: the connection closes while the call waits for others."""
     body = b'{"input": [[1.0, 2.0]]}'
-    hung_up = asyncio.Event()
+    waits, hung_up = asyncio.Event(), asyncio.Event()
 
     async def receive():
         if not receive.read:
             receive.read = True
             return {"type": "http.request", "body": body}
+        waits.set()
         await hung_up.wait()
         return {"type": "http.disconnect"}
 
@@ -221,7 +222,7 @@ async def test_a_member_without_a_key_that_hangs_up_is_withdrawn(service, client
         "headers": [(b"content-type", JSON.encode()), (b"content-length", b"%d" % len(body))],
     }
     gone = asyncio.create_task(service.gateway(scope, receive, send))
-    await asyncio.sleep(0.01)
+    await waits.wait()
     hung_up.set()
     await gone
     answers = await asyncio.gather(
