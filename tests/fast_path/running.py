@@ -99,7 +99,7 @@ async def serving(monkeypatch, **settings):
             assert (await running.ask(put(name, token)))[0][0] == 201
         running.by_asgi = 0
         yield running
-        assert gateway._running == 0
+        assert gateway.running == 0
         await until(lambda: gateway.transfers.buffered == 0)
 
 

@@ -205,7 +205,7 @@ async def test_an_unexpected_error_is_answered_and_its_call_counted_no_longer(se
     monkeypatch.setattr(moments_source, "train_step", no_memory)
     ((status, _, body),) = await service.ask(post("/v1/layers/bn/train", TENSORS, SAFETENSORS))
     assert (status, json.loads(body)["type"]) == (500, "/problems/internal-error")
-    assert service.gateway._running == 0
+    assert service.gateway.running == 0
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ async def test_a_bug_on_the_short_way_is_no_slow_success(service, monkeypatch, c
     assert "a planted bug" not in str(problem)
     assert "request mine failed" in caplog.text
     assert "a planted bug" in caplog.text
-    assert (second[0], service.gateway._running) == (200, 0)
+    assert (second[0], service.gateway.running) == (200, 0)
     ((_, _, layer),) = await service.ask(get("/v1/layers/bn"))
     assert json.loads(layer)["num_batches_tracked"] == 1
 
@@ -322,7 +322,7 @@ async def test_who_leaves_in_the_middle_of_a_body_is_counted_no_longer(service):
     _, writer = await asyncio.open_connection("127.0.0.1", service.port)
     writer.write(post("/v1/layers/bn/train", TENSORS, SAFETENSORS)[:-1])
     await until(lambda: service.gateway.transfers.buffered == len(TENSORS) - 1)
-    assert service.gateway._running == 0  # it runs from the end of its body on
+    assert service.gateway.running == 0  # it runs from the end of its body on
     writer.close()
     await until(lambda: service.gateway.transfers.buffered == 0)
     assert service.by_asgi == 0
@@ -334,13 +334,13 @@ async def test_no_more_calls_run_than_may(monkeypatch, way):
         shard = post("/v1/layers/bm/train?group=g&size=2", TENSORS, SAFETENSORS)  # waits for the other
         _, writer = await asyncio.open_connection("127.0.0.1", service.port)
         writer.write(shard)
-        await until(lambda: service.gateway._running == 1)
+        await until(lambda: service.gateway.running == 1)
         ((status, headers, _),) = await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS, way))
         assert (status, headers["retry-after"]) == (503, "1")
         ((status, *_),) = await service.ask(get("/v1/layers"))
         assert status == 503
         writer.close()
-        await until(lambda: service.gateway._running == 0)
+        await until(lambda: service.gateway.running == 0)
         ((status, *_),) = await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS, way))
         assert status == 200
 

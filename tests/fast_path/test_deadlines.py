@@ -169,7 +169,7 @@ async def test_a_request_that_the_server_does_not_read_is_not_late(anyio_backend
     """It waits behind another one, and is so large that its connection is not read meanwhile."""
     async with serving(monkeypatch, read_timeout_seconds=SHORT) as service, connection(service) as (reader, writer):
         writer.write(post(SHARD, SMALL, SAFETENSORS) + post(EVAL, LARGE, SAFETENSORS, ASGI))
-        await until(lambda: service.gateway._running == 1)
+        await until(lambda: service.gateway.running == 1)
         for _ in range(3):
             await late(service)
         assert (await service.ask(post(SHARD, SMALL, SAFETENSORS)))[0][0] == 200
@@ -181,7 +181,7 @@ async def test_a_call_that_takes_long_is_not_late(anyio_backend, monkeypatch):
     timeouts = {"read_timeout_seconds": SHORT, "write_timeout_seconds": SHORT}
     async with serving(monkeypatch, **timeouts) as service, connection(service) as (reader, writer):
         writer.write(post(SHARD, SMALL, SAFETENSORS))
-        await until(lambda: service.gateway._running == 1)
+        await until(lambda: service.gateway.running == 1)
         for _ in range(3):
             await late(service)
         assert (await service.ask(post(SHARD, SMALL, SAFETENSORS)))[0][0] == 200
@@ -197,7 +197,7 @@ async def test_who_never_finishes_a_body_keeps_nobody_out(anyio_backend, monkeyp
             await until(lambda n=number: len(service.state.connections) == n + 1)
         await until(lambda: way or service.gateway.transfers.buffered == 5 * (len(SMALL) - 1))
         assert (await service.ask(post(EVAL, SMALL, SAFETENSORS, way)))[0][0] == 200
-        assert service.gateway._running == 0
+        assert service.gateway.running == 0
 
 
 # Responses that are not read.
@@ -212,7 +212,7 @@ async def test_a_response_that_nobody_reads_is_dropped(anyio_backend, monkeypatc
     async with serving(monkeypatch, **settings) as service, connection(service, 1 << 14) as (_, writer):
         writer.write(post(path, LARGE, SAFETENSORS, way))
         transfers = service.gateway.transfers
-        await until(lambda: transfers.buffered > 1 << 20 and not service.gateway._running)
+        await until(lambda: transfers.buffered > 1 << 20 and not service.gateway.running)
         ((status, headers, body),) = await service.ask(get("/v1/layers/bn"))
         assert (status, json.loads(body)["type"], headers["retry-after"]) == (503, "/problems/overloaded", "1")
         assert (await service.ask(get("/healthz")))[0][0] == 200
@@ -324,7 +324,7 @@ async def test_a_connection_is_not_idle_when_the_next_request_has_begun(anyio_ba
     async with serving(monkeypatch) as service, connection(service) as (reader, writer):
         shard, following = post(SHARD, SMALL, SAFETENSORS), get("/v1/layers/bn")
         writer.write(shard + following[:20])
-        await until(lambda: service.gateway._running == 1)
+        await until(lambda: service.gateway.running == 1)
         (served,) = service.state.connections
         assert (await service.ask(shard))[0][0] == 200
         assert (await answer(reader))[0] == 200

@@ -73,7 +73,7 @@ async def test_too_many_calls_at_once(serve):
 
         shard = scope() | {"query_string": b"group=g&size=2"}  # which waits for the other one
         waiting = asyncio.create_task(service.gateway(shard, receive, Sent()))
-        await until(lambda: service.gateway._running)
+        await until(lambda: service.gateway.running)
         for path in ("/v1/layers", "/v1/layers/bn"):
             answer = await client.get(path)
             assert (answer.status_code, answer.json()["type"]) == (503, "/problems/overloaded")

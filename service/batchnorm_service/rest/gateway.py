@@ -56,6 +56,7 @@ class Gateway:
     Attributes:
         app: the FastAPI application inside.
         transfers: as above.
+        running: how many calls run now.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Gateway:
         self._max_body_bytes = max_body_bytes
         self._guard = guard
         self._max_concurrent_requests = max_concurrent_requests
-        self._running = 0
+        self.running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to one request, or run the application's lifespan."""
@@ -128,20 +129,20 @@ class Gateway:
         Raises:
             Overloaded: too many calls are running.
         """
-        self._running += 1
-        if self._running > self._max_concurrent_requests:
+        self.running += 1
+        if self.running > self._max_concurrent_requests:
             raise self._too_many()
 
     def leave(self) -> None:
         """It runs no longer."""
-        self._running -= 1
+        self.running -= 1
 
     async def respond(self, target: Target, request: LayerRequest) -> Response:
         """The response to a POST that `admits` let in, and whose body is here. Raises nothing."""
         name, began = request_id(request.headers), time.perf_counter()
         try:
-            self._running += 1
-            if self._running > self._max_concurrent_requests:
+            self.running += 1
+            if self.running > self._max_concurrent_requests:
                 raise self._too_many()
             response = await self._endpoints["POST", target.call](request)
         except asyncio.CancelledError:
@@ -149,7 +150,7 @@ class Gateway:
         except Exception as error:
             response = respond_problem(error, target.path, name)
         finally:
-            self._running -= 1
+            self.running -= 1
         return _completed(response, target, began, name)
 
     def refuse(self, problem: ProblemError, target: Target, headers: Headers) -> Response:
