@@ -21,10 +21,10 @@ from batchnorm_client.wire.documents import LayerConfig
 from batchnorm_client.wire.media_types import SAFETENSORS
 from batchnorm_client.wire.tensors import decode
 from batchnorm_service.app import create_app
-from batchnorm_service.engine import normalize, tensors
-from batchnorm_service.engine.accumulators import moving as statistics
+from batchnorm_service.engine import normalize, running_statistics, tensors
 from batchnorm_service.fast_path.protocol import Protocol
 from batchnorm_service.layers import records
+from batchnorm_service.runtime import RUNTIME
 from batchnorm_service.server import uvicorn_config
 from batchnorm_service.settings import Settings
 from benchmarks import bodies, cores
@@ -51,7 +51,7 @@ async def steps(directory: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         held = records.decode(await gateway.app.state.store.load("bench"))
         batch = tensors.to_torch(wire)
         output, step = normalize.eval_step(held.state, batch), normalize.train_step(held.state, batch)
-        folded = held.next(statistics.fold(held.state, step.moments))
+        folded = held.next(RUNTIME, running_statistics.fold(held.state, step.moments))
 
         def answered() -> None:
             protocol.data_received(request)
@@ -67,7 +67,7 @@ async def steps(directory: Path) -> Iterator[tuple[str, Callable[[], object]]]:
                 "eval step": lambda: normalize.eval_step(held.state, batch),
                 "from torch": lambda: tensors.to_wire(output),
                 "train step": lambda: normalize.train_step(held.state, batch),
-                "fold": lambda: statistics.fold(held.state, step.moments),
+                "fold": lambda: running_statistics.fold(held.state, step.moments),
                 "encode the record": lambda: records.record(folded),
             }.items()
         )

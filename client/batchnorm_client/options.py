@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy.typing as npt
 
+from batchnorm_client.wire.statistics import KindName
+
 if TYPE_CHECKING:
     import ssl
 
@@ -42,7 +44,7 @@ class LayerOptions(TypedDict, total=False):
     momentum: float | None
     affine: bool
     track_running_stats: bool
-    statistics: Literal["moving", "population"]
+    statistics: KindName
     dimensions: Literal[1, 2, 3] | None
     channel_axis: int
     dtype: Literal["float32", "float64"]

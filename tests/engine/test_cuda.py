@@ -15,7 +15,6 @@ import torch
 
 from batchnorm_client.wire.documents import LayerConfig
 from batchnorm_client.wire.tensors import Tensor
-from batchnorm_service.engine.accumulators.moving import fold
 from batchnorm_service.engine.gradients import backward_step, gradient_sums, shard_backward
 from batchnorm_service.engine.inverse import inverse_step
 from batchnorm_service.engine.normalize import (
@@ -26,6 +25,7 @@ from batchnorm_service.engine.normalize import (
     shard_moments,
     train_step,
 )
+from batchnorm_service.engine.running_statistics import fold
 from batchnorm_service.engine.staging import CudaQueue, Staging, staged
 from batchnorm_service.engine.state import initial_state
 from batchnorm_service.layers import Layers, LayersOptions

@@ -13,7 +13,6 @@ from torch import nn
 from batchnorm_client.wire import errors
 from batchnorm_client.wire.documents import LayerConfig, LayerUpdate
 from batchnorm_client.wire.tensors import Tensor
-from batchnorm_service.engine.accumulators.moving import fold
 from batchnorm_service.engine.moments import check_finite
 from batchnorm_service.engine.normalize import (
     check_input,
@@ -24,6 +23,7 @@ from batchnorm_service.engine.normalize import (
     shard_moments,
     train_step,
 )
+from batchnorm_service.engine.running_statistics import fold
 from batchnorm_service.engine.state import LayerState, initial_state, update
 from batchnorm_service.engine.state_dict import replace_tensors
 from batchnorm_service.engine.tensors import to_wire

@@ -12,11 +12,11 @@ from sklearn.preprocessing import StandardScaler
 
 from batchnorm_client.wire import errors
 from batchnorm_client.wire.documents import LayerConfig, LayerUpdate
-from batchnorm_service.engine.accumulators.moving import fold
 from batchnorm_service.engine.moments import Moments, exact_moments, merge
 from batchnorm_service.engine.normalize import train_step
+from batchnorm_service.engine.running_statistics import fold
 from batchnorm_service.engine.state import LayerState, initial_state, reset, update
-from batchnorm_service.engine.state_dict import population_of, replace_tensors, state_dict
+from batchnorm_service.engine.state_dict import replace_tensors, state_dict
 from batchnorm_service.engine.tensors import to_torch, to_wire
 
 # What float64 leaves at an offset: the samples themselves are rounded to eps * offset.
@@ -141,7 +141,7 @@ def test_with_a_half_life_old_samples_weigh_less_by_samples_not_by_calls() -> No
     assert np.allclose(state.running_mean.numpy(), mean, rtol=1e-12)
     assert np.allclose(state.running_var.numpy(), unbiased, rtol=1e-10)
     grouped = _train(_layer(2, half_life=50.0), np.split(samples, 20))
-    assert grouped.population.weight == pytest.approx(state.population.weight, rel=1e-12)
+    assert grouped.accumulated.weight == pytest.approx(state.accumulated.weight, rel=1e-12)
 
 
 GROUPINGS = [[1] * 40, [64] * 12, [1000] * 3, [1, 64, 1000, 2, 1, 1, 30], [3, 1]]
@@ -219,8 +219,8 @@ def test_moments_posted_alone_or_merged_weigh_like_the_batches_themselves(
     whole = _train(_layer(2, half_life=half_life), batches)
     assert np.allclose(state.running_mean.numpy(), whole.running_mean.numpy(), rtol=1e-12)
     assert np.allclose(state.running_var.numpy(), whole.running_var.numpy(), rtol=1e-11)
-    assert state.population.weight == whole.population.weight
-    assert state.population.squares == whole.population.squares
+    assert state.accumulated.weight == whole.accumulated.weight
+    assert state.accumulated.squares == whole.accumulated.squares
 
 
 @pytest.mark.parametrize("half_life", [1e-3, 5e-324])
@@ -253,9 +253,9 @@ def test_a_record_with_the_sums_of_an_earlier_version_still_loads_and_forgets_th
     weights = 2.0 ** (-np.arange(320) / 5)
     old = torch.tensor([weights.sum(), (weights**2).sum()], dtype=torch.float64)
     tensors = state_dict(state) | {"population_weights": to_wire(old)}
-    loaded = population_of(tensors, state.samples_tracked)
+    loaded = state.accumulator.read(tensors, state.samples_tracked)
     assert (loaded.weight, loaded.squares) == tuple(old.tolist())
-    after = _train(state._replace(population=loaded), batches[5:])
+    after = _train(state._replace(accumulated=loaded), batches[5:])
     assert torch.allclose(after.running_var, _train(state, batches[5:]).running_var, rtol=1e-12)
 
 
@@ -283,8 +283,8 @@ def test_counts_survive_export_and_import_also_when_some_is_forgotten() -> None:
         assert torch.equal(after.running_mean, whole.running_mean)
         assert torch.equal(after.running_var, whole.running_var)
         assert after.samples_tracked == 90
-        again = population_of(state_dict(after), after.samples_tracked)
-        assert (again.weight, again.squares) == (after.population.weight, after.population.squares)
+        again = after.accumulator.read(state_dict(after), after.samples_tracked)
+        assert (again.weight, again.squares) == (after.accumulated.weight, after.accumulated.squares)
 
 
 def test_running_statistics_that_contradict_the_accumulators_are_refused() -> None:
@@ -299,7 +299,7 @@ def test_running_statistics_that_contradict_the_accumulators_are_refused() -> No
 
 def test_reset_forgets_the_population() -> None:
     state = reset(_train(_layer(2), [np.random.default_rng(9).normal(size=(5, 2))]), "running_stats")
-    assert (state.samples_tracked, state.population.weight) == (0, 0.0)
+    assert (state.samples_tracked, state.accumulated.weight) == (0, 0.0)
     assert state.running_var.tolist() == [1.0, 1.0]
 
 
@@ -307,7 +307,7 @@ def test_reset_forgets_the_population() -> None:
 def test_long_half_lives_weigh_every_sample_as_one(half_life: float) -> None:
     """1 - 2^(-1/h) has no digits left for a long half-life: 2^(-1/1e15) is 1 to float64."""
     state = _train(_layer(1, half_life=half_life), [np.array([[1.0], [2.0], [6.0]])])
-    assert state.population.weight == pytest.approx(3, rel=1e-5)
+    assert state.accumulated.weight == pytest.approx(3, rel=1e-5)
     assert state.running_var.item() == pytest.approx(7, rel=1e-5)
 
 

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from batchnorm_client.wire.documents import LayerConfig
 from batchnorm_client.wire.errors import NonFinite, TooFewValues
 from batchnorm_service.engine import device_moments, layout, staging
-from batchnorm_service.engine.accumulators.moving import fold
 from batchnorm_service.engine.gradients import backward_step, gradient_sums, merge_sums, shard_backward
 from batchnorm_service.engine.inverse import inverse_step
 from batchnorm_service.engine.normalize import (
@@ -28,6 +27,7 @@ from batchnorm_service.engine.normalize import (
     shard_moments,
     train_step,
 )
+from batchnorm_service.engine.running_statistics import fold
 from batchnorm_service.engine.staging import Staging, staged
 from batchnorm_service.engine.state import initial_state
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from batchnorm_client.wire import errors
 from batchnorm_client.wire.documents import LayerConfig, LayerUpdate
-from batchnorm_service.engine.accumulators.moving import fold, fold_all
 from batchnorm_service.engine.moments import Moments, exact_moments
 from batchnorm_service.engine.normalize import train_step
+from batchnorm_service.engine.running_statistics import fold, fold_many
 from batchnorm_service.engine.state import initial_state, update
 from batchnorm_service.engine.state_dict import replace_tensors
 from batchnorm_service.engine.tensors import to_wire
@@ -63,7 +63,7 @@ def test_a_population_refuses_in_a_group_what_it_refuses_alone() -> None:
     with pytest.raises(errors.NonFinite):
         fold(layer, wide)
     with pytest.raises(errors.NonFinite):
-        fold_all(layer, [wide, _moments(0.0, 1.0, count=1000)])
+        fold_many(layer, [wide, _moments(0.0, 1.0, count=1000)])
 
 
 @pytest.mark.parametrize("momentum", [0.1, 1 / 3, 1.0, None])
@@ -79,11 +79,11 @@ def test_many_batches_at_once_are_folded_as_one_after_the_other(momentum: float 
         module(batch)
     moments = [train_step(layer, batch).moments for batch in batches]
     assert {one.strided for one in moments} == {True, False}
-    together = fold_all(layer, moments)
+    together = fold_many(layer, moments)
     assert torch.equal(together.running_mean, module.running_mean)
     assert torch.allclose(together.running_var, module.running_var, rtol=1e-6, atol=0)
     moments.append(exact_moments(batches[0]))
-    one_by_one, together = layer, fold_all(layer, moments)
+    one_by_one, together = layer, fold_many(layer, moments)
     for one in moments:
         one_by_one = fold(one_by_one, one)
     assert torch.equal(together.running_mean, one_by_one.running_mean)
@@ -95,7 +95,7 @@ def test_one_batch_among_many_that_leaves_nothing_finite_refuses_them_all() -> N
     layer = initial_state(LayerConfig(num_features=1, momentum=0.5))
     many = [_moments(1.0, 1.0), _moments(float("inf"), 1.0), *[_moments(1.0, 1.0)] * 300]
     with pytest.raises(errors.NonFinite):
-        fold_all(layer, many)
+        fold_many(layer, many)
 
 
 @pytest.mark.parametrize("momentum", [0.1, 1 / 3, 0.01, 0.9, 0.0, 1.0, None])

@@ -171,7 +171,7 @@ async def test_a_bug_in_folding_together_is_no_slow_success(
     async with serving(MemoryStore()) as layers:
         await layers.create("a", CONFIG)
         with monkeypatch.context() as patch:
-            patch.delattr(plan, "fold_all")
+            patch.delattr(plan, "fold_many")
             answers = await asyncio.gather(
                 *(train(layers, "a", batch(seed)) for seed in (1, 2)), return_exceptions=True
             )
@@ -182,7 +182,7 @@ async def test_a_bug_in_folding_together_is_no_slow_success(
 
 
 async def test_a_bug_that_one_batch_meets_does_not_keep_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    fold, fold_all = plan.fold, plan.fold_all
+    fold, fold_many = plan.fold, plan.fold_many
 
     def strict(state: LayerState, moments: Moments) -> LayerState:
         assert moments.count != 7
@@ -190,10 +190,10 @@ async def test_a_bug_that_one_batch_meets_does_not_keep_the_others(monkeypatch: 
 
     def strict_all(state: LayerState, together: list[Moments]) -> LayerState:
         assert all(moments.count != 7 for moments in together)
-        return fold_all(state, together)
+        return fold_many(state, together)
 
     monkeypatch.setattr(plan, "fold", strict)
-    monkeypatch.setattr(plan, "fold_all", strict_all)
+    monkeypatch.setattr(plan, "fold_many", strict_all)
     async with serving(MemoryStore()) as layers:
         await layers.create("a", CONFIG)
         answers = await asyncio.gather(

@@ -9,7 +9,7 @@ import pytest
 
 from batchnorm_client.wire.media_types import JSON, SAFETENSORS
 from batchnorm_client.wire.tensors import Tensor, encode
-from batchnorm_service.engine.accumulators import moving as statistics
+from batchnorm_service.engine import running_statistics
 from batchnorm_service.layers import group_commit as plan
 
 from .conftest import by_asgi
@@ -101,12 +101,12 @@ async def test_a_fault_of_the_service_in_one_layer_does_not_hide_what_became_of_
     client, population, monkeypatch
 ):
     await client.put("/v1/layers/b", json={"num_features": 2})
-    fold = statistics.fold_all
+    fold = running_statistics.fold_many
 
     def broken(state, batches):
-        return 1 / 0 if state.population is None else fold(state, batches)
+        return 1 / 0 if state.config.statistics == "moving" else fold(state, batches)
 
-    monkeypatch.setattr(plan, "fold_all", broken)
+    monkeypatch.setattr(plan, "fold_many", broken)
     monkeypatch.setattr(plan, "fold", lambda state, moments: broken(state, [moments]))
     answer = await client.post("/v1/moments", json={"layers": {"a": MOMENTS, "b": MOMENTS}})
     results = answer.json()["layers"]

@@ -9,6 +9,7 @@ import typer
 
 from batchnorm_client.cli.output import Json, console, layers_table, print_document, print_json, print_layer, say
 from batchnorm_client.cli.service import USAGE, IfMatch, Name, Token, Url, calling, fail, size
+from batchnorm_client.wire.statistics import KindName
 
 
 def layers(
@@ -59,7 +60,7 @@ def create(
         bool, typer.Option("--no-track-running-stats", help="Without running statistics.")
     ] = False,
     statistics: Annotated[
-        Literal["moving", "population"] | None,
+        KindName | None,
         typer.Option(metavar="RULE", help="[b]moving[/b], torch's rule (default), or [b]population[/b]: exact."),
     ] = None,
     dimensions: Annotated[

@@ -104,9 +104,9 @@ def _statistics(layer: Layer) -> str:
     if config.statistics == "population":
         rule = "population: exact over all samples"
     elif config.momentum is None:
-        rule = "moving, cumulative average"
+        rule = f"{config.statistics}, cumulative average"
     else:
-        rule = f"moving, momentum {config.momentum:g}"
+        rule = f"{config.statistics}, momentum {config.momentum:g}"
     return rule if config.track_running_stats else f"{rule}; not tracked"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from batchnorm_client.wire.documents import INPUT_DTYPES, LayerConfig
 from batchnorm_client.wire.errors import DtypeMismatch, ShapeMismatch, TooFewValues
+from batchnorm_client.wire.statistics import STATISTICS
 from batchnorm_client.wire.tensors.tensor import MAX_RANK
 
 
@@ -47,7 +48,7 @@ def check_input(config: LayerConfig, dtype: str, shape: tuple[int, ...], field: 
 
 def least_values(config: LayerConfig) -> int:
     """How many values per channel a training batch needs."""
-    return 1 if config.statistics == "population" else 2
+    return STATISTICS[config.statistics].least_values
 
 
 def check_enough(count: int, least: int, field: str = "input") -> None:

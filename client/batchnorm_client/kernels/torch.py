@@ -9,6 +9,7 @@ from torch import Tensor
 
 from batchnorm_client.kernels.moments import BatchMoments, Sums, merge_chunks
 from batchnorm_client.kernels.state import LocalState
+from batchnorm_client.wire.statistics import STATISTICS
 
 Statistics = tuple[Tensor, Tensor, Tensor]
 
@@ -75,7 +76,7 @@ def with_own_statistics(state: LocalState, batch: Tensor) -> tuple[Tensor, Batch
     weight, bias = _on(batch, dtype, state.weight, state.bias)
     narrow = is_narrow(batch, weight, config.track_running_stats)
     output, mean, var, invstd = train_kernel(batch, weight, bias, eps=config.eps, dtype=dtype, narrow=narrow)
-    if config.statistics == "population":
+    if STATISTICS[config.statistics].exact_moments:
         found = moments(batch)
         biased = torch.from_numpy(found.var).to(batch.device)
     else:

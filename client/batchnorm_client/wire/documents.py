@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from batchnorm_client.wire.names import LAYER_NAME_PATTERN
+from batchnorm_client.wire.statistics import STATISTICS, Kind, Statistics
 
 MAX_FEATURES: Final = 1_048_576
 
@@ -44,11 +45,11 @@ class LayerConfig(Document):
 
     num_features: int = Field(ge=1, le=MAX_FEATURES, description="C, the number of channels")
     eps: float = Field(1e-5, gt=0, allow_inf_nan=False, description="added to the variance before the square root")
-    statistics: Literal["moving", "population"] = Field(
-        "moving", description="moving: torch's rule; population: exact mean and unbiased variance over all samples seen"
+    statistics: Statistics = Field(
+        "moving", description="; ".join(f"{name}: {kind.description}" for name, kind in STATISTICS.items())
     )
     momentum: float | None = Field(
-        default_factory=lambda given: None if given.get("statistics") == "population" else 0.1,
+        default_factory=lambda given: _kind(given).momentum,
         ge=0,
         le=1,
         allow_inf_nan=False,
@@ -84,19 +85,13 @@ class LayerConfig(Document):
         description="outputs are clamped to [-clip, clip]; null = not at all, as in torch",
     )
 
-    @field_validator("half_life")
+    @field_validator("momentum", "half_life")
     @classmethod
-    def _half_life_of_population(cls, half_life: float | None, info: ValidationInfo) -> float | None:
-        if half_life is not None and info.data.get("statistics") != "population":
-            raise ValueError("must be null unless statistics is population: moving statistics have a momentum")
-        return half_life
-
-    @field_validator("momentum")
-    @classmethod
-    def _no_momentum_for_population(cls, momentum: float | None, info: ValidationInfo) -> float | None:
-        if momentum is not None and info.data.get("statistics") == "population":
-            raise ValueError("must be null for population statistics: every sample has the same weight")
-        return momentum
+    def _statistics_have_it(cls, value: float | None, info: ValidationInfo) -> float | None:
+        reason = _kind(info.data).must_be_null.get(info.field_name or "")
+        if value is not None and reason:
+            raise ValueError(reason)
+        return value
 
     @field_validator("dimensions", mode="before")
     @classmethod
@@ -117,6 +112,11 @@ class LayerConfig(Document):
     def input_ranks(self) -> tuple[int, ...] | None:
         """The ranks that a batch may have; None for any rank >= 2 (torch's BatchNorm1d/2d/3d)."""
         return _RANKS.get(self.dimensions)
+
+
+def _kind(given: dict[str, Any]) -> Kind:
+    """Of a config's fields so far; that of the default where the name itself was refused."""
+    return STATISTICS[given.get("statistics", "moving")]
 
 
 def _number_or_name(value: Any) -> Any:

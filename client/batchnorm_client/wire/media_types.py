@@ -7,4 +7,3 @@ MERGE_PATCH_JSON: Final = "application/merge-patch+json"
 NPY: Final = "application/x-npy"
 SAFETENSORS: Final = "application/vnd.safetensors"
 PROBLEM_JSON: Final = "application/problem+json"
-TENSOR_MEDIA_TYPES: Final = (JSON, NPY, SAFETENSORS)

@@ -19,6 +19,7 @@ from batchnorm_client.kernels import checks
 from batchnorm_client.kernels.checks import check_enough, least_values
 from batchnorm_client.kernels.torch import is_narrow, train_kernel
 from batchnorm_client.wire.documents import LayerConfig
+from batchnorm_client.wire.statistics import STATISTICS
 from batchnorm_client.wire.tensors import Tensor as WireTensor
 
 from .device_moments import launch_moments, merge_launched
@@ -41,7 +42,7 @@ class TrainStep(NamedTuple):
 
     Attributes:
         output: as the input in shape and dtype.
-        moments: of the batch: what `statistics.fold` takes.
+        moments: of the batch: what `running_statistics.fold` takes.
         mean: (C,), of the batch, in the state's dtype.
         invstd: (C,), 1 / sqrt(biased variance + eps): what a backward pass needs beside the mean.
     """
@@ -67,7 +68,7 @@ def empty_shape(config: LayerConfig) -> tuple[int, ...]:
 
 
 def train_step(state: LayerState, batch: Batch) -> TrainStep:
-    """Normalize with the batch's own statistics. Changes nothing: the moments are for `statistics.fold`.
+    """Normalize with the batch's own statistics. Changes nothing: the moments are for `running_statistics.fold`.
 
     Args:
         state: its config, weight and bias count; the running statistics do not.
@@ -82,9 +83,10 @@ def train_step(state: LayerState, batch: Batch) -> TrainStep:
     check_enough(count, least_values(config))
     moved = channels_second(config, batch)
     step = _kernel(state, moved, count)
+    exact = STATISTICS[config.statistics].exact_moments
     if not moved.is_cpu:
-        step = _fetched(moved, step, exact=config.statistics == "population")
-    elif config.statistics == "population":
+        step = _fetched(moved, step, exact=exact)
+    elif exact:
         step = step._replace(moments=exact_moments(moved))
     if config.non_finite == "reject":
         _check_finite(state, step, count)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from batchnorm_client.wire.documents import LayerConfig, LayerUpdate
 from batchnorm_client.wire.errors import InvalidRequest, ShapeMismatch
+from batchnorm_client.wire.statistics import STATISTICS
 from batchnorm_client.wire.tensors import Tensor as WireTensor
 
-from .accumulators.population import Population, empty_population
+from .accumulators import ACCUMULATORS, Accumulator
 from .moments import Channels
 from .tensors import TORCH_DTYPES, to_torch
 
@@ -29,8 +30,8 @@ class LayerState(NamedTuple):
         running_var: (C,); unbiased, as in torch; None with running_mean.
         num_batches_tracked: how many batches were folded.
         samples_tracked: how many values per channel were folded (N*H*W each).
-        population: the accumulators that running_mean and running_var are made of; None unless the config's statistics
-            are "population" and the layer was created with running statistics.
+        accumulated: what its kind of statistics keeps of the batches beside running_mean and running_var; None where
+            those are all, or the layer has none.
     """
 
     config: LayerConfig
@@ -40,7 +41,7 @@ class LayerState(NamedTuple):
     running_var: Channels | None
     num_batches_tracked: int = 0
     samples_tracked: int = 0
-    population: Population | None = None
+    accumulated: Any = None
 
     @property
     def tracks(self) -> bool:
@@ -51,6 +52,11 @@ class LayerState(NamedTuple):
     def dtype(self) -> torch.dtype:
         """The dtype of the state's tensors."""
         return TORCH_DTYPES[self.config.dtype]
+
+    @property
+    def accumulator(self) -> Accumulator:
+        """The kind of its running statistics."""
+        return ACCUMULATORS[self.config.statistics]
 
     def normalizes_like(self, other: LayerState) -> bool:
         """Whether a training batch gives the same output and the same refusals under both states."""
@@ -70,14 +76,6 @@ class LayerState(NamedTuple):
         }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def with_population(self, population: Population) -> LayerState:
-        """The same layer with these accumulators, and with the running statistics that follow from them."""
-        return self._replace(
-            population=population,
-            running_mean=population.mean.to(self.dtype),
-            running_var=population.unbiased_var().to(self.dtype),
-        )
-
 
 def initial_state(config: LayerConfig) -> LayerState:
     """A layer as torch makes it: weight 1, bias 0, running_mean 0, running_var 1."""
@@ -90,7 +88,7 @@ def initial_state(config: LayerConfig) -> LayerState:
         bias=zeros if config.affine else None,
         running_mean=zeros if tracks else None,
         running_var=ones if tracks else None,
-        population=empty_population(config.num_features) if tracks and config.statistics == "population" else None,
+        accumulated=ACCUMULATORS[config.statistics].start(config) if tracks else None,
     )
 
 
@@ -109,7 +107,7 @@ def reset(state: LayerState, what: str) -> LayerState:
         state = state._replace(
             running_mean=fresh.running_mean,
             running_var=fresh.running_var,
-            population=fresh.population,
+            accumulated=fresh.accumulated,
             num_batches_tracked=0,
             samples_tracked=0,
         )
@@ -137,20 +135,9 @@ def update(state: LayerState, change: LayerUpdate) -> LayerState:
             expected=False,
             got=True,
         )
-    if config.get("momentum") is not None and state.config.statistics == "population":
-        raise InvalidRequest(
-            "momentum must be null for population statistics: every sample has the same weight",
-            field="momentum",
-            expected=None,
-            got=config["momentum"],
-        )
-    if config.get("half_life") is not None and state.config.statistics != "population":
-        raise InvalidRequest(
-            "half_life must be null unless statistics is population: moving statistics have a momentum",
-            field="half_life",
-            expected=None,
-            got=config["half_life"],
-        )
+    for field, reason in STATISTICS[state.config.statistics].must_be_null.items():
+        if config.get(field) is not None:
+            raise InvalidRequest(f"{field} {reason}", field=field, expected=None, got=config[field])
     return state._replace(config=state.config.model_copy(update=config), **tensors)
 
 

@@ -43,6 +43,11 @@ def to_wire(tensor: Tensor) -> WireTensor:
     return WireTensor.unchecked(_NAMES[dtype], array.shape, array.data.cast("B") if array.size else b"")
 
 
+def counter_to_wire(count: int) -> WireTensor:
+    """A counter as an int64 scalar."""
+    return WireTensor("int64", (), count.to_bytes(8, "little", signed=True))
+
+
 def vector(tensor: WireTensor, field: str, dtype: str, size: int) -> Tensor:
     """A (C,) tensor of the caller's, in memory of its own.
 

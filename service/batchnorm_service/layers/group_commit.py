@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from batchnorm_client.wire.errors import ProblemError
 
-from ..engine.accumulators.moving import fold, fold_all
+from ..engine.running_statistics import fold, fold_many
 from ..engine.state import LayerState
 from ..runtime import Runtime
 from ..store.base import Receipt, Record
@@ -88,7 +88,7 @@ async def _all(runtime: Runtime, layer: CommittedLayer, waiting: Sequence[Fold])
     """The plan where no key comes twice and nothing is refused. Raises for the first that is."""
     for one in waiting:
         await _under(layer, one)
-    state = fold_all(layer.state, [one.source.moments for one in waiting])
+    state = fold_many(layer.state, [one.source.moments for one in waiting])
     first = layer.state.num_batches_tracked
     step = 1 if layer.state.tracks else 0
     return _plan(runtime, layer, state, [(one, first + step * n) for n, one in enumerate(waiting, 1)])

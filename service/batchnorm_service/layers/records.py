@@ -12,8 +12,10 @@ from typing import Final
 from batchnorm_client.wire.documents import LayerConfig, LayerSummary
 from batchnorm_client.wire.tensors import decode_safetensors, decode_safetensors_header, encode_safetensors
 
+from ..engine.accumulators import ACCUMULATORS
+from ..engine.accumulators.base import BATCHES, SAMPLES
 from ..engine.state import LayerState
-from ..engine.state_dict import BATCHES, SAMPLES, population_of, scalar, state_dict
+from ..engine.state_dict import scalar, state_dict
 from ..engine.tensors import to_torch
 from ..runtime import Runtime
 from ..store.base import HEAD_BYTES, Entry, Record, Stamp
@@ -75,9 +77,7 @@ def decode(stored: Record) -> CommittedLayer:
     _check_format(metadata)
     config, samples = _load(metadata["config"]), int(metadata[SAMPLES])
     vectors = {name: to_torch(tensors[name]) for name in _VECTORS if name in tensors}
-    population = None
-    if config.statistics == "population" and "running_mean" in vectors:
-        population = population_of(tensors, samples)
+    tracked = "running_mean" in vectors
     state = LayerState(
         config=config,
         weight=vectors.get("weight"),
@@ -86,7 +86,7 @@ def decode(stored: Record) -> CommittedLayer:
         running_var=vectors.get("running_var"),
         num_batches_tracked=scalar(tensors, BATCHES),
         samples_tracked=samples,
-        population=population,
+        accumulated=ACCUMULATORS[config.statistics].read(tensors, samples) if tracked else None,
     )
     return CommittedLayer(
         stamp=stored.stamp,

@@ -4,8 +4,8 @@
       └───── all the rest ──> FastAPI ───────────────────────┴──> layers.Layers
 
 Most requests that bring a batch or its moments come by the fast path, without ASGI (`batchnorm_service.fast_path`).
-Routes for JSON documents are FastAPI's, with typed parameters and models (`routes`, `layers`, `health`, `pages`). Tensor
-bodies are read by hand, since their forms are negotiated and they are not parsed in Python.
+Routes for JSON documents are FastAPI's, with typed parameters and models (`routes`, `layers`, `health`, `pages`).
+Tensor bodies are read by hand, since their forms are negotiated and they are not parsed in Python.
 """
 
 from batchnorm_service.rest.application import ApiOptions, build_api

@@ -8,8 +8,7 @@ from functools import lru_cache
 from typing import Final
 
 from batchnorm_client.wire.errors import NotAcceptable, UnsupportedMediaType
-from batchnorm_client.wire.media_types import TENSOR_MEDIA_TYPES
-from batchnorm_client.wire.tensors import codec
+from batchnorm_client.wire.tensors import CODECS
 
 from .headers import Headers
 
@@ -20,7 +19,7 @@ _QUALITY = re.compile(r"\s*q=(0?\.[0-9]{1,3}|0\.?|1(\.0{0,3})?)\s*", re.IGNORECA
 _MOST_CACHED_BYTES: Final = 256
 """Longer headers are not cached: callers choose them, and a cache must be bounded in bytes."""
 
-FORMS_FOR = {media: (media, *(m for m in TENSOR_MEDIA_TYPES if m != media)) for media in TENSOR_MEDIA_TYPES}
+FORMS_FOR = {media: (media, *(m for m in CODECS if m != media)) for media in CODECS}
 """The forms that train and eval answer in, by the request's form, which comes first: it is the default."""
 
 
@@ -135,11 +134,11 @@ def tensor_form(forms: Sequence[str], dtype: str, statistics: bool) -> str:
     raise NotAcceptable(
         f"{forms[0]} {why}; name another form in Accept",
         field="Accept",
-        expected=[form for form in TENSOR_MEDIA_TYPES if _carries(form, dtype, statistics)],
+        expected=[form for form in CODECS if _carries(form, dtype, statistics)],
         got=forms[0],
     )
 
 
 def _carries(form: str, dtype: str, several: bool) -> bool:
-    row = codec(form)
+    row = CODECS[form]
     return dtype in row.dtypes and (row.several or not several)

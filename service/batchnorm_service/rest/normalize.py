@@ -10,8 +10,7 @@ from fastapi import Query
 from starlette.requests import Request
 
 from batchnorm_client.wire.headers import IDEMPOTENT_REPLAY, NUM_BATCHES_TRACKED, VERSION
-from batchnorm_client.wire.media_types import TENSOR_MEDIA_TYPES
-from batchnorm_client.wire.tensors import Tensor, bytes_read, decode, encode
+from batchnorm_client.wire.tensors import CODECS, Tensor, bytes_read, decode, encode
 from batchnorm_service.layers import Layers, Normalized
 
 from .headers import Headers, idempotency_key
@@ -24,6 +23,7 @@ from .responses import REPLAYED, RawHeader, Response, text_bytes
 from .routes import IdempotencyKey, LayerName, ask_endpoint, tensor_router
 from .sizes import check_elements
 
+_FORMS: Final = tuple(CODECS)
 _SMALL_BODY: Final = 1 << 16
 """Bytes. Where the work goes on a body of so many, and its response, need not be counted more exactly."""
 
@@ -86,7 +86,7 @@ class _TensorExchange:
         self.statistics = statistics
         self.body: bytearray | memoryview = bytearray()
         self._max_elements = max_elements
-        self._media = content_type(headers, TENSOR_MEDIA_TYPES)
+        self._media = content_type(headers, _FORMS)
         self._accepted = accepted(headers.get(b"accept"), FORMS_FOR[self._media])
         self._form = self._media
 
@@ -136,13 +136,13 @@ _PROBLEMS: Final = (
     "device-unavailable",
 )
 _GROUP_PROBLEMS: Final = ("idempotency-key-reused", "group-closed", "group-mismatch", "group-incomplete")
-_BATCH: Final = tensor_body(TENSOR_MEDIA_TYPES, "InputBatch", "input")
+_BATCH: Final = tensor_body(_FORMS, "InputBatch", "input")
 _TAGS: Final = ("ETag", VERSION, NUM_BATCHES_TRACKED)
 _OUTPUT: Final = partial(
     answers,
     "The normalized batch, in the form that Accept names; by default in the request's",
     content=tensor_content(
-        TENSOR_MEDIA_TYPES,
+        _FORMS,
         ref("NormalizedBatch"),
         "output, and with statistics=true batch_mean, batch_var, batch_invstd",
     ),

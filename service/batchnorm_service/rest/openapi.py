@@ -13,6 +13,7 @@ from batchnorm_client.wire import documents
 from batchnorm_client.wire import headers as wire_headers
 from batchnorm_client.wire import media_types as forms
 from batchnorm_client.wire.errors import PROBLEMS
+from batchnorm_client.wire.tensors import CODECS
 
 Json = dict[str, Any]
 
@@ -151,12 +152,12 @@ def ref(model: str) -> Json:
 
 def tensor_content(media_types: Sequence[str], document: Json, names: str) -> Json:
     """Tensors in each of the forms that they have on the wire."""
-    schemas: dict[str, Json] = {
-        forms.JSON: document,
-        forms.NPY: {**_BINARY, "description": "the bytes of a .npy file"},
-        forms.SAFETENSORS: {**_BINARY, "description": f"a safetensors file: {names}"},
-    }
-    return {media: {"schema": schemas[media]} for media in media_types}
+    content: Json = {}
+    for media in media_types:
+        row = CODECS[media]
+        description = f"{row.description}: {names}" if row.several else row.description
+        content[media] = {"schema": document if media == forms.JSON else {**_BINARY, "description": description}}
+    return content
 
 
 def tensor_body(media_types: Sequence[str], model: str, names: str) -> Json:

@@ -25,6 +25,7 @@ class Codec:
     """A row of the codec table: one form of tensors.
 
     Attributes:
+        description: what a body is, for the OpenAPI document.
         decode: a body and the known tensors' dtypes -> the tensors; see the function `decode`.
         encode: tensors and fields -> the body's pieces; see the function `encode`.
         several: whether a body can carry several tensors, by name.
@@ -34,6 +35,7 @@ class Codec:
         data_start: a binary body -> where its tensors' bytes begin. None for text.
     """
 
+    description: str
     decode: Callable[[Buffer, Mapping[str, str]], dict[str, Tensor]]
     encode: Callable[[Mapping[str, Tensor], Mapping[str, Any]], list[Buffer]]
     several: bool
@@ -44,10 +46,16 @@ class Codec:
 
 CODECS: Final[Mapping[str, Codec]] = MappingProxyType(
     {
-        JSON: Codec(decode_json, encode_json, True, JSON_DTYPES, text=True),
-        NPY: Codec(decode_npy, encode_npy, False, NPY_DTYPES, text=False, data_start=npy_data_start),
+        JSON: Codec("a JSON document", decode_json, encode_json, True, JSON_DTYPES, text=True),
+        NPY: Codec("a .npy file", decode_npy, encode_npy, False, NPY_DTYPES, text=False, data_start=npy_data_start),
         SAFETENSORS: Codec(
-            decode_named, encode_named, True, SAFETENSORS_DTYPES, text=False, data_start=safetensors_data_start
+            "a safetensors file",
+            decode_named,
+            encode_named,
+            True,
+            SAFETENSORS_DTYPES,
+            text=False,
+            data_start=safetensors_data_start,
         ),
     }
 )

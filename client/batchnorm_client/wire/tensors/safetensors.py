@@ -139,12 +139,14 @@ def encode_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     its itemsize: give tensors of wider dtypes first.
     """
     header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata is not None else {}
+    pieces: list[Buffer] = []
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": _CODES[tensor.dtype], "shape": tensor.shape, "data_offsets": (begin, end)}
-    pieces: list[Buffer] = [_head(header)]
-    return pieces + [tensor.buffer for tensor in tensors.values() if tensor.nbytes]
+        if end > begin:
+            pieces.append(tensor.buffer)
+    return [_head(header), *pieces]
 
 
 def decode_named(body: Buffer, dtypes: Mapping[str, str]) -> dict[str, Tensor]:

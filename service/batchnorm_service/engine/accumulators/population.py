@@ -17,21 +17,105 @@ every w_i by k: V1 and M2 by k, V2 by k^2.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
 
 from batchnorm_client.kernels.moments import Sums, merge
+from batchnorm_client.wire.documents import LayerConfig
+from batchnorm_client.wire.errors import InvalidRequest
+from batchnorm_client.wire.tensors import Tensor as WireTensor
 
 from ..moments import Channels, Moments
+from ..tensors import counter_to_wire, to_torch, to_wire
+from .base import SAMPLES, Accumulator, advance
 
+if TYPE_CHECKING:
+    from ..state import LayerState
+
+MEAN: Final = "population_mean"
+M2: Final = "population_m2"
+WEIGHTS: Final = "population_weights"
+"""(2,) float64: the sum of the samples' weights and of their squares; only where a half-life made them differ."""
+
+_DERIVED: Final = ("running_mean", "running_var")
 _TINY: Final = 1e-300  # a rate below it, times any count, forgets nothing that float64 could tell
 
 
+class Population(Accumulator):
+    """Running statistics that are those of all samples; what is accumulated is `PopulationSums`."""
+
+    def start(self, config: LayerConfig) -> PopulationSums:
+        """Sums of nothing."""
+        zeros = torch.zeros(config.num_features, dtype=torch.float64)
+        return PopulationSums(zeros, zeros, 0.0, 0.0)
+
+    def fold(self, state: LayerState, moments: Moments) -> LayerState:
+        """The state after one more batch. Its statistics may be finite again after one that is refused."""
+        sums: PopulationSums = state.accumulated.fold(moments, state.config.half_life)
+        return advance(state, [moments], np.array([vector.numpy() for vector in sums.running(state.dtype)]), sums)
+
+    def layout(self, channels: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The number of samples, and the sums."""
+        return {
+            SAMPLES: ("int64", ()),
+            MEAN: ("float64", (channels,)),
+            M2: ("float64", (channels,)),
+            WEIGHTS: ("float64", (2,)),
+        }
+
+    def tensors(self, state: LayerState) -> dict[str, WireTensor]:
+        """The number of samples, and the sums."""
+        sums, samples = state.accumulated, state.samples_tracked
+        tensors = {SAMPLES: counter_to_wire(samples), MEAN: to_wire(sums.mean), M2: to_wire(sums.m2)}
+        if (sums.weight, sums.squares) != (samples, samples):
+            tensors[WEIGHTS] = to_wire(torch.tensor([sums.weight, sums.squares], dtype=torch.float64))
+        return tensors
+
+    def read(self, tensors: Mapping[str, WireTensor], samples: int) -> PopulationSums:
+        """The sums of a record."""
+        weight, squares = to_torch(tensors[WEIGHTS]).tolist() if WEIGHTS in tensors else [float(samples)] * 2
+        return PopulationSums(to_torch(tensors[MEAN]), to_torch(tensors[M2]), weight, squares)
+
+    def replace(self, state: LayerState, new: dict[str, Any]) -> LayerState:
+        """Running statistics follow from the sums: given with them they must agree, and alone they are refused."""
+        old: PopulationSums = state.accumulated
+        for name in (M2, WEIGHTS):
+            if name in new and bool((new[name] < 0).any()):
+                raise InvalidRequest(f"{name} must not be negative", field=name, expected=">= 0", got="negative")
+        given: dict[str, Any] = {name: new.pop(name) for name in (*_DERIVED, MEAN, M2, WEIGHTS) if name in new}
+        samples = new.get(SAMPLES, state.samples_tracked)
+        weight, squares = old.weight, old.squares
+        if WEIGHTS in given:
+            weight, squares = given[WEIGHTS].tolist()
+        elif SAMPLES in new:
+            weight = squares = float(samples)
+        _check_weights(samples, weight, squares)
+        if samples == 0:
+            given = {MEAN: torch.zeros_like(old.mean), M2: torch.zeros_like(old.m2)} | given
+        if samples < 2 and bool((given.get(M2, old.m2) != 0).any()):
+            raise InvalidRequest(f"{M2} of fewer than two samples is 0", field=M2, expected=0)
+        after = state._replace(**new)
+        if given.keys() - _DERIVED or SAMPLES in new:
+            sums = PopulationSums(given.get(MEAN, old.mean), given.get(M2, old.m2), weight, squares)
+            running_mean, running_var = sums.running(state.dtype)
+            after = after._replace(accumulated=sums, running_mean=running_mean, running_var=running_var)
+        for name in _DERIVED:
+            if name in given and not torch.equal(given[name].nan_to_num(), getattr(after, name).nan_to_num()):
+                raise InvalidRequest(
+                    f"{name} of a population layer follows from {MEAN}, {M2} and {SAMPLES}; set those",
+                    field=name,
+                    expected=f"what follows from {MEAN}, {M2} and {SAMPLES}",
+                )
+        return after
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class Population:
-    """The accumulators of a population layer.
+class PopulationSums:
+    """What a population layer's running statistics follow from.
 
     Attributes:
         mean: (C,) float64, the weighted mean.
@@ -45,13 +129,13 @@ class Population:
     weight: float
     squares: float
 
-    def fold(self, batch: Moments, half_life: float | None) -> Population:
-        """The accumulators after one more batch, older samples decayed."""
+    def fold(self, batch: Moments, half_life: float | None) -> PopulationSums:
+        """The sums after one more batch, older samples decayed."""
         keep, weight = _weights(batch.count, half_life)
         old = Sums(self.weight * keep, self.mean, self.m2 * keep)
         new = Sums(weight, batch.mean.double(), batch.biased_var().double() * weight)
         total, mean, m2 = merge(old, new)
-        return Population(mean, m2, total, self.squares * keep**2 + weight * (weight / batch.count))
+        return PopulationSums(mean, m2, total, self.squares * keep**2 + weight * (weight / batch.count))
 
     def unbiased_var(self) -> Channels:
         """M2 / (weight - squares / weight), which is M2 / (n - 1) while every weight is 1; 1 before two samples.
@@ -62,11 +146,22 @@ class Population:
         # One sample has no freedom at all, but for what float64 rounds.
         return self.m2 / freedom if freedom > 1e-9 * self.weight else torch.ones_like(self.m2)
 
+    def running(self, dtype: torch.dtype) -> tuple[Channels, Channels]:
+        """The running mean and variance, (C,), in the layer's dtype."""
+        return self.mean.to(dtype), self.unbiased_var().to(dtype)
 
-def empty_population(channels: int) -> Population:
-    """Accumulators of nothing."""
-    zeros = torch.zeros(channels, dtype=torch.float64)
-    return Population(zeros, zeros, 0.0, 0.0)
+
+def _check_weights(samples: int, weight: float, squares: float) -> None:
+    """Weights are at most 1 each, so their sum is at most the number of samples, and their squares sum to no more."""
+    more = 1 + 1e-9  # for what adding them up has rounded
+    fits = 0 < squares <= weight * more and weight <= samples * more and weight**2 <= samples * squares * more
+    if not (fits if samples else weight == squares == 0):
+        raise InvalidRequest(
+            f"{WEIGHTS} do not fit {SAMPLES} {samples}",
+            field=WEIGHTS,
+            expected="the sum of the samples' weights, each at most 1, and of their squares",
+            got=[weight, squares],
+        )
 
 
 def _weights(count: int, half_life: float | None) -> tuple[float, float]:
