@@ -1,4 +1,4 @@
-"""The direct way: the same answers as by ASGI, in the order of the requests, and with back-pressure."""
+"""The fast path: the same responses as by ASGI, in the order of the requests, and with back-pressure."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.anyio
 BATCH = np.arange(12, dtype=np.float32).reshape(6, 2) ** 2
 TENSORS = save({"input": BATCH})
 HUGE = save({"input": np.empty((1 << 40, 2, 0), np.float32)})  # some 90 bytes
-ORDINARY = "Connection: TE\r\n"  # says something of the connection that the direct way knows nothing of
+ORDINARY = "Connection: TE\r\n"  # says something of the connection that the fast path does not handle
 
 
 @pytest.fixture
@@ -215,7 +215,7 @@ async def test_an_unexpected_error_is_answered_and_its_call_counted_no_longer(se
         (moments_source.PostedSource, "/v1/layers/bn/moments", save(moments())),
     ],
 )
-async def test_a_bug_on_the_short_way_is_no_slow_success(service, monkeypatch, caplog, broken, path, body):
+async def test_a_bug_on_the_fast_path_is_no_slow_success(service, monkeypatch, caplog, broken, path, body):
     """Whatever went wrong there, the call was begun anew on the other way, and nobody heard of it."""
     await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))
     under = broken.under
