@@ -218,13 +218,13 @@ async def test_an_unexpected_error_is_answered_and_its_call_counted_no_longer(se
 async def test_a_bug_on_the_short_way_is_no_slow_success(service, monkeypatch, caplog, broken, path, body):
     """Whatever went wrong there, the call was begun anew on the other way, and nobody heard of it."""
     await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))
-    under = broken.under
+    compute = broken.compute
 
     async def fails_once(*arguments):
-        monkeypatch.setattr(broken, "under", under)
+        monkeypatch.setattr(broken, "compute", compute)
         raise KeyError("a planted bug")
 
-    monkeypatch.setattr(broken, "under", fails_once)
+    monkeypatch.setattr(broken, "compute", fails_once)
     first, second = await service.ask(
         post(path, body, SAFETENSORS, "X-Request-ID: mine\r\n"), post(path, body, SAFETENSORS)
     )

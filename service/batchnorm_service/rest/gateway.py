@@ -83,10 +83,8 @@ class Gateway:
             await self.app(scope, receive, send)
             return
         headers, target, method = read_headers(scope["headers"]), read_target(scope), scope["method"]
-        context, accounting = (
-            _RequestContext(headers),
-            _RequestAccounting(self, receive, send, counted=target.versioned),
-        )
+        context = _RequestContext(headers)
+        accounting = _RequestAccounting(self, receive, send, counted=target.versioned)
         try:
             self._admit(target, headers, method)
             if method not in _METHODS_WITH_BODY:
