@@ -13,7 +13,7 @@ from batchnorm_client.wire.tensors import Tensor, require
 
 from ..engine import gradients, normalize
 from ..engine.inverse import inverse_step
-from ..engine.moments import Moments, no_extremes
+from ..engine.moments import Moments, empty_extremes
 from ..engine.normalize import TrainStep
 from ..engine.posted import MOMENT_DTYPES, posted_moments
 from ..engine.state import LayerState
@@ -178,9 +178,9 @@ class Batches:
         part = Part(*await self._executor.run(batch.nbytes, normalize.shard_moments, layer.state, batch))
         outcome = await _joined(entry, group, member, part, FoldGroup(layer, entry.queue))
         whole = outcome.whole
-        assert whole.frozen is not None  # noqa: S101 - `FoldGroup.close` sets it
+        assert whole.parameters is not None  # noqa: S101 - `FoldGroup.close` sets it
         step = await self._executor.run(
-            batch.nbytes, normalize.normalize_with, layer.state, whole.frozen, batch, whole.moments
+            batch.nbytes, normalize.normalize_with, layer.state, whole.parameters, batch, whole.moments
         )
         named = normalize.named_statistics(step) if statistics else {}
         return Normalized(to_wire(step.output), outcome.version, outcome.batch, outcome.replayed, _to_wire(named))
@@ -193,7 +193,7 @@ class Batches:
         moments, member = await self._executor.run_codec(
             nbytes, _posted, self._runtime, read, layer.state, key, operation, least=0
         )
-        part = Part(moments, no_extremes(layer.state.config.num_features))
+        part = Part(moments, empty_extremes(layer.state.config.num_features))
         outcome = await _joined(entry, group, member, part, FoldGroup(layer, entry.queue))
         whole = outcome.whole.moments
         return Folded(outcome.version, outcome.batch, outcome.replayed, whole.count, _to_wire(_moments(whole)))

@@ -10,7 +10,7 @@ import torch
 from batchnorm_client.kernels.checks import check_enough, least_values
 
 from ..engine.moments import Extremes, Moments
-from ..engine.normalize import Frozen, TrainStep, check_whole, frozen, train_step
+from ..engine.normalize import OutputParameters, TrainStep, check_whole, output_parameters, train_step
 from ..engine.state import LayerState
 from .compute import ComputeExecutor
 
@@ -85,7 +85,7 @@ class GroupSource:
     basis: LayerState
     payload: bytes
 
-    def __init__(self, moments: Moments, extremes: Extremes, payload: Callable[[Frozen], bytes]) -> None:
+    def __init__(self, moments: Moments, extremes: Extremes, payload: Callable[[OutputParameters], bytes]) -> None:
         self.moments = moments
         self._extremes = extremes
         self._payload = payload
@@ -93,4 +93,4 @@ class GroupSource:
     async def compute(self, state: LayerState) -> None:
         """See `MomentsSource`. Refuses the whole batch if the output of any shard would overflow."""
         check_whole(state, self.moments, self._extremes)
-        self.basis, self.payload = state, self._payload(frozen(state))
+        self.basis, self.payload = state, self._payload(output_parameters(state))

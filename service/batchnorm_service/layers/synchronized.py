@@ -11,7 +11,7 @@ from batchnorm_client.wire.tensors import Tensor, decode_safetensors, encode_saf
 
 from ..engine.gradients import GradientSums, merge_sums
 from ..engine.moments import Extremes, Moments, merge, merge_extremes
-from ..engine.normalize import Frozen
+from ..engine.normalize import OutputParameters
 from ..engine.tensors import to_torch, to_wire
 from .idempotency import NO_FINGERPRINT, IdempotencyToken
 from .moments_source import GroupSource
@@ -27,12 +27,12 @@ class Part:
     Attributes:
         moments: count, mean and variance.
         extremes: the smallest and largest values, to detect an overflow of any shard's output before the fold.
-        frozen: of the whole: the weight, bias, eps and clip that every shard is normalized with.
+        parameters: of the whole: the weight, bias, eps and clip that every shard is normalized with.
     """
 
     moments: Moments
     extremes: Extremes
-    frozen: Frozen | None = None
+    parameters: OutputParameters | None = None
 
 
 class FoldGroup:
@@ -60,8 +60,8 @@ class FoldGroup:
     ) -> None:
         """Fold the whole once. The receipt's payload has the parameters of the state that it is committed on."""
 
-        def payload(frozen: Frozen) -> bytes:
-            return result(self.pack(Part(whole.moments, whole.extremes, frozen)))
+        def payload(parameters: OutputParameters) -> bytes:
+            return result(self.pack(Part(whole.moments, whole.extremes, parameters)))
 
         source = GroupSource(whole.moments, whole.extremes, payload)
         await source.compute(self._layer.state)
@@ -72,21 +72,21 @@ class FoldGroup:
         """A safetensors file."""
         tensors: dict[str, torch.Tensor | None] = {"low": part.extremes.low, "high": part.extremes.high}
         metadata = {"limit": repr(part.extremes.limit)}
-        if part.frozen is not None:
-            metadata["eps"] = repr(part.frozen.eps)
-            metadata["clip"] = repr(part.frozen.clip)
-            tensors |= {"weight": part.frozen.weight, "bias": part.frozen.bias}
+        if part.parameters is not None:
+            metadata["eps"] = repr(part.parameters.eps)
+            metadata["clip"] = repr(part.parameters.clip)
+            tensors |= {"weight": part.parameters.weight, "bias": part.parameters.bias}
         return _pack(part.moments, tensors, metadata)
 
     def unpack(self, data: bytes) -> Part:
         """The inverse of `pack`."""
         moments, tensors, metadata = _unpack(data)
         extremes = Extremes(tensors["low"], tensors["high"], float(metadata["limit"]))
-        frozen = None
+        parameters = None
         if "eps" in metadata:
             clip = None if metadata["clip"] == "None" else float(metadata["clip"])
-            frozen = Frozen(tensors.get("weight"), tensors.get("bias"), float(metadata["eps"]), clip)
-        return Part(moments, extremes, frozen)
+            parameters = OutputParameters(tensors.get("weight"), tensors.get("bias"), float(metadata["eps"]), clip)
+        return Part(moments, extremes, parameters)
 
 
 class GradientGroup:
