@@ -385,11 +385,11 @@ async def test_a_connection_that_is_idle_for_too_long_is_closed(service):
     writer.write(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))
     await answer(reader)
     (protocol,) = service.state.connections
-    protocol._look()  # too early: it is looked at again
+    protocol._check_idle()  # too early: it is looked at again
     writer.write(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))
     await answer(reader)
     protocol.timeout_keep_alive = 0
-    protocol._look()
+    protocol._check_idle()
     assert await reader.read() == b""
     writer.close()
 
@@ -402,7 +402,7 @@ async def test_a_request_is_not_idle_because_the_one_before_it_is_answered(servi
     assert (await answer(reader))[0] == 200
     (protocol,) = service.state.connections
     protocol.timeout_keep_alive = 0
-    protocol._look()
+    protocol._check_idle()
     assert (await service.ask(post(shard, TENSORS, SAFETENSORS)))[0][0] == 200
     assert (await answer(reader))[0] == 200
     writer.close()
