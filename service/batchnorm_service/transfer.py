@@ -199,7 +199,7 @@ class _Migration:
 
     async def _remember(self, name: str, incarnation: int, receipts: Sequence[ReceiptWithTTL]) -> None:
         began = asyncio.get_running_loop().time()
-        await self._target.remember(name, incarnation, receipts)
+        await self._target.import_receipts(name, incarnation, receipts)
         told = await self._target.find_receipts(name, incarnation, [each.receipt.key for each in receipts])
         found = set() if isinstance(told, Missing) else set(told)
         passed = asyncio.get_running_loop().time() - began + 1

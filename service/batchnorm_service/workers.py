@@ -67,7 +67,7 @@ def _supervise(settings: Settings, store: Store, announce: Announce) -> None:
 def _lost(store: Store) -> bool:
     """Whether a worker that starts now would find another file than the others have."""
     if isinstance(store, SqliteStore):
-        store.files.request()
+        store.files.force_check()
         try:
             store.files.verify()
         except StoreLostError:
