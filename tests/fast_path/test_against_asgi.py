@@ -218,13 +218,13 @@ async def test_an_unexpected_error_is_answered_and_its_call_counted_no_longer(se
 async def test_a_bug_on_the_fast_path_is_no_slow_success(service, monkeypatch, caplog, broken, path, body):
     """Whatever went wrong there, the call was begun anew on the other way, and nobody heard of it."""
     await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))
-    under = broken.under
+    compute = broken.compute
 
     async def fails_once(*arguments):
-        monkeypatch.setattr(broken, "under", under)
+        monkeypatch.setattr(broken, "compute", compute)
         raise KeyError("a planted bug")
 
-    monkeypatch.setattr(broken, "under", fails_once)
+    monkeypatch.setattr(broken, "compute", fails_once)
     first, second = await service.ask(
         post(path, body, SAFETENSORS, "X-Request-ID: mine\r\n"), post(path, body, SAFETENSORS)
     )
@@ -386,11 +386,11 @@ async def test_a_connection_that_is_idle_for_too_long_is_closed(service):
     writer.write(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))
     await answer(reader)
     (protocol,) = service.state.connections
-    protocol._look()  # too early: it is looked at again
+    protocol._check_idle()  # too early: it is looked at again
     writer.write(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))
     await answer(reader)
     protocol.timeout_keep_alive = 0
-    protocol._look()
+    protocol._check_idle()
     assert await reader.read() == b""
     writer.close()
 
@@ -403,7 +403,7 @@ async def test_a_request_is_not_idle_because_the_one_before_it_is_answered(servi
     assert (await answer(reader))[0] == 200
     (protocol,) = service.state.connections
     protocol.timeout_keep_alive = 0
-    protocol._look()
+    protocol._check_idle()
     assert (await service.ask(post(shard, TENSORS, SAFETENSORS)))[0][0] == 200
     assert (await answer(reader))[0] == 200
     writer.close()

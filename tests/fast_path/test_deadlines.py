@@ -11,7 +11,7 @@ from safetensors.numpy import load, save
 
 from batchnorm_client.wire.media_types import JSON, SAFETENSORS
 from batchnorm_service.fast_path import protocol
-from batchnorm_service.fast_path.deadlines import SLOWEST_RATE, Progress
+from batchnorm_service.fast_path.deadlines import MIN_BYTES_PER_SECOND, TransferProgress
 
 from .running import answer, get, post, serving, until
 
@@ -71,25 +71,25 @@ def looks(progress, counts, seconds=1.0):
 
 def test_a_transfer_without_a_byte_is_too_slow_after_the_timeout():
     many = 1 << 20
-    assert looks(Progress(30), [many] * 100) == 30
-    assert looks(Progress(30), [many] * 20 + [many + 1] * 100) == 50  # the byte was seen at 20 seconds
-    assert looks(Progress(0.5), [many] * 100, seconds=0.125) == 0.5
+    assert looks(TransferProgress(30), [many] * 100) == 30
+    assert looks(TransferProgress(30), [many] * 20 + [many + 1] * 100) == 50  # the byte was seen at 20 seconds
+    assert looks(TransferProgress(0.5), [many] * 100, seconds=0.125) == 0.5
 
 
 def test_a_transfer_that_trickles_is_too_slow_once_the_timeout_has_passed():
-    assert looks(Progress(30), range(1, 100)) == 30
-    assert looks(Progress(30), range(0, 100 * SLOWEST_RATE, SLOWEST_RATE)) is None
-    assert looks(Progress(30), range(0, 100 * SLOWEST_RATE, SLOWEST_RATE - 1)) == 30
+    assert looks(TransferProgress(30), range(1, 100)) == 30
+    assert looks(TransferProgress(30), range(0, 100 * MIN_BYTES_PER_SECOND, MIN_BYTES_PER_SECOND)) is None
+    assert looks(TransferProgress(30), range(0, 100 * MIN_BYTES_PER_SECOND, MIN_BYTES_PER_SECOND - 1)) == 30
 
 
 def test_the_rate_is_that_of_the_whole_transfer():
-    begun = 60 * SLOWEST_RATE
-    assert looks(Progress(30), range(begun, begun + 1000)) == 61  # 60 KiB + 61 bytes in 61 s
-    assert looks(Progress(30, start=begun), range(begun, begun + 1000)) == 30
+    begun = 60 * MIN_BYTES_PER_SECOND
+    assert looks(TransferProgress(30), range(begun, begun + 1000)) == 61  # 60 KiB + 61 bytes in 61 s
+    assert looks(TransferProgress(30, start=begun), range(begun, begun + 1000)) == 30
 
 
 def test_pauses_of_the_server_do_not_count():
-    progress = Progress(30)
+    progress = TransferProgress(30)
     assert looks(progress, [0] * 1000, seconds=0.0) is None
     assert looks(progress, [0] * 1000) == 29  # the look before was the first
 
@@ -329,7 +329,7 @@ async def test_a_connection_is_not_idle_when_the_next_request_has_begun(anyio_ba
         assert (await service.ask(shard))[0][0] == 200
         assert (await answer(reader))[0] == 200
         served.timeout_keep_alive = 0
-        served._look()
+        served._check_idle()
         served.timeout_keep_alive = 60
         writer.write(following[20:])
         assert (await answer(reader))[0] == 200
@@ -339,9 +339,9 @@ async def test_a_connection_on_which_nothing_is_asked_is_closed(anyio_backend, m
     async with serving(monkeypatch) as service, connection(service) as (reader, _):
         await until(lambda: service.state.connections)
         (served,) = service.state.connections
-        assert served._timer is not None
+        assert served._idle_timer is not None
         served.timeout_keep_alive = 0
-        served._look()
+        served._check_idle()
         assert await reader.read() == b""
 
 
@@ -351,7 +351,7 @@ async def test_a_connection_is_not_idle_while_its_last_response_is_read(anyio_ba
         await until(lambda: service.gateway.transfers.buffered)
         (served,) = service.state.connections
         served.timeout_keep_alive = 0
-        served._look()
+        served._check_idle()
         served.timeout_keep_alive = 60
         assert not served.transport.is_closing()
         assert (await answer(reader))[0] == 200

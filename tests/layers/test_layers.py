@@ -157,7 +157,7 @@ async def test_one_bad_batch_among_many_is_refused_alone() -> None:
 
 async def test_batches_that_none_is_refused_of_are_folded_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """One by one is slower, and only for finding out which of them is refused."""
-    monkeypatch.setattr(plan, "_each", None)
+    monkeypatch.setattr(plan, "_plan_one_by_one", None)
     async with serving(MemoryStore()) as layers:
         await layers.create("a", CONFIG)
         results = await asyncio.gather(*(train(layers, "a", batch(seed), f"{seed}") for seed in range(5)))

@@ -73,7 +73,7 @@ GUARDED = {
 
 
 async def test_every_route_has_a_rule(guarded):
-    """A route that is in neither list above fails here: say which it is, and in `security.OPEN_PATHS` if it is open."""
+    """A route that is in neither list above fails here: say which it is, also in `security.PUBLIC_PATHS` if open."""
     found = {(method, route.path) for router in ROUTERS for route in router.routes for method in route.methods}
     assert {path for _, path in found} == GUARDED | OPEN.keys()
     async with guarded.client() as client:

@@ -170,7 +170,7 @@ async def test_receipts_are_asked_for_in_one_round_trip(opened: ValkeyStore, val
 @pytest.fixture
 def lost_joins(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The reply to the next `JOIN` is lost, after the server has done it; what was lost is in the list."""
-    reply, lost = ServerConnection.reply, []
+    reply, lost = ServerConnection.read_reply, []
 
     async def lose(link: ServerConnection) -> object:
         answer = await reply(link)
@@ -179,7 +179,7 @@ def lost_joins(monkeypatch: pytest.MonkeyPatch) -> list[object]:
             raise ConnectionResetError(104, "Connection reset by peer")
         return answer
 
-    monkeypatch.setattr(ServerConnection, "reply", lose)
+    monkeypatch.setattr(ServerConnection, "read_reply", lose)
     return lost
 
 

@@ -101,7 +101,7 @@ async def test_nothing_is_acknowledged_without_the_replica_and_no_replay_either(
         ("a layer", lambda store: store.create("new", b"new", LIMIT), Exists),
         ("no layer", lambda store: store.delete("gone", gone.stamp), Missing()),
         ("another layer", lambda store: store.delete("reborn", reborn.stamp), Conflict()),
-        ("a receipt", lambda store: store.remember("a", first.stamp.incarnation, [lasting]), Committed()),
+        ("a receipt", lambda store: store.import_receipts("a", first.stamp.incarnation, [lasting]), Committed()),
     ]
     replica.signal(signal.SIGSTOP)
     with pytest.raises(StoreError):
@@ -161,7 +161,7 @@ async def test_a_receipt_is_never_shortened_and_without_wait_never_renewed(
     record = await created(patient, "a")
     moved = ReceiptWithTTL(0, receipt(), 2 * RECEIPT_SECONDS)
     name = Keys("bn").receipt("a", record.stamp.incarnation, moved.receipt.key)
-    assert await patient.remember("a", record.stamp.incarnation, [moved]) == Committed()
+    assert await patient.import_receipts("a", record.stamp.incarnation, [moved]) == Committed()
     assert await patient.commit("a", record.stamp, None, [moved.receipt]) == Duplicates((moved.receipt,))
     assert primary.admin.pttl(name) > 1900 * RECEIPT_SECONDS
     let_pass([primary], 1.5 * RECEIPT_SECONDS)
