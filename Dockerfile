@@ -4,8 +4,8 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /src
-# Dependencies change rarely and weigh most: torch first and pinned, then the rest, each a layer of its own.
-# pip reads PIP_EXTRA_INDEX_URL. Without it torch is the CUDA build, gigabytes: README.md, "Which torch".
+# Dependencies change rarely and are the largest part, so torch and the others get image layers of their own.
+# pip reads PIP_EXTRA_INDEX_URL. Without it, pip installs torch's CUDA build (gigabytes); see README.md, "Which torch".
 ARG PIP_EXTRA_INDEX_URL=""
 COPY constraints.txt pyproject.toml ./
 RUN pip install "$(grep '^torch==' constraints.txt)"

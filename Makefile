@@ -1,4 +1,4 @@
-# Everything a person types. Each target sets up what it needs in .venv; a second call finds it there.
+# Commands for developers. Each target first installs what it needs into .venv, once.
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ CONSTRAINTS := -c constraints.txt
 GENERATORS := .venv-generators
 LOWEST := .venv-lowest
 
-.PHONY: help run test test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak clean
+.PHONY: help run test test-quick test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -19,28 +19,32 @@ run: $(VENV)/service.stamp ## start the service on 127.0.0.1:8000
 test: check $(GENERATORS)/generators.stamp ## lint, types, dependency rules, and every test with coverage
 	$(BIN)/pytest --numprocesses 2 --dist worksteal --cov --cov-report term $(ARGS)
 
-sync-client: $(VENV)/dev.stamp ## write the blocking client anew, from the one that does not block
+test-quick: check ## the same in a minute: only the tests that start no processes and do not wait
+	$(BIN)/pytest --numprocesses 2 --dist worksteal -m "not slow" $(ARGS)
+
+sync-client: $(VENV)/dev.stamp ## generate the synchronous client from the asynchronous one
 	$(BIN)/python client/generate_sync.py
 
-check: $(VENV)/dev.stamp ## lint, types and dependency rules only
+check: $(VENV)/dev.stamp ## lint, types, dependency rules and the generated client only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=client:service $(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python client/generate_sync.py --check
 
-demo: $(VENV)/dev.stamp ## normalize the digits images through a real server, beside torch
+demo: $(VENV)/dev.stamp ## normalize the digits images with a real server, and compare with torch
 	$(BIN)/python examples/digits.py
 
 bench: .venv-bench/bench.stamp ## measure every row of benchmarks/README.md, other servers too (under 15 minutes)
 	@.venv-bench/bin/python -m benchmarks $(ARGS)
 
-bench-quick: .venv-bench/bench.stamp ## the same without other servers, in two minutes: before and after a change
+bench-quick: .venv-bench/bench.stamp ## the same without other servers, in two minutes: run it before and after a change
 	@.venv-bench/bin/python -m benchmarks --quick $(ARGS)
 
-bench-gpu: .venv-bench/bench.stamp ## the engine on a CUDA device, against torch's own module and against copying
+bench-gpu: .venv-bench/bench.stamp ## the engine on a CUDA device, compared with torch's module and with copying
 	@.venv-bench/bin/python -m benchmarks.gpu
 
-example-digits: $(VENV)/dev.stamp ## train two nets on digits with remote layers, beside torch
+example-digits: $(VENV)/dev.stamp ## train two nets on digits with remote layers, and compare with torch
 	$(BIN)/python examples/digits_training.py
 
 examples: $(VENV)/dev.stamp ## run the examples of docs/sharing.md
@@ -48,14 +52,13 @@ examples: $(VENV)/dev.stamp ## run the examples of docs/sharing.md
 	$(BIN)/python examples/reinforcement.py
 	$(BIN)/python examples/synchronized.py
 
-pictures: $(VENV)/dev.stamp ## run all examples, and draw the pictures in docs/ again
+pictures: $(VENV)/dev.stamp ## run all examples, and redraw the pictures in docs/
 	$(BIN)/python examples/digits_training.py --plot docs/digits_training.png
 	$(BIN)/python examples/federated.py --plot docs/federated.png
 	$(BIN)/python examples/reinforcement.py --plot docs/reinforcement.png
 	$(BIN)/python examples/synchronized.py --plot docs/synchronized.png
 
-# torch comes first, by itself, because it is most of the download. pip takes the build for a CPU when it finds one:
-# PIP_EXTRA_INDEX_URL, see README.md.
+# torch is installed first, because it is most of the download. PIP_EXTRA_INDEX_URL selects the CPU build: see README.md.
 $(VENV)/service.stamp: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once) ..."
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
@@ -68,7 +71,7 @@ $(VENV)/dev.stamp: $(VENV)/service.stamp
 	@$(PIP) install $(CONSTRAINTS) --editable '.[service,torch,demo,dev]'
 	@touch $@
 
-# What generates clients from the OpenAPI document in tests/generators. Without npm the TypeScript test is skipped.
+# The client generators that tests/generators runs. Without npm the TypeScript test is skipped.
 $(GENERATORS)/generators.stamp: tests/generators/requirements.txt tests/generators/package-lock.json
 	@echo "Setting up $(GENERATORS) (once) ..."
 	@$(PYTHON) -m venv --clear $(GENERATORS)
@@ -77,7 +80,7 @@ $(GENERATORS)/generators.stamp: tests/generators/requirements.txt tests/generato
 	@if command -v npm > /dev/null; then npm ci --prefix $(GENERATORS) --silent --no-audit --no-fund; fi
 	@touch $@
 
-test-lowest: $(LOWEST)/lowest.stamp ## the tests with the lowest versions that pyproject.toml admits
+test-lowest: $(LOWEST)/lowest.stamp ## the tests with the lowest versions that pyproject.toml allows
 	$(LOWEST)/bin/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 $(LOWEST)/lowest.stamp: pyproject.toml tests/install/lowest.py
@@ -87,10 +90,10 @@ $(LOWEST)/lowest.stamp: pyproject.toml tests/install/lowest.py
 	@$(LOWEST)/bin/python -m pip --disable-pip-version-check --quiet install -c $(LOWEST)/lowest.txt --editable '.[service,torch,demo,dev]'
 	@touch $@
 
-soak: $(VENV)/dev.stamp ## 2,000 train calls against workers and replicas that are killed and come back
+soak: $(VENV)/dev.stamp ## 2,000 train calls against workers and replicas that are killed and restarted
 	BATCHNORM_TEST_CALLS=2000 $(BIN)/pytest tests/service/test_workers.py $(ARGS)
 
-# The benchmarks have an environment of their own; other servers get theirs from benchmarks/peers.
+# The benchmarks have their own environment; benchmarks/peers makes one for each of the other servers.
 .venv-bench/bench.stamp: pyproject.toml constraints.txt
 	@echo "Setting up .venv-bench (once) ..."
 	@.venv-bench/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-bench
@@ -98,5 +101,5 @@ soak: $(VENV)/dev.stamp ## 2,000 train calls against workers and replicas that a
 	@.venv-bench/bin/python -m pip --disable-pip-version-check --quiet install $(CONSTRAINTS) --editable '.[service]' py-spy
 	@touch $@
 
-clean: ## remove everything that the targets made
+clean: ## remove everything that the targets created
 	rm -rf $(VENV) $(GENERATORS) $(LOWEST) .venv-bench .venv-bench-* .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,7 +1,7 @@
-"""Writes the client that blocks from the one that does not: `python client/generate_sync.py [--check]`.
+"""Generates the synchronous client from the asynchronous one: `python client/generate_sync.py [--check]`.
 
-`async_*.py` are written by hand; `client.py`, `layer.py` and `connections.py` come from them word by word, with their
-docstrings. Not by `unasync`: it keeps files' names and leaves docstrings alone, which are most of these files.
+`async_*.py` are written by hand; `client.py`, `layer.py` and `connections.py` are generated from them by replacing
+words, also in docstrings. `unasync` keeps file names and leaves docstrings alone, which are most of these files.
 """
 
 from __future__ import annotations
@@ -33,30 +33,29 @@ WORDS = {
     r"for (\w+) in (.+):\n +yield \1\n": r"yield from \2\n",
     r"  # noqa: ASYNC109.*": "",
 }
-"""What is written in another way, as regular expressions."""
+"""Regular expressions and their replacements, for code."""
 
 SENTENCES = {
-    "The client that does not block.": "The client that blocks.",
-    "callers that do not block.": "callers that may block.",
-    "Python that does not block. An async context manager.": "Python. A context manager; may be shared by threads.",
+    "The asynchronous client.": "The synchronous client.",
+    "An asynchronous client of a batch-normalization service. An async context manager.": (
+        "A client of a batch-normalization service. A context manager; threads may share it."
+    ),
     "\n    The child runs an event loop of its own.": "",
-    """The deadline bounds it, too. Without it connections
-            are made here, from the options below.""": """Its timeouts bound each read by itself: of an answer's
-            headers that come byte by byte it waits for all, also beyond the deadline. Without it connections are made
-            here, from the options below.""",
+    "The deadline applies to it, too.\n": """Its timeouts apply to each read
+            separately, so headers that arrive byte by byte may take longer than the deadline.
+""",
     "\n        The arithmetic runs in a thread.\n": "",
-    "Sending calls without blocking.": "Sending calls, for those who may block.",
-    "client that does not block.\n": "client that blocks; threads may share them.\n",
-    """            # An HTTP client that was passed in has sockets of its own, which look at no deadline.
+    "Connections of `AsyncClient`.": "Connections of `Client`; threads may share them.",
+    """            # An HTTP client that was passed in has its own sockets, which do not check the deadline.
 """: "",
     ", nullcontext() if given is None else anyio.move_on_after(attempts.left())": "",
     "        raise attempts.timed_out()\n": "",
 }
-"""What is true of one client only."""
+"""Text that differs between the two clients, and its replacement."""
 
 
 def sync_text(source: str) -> str:
-    """The blocking client's source."""
+    """The source of the synchronous client's file."""
     text = (PACKAGE / source).read_text()
     for sentence, replacement in SENTENCES.items():
         text = text.replace(sentence, replacement)
@@ -67,7 +66,7 @@ def sync_text(source: str) -> str:
 
 
 def formatted(text: str, name: str) -> str:
-    """The text with imports in order, laid out as all other files."""
+    """The text with sorted imports, formatted like all other files."""
     for command in (["check", "--quiet", "--select=I,F401", "--fix"], ["format", "--quiet"]):
         ruff = [sys.executable, "-m", "ruff", *command, f"--stdin-filename={PACKAGE / name}", "-"]
         text = subprocess.run(ruff, input=text, capture_output=True, text=True, check=True).stdout  # noqa: S603
@@ -75,16 +74,16 @@ def formatted(text: str, name: str) -> str:
 
 
 def main() -> None:
-    """Write the files, or with `--check` end with status 1 if one of them is out of date."""
+    """Write the files; with `--check`, only exit with status 1 if one of them is out of date."""
     sources = "".join((PACKAGE / source).read_text() for source in FILES)
     if unused := [sentence for sentence in SENTENCES if sentence not in sources]:
-        sys.exit(f"no source says {unused[0]!r} any more")
+        sys.exit(f"no source contains {unused[0]!r} any more")
     for source, target in FILES.items():
         text, path = sync_text(source), PACKAGE / target
         if "--check" not in sys.argv:
             path.write_text(text)
         elif path.read_text() != text:
-            sys.exit(f"{path} is not what {source} makes: run make sync-client")
+            sys.exit(f"{path} is out of date with {source}: run make sync-client")
 
 
 if __name__ == "__main__":

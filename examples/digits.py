@@ -1,6 +1,6 @@
-"""Normalizes the digits images through a real server, restarts it half-way, and compares with torch.
+"""Normalizes the digits images with a real server, restarts it half-way, and compares with torch.
 
-Run it with `make demo`. It fails when the service's statistics differ from torch's own by more than rounding.
+Run it with `make demo`. It fails if the service's statistics differ from torch's by more than rounding.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ console = Console()
 
 
 def normalize(client: httpx.Client, mode: str, batch: np.ndarray, key: str | None = None) -> np.ndarray:
-    """One call: a .npy body there and back."""
+    """One call, with .npy bodies in both directions."""
     headers = {"Content-Type": NPY} | ({IDEMPOTENCY_KEY: key} if key else {})
     answer = client.post(f"{LAYER}/{mode}", content=_npy(batch), headers=headers).raise_for_status()
     with tempfile.TemporaryFile() as file:
@@ -43,7 +43,7 @@ def _npy(array: np.ndarray) -> bytes:
 
 def main() -> None:
     """Train batch by batch with a restart in between, evaluate, inspect, compare."""
-    torch.set_num_threads(1)  # as the service does: sums are rounded in an order that depends on it
+    torch.set_num_threads(1)  # as the service does: the order of additions, and so their rounding, depends on it
     images = load_digits().images.astype(np.float32).reshape(-1, 1, 8, 8)
     batches = [images[start : start + BATCH_SIZE] for start in range(0, len(images), BATCH_SIZE)]
     half = len(batches) // 2
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def report(layer: dict, module: torch.nn.BatchNorm2d, train_gap: float, eval_gap: float) -> None:
-    """Print the service's statistics beside torch's; exit 1 when they differ."""
+    """Print the service's and torch's statistics; exit with status 1 if they differ."""
     rows = {
         "num_batches_tracked": (layer["num_batches_tracked"], int(module.num_batches_tracked)),
         "running_mean": (np.float32(layer["running_mean"][0]), module.running_mean.numpy()[0]),

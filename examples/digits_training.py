@@ -1,10 +1,10 @@
-"""Trains two nets on digits with batch normalization in the service, beside the same nets with torch's own.
+"""Trains two nets on digits with batch normalization in the service, and the same nets with torch's own modules.
 
     python examples/digits_training.py --plot docs/digits_training.png
 
 Both start from the same seed and see the same batches. The service runs on this machine, and with one intra-op thread
-on both sides the two compute the same numbers: the script says how equal losses, parameters and running statistics are,
-and exits with 1 if they differ by more than rounding in the running variance.
+on both sides they compute the same numbers. The script prints how far losses, parameters and running statistics differ,
+and exits with status 1 if it is more than rounding in the running variance.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from batchnorm_client.torch import convert_batchnorm, revert
 HELD_OUT = 360
 BATCH_SIZE = 60  # as in the experiment of the paper
 LIMIT_ULP = 3
-"""What running_var may differ by, in units in the last place."""
+"""The largest allowed difference of running_var, in units in the last place."""
 
 
 def convolutional() -> nn.Sequential:
@@ -77,7 +77,7 @@ class Digits:
 
 @dataclass
 class Run:
-    """A training that is over.
+    """The result of a training run.
 
     Attributes:
         losses: one per step.
@@ -130,7 +130,7 @@ def train(name: str, digits: Digits, steps: int, client: Client | None) -> Run:
 
 
 def accuracy(model: nn.Module, digits: Digits) -> float:
-    """The part of the held-out digits that a model knows."""
+    """The fraction of the held-out digits that a model classifies correctly."""
     model.eval()
     with torch.no_grad():
         return float((model(digits.held_out).argmax(1) == digits.held_out_labels).double().mean())
@@ -142,7 +142,7 @@ def ulps(ours: torch.Tensor, theirs: torch.Tensor) -> int:
 
 
 def equality(ours: Run, theirs: Run) -> tuple[dict[str, str], bool]:
-    """What is equal and how far apart the rest is, in words; and whether that is as it should be."""
+    """In words, what is equal and how far the rest differs; and whether that is within the limits."""
     apart = [step for step, (a, b) in enumerate(zip(ours.losses, theirs.losses, strict=True), 1) if a != b]
     gap = max(abs(a - b) for a, b in zip(ours.losses, theirs.losses, strict=True))
     losses = f"from step {apart[0]} on, by up to {gap:.2g}" if apart else "bit-equal"
@@ -166,8 +166,8 @@ def equality(ours: Run, theirs: Run) -> tuple[dict[str, str], bool]:
 
 
 def plot(runs: dict[str, tuple[Run, Run]], path: Path) -> None:
-    """Both loss curves of each net, one picture."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 - only who wants a picture waits for it
+    """Draw both loss curves of each net."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - imported only for a picture
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, len(runs), sharey=True)
@@ -192,7 +192,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200, help="of training, for each net (default 200)")
     parser.add_argument("--plot", type=Path, help="where to save the loss curves, a PNG file")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # as the service does: sums are rounded in an order that depends on it
+    torch.set_num_threads(1)  # as the service does: the order of additions, and so their rounding, depends on it
     digits, runs, all_good = load(), {}, True
     table = Table("", *NETS)
     columns = []

@@ -1,10 +1,10 @@
-"""Federated digits: five clients that never show their images find the statistics of all images, in one pass.
+"""Federated digits: five clients that keep their images private find the statistics of all images, in one pass.
 
     python examples/federated.py --plot docs/federated.png
 
-The clients hold digits sorted by label, so that each knows two digits only. Each sends count, mean and variance per
-pixel (`fold_moments`) and keeps its images. What the service makes of it equals the centralized variance to rounding;
-averaging the clients' variances, as FedAvg averages buffers, loses the spread between the clients.
+The digits are sorted by label, so that each client has mostly two of them. Each sends count, mean and variance per
+pixel (`fold_moments`) and keeps its images. The service's variance equals the centralized one up to rounding;
+averaging the clients' variances, as FedAvg averages buffers, loses the differences between the clients.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def federated(parts: list[np.ndarray], url: str) -> np.ndarray:
 
 
 def error(var: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """The relative error per pixel; pixels that never change have none."""
+    """The relative error per pixel, without pixels that are constant."""
     varies = truth > 0
     return np.abs(var[varies] - truth[varies]) / truth[varies]
 
 
 def plot(exact: np.ndarray, averaged: np.ndarray, path: Path) -> None:
-    """Both errors of every pixel, on one logarithmic axis, which starts at what float64 resolves."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 - only who wants a picture waits for it
+    """Draw both errors of every pixel on a logarithmic axis, which starts at the resolution of float64."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - imported only for a picture
 
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()

@@ -1,14 +1,14 @@
-"""Actors of reinforcement learning that share one observation normalizer, beside actors that each have their own.
+"""Reinforcement-learning actors that share one observation normalizer, compared with actors that each have their own.
 
     python examples/reinforcement.py --plot docs/reinforcement.png
 
-Each actor is a process that plays its own copy of a small environment with its own policy, and so sees other
-observations than the rest. With a normalizer of its own (running mean and variance, as VecNormalize keeps them) each
-process ends with other numbers, and the same observation means something else to each. Through the service they all
-fold into one population layer, and end with one state: mean and variance of everything that anybody observed.
+Each actor is a process that plays its own copy of a small environment with its own policy, and so sees different
+observations. With its own normalizer (running mean and variance, as VecNormalize keeps them) each process ends with
+different statistics, and normalizes the same observation differently. With the service, all actors fold into one
+population layer and share one state: mean and variance of all observations.
 
-A policy is to be given observations normalized by these running statistics: `fold_moments`, then `eval_local` (or
-`eval`). What `train` returns is normalized by the batch's own statistics: the mean of each rollout becomes 0, and a
+Give a policy observations that are normalized by these running statistics: `fold_moments`, then `eval_local` (or
+`eval`). The output of `train` is normalized by the batch's own statistics: the mean of each rollout becomes 0, and a
 cart that stays on the left looks like one that stays on the right.
 """
 
@@ -55,12 +55,12 @@ def policy(actor: int, step: int) -> float:
 
 @dataclass
 class Report:
-    """What an actor knows at its end.
+    """The results of an actor.
 
     Attributes:
-        observations: all it saw, (steps, 3).
+        observations: all observations, (steps, 3).
         private: mean and variance of its own normalizer.
-        seen: how the shared normalizer and its own see one and the same observation, (2, 3).
+        seen: one observation, normalized by the shared and by its own normalizer, (2, 3).
         means: of its own normalizer after each rollout, (rollouts, 3).
         running: its last rollout, normalized by the shared running statistics, (ROLLOUT, 3).
         batch: the same by the rollout's own statistics, as `train` would return it, (ROLLOUT, 3).
@@ -75,7 +75,7 @@ class Report:
 
 
 class Private:
-    """A normalizer that one process has for itself, with VecNormalize's update."""
+    """A normalizer of one process, with VecNormalize's update."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.var = 1e-4, np.zeros(3), np.ones(3)
@@ -87,12 +87,12 @@ class Private:
         self.mean, self.var, self.count = self.mean + gap * len(batch) / total, m2 / total, total
 
     def normalize(self, batch: np.ndarray) -> np.ndarray:
-        """With clipping."""
+        """Normalize and clip."""
         return np.clip((batch - self.mean) / np.sqrt(self.var + EPS), -CLIP, CLIP)
 
 
 def act(url: str, actor: int, rollouts: int, barrier: multiprocessing.synchronize.Barrier, reports) -> None:
-    """One process: play, normalize, fold; then see one observation with both normalizers."""
+    """One process: play, fold, normalize; then normalize one observation with both normalizers."""
     cart, private, played, means = Cart(actor), Private(), [], []
     with Client(url) as client:
         shared = client.layer("observations")
@@ -100,10 +100,10 @@ def act(url: str, actor: int, rollouts: int, barrier: multiprocessing.synchroniz
             batch = np.array([cart.step(policy(actor, rollout * ROLLOUT + step)) for step in range(ROLLOUT)])
             played.append(batch)
             shared.fold_moments(len(batch), batch.mean(0), batch.var(0))
-            running = shared.eval_local(batch).output  # what a policy that learns would be given
+            running = shared.eval_local(batch).output  # the input of a policy
             private.fold(batch)
             means.append(private.mean)
-        barrier.wait()  # from here on nobody folds
+        barrier.wait()  # from here on no actor folds
         probe = np.array([[1.0, 1.0, 25.0]])
         seen = np.concatenate([shared.eval_local(probe).output, private.normalize(probe)])
         own = (batch - batch.mean(0)) / np.sqrt(batch.var(0) + EPS)
@@ -129,13 +129,13 @@ def play(url: str, rollouts: int) -> tuple[dict[int, Report], dict[str, np.ndarr
 
 
 def drift(report: Report, state: dict[str, np.ndarray]) -> np.ndarray:
-    """How far an actor's own mean was from the shared one of the end, in standard deviations, after each rollout."""
+    """Distance of an actor's own mean from the final shared mean, in standard deviations, after each rollout."""
     return np.abs((report.means - state["running_mean"]) / np.sqrt(state["running_var"])).max(1)
 
 
 def plot(found: dict[int, Report], state: dict[str, np.ndarray], path: Path) -> None:
-    """How far private means drift, what the actors make of one observation, and why `train`'s output is no input."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 - only who wants a picture waits for it
+    """Draw the drift of private means, one observation as the actors see it, and the output of `train`."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - imported only for a picture
 
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)

@@ -1,4 +1,4 @@
-"""A service of its own for an example."""
+"""Starts a service for an example."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def server(store: str = "memory:") -> Iterator[str]:
-    """A service on a free port of this machine; stopped at the end, which must be clean.
+    """A service on a free port of this machine. It is stopped at the end, and must exit with status 0.
 
     Args:
         store: as the setting BATCHNORM_STORE.

@@ -1,14 +1,14 @@
-"""Four processes train one model on digits with synchronized batches, and equal one process with the whole batch.
+"""Four processes train one model on digits with synchronized batches, as one process with the whole batch would.
 
     python examples/synchronized.py --plot docs/synchronized.png
 
-Each process has a shard of every batch, of another size than the others'. Batch normalization is a layer of the service
+Each process has a shard of every batch; the shards differ in size. Batch normalization is a layer of the service
 with `group_size=4`: every shard is normalized with the statistics of all four, and the backward pass exchanges the
 sums of the gradients, as `nn.SyncBatchNorm` does. The gradients of the parameters are summed by gloo's all_reduce.
 
 torch cannot do this on CPUs: `nn.SyncBatchNorm` needs GPUs. In a gloo process group on a CPU torch 2.13 raises
-"ValueError: SyncBatchNorm expected input tensor to be on GPU or XPU or privateuseone"; the script asks it again. For
-comparison it also trains with `nn.BatchNorm` in each process, whose losses drift away.
+"ValueError: SyncBatchNorm expected input tensor to be on GPU or XPU or privateuseone"; the script shows it. For
+comparison it also trains with `nn.BatchNorm` in each process, whose losses differ.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def shard(rank: int, model: nn.Module, steps: int) -> list[float]:
 
 
 def torchs_own() -> str:
-    """What `nn.SyncBatchNorm` says to a CPU tensor."""
+    """The error of `nn.SyncBatchNorm` for a CPU tensor."""
     try:
         nn.SyncBatchNorm(2)(torch.zeros(4, 2))
     except ValueError as error:
@@ -111,7 +111,7 @@ def work(rank: int, url: str, run: str, meeting: str, steps: int, results) -> No
 
 
 def train(url: str, steps: int) -> tuple[list[float], list[float], str]:
-    """Losses with synchronized and with private batch normalization, and what torch's own synchronized one says."""
+    """Losses with synchronized and with private batch normalization, and the error of torch's `nn.SyncBatchNorm`."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
@@ -126,8 +126,8 @@ def train(url: str, steps: int) -> tuple[list[float], list[float], str]:
 
 
 def plot(losses: dict[str, list[float]], path: Path) -> None:
-    """All losses, and how far they are from those of one process."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 - only who wants a picture waits for it
+    """Draw all losses, and their distance from those of one process."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - imported only for a picture
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -1,6 +1,8 @@
 """What every test shares."""
 
 import gc
+from itertools import chain
+from types import FunctionType
 
 import pytest
 import torch
@@ -8,6 +10,13 @@ import torch
 torch.set_num_threads(1)  # as the service does: torch rounds sums in an order that depends on it
 
 _measured = pytest.StashKey[list[str]]()
+
+PROCESS_FIXTURES = {
+    *("guarded_url", "own", "pair", "plain", "server", "start", "stormy", "upgrading", "url"),
+    *("valkey", "valkey_cluster", "valkey_server"),
+}
+PROCESS_FUNCTIONS = {"child", "command", "subprocess"}
+"""What starts processes. A test that uses it, by itself or in a function of its module, is marked as slow."""
 
 
 @pytest.fixture
@@ -20,6 +29,25 @@ def anyio_backend() -> str:
 def measured(pytestconfig: pytest.Config) -> list[str]:
     """Lines that a test wants printed at the end of the run: what it measured."""
     return pytestconfig.stash.setdefault(_measured, [])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests that start processes as slow, which `make test-quick` leaves out."""
+    for item in items:
+        if isinstance(item, pytest.Function) and _starts_processes(item):
+            item.add_marker("slow")
+
+
+def _starts_processes(item: pytest.Function) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    store = parameters.get("table", parameters.get("make_store", ""))
+    if store.startswith("valkey") or not PROCESS_FIXTURES.isdisjoint({*item.fixturenames} - parameters.keys()):
+        return True
+    names = item.function.__code__.co_names
+    helpers = [vars(item.module).get(name) for name in names]
+    called = [helper.__code__.co_names for helper in helpers if isinstance(helper, FunctionType)]
+    return not PROCESS_FUNCTIONS.isdisjoint(chain(names, *called))
 
 
 def pytest_collection_finish() -> None:

@@ -1,4 +1,4 @@
-"""A client for the batch-normalization service, and the wire's documents, tensors and problems.
+"""A client for the batch-normalization service, and the documents and exceptions that it shares with the service.
 
     from batchnorm_client import Client
 
@@ -6,8 +6,8 @@
         layer = client.create_layer("obs", num_features=64)
         output = layer.train(batch).output
 
-numpy arrays and torch tensors go in, and come out as the same kind, dtype and device. torch is imported by nobody but
-the caller, httpx when the first client is made.
+Calls take numpy arrays and torch tensors, and return the same kind, dtype and device. This package never imports torch
+by itself, and httpx only when the first client is made.
 """
 
 from batchnorm_client.async_client import AsyncClient

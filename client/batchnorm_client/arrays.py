@@ -1,4 +1,4 @@
-"""numpy arrays and torch tensors <-> `Tensor`, the form in which they are sent.
+"""Conversion between numpy or torch arrays and `Tensor`, the form in which they are sent.
 
 torch is not imported here: a caller that passes a torch tensor has imported it.
 """
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     AnyArray = npt.NDArray[Any] | torch.Tensor
 
 A = TypeVar("A", bound="AnyArray")
-"""The caller's kind of array; results have the same."""
+"""The caller's type of array; results have the same type."""
 
 
 def to_wire(array: object) -> Tensor:
-    """An array's tensor: a view of its memory where that is contiguous and on the host, one copy otherwise.
+    """The tensor of an array: a view of its memory if that is contiguous and on the host, otherwise a copy.
 
     Args:
-        array: a numpy array or a torch tensor, any shape, on any device; its gradient history is left behind.
+        array: a numpy array or a torch tensor of any shape, on any device; it is detached from autograd.
 
     Raises:
-        TypeError: it is neither, or has a dtype that cannot be sent.
+        TypeError: it is neither of these, or has a dtype that cannot be sent.
     """
     if isinstance(array, Tensor):
         return array
@@ -45,29 +45,29 @@ def to_wire(array: object) -> Tensor:
 
 
 def from_wire(tensor: Tensor, like: A) -> A:
-    """An array on a tensor's buffer, of the same kind and on the same device as another.
+    """An array with a tensor's data, of the same type and on the same device as another array.
 
     Args:
         tensor: any dtype.
         like: an array that `to_wire` takes.
 
     Returns:
-        A view of the buffer on the host; a copy on another device.
+        On the host a view of the tensor's buffer, on another device a copy.
     """
     if isinstance(like, np.ndarray):
         array = tensor.numpy()
-        # The same dtype down to the byte order, which is not on the wire.
+        # The byte order of `like` too; it is not sent.
         return cast(A, array.astype(like.dtype, copy=False) if tensor.dtype == dtype_name(like.dtype) else array)
     return cast(A, to_torch(tensor).to(like.device))
 
 
 def to_torch(tensor: Tensor) -> torch.Tensor:
-    """A torch tensor on a tensor's buffer, which has to be writable; imports torch.
+    """A torch tensor that shares a tensor's buffer, which must be writable. Imports torch.
 
-    Its shape is set in place: `reshape` would make a view, and autograd lets nobody modify in place a view that a
+    The shape is set in place: `reshape` would return a view, and autograd forbids in-place changes of a view that a
     custom function returned.
     """
-    import torch  # noqa: PLC0415 - only for those who ask for it
+    import torch  # noqa: PLC0415 - imported only when needed
 
     dtype = getattr(torch, tensor.dtype)
     if not tensor.nbytes:
@@ -76,13 +76,13 @@ def to_torch(tensor: Tensor) -> torch.Tensor:
 
 
 def to_numpy(tensor: Tensor) -> npt.NDArray[Any]:
-    """A numpy array on a tensor's buffer."""
+    """A numpy array that shares a tensor's buffer."""
     return tensor.numpy()
 
 
 def _from_torch(tensor: torch.Tensor) -> Tensor:
     name = str(tensor.dtype).removeprefix("torch.")
-    # Made contiguous where it is: a strided tensor on a device would be copied twice if it were moved first.
+    # Made contiguous on its device first: moving a strided tensor to the host would copy it twice.
     host = tensor.detach().contiguous().cpu()
     flat = host.reshape(-1).view(_torch().uint8)
     try:

@@ -1,4 +1,4 @@
-"""The client that does not block."""
+"""The asynchronous client."""
 
 from __future__ import annotations
 
@@ -25,50 +25,50 @@ T = TypeVar("T")
 
 
 class AsyncClient:
-    """A batch-normalization service, from Python that does not block. An async context manager.
+    """An asynchronous client of a batch-normalization service. An async context manager.
 
         async with AsyncClient("http://127.0.0.1:8000") as client:
             layer = await client.create_layer("obs", num_features=64)
             output = (await layer.train(batch)).output
 
-    Calls that fail on the way are sent again until they succeed or the deadline is reached, and never count twice:
-    train and reset carry a key, by which the service knows a repeat. What is repeated:
+    Calls that fail temporarily are retried until they succeed or the deadline is reached. No batch is counted twice:
+    calls that fold a batch, and reset, carry an idempotency key, by which the service recognizes a repeat. Retried are:
 
         inspect, state_dict, layers, eval,
         eval_local, inverse, backward       always: they change nothing
         create_layer, train, reset,
         train_local, fold_moments           always: the service recognizes the repeat
-        update                              always: it sets values; with `if_match` no other's update is lost either
-        load_state_dict, delete             with `if_match` always; without it only while no try can have taken
-                                            effect, after that they raise, with `outcome_unknown` set
+        update                              always: it sets values; `if_match` also protects the updates of others
+        load_state_dict, delete             with `if_match` always; without it only while no attempt can have taken
+                                            effect. After that they raise, with `outcome_unknown` set
 
-    Repeated are failures to connect, cut connections, timeouts and the statuses 502, 503 and 504. Waits between tries
-    grow, and respect `Retry-After`. A group that stayed incomplete (`GroupIncomplete`) is never tried again: it needs a
-    new id. Each repeat is logged before it is sent, as a WARNING of the logger `batchnorm_client`.
+    The reasons for a retry are failures to connect, lost connections, timeouts and the statuses 408, 502, 503 and 504.
+    Waits between attempts grow, and respect `Retry-After`. `GroupIncomplete` is never retried, because that needs a new
+    group id. Each retry is logged before it is sent, as a WARNING of the logger `batchnorm_client`.
 
-    After a fork (`os.fork`, `multiprocessing`) the child may go on with a client that its parent made: each process
-    opens connections of its own. With `http` it may not, because that shares its parent's; such a call is refused.
+    A client may be used after a fork (`os.fork`, `multiprocessing`): each process opens its own connections. With
+    `http`, calls in the child process are refused, because it would share the parent's connections.
     The child runs an event loop of its own.
 
-    A call of a client that is closed raises `ConnectionFailed`, also one that is under way.
+    Calls of a closed client raise `ConnectionFailed`, and so do calls that are running when it is closed.
 
     Args:
-        base_url: of the service, also with a path. By default that of `http` if it has one, else the environment
+        base_url: of the service; may have a path. By default that of `http` if it has one, else the environment
             variable BATCHNORM_URL, else http://127.0.0.1:8000.
         token: a bearer token. By default the environment variable BATCHNORM_TOKEN; with `http`, none.
-        retry: how often a call is tried, and the deadline for all tries together.
-        http: an HTTP client to be used as it is, and not closed. The deadline bounds it, too. Without it connections
-            are made here, from the options below.
-        options: httpx's own: `timeout` (by default 30 s, and 5 s to connect), `limits`, `verify`, `cert`, `proxy`,
+        retry: number of attempts of a call, and the deadline for all of them together.
+        http: an HTTP client to use; it is not closed. The deadline applies to it, too.
+            Without it, connections are made with the options below.
+        options: httpx's options: `timeout` (by default 30 s, and 5 s to connect), `limits`, `verify`, `cert`, `proxy`,
             `trust_env`.
 
     Raises:
-        ValueError: `base_url` is no http or https URL, or the token cannot be sent.
-        TypeError: options besides `http`.
+        ValueError: `base_url` is not an http or https URL, or the token has characters that cannot be sent.
+        TypeError: options are given together with `http`.
     """
 
     _runtime = AsyncRuntime()
-    """Clock, chance, sleep and threads; a simulated client has its own."""
+    """Clock, random numbers, sleep and threads; a simulation replaces it."""
 
     def __init__(
         self,
@@ -94,36 +94,36 @@ class AsyncClient:
         return self._base_url
 
     async def create_layer(self, name: str, num_features: int, **options: Unpack[LayerOptions]) -> AsyncRemoteLayer:
-        """Create a layer, or make sure that it exists: repeating the call with the same config is harmless.
+        """Create a layer if it does not exist. Repeating the call with the same config changes nothing.
 
         Args:
             name: 1 to 200 letters, digits, dots, underscores and hyphens; torch module paths such as "layer1.0.bn1"
                 fit.
             num_features: C, the number of channels.
             options: `eps`, `momentum`, `affine`, `track_running_stats`, `statistics`, `dimensions`, `channel_axis`,
-                `dtype`, `device`, `non_finite`, `half_life`, `clip`; see `LayerOptions`. Those left out have torch's
-                defaults.
+                `dtype`, `device`, `non_finite`, `half_life`, `clip`; see `LayerOptions`. Those that are left out
+                have torch's defaults.
 
         Raises:
-            LayerExists: it exists, and was created with another config.
+            LayerExists: the layer exists, and was created with another config.
             InvalidRequest: the name or an option is not valid; `fields["field"]` says which.
-            TooManyLayers, DeviceUnavailable: the service cannot hold it.
+            TooManyLayers, DeviceUnavailable: the service has no room for it, or not this device.
         """
         await self._call(calls.create(name, num_features, options))
         return self.layer(name)
 
     def layer(self, name: str) -> AsyncRemoteLayer:
-        """A handle for a layer. Makes no call: whether the layer exists shows when the handle is used.
+        """A handle for a layer. Makes no call: a layer that does not exist is noticed when the handle is used.
 
         Raises:
-            InvalidRequest: no layer can be called that.
+            InvalidRequest: not a valid layer name.
         """
         return AsyncRemoteLayer(self, name)
 
     async def layers(self, prefix: str = "") -> AsyncIterator[LayerSummary]:
         """All layers whose names start with `prefix`, by name: `async for layer in client.layers()`.
 
-        Asks for page after page as it goes.
+        Pages are requested as they are needed.
         """
         after: str | None = None
         while True:
@@ -137,20 +137,20 @@ class AsyncClient:
     async def fold_moments(
         self, layers: Mapping[str, Moments], *, key: str | Mapping[str, str] | None = None
     ) -> dict[str, FoldResult | ProblemError]:
-        """Fold the moments of batches that stayed here into many layers, in one call: each once, or not at all.
+        """Fold moments into many layers in one call. Each layer is folded once, or not at all.
 
         Args:
             layers: (count, mean, var) by layer name, as `AsyncRemoteLayer.fold_moments` takes them.
-            key: names the whole, and counts for each layer by itself: a repeat folds what was not folded yet. Or one
-                key for each layer, by name. A call carries one key, so layers with different keys go out one call
-                after the other, those with equal keys together. If one of the calls fails, it raises, and those before
+            key: an idempotency key, which applies to each layer separately: a repeat folds what was not folded yet. Or
+                one key per layer, by layer name. A request carries one key, so layers with different keys are sent in
+                separate requests, one after the other. If one of them fails, its exception is raised, and those before
                 it were folded; a repeat with the same keys counts nothing twice.
 
         Returns:
-            What became of each: the result, or the exception that the layer's own call would have raised.
+            By layer name: the result, or the exception that a call for this layer alone would have raised.
 
         Raises:
-            ValueError: `key` has other names than `layers`. Nothing was sent.
+            ValueError: `key` has other layer names than `layers`. Nothing was sent.
         """
         results: dict[str, FoldResult | ProblemError] = {}
         for request in calls.fold_many(layers, key=self._runtime.key() if key is None else key):
@@ -159,14 +159,14 @@ class AsyncClient:
         return {name: results[name] for name in layers}
 
     async def ready(self) -> bool:
-        """Whether the service can work now. Asks once; False also when it cannot be reached."""
+        """Whether the service is ready. One request without retries; False also if the service cannot be reached."""
         try:
             return await self._call(calls.ready(), Retry(attempts=1, deadline=self._retry.deadline))
         except NoAnswer:
             return False
 
     async def aclose(self) -> None:
-        """Close the connections, unless the HTTP client was passed in."""
+        """Close the connections. An HTTP client that was passed in stays open."""
         await self._connections.aclose()
 
     async def __aenter__(self) -> Self:
@@ -181,7 +181,7 @@ class AsyncClient:
         return f"{type(self).__name__}({self.base_url!r})"
 
     def _key(self, key: str | None) -> str:
-        """The caller's key, or a new one: with it every repeat is safe."""
+        """The caller's key, or a new one: a call with a key can be repeated."""
         return self._runtime.key() if key is None else key
 
     async def _call(self, request: Request[T], retry: Retry | None = None) -> T:

@@ -1,4 +1,4 @@
-"""A layer of a service, for callers that do not block."""
+"""A layer of the service, for `AsyncClient`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class AsyncRemoteLayer:
-    """A layer of a service: a handle that holds the name. Made by `AsyncClient.layer` and `create_layer`.
+    """A handle for a layer of the service. Made by `AsyncClient.layer` and `create_layer`.
 
-    Every method may raise, besides what it says: `LayerNotFound`; `Unauthenticated` and `Forbidden`; `Overloaded`,
-    `StoreUnavailable`, `ConnectionFailed` and `TimedOut` after all tries; `UnexpectedAnswer`.
+    Every method may also raise `LayerNotFound`; `Unauthenticated` and `Forbidden`; `Overloaded`, `StoreUnavailable`,
+    `ConnectionFailed` and `TimedOut` after all attempts; `UnexpectedAnswer`.
 
     Attributes:
         name: of the layer.
@@ -36,7 +36,7 @@ class AsyncRemoteLayer:
         calls.layer_path(name)
         self.name = name
         self._client = client
-        self._cached_state: LocalState | None = None  # of eval_local and train_local; asked about before each use
+        self._cached_state: LocalState | None = None  # of eval_local and train_local; revalidated before each use
 
     async def train(
         self,
@@ -48,26 +48,26 @@ class AsyncRemoteLayer:
         size: int | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - the service looks at it
     ) -> TrainResult[A]:
-        """Normalize a batch with its own statistics, and fold these into the running ones. Counts exactly once.
+        """Normalize a batch with its own statistics, and fold them into the running statistics, exactly once.
 
         Args:
             x: (N, C, *), or with the channels where the layer's `channel_axis` says; a numpy array or a torch tensor.
                 float16, bfloat16 or float32 for a float32 layer, float64 for a float64 layer. Gradients do not flow.
-            key: names this batch: a repeat with the same key and batch counts no second time, whoever sends it, for as
+            key: an idempotency key: a repeat with the same key and batch is not counted again, whoever sends it, for as
                 long as the service keeps receipts (one hour by default). By default a new one, which makes the
-                client's own tries safe.
+                client's own retries safe.
             statistics: also return the batch's mean, biased variance and inverse standard deviation.
             group: makes `x` a shard of a synchronized batch with this id, not used before: every shard is normalized
                 with the statistics of all, which are folded once. A shard may be empty.
             size: how many members the group has.
             timeout: seconds to wait for the others; 30 by default. The read timeout and the deadline of this call are
-                as much later.
+                extended by as much.
 
         Raises:
             ShapeMismatch, DtypeMismatch: the batch does not fit the layer.
             TooFewValues: fewer than two values per channel (one, for population statistics), in all shards together.
-            GroupIncomplete: not all members came in time. Nothing was folded; begin again with another id.
-            GroupClosed: the group has its members, or gave up.
+            GroupIncomplete: not all members came in time. Nothing was folded; start again with another id.
+            GroupClosed: the group is complete, or has timed out.
             GroupMismatch: the group has another size.
             NonFinite: NaN, infinity or overflow, unless the layer allows them.
             IdempotencyKeyReused: the key belongs to another batch.
@@ -89,7 +89,7 @@ class AsyncRemoteLayer:
         size: int | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - the service looks at it
     ) -> TrainResult[A]:
-        """As `train`, but the batch stays here: only its moments are sent, about 16 bytes per channel.
+        """As `train`, but the batch is normalized here; only its moments are sent, about 16 bytes per channel.
 
         The arithmetic runs in a thread.
 
@@ -107,7 +107,7 @@ class AsyncRemoteLayer:
             timeout: as for `train`.
 
         Raises:
-            As `train`, but a shard whose output overflows is found after the group was folded.
+            As `train`. In a group, an output that overflows is only detected after the group was folded.
         """
         state, member = await self._state(), GroupMember.of(group, size, timeout)
         run = self._client._runtime.run
@@ -129,7 +129,7 @@ class AsyncRemoteLayer:
         size: int | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - the service looks at it
     ) -> FoldResult:
-        """Fold the moments of a batch that stayed here. Counts exactly once.
+        """Fold the moments of a batch into the running statistics, exactly once, without sending the batch.
 
         Args:
             count: values per channel, N*H*W.
@@ -149,7 +149,7 @@ class AsyncRemoteLayer:
         )
 
     async def eval(self, x: A, *, statistics: bool = False) -> EvalResult[A]:
-        """Normalize a batch with the running statistics (with its own, if the layer keeps none). Changes nothing.
+        """Normalize a batch with the running statistics, or with its own if the layer has none. Changes nothing.
 
         Args:
             x: as for `train`; may be empty.
@@ -157,12 +157,12 @@ class AsyncRemoteLayer:
 
         Raises:
             ShapeMismatch, DtypeMismatch, PayloadTooLarge, TypeError: as for `train`.
-            TooFewValues: one value per channel, and the layer keeps no running statistics.
+            TooFewValues: one value per channel, and the layer has no running statistics.
         """
         return await self._client._call(calls.evaluate(self.name, x, statistics=statistics))
 
     async def eval_local(self, x: A, *, statistics: bool = False) -> EvalResult[A]:
-        """As `eval`, but the batch stays here: the layer's state is read, and read again only when it has changed.
+        """As `eval`, but the batch is not sent. The layer's state is cached, and read again only if it has changed.
 
         The arithmetic runs in a thread.
 
@@ -177,10 +177,10 @@ class AsyncRemoteLayer:
         return await self._client._runtime.run(partial(local.eval_step, state, x, statistics=statistics))
 
     async def inverse(self, y: A) -> EvalResult[A]:
-        """Undo `eval`: (y - bias) / weight * sqrt(running_var + eps) + running_mean. What `clip` cut off is lost.
+        """Undo `eval`: (y - bias) / weight * sqrt(running_var + eps) + running_mean. Clipped values are not restored.
 
         Args:
-            y: what `eval` returned, or anything like it; as `x` of `train`.
+            y: an output of `eval`, or another batch of normalized values; as `x` of `train`.
 
         Raises:
             InvalidRequest: the layer has no running statistics, or a weight is 0.
@@ -205,7 +205,7 @@ class AsyncRemoteLayer:
             x: the batch, as for `train`.
             grad_output: the loss's gradient with respect to the output; as `x` in shape and dtype.
             mode: the step that made the output.
-            key: as for `train`; counts in a group only.
+            key: as for `train`; used in a group only.
             group: makes `x` a shard: its gradient is that of the whole batch, and those of the parameters are
                 sums over the shard, as with `nn.SyncBatchNorm`. Groups of backward and of train may have the same id.
             size: as for `train`.
@@ -241,11 +241,11 @@ class AsyncRemoteLayer:
     async def reset(
         self, what: What = "running_stats", *, key: str | None = None, if_match: int | None = None
     ) -> Layer:
-        """Set running statistics ("running_stats"), weight and bias ("parameters") or both ("all") back, as torch does.
+        """Reset running statistics ("running_stats"), weight and bias ("parameters") or both ("all"), as torch does.
 
         Args:
-            what: to set back.
-            key: names this reset, as in `train`.
+            what: to reset.
+            key: an idempotency key, as in `train`.
             if_match: do it only if the layer has this version.
 
         Raises:
@@ -274,13 +274,13 @@ class AsyncRemoteLayer:
         return {name: to_numpy(tensor) for name, tensor in tensors.items()}
 
     async def load_state_dict(self, state_dict: StateDict, *, if_match: int | None = None) -> Layer:
-        """Replace the layer's tensors by those given; others stay.
+        """Replace the tensors that are given. Others are kept.
 
         Args:
             state_dict: of a torch module or of another layer; numpy arrays or torch tensors.
-            if_match: do it only if the layer has this version. Without it, a call whose answer was lost is not
-                repeated, because batches that others trained since would be undone; it raises, with `outcome_unknown`
-                set.
+            if_match: do it only if the layer has this version. Without it, a call whose response was lost is not
+                repeated, because that would undo batches that others trained since; it raises, with
+                `outcome_unknown` set.
 
         Raises:
             VersionMismatch: the layer has another version than `if_match`.
@@ -292,8 +292,8 @@ class AsyncRemoteLayer:
         """Delete the layer and its receipts.
 
         Args:
-            if_match: do it only if the layer has this version. Without it, a call whose answer was lost is not
-                repeated, because another layer may have the name by then; if the layer is not gone, it raises, with
+            if_match: do it only if the layer has this version. Without it, a call whose response was lost is not
+                repeated, because another layer may have the name by then; if the layer still exists, it raises, with
                 `outcome_unknown` set.
 
         Raises:

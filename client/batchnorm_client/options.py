@@ -1,4 +1,4 @@
-"""The keyword arguments of calls, typed: what `LayerConfig` and `LayerUpdate` have, each with the service's default."""
+"""Types of the keyword arguments of calls: the fields of `LayerConfig` and `LayerUpdate`, and HTTP options."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 
 
 class LayerOptions(TypedDict, total=False):
-    """A layer's config beside `num_features`. An option that is left out has torch's default.
+    """A layer's config without `num_features`. An option that is left out has torch's default.
 
     Attributes:
         eps: added to the variance before the square root; 1e-5.
-        momentum: torch's sense; 0.1. None is the cumulative average; for population statistics nothing else is taken.
-        affine: has weight and bias; True.
-        track_running_stats: keeps running statistics; True.
+        momentum: as in torch; 0.1. None is the cumulative average, and the only value for population statistics.
+        affine: whether the layer has weight and bias; True.
+        track_running_stats: whether the layer keeps running statistics; True.
         statistics: "moving" (torch's rule) or "population" (exact mean and unbiased variance over all samples seen).
         dimensions: 1, 2 or 3 for the input ranks of BatchNorm1d, 2d, 3d; None for any rank >= 2.
         channel_axis: the axis of the channels; 1. -1 for channels last.
         dtype: of the state, "float32" or "float64".
         device: where the state lives, "cpu", "cuda" or "cuda:N"; None for the service's default.
         non_finite: "reject" or "allow" a train batch that has NaN or infinity, or overflows.
-        half_life: of population statistics, in samples; None for never forgetting.
-        clip: outputs are clamped to [-clip, clip]; None for not at all.
+        half_life: of population statistics, in samples; None weighs all samples equally.
+        clip: outputs are clamped to [-clip, clip]; None for no limit.
     """
 
     eps: float
@@ -55,15 +55,15 @@ class LayerOptions(TypedDict, total=False):
 
 
 class LayerChanges(TypedDict, total=False):
-    """What `update` may set. What is left out stays as it is.
+    """What `update` may set. Options that are left out are not changed.
 
     Attributes:
         eps: added to the variance before the square root.
-        momentum: torch's sense; None is the cumulative average.
+        momentum: as in torch; None is the cumulative average.
         track_running_stats: whether train calls change the running statistics, and eval calls use them.
         non_finite: "reject" or "allow".
-        half_life: of population statistics, in samples; None for never forgetting.
-        clip: outputs are clamped to [-clip, clip]; None for not at all.
+        half_life: of population statistics, in samples; None weighs all samples equally.
+        clip: outputs are clamped to [-clip, clip]; None for no limit.
         weight: gamma, (C,).
         bias: beta, (C,).
     """
@@ -79,7 +79,7 @@ class LayerChanges(TypedDict, total=False):
 
 
 class HttpOptions(TypedDict, total=False):
-    """Options of the HTTP client that a client makes, under httpx's names.
+    """Options of the HTTP connections, with httpx's names.
 
     Attributes:
         timeout: seconds, or an `httpx.Timeout`; 30, and 5 to connect.
@@ -87,7 +87,7 @@ class HttpOptions(TypedDict, total=False):
         verify: an SSL context, or False to trust any certificate.
         cert: a client certificate.
         proxy: its URL.
-        trust_env: whether the environment's proxies and certificates count; True.
+        trust_env: whether to use proxies and certificates from the environment; True.
     """
 
     timeout: float | httpx.Timeout | None
@@ -99,7 +99,7 @@ class HttpOptions(TypedDict, total=False):
 
 
 What = Literal["running_stats", "parameters", "all"]
-"""What a reset sets back: running statistics, weight and bias, or both."""
+"""What to reset: running statistics, weight and bias, or both."""
 
 Mode = Literal["train", "eval"]
-"""The step that a gradient goes through."""
+"""The step whose gradient is computed."""

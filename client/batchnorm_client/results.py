@@ -1,4 +1,4 @@
-"""What calls with a batch answer."""
+"""Results of calls with a batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from batchnorm_client.arrays import A
 class BatchStatistics(Generic[A]):
     """The statistics that a batch was normalized with: its own in train mode, the running ones in eval mode.
 
-    They have the layer's dtype. With them a caller computes the gradient itself.
+    They have the layer's dtype. A caller that computes the gradient itself needs them.
 
     Attributes:
         mean: (C,)
@@ -32,7 +32,7 @@ class EvalResult(Generic[A]):
     """A batch that was normalized with the running statistics.
 
     Attributes:
-        output: as the input in kind, shape, dtype and device; numpy arrays are writable.
+        output: of the input's type, shape, dtype and device; numpy arrays are writable.
         version: of the layer's state that was used.
         num_batches_tracked: of that state.
         statistics: when they were asked for; None for an empty batch.
@@ -46,13 +46,13 @@ class EvalResult(Generic[A]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainResult(Generic[A]):
-    """A batch that was normalized with its own statistics, which are now in the running ones.
+    """A batch that was normalized with its own statistics, which were folded into the running statistics.
 
     Attributes:
-        output: as the input in kind, shape, dtype and device; numpy arrays are writable.
+        output: of the input's type, shape, dtype and device; numpy arrays are writable.
         version: of the commit that folded the batch. Several batches may share one.
-        num_batches_tracked: right after this batch: its place in the order of all.
-        replayed: the batch had been folded before, under the same key; it was not folded again.
+        num_batches_tracked: right after this batch, i.e. its position in the order of all batches.
+        replayed: the batch had been folded before with the same key, and was not folded again.
         statistics: when they were asked for.
     """
 
@@ -65,15 +65,15 @@ class TrainResult(Generic[A]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FoldResult:
-    """Moments that are now in the running statistics.
+    """Moments that were folded into the running statistics.
 
     Attributes:
         version: of the commit that folded them.
         num_batches_tracked: right after them.
-        replayed: they had been folded before, under the same key.
-        count: values per channel of all shards of a group; None for moments that are no shard.
-        mean: (C,) float64, of all shards of a group.
-        var: (C,) float64, biased, of all shards of a group.
+        replayed: they had been folded before with the same key, and were not folded again.
+        count: values per channel of all shards of a group; None without a group.
+        mean: (C,) float64, of all shards of a group; None without a group.
+        var: (C,) float64, biased, of all shards of a group; None without a group.
     """
 
     version: int
@@ -86,14 +86,14 @@ class FoldResult:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gradients(Generic[A]):
-    """What a backward pass gives.
+    """The gradients of a backward pass.
 
     Attributes:
-        grad_input: as the input in kind, shape, dtype and device.
-        grad_weight: (C,), in the layer's dtype; None unless the layer is affine. Of a shard: its part of the sum.
+        grad_input: of the input's type, shape, dtype and device.
+        grad_weight: (C,), in the layer's dtype; None unless it is affine. In a group, the shard's part of the sum.
         grad_bias: (C,), as grad_weight.
         version: of the layer's state that was used.
-        replayed: the group had this shard before, under the same key.
+        replayed: the group had received this shard before with the same key.
     """
 
     grad_input: A

@@ -1,4 +1,4 @@
-"""Named batch-normalization layers over REST. `app.create_app` joins the parts; `docs/design.md` tells why."""
+"""A service for named batch-normalization layers. Start at `app.create_app`; `docs/design.md` explains the design."""
 
 from importlib.metadata import version
 

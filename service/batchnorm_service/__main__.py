@@ -1,12 +1,12 @@
-"""The command `batchnorm-service`, which is `python -m batchnorm_service` as well."""
+"""Entry point of the command `batchnorm-service` and of `python -m batchnorm_service`."""
 
 import sys
 
 
 def main() -> None:
-    """Run the command line, or say what is missing for it: the package installs without the service, too."""
+    """Run the command line; exit with a hint if the service's optional dependencies are not installed."""
     try:
-        from batchnorm_service.cli import app  # noqa: PLC0415 - to say what is missing, if it is
+        from batchnorm_service.cli import app  # noqa: PLC0415 - to catch a missing dependency
 
         app()
     except ModuleNotFoundError as error:

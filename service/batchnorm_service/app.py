@@ -1,4 +1,4 @@
-"""The one place where the parts are joined: settings, store, layers, HTTP."""
+"""Creates the application from settings, store, layers and REST interface."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def create_app(settings: Settings | None = None, store: Store | None = None) -> 
     """The service as an ASGI application. Its lifespan opens the store and the layers, and closes them.
 
     Args:
-        settings: by default those of the environment.
-        store: where layers are kept, not open yet; by default the one that `settings.store` names.
+        settings: by default, read from the environment.
+        store: a store that is not open yet; by default, the one that `settings.store` names.
 
     Raises:
-        StoreRefusedError: `settings.store` names no store.
+        StoreRefusedError: `settings.store` is invalid.
     """
     settings = settings or Settings()
     store = store or make_store(settings)
@@ -74,7 +74,7 @@ def create_app(settings: Settings | None = None, store: Store | None = None) -> 
 
 
 def make_store(settings: Settings) -> Store:
-    """The store that the settings name, not open yet. Raises `StoreRefusedError` when they name none."""
+    """Create the store that `settings.store` names, without opening it. Raises `StoreRefusedError` if it is invalid."""
     return store_from_url(settings.store, settings.store_options())
 
 

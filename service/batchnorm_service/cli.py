@@ -13,14 +13,13 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from batchnorm_client.wire.errors import DeviceUnavailable
 from batchnorm_service import __version__
 from batchnorm_service.settings import PREFIX, Settings, export, unknown_variables
 from batchnorm_service.store.base import StoreError, StoreRefusedError
-from batchnorm_service.transfer import Progress, Report, SameStoreError, migrate, store_to_move
+from batchnorm_service.transfer import ProgressCallback, Report, SameStoreError, migrate, store_to_move
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +53,8 @@ def serve(
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that share the port and the store.")] = None,
 ) -> None:
-    """Run the service. Flags go before BATCHNORM_* environment variables; docs/settings.md lists those."""
-    flags = {
+    """Run the service. Flags override BATCHNORM_* environment variables; docs/settings.md lists those."""
+    options = {
         "host": host,
         "port": port,
         "store": store,
@@ -63,12 +62,12 @@ def serve(
         "log_level": log_level,
         "workers": workers,
     }
-    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+    flags: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     try:
-        settings = Settings(**given)
+        settings = Settings(**flags)
     except ValidationError as error:
-        _fail("; ".join(_refused(details["loc"], details["msg"], given) for details in error.errors()), code=2)
-    # With torch, which takes seconds to import: the version, the help and a wrong flag need not wait for that.
+        _fail("; ".join(_describe_error(details["loc"], details["msg"], flags) for details in error.errors()), code=2)
+    # Imported late, because importing torch takes seconds: version, help and invalid flags need not wait for it.
     from batchnorm_service.server import PortUnavailableError, run  # noqa: PLC0415
     from batchnorm_service.workers import WorkersFailedError, run_workers  # noqa: PLC0415
 
@@ -76,7 +75,7 @@ def serve(
         if settings.workers == 1:
             run(settings, _announce)
         else:
-            export(given)
+            export(flags)
             run_workers(settings, _announce)
     except (StoreRefusedError, PortUnavailableError, DeviceUnavailable, WorkersFailedError) as error:
         _fail(str(error), code=1)
@@ -86,20 +85,18 @@ def serve(
 def _migrate(
     source: Annotated[str, typer.Option("--from", help="The store to copy from.", envvar=f"{PREFIX}MIGRATE_FROM")],
     target: Annotated[str, typer.Option("--to", help="The store to copy to.", envvar=f"{PREFIX}MIGRATE_TO")],
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace layers that the target has otherwise.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace layers that differ in the target.")] = False,
 ) -> None:
-    """Copy all layers and unexpired receipts to another store, and read them back. Stop all services first.
+    """Copy all layers and unexpired receipts to another store, and verify them. Stop all services first.
 
-    When it was stopped, the same command goes on. Exit status: 0 all is there, 1 something is not, 2 cannot be done.
-    Passwords in a URL are better given as BATCHNORM_MIGRATE_FROM and BATCHNORM_MIGRATE_TO than as flags.
+    Repeat it after an interruption. Exit status: 0 if the copy is complete, 1 if it is not, 2 for invalid options.
+    Give URLs with passwords as BATCHNORM_MIGRATE_FROM and BATCHNORM_MIGRATE_TO instead of flags.
     """
     try:
         settings = Settings()
         stores = store_to_move(source, settings, target=False), store_to_move(target, settings, target=True)
     except ValidationError as error:
-        _fail("; ".join(_refused(details["loc"], details["msg"], {}) for details in error.errors()), code=2)
+        _fail("; ".join(_describe_error(details["loc"], details["msg"], {}) for details in error.errors()), code=2)
     except StoreRefusedError as error:
         _fail(str(error), code=2)
     try:
@@ -113,34 +110,34 @@ def _migrate(
         _fail(f"{error}; what was copied is there, and the same command goes on", code=1)
     except KeyboardInterrupt:
         _fail("stopped; what was copied is there, and the same command goes on", code=130)
-    typer.echo(f"{stores[0].url} -> {stores[1].url}: {_told(report)}")
+    typer.echo(f"{stores[0].url} -> {stores[1].url}: {_summary(report)}")
     if not report.complete:
         raise typer.Exit(1)
 
 
-def _told(report: Report) -> str:
+def _summary(report: Report) -> str:
     lines = [
         f"{report.copied} layers copied, {report.present} were there and equal,"
         f" {report.receipts} receipts; all read back"
     ]
     if report.differing:
-        lines.append(f"left alone, the target has them otherwise (--overwrite): {_named(report.differing)}")
+        lines.append(f"left alone, the target has them otherwise (--overwrite): {_join_names(report.differing)}")
     if report.changed:
-        lines.append(f"changed meanwhile; stop all services and repeat the command: {_named(report.changed)}")
+        lines.append(f"changed meanwhile; stop all services and repeat the command: {_join_names(report.changed)}")
     return "\n".join(lines)
 
 
-def _named(names: list[str]) -> str:
+def _join_names(names: list[str]) -> str:
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return ", ".join(names[:10]) + more
 
 
 @contextmanager
-def _progress_bar() -> Iterator[Progress]:
-    """A bar on stderr, if that is a terminal."""
+def _progress_bar() -> Iterator[ProgressCallback]:
+    """Show a progress bar on stderr, if that is a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         tasks = {name: bar.add_task(name, total=None, visible=False) for name in ("listing", "layers", "receipts")}
         yield lambda what, done, total: bar.update(tasks[what], completed=done, total=total, visible=True)
 
@@ -164,21 +161,21 @@ Try it:
 
 
 def _is_local(host: str) -> bool:
-    """Whether only this machine can reach it."""
+    """Whether an address is reachable only from this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
 
 
-def _refused(location: tuple[int | str, ...], message: str, given: dict[str, Any]) -> str:
+def _describe_error(location: tuple[int | str, ...], message: str, flags: dict[str, Any]) -> str:
     name = str(location[0]) if location else ""
     message = message.removeprefix("Value error, ")
     if not name:
         return message
     if name == "device":
-        message = "must be cpu, cuda or cuda:N"  # pydantic would show the regular expression
-    return f"{'--' + name.replace('_', '-') if name in given else PREFIX + name.upper()}: {message}"
+        message = "must be cpu, cuda or cuda:N"  # instead of pydantic's message with the regular expression
+    return f"{'--' + name.replace('_', '-') if name in flags else PREFIX + name.upper()}: {message}"
 
 
 def _fail(message: str, *, code: int) -> None:

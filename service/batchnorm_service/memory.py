@@ -1,4 +1,4 @@
-"""How the process treats its memory once it has started."""
+"""Memory settings of a started process: garbage collector and malloc."""
 
 from __future__ import annotations
 
@@ -8,23 +8,22 @@ import sys
 from typing import Final
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-_MOST_FROM_HEAP: Final = 16 << 20
-_MOST_KEPT: Final = 32 << 20
+_MAX_FROM_HEAP: Final = 16 << 20
+_MAX_FREE_HEAP: Final = 32 << 20
 
 
 def settle_memory() -> None:
-    """Treat what the start has made as permanent, and keep freed memory for the next request.
+    """Exclude existing objects from garbage collection, and keep freed memory for the next request.
 
-    The garbage collector leaves out 200,000 objects of torch and FastAPI, a pause of 100 ms at each full collection.
+    `gc.freeze` excludes 200,000 objects of torch and FastAPI, which saves a pause of 100 ms per full collection.
 
-    glibc gives a freed buffer of a body back to the system, and the next body takes its pages one by one, each a page
-    fault: 250 to 680 per eval of 256x256 numbers in JSON. Here buffers of less than 16 MiB come from the
-    heap, which gives back what is free at its top once that is more than 32 MiB; below, memory stays up to the peak
-    of what such buffers needed. Larger ones go back at once.
+    By default, glibc returns the freed buffer of a body to the system, and the next body causes a page fault per page:
+    250 to 680 per eval of 256x256 numbers in JSON. Here buffers of less than 16 MiB are allocated on the heap, whose
+    top is returned to the system when more than 32 MiB of it are free. Larger buffers are returned at once.
     """
     gc.freeze()
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
         if mallopt is not None:
-            mallopt(_M_MMAP_THRESHOLD, _MOST_FROM_HEAP)
-            mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)
+            mallopt(_M_MMAP_THRESHOLD, _MAX_FROM_HEAP)
+            mallopt(_M_TRIM_THRESHOLD, _MAX_FREE_HEAP)

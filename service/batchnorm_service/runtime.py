@@ -1,7 +1,7 @@
-"""The clock, chance and concurrency, as `layers` and `store` see them: a simulation brings its own.
+"""Clock, random numbers and concurrency for `layers` and `store`, replaceable by a simulation.
 
-No module there calls `time`, `random`, `asyncio.sleep` or the like (`tests/test_seams.py`): whoever owns the runtime
-decides what time it is, which task goes on next, and which random numbers come.
+No module there calls `time`, `random`, `asyncio.sleep` or the like (`tests/test_seams.py`), so that a simulation can
+control the time, the order of tasks, and the random numbers.
 """
 
 from __future__ import annotations
@@ -21,48 +21,48 @@ P = ParamSpec("P")
 
 
 class Runtime:
-    """The real one."""
+    """Clock, random numbers and concurrency of the real system."""
 
     now: Callable[[], float] = staticmethod(time.monotonic)
-    """Seconds of a clock that never goes back."""
+    """Seconds of a monotonic clock."""
 
     wall: Callable[[], float] = staticmethod(time.time)
-    """Seconds since 1970 in UTC, as the machine's clock has it, which may be set."""
+    """Seconds since the epoch by the system's clock, which may jump."""
 
     bits: Callable[[int], int] = staticmethod(secrets.randbits)
-    """So many random bits of the system's: those of `random` would come again in a copy of a virtual machine."""
+    """Random bits from the system: those of `random` would repeat in a cloned virtual machine."""
 
     bytes: Callable[[int], bytes] = staticmethod(random.randbytes)
-    """So many random bytes, quickly: never the same twice, but not hard to guess."""
+    """Random bytes, fast but not cryptographically secure."""
 
     def create_task(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Run a coroutine beside the others."""
+        """Start a task."""
         return asyncio.get_running_loop().create_task(coroutine)
 
     def future(self) -> asyncio.Future[Any]:
-        """A future of the running loop."""
+        """A future of the running event loop."""
         return asyncio.get_running_loop().create_future()
 
     async def sleep(self, seconds: float) -> None:
-        """Return after this time."""
+        """Sleep."""
         await asyncio.sleep(seconds)
 
     def timeout(self, seconds: float) -> asyncio.Timeout:
-        """A context whose body is cut off after this time, with `TimeoutError`."""
+        """A context manager that cancels its body after this time and raises `TimeoutError`."""
         return asyncio.timeout(seconds)
 
     async def in_thread(
         self, executor: Executor | None, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """Call a function in a thread."""
+        """Call a function in a thread of the executor."""
         return await asyncio.get_running_loop().run_in_executor(executor, partial(function, *args, **kwargs))
 
     def thread(self, target: Callable[[], object], name: str) -> None:
-        """Start a thread that does not keep the process from ending."""
+        """Start a daemon thread."""
         threading.Thread(target=target, name=name, daemon=True).start()
 
     def pause_thread(self, seconds: float) -> None:
-        """Let the calling thread, which has no event loop, wait for so long."""
+        """Block the calling thread, which has no event loop."""
         time.sleep(seconds)
 
 

@@ -1,4 +1,4 @@
-"""Running the application under uvicorn: sockets, signals, and a stop that loses nothing and exits 0."""
+"""Runs the application under uvicorn: socket, signals, and a graceful shutdown with exit status 0."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from batchnorm_service.settings import Settings
 
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75
-"""Longer than clients keep idle connections (httpx: 5 s), so that the client closes first and no request is lost."""
+"""Longer than clients keep idle connections (httpx: 5 s), so that clients close first and no request is lost."""
 
 _SIGNALS = signal.SIGTERM, signal.SIGINT
 
 Announce = Callable[[str, Settings, str], None]
-"""Is told the URL, the settings, and the store's own URL, once the service listens."""
+"""Called with the service's URL, the settings, and the store's URL, once the service listens."""
 
 
 class PortUnavailableError(Exception):
-    """The address cannot be listened on, with the reason in words."""
+    """The service cannot listen on the address; the message says why."""
 
 
 class Server(uvicorn.Server):
-    """Uvicorn's server, which leaves signals to `serve` and says when it listens."""
+    """uvicorn server that leaves signals to `run`, and calls `started` when it listens."""
 
     def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
         super().__init__(config)
@@ -48,26 +48,26 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Do nothing: uvicorn would raise the signal again after its graceful stop, and the exit status be 143."""
+        """Do nothing: uvicorn would raise the signal again after its graceful shutdown, for an exit status of 143."""
         yield
 
 
 def run(settings: Settings, announce: Announce) -> None:
-    """Serve until SIGTERM or SIGINT; return after everything in flight is answered and committed.
+    """Serve until SIGTERM or SIGINT; return when all running calls are committed and responded to.
 
     Args:
-        settings: of the service.
-        announce: is called with the URL and the application once the service listens.
+        settings: the service's settings.
+        announce: called once the service listens.
 
     Raises:
-        PortUnavailableError: the address cannot be listened on.
+        PortUnavailableError: the service cannot listen on the address.
         StoreRefusedError: the store cannot be opened.
-        DeviceUnavailable: the default device is not there.
+        DeviceUnavailable: the default device is not available.
     """
     configure_logging(settings)
     with listen(settings.host, settings.port) as listener:
         gateway = create_app(settings)
-        # `_serve` runs the lifespan: an error there is to reach the caller, not uvicorn's log.
+        # `_serve` runs the lifespan, so that its errors reach the caller instead of uvicorn's log.
         config = uvicorn_config(settings, gateway, lifespan="off")
         url = address(settings, listener)
         server = Server(config, lambda: announce(url, settings, gateway.app.state.store.url))
@@ -76,7 +76,7 @@ def run(settings: Settings, announce: Announce) -> None:
 
 
 def uvicorn_config(settings: Settings, app: Gateway | Callable[[], Gateway], **options: Any) -> uvicorn.Config:
-    """How uvicorn serves `app`."""
+    """uvicorn's configuration to serve `app`."""
     return uvicorn.Config(
         app,
         loop="uvloop",
@@ -95,9 +95,9 @@ def uvicorn_config(settings: Settings, app: Gateway | Callable[[], Gateway], **o
 
 @contextlib.contextmanager
 def _signals(server: Server) -> Generator[None, None, None]:
-    """SIGTERM and SIGINT stop the server; a second SIGINT stops waiting for requests in flight, as uvicorn has it.
+    """Stop the server on SIGTERM and SIGINT; a second SIGINT cancels running requests, as in uvicorn.
 
-    Afterwards they are ignored, so that an impatient one kills nothing while the process commits and ends.
+    Afterwards these signals are ignored, so that they do not kill the process while it commits and exits.
     """
     for number in _SIGNALS:
         signal.signal(number, server.handle_exit)
@@ -118,7 +118,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A listening socket.
 
     Raises:
-        PortUnavailableError: there can be none at this address.
+        PortUnavailableError: the service cannot listen on the address.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -131,23 +131,23 @@ def _reason(error: OSError | UnicodeError) -> str:
     if isinstance(error, UnicodeError):
         return "no such name"  # Python names the codec that could not encode it
     if error.errno and error.errno > 0:
-        return os.strerror(error.errno)  # the error's own words have the address once more
+        return os.strerror(error.errno)  # str(error) would repeat the address
     return error.strerror or str(error)
 
 
 def configure_logging(settings: Settings) -> None:
-    """One line per event on stderr. Uvicorn's own chatter is left to the debug level."""
+    """Log to stderr, one line per event; uvicorn's messages below warnings only at the debug level."""
     level = settings.log_level.upper()
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     logging.getLogger("uvicorn").setLevel(level if settings.log_level in {"debug", "error"} else "WARNING")
-    logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
+    logging.getLogger("uvicorn.error").addFilter(_is_not_cancellation)
     logging.getLogger("asyncio").setLevel("WARNING")
 
 
-def _is_no_cancellation(record: logging.LogRecord) -> bool:
-    """Of calls and a worker's lifespan that a forced stop cuts off, uvicorn prints tracebacks, as exception or as text.
+def _is_not_cancellation(record: logging.LogRecord) -> bool:
+    """Drop the tracebacks that uvicorn logs when a forced shutdown cancels calls or a worker's lifespan.
 
-    The stop was asked for, and the calls are answered with 503.
+    The shutdown was requested, and the calls get 503.
     """
     cancelled = record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
     return not (cancelled or record.getMessage().rstrip().endswith("CancelledError"))

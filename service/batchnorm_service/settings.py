@@ -1,4 +1,4 @@
-"""Every setting of the service, as environment variables with the prefix BATCHNORM_."""
+"""The service's settings: environment variables with the prefix BATCHNORM_."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def default_store() -> str:
 
 
 class Settings(BaseSettings):
-    """What an operator may set. `docs/settings.md` has the same as a table."""
+    """The service's settings; `docs/settings.md` lists them in a table."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, use_attribute_docstrings=True, frozen=True, hide_input_in_errors=True
@@ -44,83 +44,84 @@ class Settings(BaseSettings):
     """Where layers are kept, as a URL: `memory:` or `sqlite:////absolute/file.db`."""
 
     device: Device = "cpu"
-    """Where layers live whose config names no device: `cpu`, `cuda` or `cuda:N`."""
+    """The device of layers whose config names none: `cpu`, `cuda` or `cuda:N`."""
 
     log_level: LogLevel = "info"
-    """What is logged: `debug` (a line per request), `info`, `warning` or `error`."""
+    """The log level: `debug` (a line per request), `info`, `warning` or `error`."""
 
     max_body_bytes: int = Field(64 << 20, ge=1 << 10, le=1 << 40)
     """The largest request body; larger ones get 413."""
 
     max_elements: int | None = Field(None, ge=1, le=1 << 40)
-    """The most elements of a batch, a dimension of 0 counted as 1; by default half of max_body_bytes. More get 413."""
+    """Maximum elements of a batch, a dimension of 0 counted as 1; by default half of max_body_bytes. More get 413."""
 
     max_layers: int = Field(1_000_000, ge=1)
-    """How many layers the store may hold; one more gets 409."""
+    """Maximum number of layers in the store; creating more gets 409."""
 
     resident_layers: int = Field(10_000, ge=1)
-    """How many layers stay in memory; others are loaded from the store when they are used."""
+    """Maximum number of layers cached in memory; others are loaded from the store when they are used."""
 
     queue_length: int = Field(1024, ge=1)
-    """How many calls may wait for one layer's commits; one more gets 503."""
+    """Maximum queued updates per layer; beyond it calls get 503."""
 
     receipt_seconds: float = Field(3600, gt=0, allow_inf_nan=False)
-    """How long an Idempotency-Key is remembered, at least twice as long as `store_timeout_seconds`. Each train call
-    leaves a receipt of some 120 bytes for so long."""
+    """How long an Idempotency-Key is remembered, at least twice `store_timeout_seconds`. Each train call stores a
+    receipt of about 120 bytes for this time."""
 
     store_timeout_seconds: float = Field(10, gt=0, allow_inf_nan=False)
-    """How long a call waits for a store that does not answer before it gets 503."""
+    """How long a call retries when the store does not respond, before it gets 503."""
 
     store_call_timeout_seconds: float = Field(5, gt=0, allow_inf_nan=False)
-    """How long one round trip to a Valkey server may take."""
+    """Timeout of a round trip to a Valkey server."""
 
     store_connections: int = Field(2, ge=1)
-    """Connections to each Valkey server."""
+    """Number of connections to each Valkey server."""
 
     store_wait_replicas: int = Field(0, ge=0)
-    """How many Valkey replicas must have a change before it is acknowledged; see docs/durability.md."""
+    """How many Valkey replicas must have a write before it is acknowledged; see docs/durability.md."""
 
     store_wait_timeout_seconds: float = Field(1, gt=0, allow_inf_nan=False)
-    """How long a call waits for those replicas before it gets 503."""
+    """How long a call waits for these replicas, before it gets 503."""
 
     max_staleness_ms: float = Field(0, ge=0, allow_inf_nan=False)
-    """For how long an answer may rest on an earlier look at a shared store; 0: every call looks."""
+    """How long a check of a shared store stays valid for later calls; 0: every call checks."""
 
     workers: int = Field(1, ge=1, le=1024)
-    """Processes that share the port and the store. Each has a cache of its own: a store in memory cannot serve them."""
+    """Number of processes that share the port and the store. With more than 1, the store cannot be in memory."""
 
     max_concurrent_requests: int = Field(512, ge=1)
-    """How many calls may run at once; one more gets 503. Times the largest body, it bounds their memory."""
+    """Maximum concurrent calls; beyond it calls get 503. Times the largest body, it bounds their memory."""
 
     read_timeout_seconds: float = Field(30, gt=0, allow_inf_nan=False)
-    """A request gets 408 when nothing of it comes for so long, or after so long less than 1 KiB/s on average."""
+    """A request gets 408 if no byte of it arrives for this time, or after this time less than 1 KiB/s on average."""
 
     write_timeout_seconds: float = Field(30, gt=0, allow_inf_nan=False)
-    """A response is dropped when nothing of it is taken for so long, or after so long less than 1 KiB/s on average."""
+    """A connection is aborted if the client reads no byte of a response for this time, or after this time less than
+    1 KiB/s on average."""
 
     max_buffered_bytes: int = Field(1 << 30, ge=1)
-    """Bytes of incomplete request bodies and unsent responses, per process, from which on new requests get 503."""
+    """Maximum bytes of incomplete request bodies and unsent responses, per process; beyond it new requests get 503."""
 
     threads: int = Field(1, ge=1, le=1024)
-    """Torch's intra-op threads. Results depend on their number: keep it the same on every replica."""
+    """Number of torch's intra-op threads. Results depend on it: use the same number on every replica."""
 
     inline_bytes: int = Field(1 << 20, ge=0)
-    """Up to this size bodies are read and batches computed on the event loop; larger ones, and on CUDA, in a thread."""
+    """Bodies up to this size are decoded, and batches computed, on the event loop; larger ones in a thread."""
 
     token: SecretStr | None = None
-    """A bearer token that allows every call. Once it is set, every path needs a token except those that are open."""
+    """A bearer token that allows every call. If set, all paths except the public ones need a token."""
 
     read_token: SecretStr | None = None
     """A second bearer token, which allows GET and eval only."""
 
     fast_path: bool = True
-    """Whether train, eval, inverse and moments go from the HTTP parser to their responses without ASGI in between."""
+    """Whether train, eval, inverse, backward and moments are served without ASGI."""
 
     shutdown_seconds: int = Field(30, ge=0)
-    """How long a stop waits for requests in flight."""
+    """How long a shutdown waits for running requests."""
 
     def store_options(self) -> StoreOptions:
-        """What a store is told when it is made."""
+        """The options for creating the store."""
         return StoreOptions(
             self.receipt_seconds,
             exclusive=self.workers == 1,
@@ -132,7 +133,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _receipts_outlive_retries(self) -> Self:
-        # A commit that lost its reply is repeated until the timeout: without its receipt it would count twice.
+        # A commit with a lost reply is repeated until the timeout: without its receipt it would be applied twice.
         if self.receipt_seconds < 2 * self.store_timeout_seconds:
             raise ValueError(
                 f"{PREFIX}RECEIPT_SECONDS ({self.receipt_seconds:g}) must be at least twice"
@@ -154,13 +155,13 @@ class Settings(BaseSettings):
 
 
 def export(given: Mapping[str, object]) -> None:
-    """Set flags as environment variables, so that worker processes have them too."""
+    """Set command-line flags as environment variables, which worker processes inherit."""
     os.environ |= {PREFIX + name.upper(): str(value) for name, value in given.items()}
 
 
 def unknown_variables(names: Iterable[str] | None = None) -> list[str]:
-    """Variables with the prefix that no setting reads, each with the one that may have been meant."""
-    others = ("url", "migrate_from", "migrate_to")  # of the client, and of the command that moves a store
+    """Environment variables with the prefix that are not settings, each with a similar setting's name, if any."""
+    others = ("url", "migrate_from", "migrate_to")  # of the client, and of `batchnorm-service migrate`
     known = [name.upper() for name in (*Settings.model_fields, *others)]
     unknown = sorted(
         name

@@ -1,4 +1,4 @@
-"""Moving all layers and receipts from one store to another, so that it can be stopped, repeated, and trusted."""
+"""Transfer of all layers and receipts from one store to another: verified, and repeatable after an interruption."""
 
 from __future__ import annotations
 
@@ -28,28 +28,27 @@ from batchnorm_service.store.sqlite.store import SqliteStore
 from batchnorm_service.store.valkey.address import SCHEMES
 
 _PAGE: Final = 1000
-_AT_ONCE: Final = 16  # records in memory, each twice
+_CONCURRENT_LAYERS: Final = 16  # two records of each are in memory
 _NO_LIMIT: Final = 1 << 62
 
-Progress = Callable[[str, int, int | None], None]
-"""Is told what is done now (listing, layers, receipts), how much of it is done, and of how much (None: nobody knows
-before its end)."""
+ProgressCallback = Callable[[str, int, int | None], None]
+"""Called with the current step ("listing", "layers" or "receipts"), how many are done, and the total or None."""
 
 
 class SameStoreError(Exception):
-    """There is nothing to move, or nowhere to move it to."""
+    """Source and target are the same store."""
 
 
 @dataclass(slots=True)
 class Report:
-    """What became of a migration.
+    """Result of a transfer.
 
     Attributes:
-        copied: how many layers were written, and read back.
-        present: how many were there already, equal.
+        copied: how many layers were written, and verified by reading them back.
+        present: how many layers were in the target already, equal.
         receipts: how many unexpired receipts are in the target.
-        differing: layers that the target has otherwise; they were left alone, and so were their receipts.
-        changed: layers that somebody changed in the source, or in the target, while they were copied.
+        differing: layers that differ in the target; they and their receipts were not copied.
+        changed: layers that changed in the source or the target during the transfer.
     """
 
     copied: int = 0
@@ -60,38 +59,38 @@ class Report:
 
     @property
     def complete(self) -> bool:
-        """Whether the target has all that the source has."""
+        """Whether the target has everything that the source has."""
         return not (self.differing or self.changed)
 
 
 def store_to_move(url: str, settings: Settings, *, target: bool) -> Store:
-    """The store of one end. Raises `StoreRefusedError`: it cannot be one, with the reason in words."""
+    """Create the source or target store. Raises `StoreRefusedError` if the URL is invalid or the store unsuitable."""
     replicated = target and url.partition(":")[0].lower() in SCHEMES
     options = replace(settings.store_options(), exclusive=True)
     store = store_from_url(url, options if replicated else replace(options, wait_replicas=0))
     if isinstance(store, MemoryStore):
         raise StoreRefusedError("memory: lives in the process that uses it: nothing can be moved from it or to it")
     if isinstance(store, SqliteStore) and not target and not store.path.exists():
-        raise StoreRefusedError(f"there is no file {store.path}")  # opening it would make one
+        raise StoreRefusedError(f"there is no file {store.path}")  # opening it would create one
     return store
 
 
-async def migrate(source: Store, target: Store, progress: Progress, *, overwrite: bool = False) -> Report:
-    """Copy every layer and every unexpired receipt, and read back what was written.
+async def migrate(source: Store, target: Store, progress: ProgressCallback, *, overwrite: bool = False) -> Report:
+    """Copy all layers and unexpired receipts, and verify them by reading them back.
 
-    A layer gets a new incarnation and keeps its version, or gets a larger one where the target has seen that already.
-    What the target has and the source has not stays. No service may write to either store meanwhile.
+    Each layer gets a new incarnation. It keeps its version, unless the target has had that version or a larger one:
+    then it gets a larger one. Other layers of the target remain. No service may write to either store meanwhile.
 
     Args:
-        source: not open yet; nothing in it is changed, but that an SQLite file of an older release is upgraded.
+        source: not open yet; unchanged, except that an SQLite file of an older release is upgraded.
         target: not open yet.
-        progress: is told how far it is.
-        overwrite: replace layers that the target has otherwise, instead of leaving them alone.
+        progress: called with the progress.
+        overwrite: replace layers that differ in the target, instead of skipping them.
 
     Raises:
-        SameStoreError: both are one store.
+        SameStoreError: both are the same store.
         StoreRefusedError: one of them cannot be opened.
-        StoreError: one of them stopped to answer. What was copied is there: the same call again goes on.
+        StoreError: one of them stopped responding. What was copied stays; repeat the call to continue.
     """
     if source.url == target.url:
         raise SameStoreError(f"{source.url} is both source and target")
@@ -111,7 +110,7 @@ async def _opened(store: Store) -> AsyncIterator[None]:
 
 
 class _Migration:
-    def __init__(self, source: Store, target: Store, progress: Progress, *, overwrite: bool) -> None:
+    def __init__(self, source: Store, target: Store, progress: ProgressCallback, *, overwrite: bool) -> None:
         self._source = source
         self._target = target
         self._progress = progress
@@ -124,19 +123,19 @@ class _Migration:
         names = await self._list(self._progress)
         self._progress("listing", len(names), len(names))
         await self._compare_incarnations(names)
-        for start in range(0, len(names), _AT_ONCE):
+        for start in range(0, len(names), _CONCURRENT_LAYERS):
             self._progress("layers", start, len(names))
-            await asyncio.gather(*map(self._layer, list(names)[start : start + _AT_ONCE]))
+            await asyncio.gather(*map(self._layer, list(names)[start : start + _CONCURRENT_LAYERS]))
         self._progress("layers", len(names), len(names))
         await self._receipts()
-        now = await self._list(lambda *_: None)  # or a bar that is full would begin anew
-        # A layer may have been noted already because it was gone, or read back wrong.
+        now = await self._list(lambda *_: None)  # without progress, which is complete
+        # Added to those found missing, or different when read back.
         changed = {name for name in names.keys() | now.keys() if names.get(name) != now.get(name)}
         report.changed = sorted(changed.union(report.changed))
         report.differing.sort()
         return report
 
-    async def _list(self, progress: Progress) -> dict[str, Stamp]:
+    async def _list(self, progress: ProgressCallback) -> dict[str, Stamp]:
         stamps: dict[str, Stamp] = {}
         after = ""
         while page := await self._source.list("", after, _PAGE):
@@ -146,7 +145,7 @@ class _Migration:
         return stamps
 
     async def _compare_incarnations(self, names: dict[str, Stamp]) -> None:
-        """Refuse a store under two URLs: no other store can have the same random number."""
+        """Refuse one store under two URLs: equal incarnations, which are random, prove that it is the same."""
         for name, stamp in list(names.items())[:1]:
             found = await self._target.load(name)
             if isinstance(found, Record) and found.stamp.incarnation == stamp.incarnation:
@@ -163,18 +162,18 @@ class _Migration:
                 return
             await self._target.delete(name, present.stamp)  # its receipts go with it
             present = Missing()
-        there = isinstance(present, Record) and present.stamp.version >= record.stamp.version
-        # What is there may be there since a run that did not live to see it on the replicas: a create waits for them.
+        equal = isinstance(present, Record) and present.stamp.version >= record.stamp.version
+        # Write even if it is present: an interrupted run may not have waited for the replicas; a create does.
         written = await self._write(name, record)
         if written is None or await self._target.load(name) != written:
             self._report.changed.append(name)
             return
-        self._report.present += there
-        self._report.copied += not there
+        self._report.present += equal
+        self._report.copied += not equal
         self._targets[record.stamp.incarnation] = (name, written.stamp.incarnation)
 
     async def _write(self, name: str, record: Record) -> Record | None:
-        """Make the layer, then raise its version: a run that was stopped in between is taken up by the next."""
+        """Create the layer, then raise its version; repeatable after an interruption in between. None if it failed."""
         made = await self._target.create(name, record.data, _NO_LIMIT)
         if isinstance(made, Exists):
             made = made.record
@@ -191,15 +190,15 @@ class _Migration:
         done = 0
         async for page in self._source.receipts():
             for incarnation, receipts in _by_incarnation(page).items():
-                if incarnation in self._targets:  # else they are of a deleted layer, or of one that was left alone
-                    await self._remember(*self._targets[incarnation], receipts)
+                if incarnation in self._targets:  # otherwise the layer was deleted or not copied
+                    await self._import_receipts(*self._targets[incarnation], receipts)
                     done += len(receipts)
             self._progress("receipts", done, None)
         self._progress("receipts", done, done)
 
-    async def _remember(self, name: str, incarnation: int, receipts: Sequence[ReceiptWithTTL]) -> None:
+    async def _import_receipts(self, name: str, incarnation: int, receipts: Sequence[ReceiptWithTTL]) -> None:
         began = asyncio.get_running_loop().time()
-        await self._target.remember(name, incarnation, receipts)
+        await self._target.import_receipts(name, incarnation, receipts)
         told = await self._target.find_receipts(name, incarnation, [each.receipt.key for each in receipts])
         found = set() if isinstance(told, Missing) else set(told)
         passed = asyncio.get_running_loop().time() - began + 1

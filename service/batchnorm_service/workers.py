@@ -1,4 +1,4 @@
-"""Several worker processes on one port, under uvicorn's own supervisor: one that dies comes back by itself."""
+"""Runs several worker processes on one port, under uvicorn's supervisor, which restarts workers that die."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from batchnorm_service.store.sqlite.identity import FileIds
 from batchnorm_service.store.sqlite.store import SqliteStore
 
 _log = logging.getLogger(__name__)
-_GLANCE_SECONDS = 0.05  # how long the supervisor waits for a worker that may not listen yet
+_READY_POLL_SECONDS = 0.05  # how long the supervisor waits for a starting worker to report that it listens
 
 
 class WorkersFailedError(Exception):
@@ -32,14 +32,14 @@ class WorkersFailedError(Exception):
 def run_workers(settings: Settings, announce: Announce) -> None:
     """Serve with `settings.workers` processes until SIGTERM or SIGINT; return when all of them have stopped.
 
-    The workers read their settings from the environment. They commit by compare-and-set to one store, and each looks
-    there before it answers, so a caller sees every acknowledged fold whichever worker it reaches. An SQLite file stays
-    open here until the end, so that a worker which starts later can tell it from another file of that name.
+    The workers read their settings from the environment. They commit to one store by compare-and-set, and check it
+    before using cached states, so callers see all acknowledged updates through any worker. This process keeps an SQLite
+    file open until the end, so that workers which start later can check that they open the same file.
 
     Raises:
-        PortUnavailableError: the address cannot be listened on.
+        PortUnavailableError: the service cannot listen on the address.
         StoreRefusedError: the store cannot be opened, or not by several processes.
-        WorkersFailedError: they do not start, for a reason that is in their log, or all ended after the store was lost.
+        WorkersFailedError: the workers do not start (see their log), or all have ended after the store was lost.
     """
     configure_logging(settings)
     store = make_store(settings)
@@ -58,41 +58,43 @@ def _supervise(settings: Settings, store: Store, announce: Announce) -> None:
     with listen(settings.host, settings.port) as listener:
         config = uvicorn_config(settings, partial(worker, files), factory=True, lifespan="on", workers=settings.workers)
         url = address(settings, listener)
-        supervisor = Supervisor(config, [listener], lambda: announce(url, settings, store.url), partial(_lost, store))
+        supervisor = Supervisor(
+            config, [listener], lambda: announce(url, settings, store.url), partial(_is_lost, store)
+        )
         supervisor.run()
     if supervisor.failed:
         raise WorkersFailedError(supervisor.failed)
 
 
-def _lost(store: Store) -> bool:
-    """Whether a worker that starts now would find another file than the others have."""
+def _is_lost(store: Store) -> bool:
+    """Whether a new worker would open another SQLite file than the running workers."""
     if isinstance(store, SqliteStore):
-        store.files.request()
+        store.files.force_check()
         try:
             store.files.verify()
         except StoreLostError:
             return True
-        except StoreError:  # cannot be told: the worker finds out
+        except StoreError:  # unknown: the worker itself checks when it opens the file
             return False
     return False
 
 
 class Supervisor(Multiprocess):
-    """Uvicorn's supervisor, which says when all workers listen, and gives them the time that importing torch takes.
+    """uvicorn supervisor that reports when all workers listen, and allows for the time of importing torch.
 
-    Uvicorn's own replaces a worker that does not answer within seconds, and ends the service when one fails to start.
-    Here one that starts is left alone as long as its process lives, and the service goes on without one that cannot
-    start (its store may be away for a moment) once all have started.
+    uvicorn's supervisor replaces a worker that does not respond within seconds, and ends the service if one fails to
+    start. This one waits for a starting worker as long as its process runs. Once all workers have started, it retries
+    when one cannot start, as its store may be unavailable for a moment.
 
     Args:
-        config: of every worker.
-        sockets: that they listen on.
-        started: called when all of them listen.
-        lost: whether the store was lost. Then none is started any more: those that are left answer 503 until somebody
-            has seen to it and stops the service, and when none is left the service ends.
+        config: uvicorn's configuration of every worker.
+        sockets: the sockets to listen on.
+        started: called when all workers listen.
+        lost: whether the store was lost. Then no worker is started any more: the remaining ones respond 503 until an
+            operator stops the service, and when none is left the service ends.
 
     Attributes:
-        failed: why it ended by itself; empty when it was told to.
+        failed: why the service ended by itself; empty if it was stopped.
     """
 
     def __init__(
@@ -105,41 +107,41 @@ class Supervisor(Multiprocess):
         super().__init__(config, sockets)
         self.failed = ""
         self._started = started
-        self._lost = lost
-        self._told = False
+        self._is_lost = lost
+        self._announced = False
         self._ready: set[Process] = set()
 
     def keep_subprocess_alive(self) -> None:
-        """Called twice a second: replace workers that died or hang, and say once when all of them listen."""
+        """Called twice a second: replace workers that died or hang, and call `started` once all of them listen."""
         for index, worker in enumerate(self.processes):
             if self.should_exit.is_set():
                 return
-            if not self._lives(worker):
-                self._end(worker)
+            if not self._is_running(worker):
+                self._kill(worker)
                 self._replace(index, worker)
-        if not self._told and self._ready.issuperset(self.processes):
-            self._told = True
+        if not self._announced and self._ready.issuperset(self.processes):
+            self._announced = True
             self._started()
 
-    def _lives(self, worker: Process) -> bool:
+    def _is_running(self, worker: Process) -> bool:
         if not worker.process.is_alive():
             return False
         if worker in self._ready:
             return worker.ping(self.config.timeout_worker_healthcheck)
-        if worker.is_ready(_GLANCE_SECONDS):
+        if worker.is_ready(_READY_POLL_SECONDS):
             self._ready.add(worker)
         return True
 
-    def _end(self, worker: Process) -> None:
+    def _kill(self, worker: Process) -> None:
         worker.kill()
         worker.join()
         self._ready.discard(worker)
 
     def _replace(self, index: int, worker: Process) -> None:
-        if worker.exitcode == STARTUP_FAILURE and not self._told:
+        if worker.exitcode == STARTUP_FAILURE and not self._announced:
             self._fail("the workers did not start; their log says why")
             return
-        if self._lost():
+        if self._is_lost():
             if not any(each.process.is_alive() for each in self.processes):
                 self._fail("the SQLite file was deleted, moved or replaced, and no worker that had it open is left")
             return
@@ -153,7 +155,7 @@ class Supervisor(Multiprocess):
 
 
 def worker(files: FileIds) -> Gateway:
-    """The application of one worker, on those files of an SQLite store and no others."""
+    """Create the application of one worker; an SQLite store must have these files."""
     settings = Settings()
     configure_logging(settings)
     store = make_store(settings)

@@ -251,20 +251,20 @@ def test_ready(connect, client):
 
 
 @pytest.fixture(scope="module")
-def guarded():
+def guarded_url():
     """A service with tokens and a small limit."""
     with serving(token="secret", read_token="look", max_body_bytes=2048) as url:
         yield url
 
 
-def test_tokens_and_limits(connect, guarded, name, monkeypatch):
+def test_tokens_and_limits(connect, guarded_url, name, monkeypatch):
     with pytest.raises(Unauthenticated):
-        connect(guarded).create_layer(name, 3)
-    layer = connect(guarded, token="secret").create_layer(name, 3)
+        connect(guarded_url).create_layer(name, 3)
+    layer = connect(guarded_url, token="secret").create_layer(name, 3)
     with pytest.raises(Forbidden):
-        connect(guarded, token="look").layer(name).train(BATCH)
+        connect(guarded_url, token="look").layer(name).train(BATCH)
     monkeypatch.setenv("BATCHNORM_TOKEN", "look")
-    monkeypatch.setenv("BATCHNORM_URL", guarded)
+    monkeypatch.setenv("BATCHNORM_URL", guarded_url)
     assert connect().layer(name).eval(BATCH).num_batches_tracked == 0
     for rows in (200, 2_000_000):
         with pytest.raises(PayloadTooLarge):

@@ -1,20 +1,10 @@
-"""The blocking client's source, which is generated."""
+"""The blocking client, which is generated. That its source is up to date is a part of `make check`."""
 
 import inspect
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from batchnorm_client import AsyncClient, AsyncRemoteLayer, Client, RemoteLayer
-
-GENERATE = Path(__file__).parents[2] / "client" / "generate_sync.py"
-
-
-def test_it_is_up_to_date():
-    done = subprocess.run([sys.executable, GENERATE, "--check"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(("blocking", "awaited"), [(Client, AsyncClient), (RemoteLayer, AsyncRemoteLayer)])

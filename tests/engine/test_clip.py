@@ -8,7 +8,14 @@ import torch
 from batchnorm_client.wire.documents import LayerConfig, LayerUpdate
 from batchnorm_service.engine.gradients import backward_step
 from batchnorm_service.engine.moments import merge
-from batchnorm_service.engine.normalize import check_whole, eval_step, frozen, normalize_with, shard_moments, train_step
+from batchnorm_service.engine.normalize import (
+    check_whole,
+    eval_step,
+    normalize_with,
+    output_parameters,
+    shard_moments,
+    train_step,
+)
 from batchnorm_service.engine.state import LayerState, initial_state, update
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -44,7 +51,7 @@ def test_the_shards_of_a_group_too(dtype: torch.dtype, bound: float) -> None:
     clipping, batch = _layer(dtype, bound), _batch(dtype)
     moments, ranges = shard_moments(clipping, batch)
     check_whole(clipping, moments, ranges)
-    step = normalize_with(clipping, frozen(clipping), batch, merge([moments], 3))
+    step = normalize_with(clipping, output_parameters(clipping), batch, merge([moments], 3))
     assert torch.allclose(step.output.double(), train_step(clipping, batch).output.double(), rtol=1e-2, atol=1e-2)
     assert step.output.abs().max() <= bound
 

@@ -20,8 +20,8 @@ from batchnorm_service.engine.inverse import inverse_step
 from batchnorm_service.engine.normalize import (
     eval_statistics,
     eval_step,
-    frozen,
     normalize_with,
+    output_parameters,
     shard_moments,
     train_step,
 )
@@ -198,7 +198,7 @@ def test_a_thread_has_one_stream_and_it_is_not_the_default_one():
 
 
 def test_what_does_not_fit_the_buffer_goes_through_in_pieces():
-    way = Staging(CudaQueue(DEVICE), most=4096)
+    way = Staging(CudaQueue(DEVICE), max_bytes=4096)
     (batch,) = batches((1000, 6), torch.float32, 1)
     there = way.upload(batch, DEVICE)
     (back,) = way.download(there * 2)
@@ -239,7 +239,7 @@ CALLS = {
     "shard's output": lambda state: (
         normalize_with,
         state,
-        frozen(state),
+        output_parameters(state),
         SHARD[0],
         shard_moments(state, SHARD[0])[0],
     ),

@@ -10,7 +10,7 @@ import torch
 from batchnorm_client.wire.documents import LayerConfig, LayerUpdate
 from batchnorm_client.wire.errors import NonFinite
 from batchnorm_service.engine.moments import merge, merge_extremes
-from batchnorm_service.engine.normalize import check_whole, frozen, normalize_with, shard_moments, train_step
+from batchnorm_service.engine.normalize import check_whole, normalize_with, output_parameters, shard_moments, train_step
 from batchnorm_service.engine.state import LayerState, initial_state, update
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -74,7 +74,7 @@ def test_a_group_that_is_not_refused_has_finite_outputs(dtype: torch.dtype, eps:
             assert eps < 1e-9, "refused for roundings that cannot be so large"
             continue
         for shard in shards:
-            assert normalize_with(layer, frozen(layer), shard, whole).output.isfinite().all()
+            assert normalize_with(layer, output_parameters(layer), shard, whole).output.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3])

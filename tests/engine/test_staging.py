@@ -22,8 +22,8 @@ from batchnorm_service.engine.inverse import inverse_step
 from batchnorm_service.engine.normalize import (
     eval_statistics,
     eval_step,
-    frozen,
     normalize_with,
+    output_parameters,
     shard_moments,
     train_step,
 )
@@ -151,7 +151,7 @@ def test_a_buffer_that_is_outgrown_within_a_call_keeps_what_the_device_has_not_r
 
 def test_what_does_not_fit_goes_through_in_pieces():
     queue = Lazy()
-    way = Staging(queue, most=1024)
+    way = Staging(queue, max_bytes=1024)
     batch, vector = torch.randn(1000), torch.randn(10)
     there = way.upload(batch, HERE), way.upload(vector, HERE)
     back = way.download(*there)
@@ -205,7 +205,7 @@ def no_cuda(monkeypatch):
             made.append(self)
 
     monkeypatch.setattr(staging, "CudaQueue", Queue)
-    monkeypatch.setattr(staging, "_own", staging._Own())
+    monkeypatch.setattr(staging, "_thread_staging", staging._ThreadStaging())
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     return made
 
@@ -278,7 +278,7 @@ def queue(monkeypatch):
     queue = Eager()
     way = Recording(queue)
     monkeypatch.setattr(layout, "staging", lambda _: way)
-    monkeypatch.setattr(device_moments, "_PIECE", 100)
+    monkeypatch.setattr(device_moments, "_CHUNK", 100)
     return queue
 
 
@@ -383,8 +383,8 @@ def test_shards(queue, batches, affine):
 
     whole = here[0]
     same(
-        normalize_with(state, frozen(state), batch, whole).output,
-        normalize_with(state, frozen(state), *there(batch), whole).output,
+        normalize_with(state, output_parameters(state), batch, whole).output,
+        normalize_with(state, output_parameters(state), *there(batch), whole).output,
     )
     assert queue.waits == 2
 

@@ -64,12 +64,28 @@ def put(name, headers):
 
 
 @contextlib.asynccontextmanager
-async def serving(monkeypatch, **settings):
-    gateway = create_app(Settings(**settings), MemoryStore())
+async def listening(gateway, settings):
+    """The port at which a gateway is served as uvicorn would, in this event loop, and uvicorn's state."""
     state = ServerState()
     state.default_headers = [(b"date", b"today")]
-    config = uvicorn_config(Settings(**settings), gateway, lifespan="off")
+    config = uvicorn_config(settings, gateway, lifespan="off")
     config.load()
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: Protocol(config, state, {}, loop), "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1], state
+    finally:
+        server.close()
+        for protocol in list(state.connections):
+            protocol.transport.abort()
+        # Whoever asked with HEAD has the whole response before its call ends.
+        await until(lambda: not state.connections and not state.tasks)
+
+
+@contextlib.asynccontextmanager
+async def serving(monkeypatch, **settings):
+    chosen = Settings(**settings)
+    gateway = create_app(chosen, MemoryStore())
     by_asgi = Gateway.__call__
 
     async def counted(self, scope, receive, send):
@@ -77,23 +93,15 @@ async def serving(monkeypatch, **settings):
         await by_asgi(self, scope, receive, send)
 
     monkeypatch.setattr(Gateway, "__call__", counted)
-    async with gateway.app.router.lifespan_context(gateway.app):
-        loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: Protocol(config, state, {}, loop), "127.0.0.1", 0)
-        running = Running(server.sockets[0].getsockname()[1], state, gateway)
+    async with gateway.app.router.lifespan_context(gateway.app), listening(gateway, chosen) as (port, state):
+        running = Running(port, state, gateway)
         token = f"Authorization: Bearer {settings['token']}\r\n" if "token" in settings else ""
         for name in ("bn", "bm"):
             assert (await running.ask(put(name, token)))[0][0] == 201
         running.by_asgi = 0
-        try:
-            yield running
-            assert gateway._running == 0
-            await until(lambda: gateway.transfers.buffered == 0)
-        finally:
-            server.close()
-            for protocol in list(state.connections):
-                protocol.transport.abort()
-            await until(lambda: not state.connections)
+        yield running
+        assert gateway.running == 0
+        await until(lambda: gateway.transfers.buffered == 0)
 
 
 def get(path, headers=""):

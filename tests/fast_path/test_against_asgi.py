@@ -1,4 +1,4 @@
-"""The direct way: the same answers as by ASGI, in the order of the requests, and with back-pressure."""
+"""The fast path: the same responses as by ASGI, in the order of the requests, and with back-pressure."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.anyio
 BATCH = np.arange(12, dtype=np.float32).reshape(6, 2) ** 2
 TENSORS = save({"input": BATCH})
 HUGE = save({"input": np.empty((1 << 40, 2, 0), np.float32)})  # some 90 bytes
-ORDINARY = "Connection: TE\r\n"  # says something of the connection that the direct way knows nothing of
+ORDINARY = "Connection: TE\r\n"  # says something of the connection that the fast path does not handle
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ async def test_an_unexpected_error_is_answered_and_its_call_counted_no_longer(se
     monkeypatch.setattr(moments_source, "train_step", no_memory)
     ((status, _, body),) = await service.ask(post("/v1/layers/bn/train", TENSORS, SAFETENSORS))
     assert (status, json.loads(body)["type"]) == (500, "/problems/internal-error")
-    assert service.gateway._running == 0
+    assert service.gateway.running == 0
 
 
 @pytest.mark.parametrize(
@@ -215,16 +215,16 @@ async def test_an_unexpected_error_is_answered_and_its_call_counted_no_longer(se
         (moments_source.PostedSource, "/v1/layers/bn/moments", save(moments())),
     ],
 )
-async def test_a_bug_on_the_short_way_is_no_slow_success(service, monkeypatch, caplog, broken, path, body):
+async def test_a_bug_on_the_fast_path_is_no_slow_success(service, monkeypatch, caplog, broken, path, body):
     """Whatever went wrong there, the call was begun anew on the other way, and nobody heard of it."""
     await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))
-    under = broken.under
+    compute = broken.compute
 
     async def fails_once(*arguments):
-        monkeypatch.setattr(broken, "under", under)
+        monkeypatch.setattr(broken, "compute", compute)
         raise KeyError("a planted bug")
 
-    monkeypatch.setattr(broken, "under", fails_once)
+    monkeypatch.setattr(broken, "compute", fails_once)
     first, second = await service.ask(
         post(path, body, SAFETENSORS, "X-Request-ID: mine\r\n"), post(path, body, SAFETENSORS)
     )
@@ -234,7 +234,7 @@ async def test_a_bug_on_the_short_way_is_no_slow_success(service, monkeypatch, c
     assert "a planted bug" not in str(problem)
     assert "request mine failed" in caplog.text
     assert "a planted bug" in caplog.text
-    assert (second[0], service.gateway._running) == (200, 0)
+    assert (second[0], service.gateway.running) == (200, 0)
     ((_, _, layer),) = await service.ask(get("/v1/layers/bn"))
     assert json.loads(layer)["num_batches_tracked"] == 1
 
@@ -322,7 +322,7 @@ async def test_who_leaves_in_the_middle_of_a_body_is_counted_no_longer(service):
     _, writer = await asyncio.open_connection("127.0.0.1", service.port)
     writer.write(post("/v1/layers/bn/train", TENSORS, SAFETENSORS)[:-1])
     await until(lambda: service.gateway.transfers.buffered == len(TENSORS) - 1)
-    assert service.gateway._running == 0  # it runs from the end of its body on
+    assert service.gateway.running == 0  # it runs from the end of its body on
     writer.close()
     await until(lambda: service.gateway.transfers.buffered == 0)
     assert service.by_asgi == 0
@@ -334,13 +334,13 @@ async def test_no_more_calls_run_than_may(monkeypatch, way):
         shard = post("/v1/layers/bm/train?group=g&size=2", TENSORS, SAFETENSORS)  # waits for the other
         _, writer = await asyncio.open_connection("127.0.0.1", service.port)
         writer.write(shard)
-        await until(lambda: service.gateway._running == 1)
+        await until(lambda: service.gateway.running == 1)
         ((status, headers, _),) = await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS, way))
         assert (status, headers["retry-after"]) == (503, "1")
         ((status, *_),) = await service.ask(get("/v1/layers"))
         assert status == 503
         writer.close()
-        await until(lambda: service.gateway._running == 0)
+        await until(lambda: service.gateway.running == 0)
         ((status, *_),) = await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS, way))
         assert status == 200
 
@@ -353,6 +353,7 @@ async def test_pipelined_requests_are_answered_in_order(service):
     assert [json.loads(answers[n][2])["num_batches_tracked"] for n in (1, 4)] == [1, 2]
 
 
+@pytest.mark.slow
 async def test_who_does_not_read_is_not_written_to_without_end(service):
     batch = save({"input": np.zeros((1024, 2), np.float32)})
     request, loop = post("/v1/layers/bn/eval", batch, SAFETENSORS), asyncio.get_running_loop()
@@ -385,11 +386,11 @@ async def test_a_connection_that_is_idle_for_too_long_is_closed(service):
     writer.write(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))
     await answer(reader)
     (protocol,) = service.state.connections
-    protocol._look()  # too early: it is looked at again
+    protocol._check_idle()  # too early: it is looked at again
     writer.write(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))
     await answer(reader)
     protocol.timeout_keep_alive = 0
-    protocol._look()
+    protocol._check_idle()
     assert await reader.read() == b""
     writer.close()
 
@@ -402,7 +403,7 @@ async def test_a_request_is_not_idle_because_the_one_before_it_is_answered(servi
     assert (await answer(reader))[0] == 200
     (protocol,) = service.state.connections
     protocol.timeout_keep_alive = 0
-    protocol._look()
+    protocol._check_idle()
     assert (await service.ask(post(shard, TENSORS, SAFETENSORS)))[0][0] == 200
     assert (await answer(reader))[0] == 200
     writer.close()

@@ -11,11 +11,11 @@ from safetensors.numpy import load, save
 
 from batchnorm_client.wire.media_types import JSON, SAFETENSORS
 from batchnorm_service.fast_path import protocol
-from batchnorm_service.fast_path.deadlines import SLOWEST_RATE, Progress
+from batchnorm_service.fast_path.deadlines import MIN_BYTES_PER_SECOND, TransferProgress
 
 from .running import answer, get, post, serving, until
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 ASGI = "Connection: TE\r\n"  # a header that the fast path leaves to ASGI
 EVAL, SHARD = "/v1/layers/bn/eval", "/v1/layers/bm/train?group=g&size=2"
@@ -71,25 +71,25 @@ def looks(progress, counts, seconds=1.0):
 
 def test_a_transfer_without_a_byte_is_too_slow_after_the_timeout():
     many = 1 << 20
-    assert looks(Progress(30), [many] * 100) == 30
-    assert looks(Progress(30), [many] * 20 + [many + 1] * 100) == 50  # the byte was seen at 20 seconds
-    assert looks(Progress(0.5), [many] * 100, seconds=0.125) == 0.5
+    assert looks(TransferProgress(30), [many] * 100) == 30
+    assert looks(TransferProgress(30), [many] * 20 + [many + 1] * 100) == 50  # the byte was seen at 20 seconds
+    assert looks(TransferProgress(0.5), [many] * 100, seconds=0.125) == 0.5
 
 
 def test_a_transfer_that_trickles_is_too_slow_once_the_timeout_has_passed():
-    assert looks(Progress(30), range(1, 100)) == 30
-    assert looks(Progress(30), range(0, 100 * SLOWEST_RATE, SLOWEST_RATE)) is None
-    assert looks(Progress(30), range(0, 100 * SLOWEST_RATE, SLOWEST_RATE - 1)) == 30
+    assert looks(TransferProgress(30), range(1, 100)) == 30
+    assert looks(TransferProgress(30), range(0, 100 * MIN_BYTES_PER_SECOND, MIN_BYTES_PER_SECOND)) is None
+    assert looks(TransferProgress(30), range(0, 100 * MIN_BYTES_PER_SECOND, MIN_BYTES_PER_SECOND - 1)) == 30
 
 
 def test_the_rate_is_that_of_the_whole_transfer():
-    begun = 60 * SLOWEST_RATE
-    assert looks(Progress(30), range(begun, begun + 1000)) == 61  # 60 KiB + 61 bytes in 61 s
-    assert looks(Progress(30, start=begun), range(begun, begun + 1000)) == 30
+    begun = 60 * MIN_BYTES_PER_SECOND
+    assert looks(TransferProgress(30), range(begun, begun + 1000)) == 61  # 60 KiB + 61 bytes in 61 s
+    assert looks(TransferProgress(30, start=begun), range(begun, begun + 1000)) == 30
 
 
 def test_pauses_of_the_server_do_not_count():
-    progress = Progress(30)
+    progress = TransferProgress(30)
     assert looks(progress, [0] * 1000, seconds=0.0) is None
     assert looks(progress, [0] * 1000) == 29  # the look before was the first
 
@@ -144,7 +144,7 @@ async def test_a_request_that_trickles_gets_408(anyio_backend, monkeypatch, way)
 @pytest.mark.parametrize("way", ["", ASGI])
 async def test_a_request_that_comes_steadily_is_answered_however_long_it_takes(anyio_backend, monkeypatch, way):
     async with serving(monkeypatch, read_timeout_seconds=SHORT) as service, connection(service) as (reader, writer):
-        batch = save({"input": np.ones((1 << 13, 2), np.float32)})  # 64 KiB in at least 2 seconds
+        batch = save({"input": np.ones((1 << 12, 2), np.float32)})  # 32 KiB in at least a second
         request = post(EVAL, batch, SAFETENSORS, way)
         for begin in range(0, len(request), 2048):
             writer.write(request[begin : begin + 2048])
@@ -169,7 +169,7 @@ async def test_a_request_that_the_server_does_not_read_is_not_late(anyio_backend
     """It waits behind another one, and is so large that its connection is not read meanwhile."""
     async with serving(monkeypatch, read_timeout_seconds=SHORT) as service, connection(service) as (reader, writer):
         writer.write(post(SHARD, SMALL, SAFETENSORS) + post(EVAL, LARGE, SAFETENSORS, ASGI))
-        await until(lambda: service.gateway._running == 1)
+        await until(lambda: service.gateway.running == 1)
         for _ in range(3):
             await late(service)
         assert (await service.ask(post(SHARD, SMALL, SAFETENSORS)))[0][0] == 200
@@ -181,7 +181,7 @@ async def test_a_call_that_takes_long_is_not_late(anyio_backend, monkeypatch):
     timeouts = {"read_timeout_seconds": SHORT, "write_timeout_seconds": SHORT}
     async with serving(monkeypatch, **timeouts) as service, connection(service) as (reader, writer):
         writer.write(post(SHARD, SMALL, SAFETENSORS))
-        await until(lambda: service.gateway._running == 1)
+        await until(lambda: service.gateway.running == 1)
         for _ in range(3):
             await late(service)
         assert (await service.ask(post(SHARD, SMALL, SAFETENSORS)))[0][0] == 200
@@ -197,7 +197,7 @@ async def test_who_never_finishes_a_body_keeps_nobody_out(anyio_backend, monkeyp
             await until(lambda n=number: len(service.state.connections) == n + 1)
         await until(lambda: way or service.gateway.transfers.buffered == 5 * (len(SMALL) - 1))
         assert (await service.ask(post(EVAL, SMALL, SAFETENSORS, way)))[0][0] == 200
-        assert service.gateway._running == 0
+        assert service.gateway.running == 0
 
 
 # Responses that are not read.
@@ -212,7 +212,7 @@ async def test_a_response_that_nobody_reads_is_dropped(anyio_backend, monkeypatc
     async with serving(monkeypatch, **settings) as service, connection(service, 1 << 14) as (_, writer):
         writer.write(post(path, LARGE, SAFETENSORS, way))
         transfers = service.gateway.transfers
-        await until(lambda: transfers.buffered > 1 << 20 and not service.gateway._running)
+        await until(lambda: transfers.buffered > 1 << 20 and not service.gateway.running)
         ((status, headers, body),) = await service.ask(get("/v1/layers/bn"))
         assert (status, json.loads(body)["type"], headers["retry-after"]) == (503, "/problems/overloaded", "1")
         assert (await service.ask(get("/healthz")))[0][0] == 200
@@ -276,13 +276,12 @@ async def test_bodies_that_were_let_in_cannot_grow_without_bound(anyio_backend, 
     async with serving(monkeypatch, **settings) as service, contextlib.AsyncExitStack() as stack:
         callers = [await stack.enter_async_context(connection(service)) for _ in range(4)]
         for _, writer in callers:
-            writer.write(post(EVAL, body, SAFETENSORS, way)[: -len(body)])
-        await until(lambda: len(service.state.connections) == 4)
-        await asyncio.sleep(0.05)  # all heads are read before the first body
-        for _, writer in callers:
-            writer.write(body[:-1])
+            writer.write(post(EVAL, body, SAFETENSORS, way)[: 1 - len(body)])
         refused = []
         transfers = service.gateway.transfers
+        await until(lambda: transfers.buffered == 4)  # all are let in before much of a body has come
+        for _, writer in callers:
+            writer.write(body[1:-1])
 
         async def read(reader, writer):
             status, _, problem = await answer(reader)
@@ -325,12 +324,12 @@ async def test_a_connection_is_not_idle_when_the_next_request_has_begun(anyio_ba
     async with serving(monkeypatch) as service, connection(service) as (reader, writer):
         shard, following = post(SHARD, SMALL, SAFETENSORS), get("/v1/layers/bn")
         writer.write(shard + following[:20])
-        await until(lambda: service.gateway._running == 1)
+        await until(lambda: service.gateway.running == 1)
         (served,) = service.state.connections
         assert (await service.ask(shard))[0][0] == 200
         assert (await answer(reader))[0] == 200
         served.timeout_keep_alive = 0
-        served._look()
+        served._check_idle()
         served.timeout_keep_alive = 60
         writer.write(following[20:])
         assert (await answer(reader))[0] == 200
@@ -340,9 +339,9 @@ async def test_a_connection_on_which_nothing_is_asked_is_closed(anyio_backend, m
     async with serving(monkeypatch) as service, connection(service) as (reader, _):
         await until(lambda: service.state.connections)
         (served,) = service.state.connections
-        assert served._timer is not None
+        assert served._idle_timer is not None
         served.timeout_keep_alive = 0
-        served._look()
+        served._check_idle()
         assert await reader.read() == b""
 
 
@@ -352,7 +351,7 @@ async def test_a_connection_is_not_idle_while_its_last_response_is_read(anyio_ba
         await until(lambda: service.gateway.transfers.buffered)
         (served,) = service.state.connections
         served.timeout_keep_alive = 0
-        served._look()
+        served._check_idle()
         served.timeout_keep_alive = 60
         assert not served.transport.is_closing()
         assert (await answer(reader))[0] == 200

@@ -1,4 +1,4 @@
-"""Large bodies on the direct way: in pieces, followed by others, and never complete."""
+"""Large bodies on the fast path: in pieces, followed by others, and never complete."""
 
 import asyncio
 import contextlib

@@ -10,7 +10,7 @@ from safetensors.numpy import save
 
 from batchnorm_client.wire.media_types import JSON, SAFETENSORS
 from batchnorm_service.fast_path import protocol as protocol_module
-from batchnorm_service.fast_path.trailers import MOST_HEAD_BYTES
+from batchnorm_service.fast_path.trailers import MAX_HEAD_BYTES
 from batchnorm_service.store.memory import MemoryStore
 
 from .running import answer, get, post, serving, until
@@ -180,7 +180,7 @@ async def test_a_large_body_after_a_chunked_one_is_no_trailer(anyio_backend, mon
 
 async def test_trailers_of_who_was_refused_are_not_kept(anyio_backend, monkeypatch):
     async with serving(monkeypatch, token="t") as service, connection(service) as (reader, writer):
-        writer.write(WHOLE + b"x: y\r\n" * (MOST_HEAD_BYTES // 20))
+        writer.write(WHOLE + b"x: y\r\n" * (MAX_HEAD_BYTES // 20))
         assert (await answer(reader))[0] == 401
         (protocol,) = connections_of(service, writer)
         assert len(protocol.scope["headers"]) < 10
@@ -204,7 +204,7 @@ async def test_an_offer_with_a_target_that_cannot_be_read_is_refused_once(anyio_
 
 
 async def test_a_head_that_is_too_large_is_refused_also_when_it_comes_at_once(anyio_backend, monkeypatch):
-    head = get("/healthz", "X-Long: " + "x" * MOST_HEAD_BYTES + "\r\n")
+    head = get("/healthz", "X-Long: " + "x" * MAX_HEAD_BYTES + "\r\n")
     async with serving(monkeypatch) as service, connection(service) as (reader, writer):
         await until(lambda: connections_of(service, writer))
         connections_of(service, writer)[0].data_received(head)

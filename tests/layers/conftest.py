@@ -14,6 +14,7 @@ from batchnorm_client.wire.documents import LayerConfig
 from batchnorm_client.wire.tensors import Tensor
 from batchnorm_service.fast_path.eager import start
 from batchnorm_service.layers import Folded, Layers, LayersOptions, Normalized
+from batchnorm_service.runtime import RUNTIME, Runtime
 from batchnorm_service.store.base import Store
 
 T = TypeVar("T")
@@ -49,6 +50,12 @@ async def fold_moments(
     return await started(layers.batches.fold_moments(name, lambda _: tensors, key))
 
 
+async def settle() -> None:
+    """Let everything go on that waits for no thread and no clock."""
+    for _ in range(100):
+        await asyncio.sleep(0)
+
+
 async def started(call: Coroutine[Any, Any, T]) -> T:
     """What a call returns."""
     if not _Way.eager:
@@ -62,10 +69,10 @@ async def evaluate(layers: Layers, name: str, array: np.ndarray) -> Normalized:
 
 
 @asynccontextmanager
-async def serving(store: Store, **options: Any) -> AsyncIterator[Layers]:
+async def serving(store: Store, runtime: Runtime = RUNTIME, **options: Any) -> AsyncIterator[Layers]:
     """`Layers` over a store that is opened before and closed after."""
     await store.open()
-    layers = Layers(store, LayersOptions(**options))
+    layers = Layers(store, LayersOptions(**options), runtime)
     await layers.open()
     try:
         yield layers

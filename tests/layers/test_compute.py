@@ -65,8 +65,8 @@ async def test_work_away_is_never_done_on_the_event_loop(monkeypatch):
     here, there = (initial_state(LayerConfig(num_features=3, device=device)) for device in (None, "cuda:1"))
     batch = torch.ones(4, 3)
     try:
-        assert computing.away(there)
-        assert not computing.away(here)
+        assert computing.off_cpu(there)
+        assert not computing.off_cpu(here)
         outputs = [await computing.run(batch.nbytes, eval_step, layer, batch) for layer in (here, there)]
     finally:
         computing.close()

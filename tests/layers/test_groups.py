@@ -16,7 +16,7 @@ from batchnorm_client.wire.tensors import Tensor
 from batchnorm_service.engine.tensors import to_wire
 from batchnorm_service.layers import GroupCall, Layers
 from batchnorm_service.store.memory import MemoryStore
-from layers.conftest import CONFIG, batch, serving, train
+from layers.conftest import CONFIG, batch, serving, settle, train
 
 pytestmark = pytest.mark.anyio
 
@@ -119,13 +119,13 @@ async def test_one_too_many_and_another_size_are_refused() -> None:
         await layers.create("a", CONFIG)
         group = GroupCall("g", 2)
         first = asyncio.create_task(train(layers, "a", batch(1), "one", group=group))
-        await asyncio.sleep(0.01)
+        await settle()
         with pytest.raises(errors.GroupMismatch):
             await train(layers, "a", batch(2), "two", group=GroupCall("g", 5))
         with pytest.raises(errors.IdempotencyKeyReused):
             await train(layers, "a", batch(2), "one", group=group)
         twin = asyncio.create_task(train(layers, "a", batch(1), "one", group=group))
-        await asyncio.sleep(0.01)
+        await settle()
         answers = await asyncio.gather(
             *(train(layers, "a", batch(seed), f"k{seed}", group=group) for seed in (2, 3)), return_exceptions=True
         )
@@ -140,7 +140,7 @@ async def test_a_member_without_a_key_is_withdrawn_when_its_caller_hangs_up() ->
         await layers.create("a", CONFIG)
         group = GroupCall("g", 2)
         gone = asyncio.create_task(train(layers, "a", batch(1), group=group))
-        await asyncio.sleep(0.01)
+        await settle()
         gone.cancel()
         await asyncio.gather(gone, return_exceptions=True)
         results = await asyncio.gather(*(train(layers, "a", batch(seed), group=group) for seed in (2, 3)))
@@ -258,7 +258,7 @@ async def test_shards_of_a_deleted_layer_do_not_get_into_the_one_that_follows_it
         await layers.create("a", CONFIG)
         group = GroupCall("g", 2, timeout=0.1)
         first = asyncio.create_task(train(layers, "a", batch(1), "one", group=group))
-        await asyncio.sleep(0.01)
+        await settle()
         await layers.delete("a", None)
         await layers.create("a", CONFIG)
         answers = await asyncio.gather(first, train(layers, "a", batch(2), "two", group=group), return_exceptions=True)
@@ -271,7 +271,7 @@ async def test_a_group_is_normalized_with_the_weight_that_it_was_committed_on() 
         await layers.create("a", CONFIG)
         group = GroupCall("g", 2)
         first = asyncio.create_task(train(layers, "a", batch(1), group=group))
-        await asyncio.sleep(0.01)
+        await settle()
         await layers.update("a", LayerUpdate(weight=[2.0, 2.0, 2.0]), None)
         second = await train(layers, "a", batch(2), group=group)
         module = nn.BatchNorm1d(3)

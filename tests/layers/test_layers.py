@@ -17,7 +17,7 @@ from batchnorm_service.engine.state import LayerState
 from batchnorm_service.layers import group_commit as plan
 from batchnorm_service.store.base import Duplicates, Receipt
 from batchnorm_service.store.memory import MemoryStore
-from layers.conftest import CONFIG, batch, evaluate, fold_moments, serving, train
+from layers.conftest import CONFIG, batch, evaluate, fold_moments, serving, settle, train
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("both_ways")]
 
@@ -157,7 +157,7 @@ async def test_one_bad_batch_among_many_is_refused_alone() -> None:
 
 async def test_batches_that_none_is_refused_of_are_folded_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """One by one is slower, and only for finding out which of them is refused."""
-    monkeypatch.setattr(plan, "_each", None)
+    monkeypatch.setattr(plan, "_plan_one_by_one", None)
     async with serving(MemoryStore()) as layers:
         await layers.create("a", CONFIG)
         results = await asyncio.gather(*(train(layers, "a", batch(seed), f"{seed}") for seed in range(5)))
@@ -220,16 +220,19 @@ async def test_eval_sees_the_last_fold_and_changes_nothing() -> None:
 async def test_queued_batches_of_a_deleted_layer_are_refused() -> None:
     class Slow(MemoryStore):
         async def commit(self, *args, **kwargs):
-            await asyncio.sleep(0.01)
+            await free.wait()
             return await super().commit(*args, **kwargs)
 
+    free = asyncio.Event()
     async with serving(Slow()) as layers:
         await layers.create("a", CONFIG)
         first = asyncio.create_task(train(layers, "a", batch(1)))
-        await asyncio.sleep(0.001)
+        await settle()
         gone = asyncio.create_task(layers.delete("a", None))
-        await asyncio.sleep(0)
+        await settle()
         late = asyncio.create_task(train(layers, "a", batch(2)))
+        await settle()
+        free.set()
         assert (await first).num_batches_tracked == 1
         await gone
         with pytest.raises(errors.LayerNotFound):

@@ -109,7 +109,9 @@ def test_nobody_is_starved(trips: list[float]) -> None:
 
 async def _race(trips: list[float], count: int) -> tuple[list[int], list[int]]:
     """Who made each of the first commits, when each replica has two callers that never pause; races lost in a row."""
-    shared = MemoryStore(exclusive=False, runtime=Clocks(wall=asyncio.get_running_loop().time))
+    time = asyncio.get_running_loop().time
+    runtime = Clocks(wall=time, now=time)
+    shared = MemoryStore(exclusive=False, runtime=runtime)
     commits: list[int] = []
     lost, losses = [0] * len(trips), [0] * len(trips)
 
@@ -136,7 +138,7 @@ async def _race(trips: list[float], count: int) -> tuple[list[int], list[int]]:
 
     async with AsyncExitStack() as stack:
         stores = [virtual.Distant(Noted(who), trip) for who, trip in enumerate(trips)]
-        services = [await stack.enter_async_context(serving(store)) for store in stores]  # type: ignore[arg-type]
+        services = [await stack.enter_async_context(serving(store, runtime)) for store in stores]  # type: ignore[arg-type]
         await services[0].create("a", CONFIG)
         await asyncio.gather(*(caller(service) for service in services for _ in range(2)))
     return commits[:count], losses
@@ -150,18 +152,18 @@ def _pauses(rivals: ContentionBackoff, told: int | None, losses: int = 0, passed
 
 def test_a_winner_gives_way_a_turn_for_each_that_waits() -> None:
     rivals = ContentionBackoff()
-    rivals.took(0.001)
+    rivals.record_duration(0.001)
     assert _pauses(rivals, 0) == []
     assert _pauses(rivals, 0, losses=3) == []
     assert _pauses(rivals, 1) == [1]
     assert _pauses(rivals, 7, losses=3) == [7]
-    rivals.took(0.002)
+    rivals.record_duration(0.002)
     assert _pauses(rivals, 1) == [1.2], "a turn is what turns took lately"
 
 
 def test_a_winner_waits_for_those_that_are_farther_away_each_time_longer() -> None:
     rivals = ContentionBackoff()
-    rivals.took(0.001)
+    rivals.record_duration(0.001)
     assert _pauses(rivals, 1, passed=[0, 0, 0]) == [1, 2, 4, 8]
     assert _pauses(rivals, 3, passed=[1, 2, 2, 3]) == [3, 4, 4, 8]
     pauses = list(rivals.pauses(1, 0, lambda: 0))
@@ -171,7 +173,7 @@ def test_a_winner_waits_for_those_that_are_farther_away_each_time_longer() -> No
 
 def test_one_that_never_comes_is_waited_for_once() -> None:
     rivals = ContentionBackoff()
-    rivals.took(0.001)
+    rivals.record_duration(0.001)
     assert sum(rivals.pauses(2, 0, lambda: 0)) == pytest.approx(0.2)
     assert _pauses(rivals, 2) == [], "both have died or given up"
     assert _pauses(rivals, 3) == [1], "a third has come, and passes: so may they"
@@ -183,7 +185,7 @@ def test_one_that_never_comes_is_waited_for_once() -> None:
 
 def test_where_the_store_does_not_tell_rivals_are_guessed_and_forgotten_slowly() -> None:
     rivals = ContentionBackoff()
-    rivals.took(0.001)
+    rivals.record_duration(0.001)
     assert _pauses(rivals, None) == []
     assert _pauses(rivals, None, losses=3, passed=[0]) == [3], "those may have gone"
     assert _pauses(rivals, None) == [3 * 0.875], "or be starved"
@@ -196,12 +198,12 @@ def test_where_the_store_does_not_tell_rivals_are_guessed_and_forgotten_slowly()
 
 def test_nobody_gives_way_for_long() -> None:
     rivals = ContentionBackoff()
-    rivals.took(5.0)
+    rivals.record_duration(5.0)
     assert list(rivals.pauses(1000, 0, lambda: 0)) == [0.2]
     assert list(rivals.pauses(None, 1000, lambda: 0)) == [0.2]
     after = ContentionBackoff()
-    after.took(5.0)
-    after.took(0.0)
+    after.record_duration(5.0)
+    after.record_duration(0.0)
     assert _pauses(after, 1) == [160], "a store that was away counts as the longest turn"
     assert sum(ContentionBackoff().pauses(1, 0, lambda: 0)) == pytest.approx(0.2), (
         "nor for ever, where a turn took no time at all"

@@ -1,4 +1,4 @@
-"""The service over a store in memory, and a client that calls it without a socket."""
+"""The service over a store in memory; every test of a call runs by ASGI, and over a socket by the fast path."""
 
 import contextlib
 
@@ -8,37 +8,76 @@ import pytest
 from batchnorm_service.app import create_app
 from batchnorm_service.settings import Settings
 from batchnorm_service.store.memory import MemoryStore
+from fast_path.running import listening
+
+
+class Socket(httpx.AsyncHTTPTransport):
+    """Sends requests to a port of this machine, whatever host they name."""
+
+    def __init__(self, port):
+        super().__init__(verify=False)
+        self.port = port
+
+    async def handle_async_request(self, request):
+        request.url = request.url.copy_with(host="127.0.0.1", port=self.port)
+        return await super().handle_async_request(request)
 
 
 class Service:
-    """A running application with its parts; `client()` talks to it."""
+    """A running application with its parts; `client()` talks to it.
 
-    def __init__(self, **settings):
-        self.store = MemoryStore()
-        self.gateway = create_app(Settings(**settings), self.store)
-        self.layers = self.gateway.app.state.layers
+    Args:
+        port: where it is served by the fast path; None to call it by ASGI.
+    """
+
+    def __init__(self, gateway, store, port):
+        self.store = store
+        self.gateway = gateway
+        self.layers = gateway.app.state.layers
+        self._port = port
 
     def client(self, app=None, **headers):
-        transport = httpx.ASGITransport(app or self.gateway)
+        transport = Socket(self._port) if self._port and app is None else httpx.ASGITransport(app or self.gateway)
         return httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
 
 
 @contextlib.asynccontextmanager
-async def running(**settings):
-    service = Service(**settings)
-    async with service.gateway.app.router.lifespan_context(service.gateway.app):
-        yield service
+async def running(way, **settings):
+    chosen, store = Settings(fast_path=way == "fast path", **settings), MemoryStore()
+    gateway = create_app(chosen, store)
+    async with gateway.app.router.lifespan_context(gateway.app):
+        if chosen.fast_path:
+            async with listening(gateway, chosen) as (port, _):
+                yield Service(gateway, store, port)
+        else:
+            yield Service(gateway, store, None)
+
+
+@pytest.fixture(params=["asgi", "fast path"])
+def way(request):
+    """How requests reach the service."""
+    return request.param
+
+
+by_asgi = pytest.mark.parametrize("way", ["asgi"], indirect=True)
+"""For a test that calls the application itself, or looks into it, instead of sending a request."""
 
 
 @pytest.fixture
-def serve():
+def anyio_backend(way):
+    """On the loop that uvicorn runs on, where its protocol is used."""
+    return "asyncio", {"use_uvloop": way == "fast path"}
+
+
+@pytest.fixture
+def serve(way):
     """`async with serve(token="t") as service:` for tests that need settings of their own."""
-    return running
+    return lambda **settings: running(way, **settings)
 
 
 @pytest.fixture
-async def service():
-    async with running() as service:
+async def service(serve):
+    async with serve() as service:
         yield service
 
 

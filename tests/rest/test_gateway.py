@@ -42,6 +42,12 @@ async def gone():
 
 
 @pytest.fixture
+def way():
+    """These tests are the server that calls the application by ASGI."""
+    return "asgi"
+
+
+@pytest.fixture
 async def bn(client):
     (await client.put("/v1/layers/bn", json={"num_features": 1})).raise_for_status()
 
@@ -67,7 +73,7 @@ async def test_too_many_calls_at_once(serve):
 
         shard = scope() | {"query_string": b"group=g&size=2"}  # which waits for the other one
         waiting = asyncio.create_task(service.gateway(shard, receive, Sent()))
-        await until(lambda: service.gateway._running)
+        await until(lambda: service.gateway.running)
         for path in ("/v1/layers", "/v1/layers/bn"):
             answer = await client.get(path)
             assert (answer.status_code, answer.json()["type"]) == (503, "/problems/overloaded")
@@ -116,8 +122,14 @@ async def test_a_response_on_its_way_takes_no_slot_and_counts_as_buffered(serve)
 
 async def test_a_call_that_the_server_gives_up_gets_an_answer(service, bn):
     sent = Sent()
-    task = asyncio.create_task(service.gateway(scope(), asyncio.Event().wait, sent))
-    await asyncio.sleep(0.01)
+    reads = asyncio.Event()
+
+    async def receive():
+        reads.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(service.gateway(scope(), receive, sent))
+    await reads.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -12,6 +12,8 @@ from batchnorm_client.wire.tensors import Tensor, encode
 from batchnorm_service.engine import running_statistics
 from batchnorm_service.layers import group_commit as plan
 
+from .conftest import by_asgi
+
 pytestmark = pytest.mark.anyio
 
 BATCH = np.array([[1.0, 2.0], [3.0, 6.0], [5.0, 1.0]])
@@ -193,15 +195,17 @@ async def test_an_incomplete_group_is_told_so(client, population):
     assert (await client.get(population)).json()["num_batches_tracked"] == 0
 
 
+@by_asgi
 async def test_a_member_without_a_key_that_hangs_up_is_withdrawn(service, client, population):
     """As a real server does it: the connection closes while the call waits for others."""
     body = b'{"input": [[1.0, 2.0]]}'
-    hung_up = asyncio.Event()
+    waits, hung_up = asyncio.Event(), asyncio.Event()
 
     async def receive():
         if not receive.read:
             receive.read = True
             return {"type": "http.request", "body": body}
+        waits.set()
         await hung_up.wait()
         return {"type": "http.disconnect"}
 
@@ -218,7 +222,7 @@ async def test_a_member_without_a_key_that_hangs_up_is_withdrawn(service, client
         "headers": [(b"content-type", JSON.encode()), (b"content-length", b"%d" % len(body))],
     }
     gone = asyncio.create_task(service.gateway(scope, receive, send))
-    await asyncio.sleep(0.01)
+    await waits.wait()
     hung_up.set()
     await gone
     answers = await asyncio.gather(

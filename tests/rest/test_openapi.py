@@ -31,6 +31,12 @@ CALLS = {
 
 
 @pytest.fixture
+def way():
+    """The document is the same whoever asks for it; `test_pages.py` asks both ways."""
+    return "asgi"
+
+
+@pytest.fixture
 async def document(client):
     return (await client.get("/openapi.json")).json()
 

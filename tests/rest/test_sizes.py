@@ -50,14 +50,12 @@ async def refused(client, url, content, form, accept=JSON):
     return problem
 
 
-@pytest.mark.parametrize("accept", [JSON, NPY, SAFETENSORS])
 @pytest.mark.parametrize("form", [NPY, SAFETENSORS])
 @pytest.mark.parametrize("call", ["eval", "inverse", "train", "eval?statistics=true", "train?group=g&size=2"])
-async def test_a_shape_that_no_byte_pays_for_is_refused(client, layer, call, form, accept):
-    if "statistics" in call and accept == NPY:
-        accept = SAFETENSORS
-    problem = await refused(client, f"{layer}/{call}", body(form, HUGE), form, accept)
-    assert (problem["expected"], problem["got"], problem["field"]) == (2**25, 2**40, "input")
+async def test_a_shape_that_no_byte_pays_for_is_refused(client, layer, call, form):
+    for accept in [JSON, SAFETENSORS] if "statistics" in call else [JSON, NPY, SAFETENSORS]:
+        problem = await refused(client, f"{layer}/{call}", body(form, HUGE), form, accept)
+        assert (problem["expected"], problem["got"], problem["field"]) == (2**25, 2**40, "input"), accept
 
 
 @pytest.mark.parametrize("call", ["backward?mode=eval", "backward?mode=train", "backward?mode=train&group=g&size=2"])

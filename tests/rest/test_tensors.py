@@ -164,7 +164,7 @@ async def test_a_large_answer_goes_out_in_pieces(client):
     np.testing.assert_allclose(output(answer).mean(0), np.zeros(4), atol=1e-4)
 
 
-async def test_the_routed_way_answers_as_the_short_way(service, layer):
+async def test_fastapi_answers_as_the_table_of_endpoints(service, layer):
     """FastAPI has train and eval as routes too; they must not drift from what the gateway does before it."""
     async with service.client() as client, service.client(WithState(service.gateway.app)) as routed:
         for call in ("eval", "train"):

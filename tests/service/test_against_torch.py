@@ -195,6 +195,7 @@ def ulps(a: torch.Tensor, b: torch.Tensor) -> int:
     return int((a.view(bits).long() - b.view(bits).long()).abs().max())
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 def test_the_service_equals_torch(case: Case) -> None:

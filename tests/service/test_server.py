@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from store.valkey_servers import free_port
+from store.valkey_servers import free_port, wait_for
 
 from .conftest import Process, environment
 
@@ -68,10 +68,11 @@ def test_a_stop_answers_what_is_in_flight_and_exits_0(start, store, http, number
     http.close()
     body = b'{"input": [[1, 2], [3, 4]]}'
     with connect(process.url) as connection:
-        connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body[:10])
-        time.sleep(0.2)  # the server has begun to read it
+        connection.sendall(HEAD + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body))
+        assert read_answer(connection)[0] == 100  # so it waits for the body
+        connection.sendall(body[:10])
         process.process.send_signal(number)
-        time.sleep(0.5)  # it stops, and waits
+        wait_for("it stops", lambda: connection_error(process.url) == errno.ECONNREFUSED)
         assert process.process.poll() is None
         connection.sendall(body[10:])
         status, headers, _ = read_answer(connection)
@@ -106,7 +107,7 @@ def test_a_stop_under_load_loses_no_answered_batch(start, store, http):
     threads = [threading.Thread(target=train) for _ in range(4)]
     for thread in threads:
         thread.start()
-    time.sleep(0.5)
+    wait_for("some are answered", lambda: len(answered) > 100)
     assert process.stop() == 0
     for thread in threads:
         thread.join()
@@ -118,8 +119,8 @@ def test_a_stop_under_load_loses_no_answered_batch(start, store, http):
 def test_a_stop_does_not_wait_forever(start):
     process = start("--store", "memory:", BATCHNORM_SHUTDOWN_SECONDS="1")
     with connect(process.url) as connection:
-        connection.sendall(HEAD + b"Content-Length: 9\r\n\r\n")
-        time.sleep(0.2)
+        connection.sendall(HEAD + b"Expect: 100-continue\r\nContent-Length: 9\r\n\r\n")
+        assert read_answer(connection)[0] == 100  # so it waits for the body
         assert process.stop() == 0
         status, headers, body = read_answer(connection)
     assert status == 503
@@ -136,8 +137,7 @@ def test_a_second_interrupt_stops_at_once_and_quietly(start):
         connection.sendall(HEAD + b"Expect: 100-continue\r\nContent-Length: 9\r\n\r\n")
         assert read_answer(connection)[0] == 100  # so it waits for the body
         process.process.send_signal(signal.SIGINT)
-        while connection_error(process.url) != errno.ECONNREFUSED:  # then it has begun to stop
-            pass
+        wait_for("it stops", lambda: connection_error(process.url) == errno.ECONNREFUSED)
         process.process.send_signal(signal.SIGINT)
         assert read_answer(connection)[0] == 503
     while process.process.poll() is None:
@@ -204,7 +204,34 @@ def test_an_unknown_method_is_answered(plain, http):
     assert http.request("PROPFIND", f"{plain}/v1/layers").status_code == 405
 
 
-def test_the_application_runs_under_plain_uvicorn_too(http, store, tmp_path):
+REQUESTS = [
+    ("PUT", "", {"num_features": 2}),
+    ("POST", "/train", {"input": [[1, 2], [3, 4]]}),
+    ("POST", "/train?statistics=true", {"input": [[1, 2], [3, 4]]}),
+    ("POST", "/eval", {"input": [[1, 2]]}),
+    ("POST", "/inverse", {"input": [[1, 2]]}),
+    ("POST", "/backward", {"input": [[1, 2], [3, 4]], "grad_output": [[1, 2], [3, 4]]}),
+    ("POST", "/moments", {"count": 2, "mean": [1, 2], "var": [3, 4]}),
+    ("POST", "/eval", {"input": [[1, 2, 3]]}),
+    ("POST", "/eval", {"inputs": []}),
+    ("PATCH", "", {"weight": [2, 3]}),
+    ("POST", "/reset", {"what": "parameters"}),
+    ("GET", "/state", None),
+    ("OPTIONS", "/train", None),
+    ("DELETE", "", None),
+    ("GET", "", None),
+]
+
+
+def responses(http, url):
+    """What differs by nothing but the time, and the id of a request."""
+    for method, call, document in REQUESTS:
+        response = http.request(method, f"{url}/v1/layers/bn{call}", json=document, headers={"X-Request-ID": "same"})
+        headers = {name: value for name, value in response.headers.items() if name not in {"date", "server"}}
+        yield response.status_code, headers, re.sub(rb'"\w+_at":"[^"]*"', b"", response.content)
+
+
+def test_plain_uvicorn_serves_the_same_api(start, http, store, tmp_path):
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "uvicorn", "--factory", "batchnorm_service.app:create_app", "--port", str(port)],
@@ -212,12 +239,8 @@ def test_the_application_runs_under_plain_uvicorn_too(http, store, tmp_path):
         stderr=subprocess.DEVNULL,
     )
     try:
-        for _ in range(200):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        create(http, f"http://127.0.0.1:{port}")
+        wait_for("it listens", lambda: connection_error(f"http://127.0.0.1:{port}") == 0)
+        assert [*responses(http, f"http://127.0.0.1:{port}")] == [*responses(http, start("--store", "memory:").url)]
         assert (tmp_path / "layers.db").exists()
     finally:
         process.terminate()

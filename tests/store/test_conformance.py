@@ -9,8 +9,8 @@ import pytest
 
 from batchnorm_service.runtime import RUNTIME
 from batchnorm_service.store.base import (
+    CONTENDER_SECONDS,
     HEAD_BYTES,
-    LOST_SECONDS,
     Committed,
     Conflict,
     Duplicates,
@@ -310,7 +310,7 @@ async def test_who_wins_is_told_how_many_others_have_lost_and_wait(store: Store,
     answers += [await told("a", fourth, fifth, [receipt(), *two])]
     assert answers == ([0, 0, 2, 1, 1, 0] if table.tells_contenders else [None] * 6)
     await lose(first.stamp, three)
-    table.forward(LOST_SECONDS)
+    table.forward(CONTENDER_SECONDS)
     assert await told("a", fifth, after(fifth, b"sixth"), [receipt()]) in (0, None), "they have given up"
 
 

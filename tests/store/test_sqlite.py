@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from batchnorm_service.layers.idempotency import token
+from batchnorm_service.layers.idempotency import make_token
 from batchnorm_service.runtime import RUNTIME
 from batchnorm_service.store.base import Committed, Conflict, Duplicates, Missing, Record, Shard, StoreError
 from batchnorm_service.store.sqlite.store import SqliteStore
@@ -268,7 +268,7 @@ async def test_receipts_in_ascending_order_touch_few_pages(sqlite: SqliteStore) 
         assert await sqlite.commit("a", record.stamp, None, [receipt() for _ in range(250)]) == Committed()
     assert await pages(lambda: secrets.token_bytes(16)) > 30
     for _ in range(3):
-        assert await pages(lambda: token(RUNTIME, None, "train").key) < 20
+        assert await pages(lambda: make_token(RUNTIME, None, "train").key) < 20
 
 
 def _pages_of_the_log(store: SqliteStore) -> int:

@@ -205,7 +205,7 @@ async def test_every_call_fails_from_then_on_until_the_store_is_opened_again(
         lambda: store.join("a", made, bytes(16), 1, Shard(bytes(16), bytes(16), b"")),
         lambda: store.leave("a", made, bytes(16), None),
         lambda: store.list("", "", 10),
-        lambda: store.remember("a", made, []),
+        lambda: store.import_receipts("a", made, []),
         receipts,
     ]
     for call in calls:

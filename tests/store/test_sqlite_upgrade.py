@@ -291,6 +291,7 @@ async def _refusal(path: Path) -> str:
     return str(refused.value)
 
 
+@pytest.mark.slow
 @every(*OLD)
 async def test_whatever_fails_or_is_killed_in_the_middle_leaves_the_file_as_it_was(
     path: Path, tmp_path: Path, sabotage: type[Sabotaged]

@@ -88,7 +88,7 @@ async def test_remembered_receipts_count_as_long_as_they_say(table: Table, store
     record = await created(store, "a")
     made = record.stamp.incarnation
     short, long = ReceiptWithTTL(0, receipt(version=1), 500.0), ReceiptWithTTL(0, receipt(), 5000.0)
-    assert await store.remember("a", made, [short, long]) == Committed()
+    assert await store.import_receipts("a", made, [short, long]) == Committed()
     assert await store.load("a") == record, "the record stays as it is"
     assert {each.receipt for each in (await all_receipts(store)).values()} == {short.receipt, long.receipt}
     table.forward(600)
@@ -102,7 +102,7 @@ async def test_a_receipt_that_is_there_stays_as_it_was(store: Store) -> None:
     used = receipt()
     assert await store.commit("a", record.stamp, None, [used]) == Committed()
     other = used._replace(batch=99)
-    assert await store.remember("a", record.stamp.incarnation, [ReceiptWithTTL(0, other, 5.0)]) == Committed()
+    assert await store.import_receipts("a", record.stamp.incarnation, [ReceiptWithTTL(0, other, 5.0)]) == Committed()
     (found,) = (await all_receipts(store)).values()
     assert found.receipt == used
     assert found.seconds > 1000
@@ -111,8 +111,8 @@ async def test_a_receipt_that_is_there_stays_as_it_was(store: Store) -> None:
 async def test_receipts_are_remembered_for_one_incarnation_only(store: Store) -> None:
     record = await created(store, "a")
     lasting = ReceiptWithTTL(0, receipt(), 100.0)
-    assert await store.remember("a", record.stamp.incarnation ^ 1, [lasting]) == Missing()
-    assert await store.remember("b", record.stamp.incarnation, [lasting]) == Missing()
+    assert await store.import_receipts("a", record.stamp.incarnation ^ 1, [lasting]) == Missing()
+    assert await store.import_receipts("b", record.stamp.incarnation, [lasting]) == Missing()
     assert await all_receipts(store) == {}
 
 

@@ -101,7 +101,7 @@ async def test_nothing_is_acknowledged_without_the_replica_and_no_replay_either(
         ("a layer", lambda store: store.create("new", b"new", LIMIT), Exists),
         ("no layer", lambda store: store.delete("gone", gone.stamp), Missing()),
         ("another layer", lambda store: store.delete("reborn", reborn.stamp), Conflict()),
-        ("a receipt", lambda store: store.remember("a", first.stamp.incarnation, [lasting]), Committed()),
+        ("a receipt", lambda store: store.import_receipts("a", first.stamp.incarnation, [lasting]), Committed()),
     ]
     replica.signal(signal.SIGSTOP)
     with pytest.raises(StoreError):
@@ -119,7 +119,7 @@ async def test_nothing_is_acknowledged_without_the_replica_and_no_replay_either(
     assert await hasty.find_receipts("a", first.stamp.incarnation, [receipt().key]) == (), "nothing to wait for"
 
     waiting = [asyncio.ensure_future(call(patient)) for _, call, _ in calls]
-    await asyncio.sleep(0.05)
+    await asyncio.to_thread(wait_for, "a call waits for the replica", lambda: primary.info("blocked_clients") != "0")
     assert not any(call.done() for call in waiting)
     replica.signal(signal.SIGCONT)
     for (what, _, outcome), answer in zip(calls, await asyncio.gather(*waiting), strict=True):
@@ -161,7 +161,7 @@ async def test_a_receipt_is_never_shortened_and_without_wait_never_renewed(
     record = await created(patient, "a")
     moved = ReceiptWithTTL(0, receipt(), 2 * RECEIPT_SECONDS)
     name = Keys("bn").receipt("a", record.stamp.incarnation, moved.receipt.key)
-    assert await patient.remember("a", record.stamp.incarnation, [moved]) == Committed()
+    assert await patient.import_receipts("a", record.stamp.incarnation, [moved]) == Committed()
     assert await patient.commit("a", record.stamp, None, [moved.receipt]) == Duplicates((moved.receipt,))
     assert primary.admin.pttl(name) > 1900 * RECEIPT_SECONDS
     let_pass([primary], 1.5 * RECEIPT_SECONDS)
@@ -187,14 +187,16 @@ async def test_a_migration_is_not_complete_before_the_replicas_have_it(
     assert await migrate(source, target, lambda *_: None) == Report(present=1)
 
 
-async def test_reads_do_not_stand_behind_writes_that_wait(patient: ValkeyStore, replica: Server) -> None:
+async def test_reads_do_not_stand_behind_writes_that_wait(
+    patient: ValkeyStore, primary: Server, replica: Server
+) -> None:
     records = [await created(patient, f"n{n}") for n in range(20)]
     replica.signal(signal.SIGSTOP)
     waiting = [
         asyncio.ensure_future(patient.commit(f"n{n}", record.stamp, after(record, b"x"), [receipt()]))
         for n, record in enumerate(records)
     ]
-    await asyncio.sleep(0.1)  # they are on their way
+    await asyncio.to_thread(wait_for, "they wait", lambda: primary.info("blocked_clients") != "0")
     async with asyncio.timeout(10):
         loaded = await asyncio.gather(*(patient.load(f"n{n}") for n in range(20)))
     assert not any(call.done() for call in waiting)

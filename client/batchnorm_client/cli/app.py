@@ -1,4 +1,4 @@
-"""The commands, put together."""
+"""The command `batchnorm`: all its subcommands."""
 
 from __future__ import annotations
 

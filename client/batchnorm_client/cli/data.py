@@ -1,4 +1,4 @@
-"""Arrays in .npy files, batch by batch: neither the input nor the output is ever in memory as a whole."""
+"""Arrays in .npy files, read and written batch by batch, so that neither is in memory as a whole."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Array = npt.NDArray[Any]
 
 
 class Batches:
-    """An array's rows, some at a time; the file is mapped into memory.
+    """The rows of an array in batches; the file is memory-mapped.
 
     Args:
         path: a .npy file.
         size: rows in a batch.
-        dtype: what each batch is converted to before it is sent; None leaves it.
-        whole: leave out the last rows where they do not fill a batch.
+        dtype: each batch is converted to it before it is sent; None for no conversion.
+        whole: omit the last rows if they do not fill a batch.
     """
 
     def __init__(self, path: Path, size: int, dtype: str | None = None, *, whole: bool = False) -> None:
@@ -59,13 +59,13 @@ def _mapped(path: Path) -> Array:
     except ValueError as error:
         fail(f"{path}: not a .npy file that can be mapped: {error}", USAGE)
     if array.ndim < 2:
-        fail(f"{path}: an array of shape {array.shape} is no batch; (N, C) is the least", USAGE)
+        fail(f"{path}: an array of shape {array.shape} is not a batch; it needs at least two dimensions, (N, C)", USAGE)
     return array
 
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to. It takes the place of `path` when all went well, and is gone otherwise."""
+    """A temporary path in the same folder. It replaces `path` on success, and is deleted on failure."""
     if path.is_dir():
         raise IsADirectoryError(EISDIR, os.strerror(EISDIR), str(path))
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -74,18 +74,18 @@ def written(path: Path) -> Iterator[Path]:
         part.replace(path)
     except OSError as error:
         if error.filename and os.fspath(error.filename) == str(part):
-            error.filename = str(path)  # the one that the user knows
+            error.filename = str(path)  # the path that the user gave
         raise
     finally:
         part.unlink(missing_ok=True)
 
 
 _WIDE = 60
-"""Narrower terminals see the bar and the count only."""
+"""Narrower terminals show the bar and the count only."""
 
 
 class _Rate(ProgressColumn):
-    """Samples in a second."""
+    """Samples per second."""
 
     def render(self, task: Task) -> Text:
         samples = task.fields["samples"]
@@ -95,7 +95,7 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Any]:
-    """A bar on stderr, where that is a terminal: a function to be called with the samples that are done by now."""
+    """A progress bar on stderr, if that is a terminal. Yields a function to call with the samples done so far."""
     console = Console(stderr=True)
     columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn()]
     if console.width >= _WIDE:

@@ -1,4 +1,4 @@
-"""Commands that move a layer's tensors to a safetensors file and back: export, import."""
+"""Commands that copy a layer's tensors to a safetensors file and back: export, import."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from batchnorm_client.wire.errors import ProblemError
 from batchnorm_client.wire.tensors import Tensor, decode_safetensors, encode_safetensors, itemsize
 
 _CONFIG = "batchnorm.config"
-"""The metadata entry that keeps the config, so that `import --create` can make the same layer again."""
+"""The metadata entry with the config, from which `import --create` creates the same layer."""
 
 
 def export(
     name: Name,
-    file: Annotated[Path, typer.Argument(metavar="FILE.safetensors", help="Is replaced if it exists.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE.safetensors", help="The output file; replaced if it exists.")],
     url: Url = None,
     token: Token = None,
     json: Json = False,
@@ -42,16 +42,16 @@ def export(
 
 def import_(
     name: Name,
-    file: Annotated[Path, typer.Argument(metavar="FILE.safetensors", help="From export, or a module's state_dict.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE.safetensors", help="From export, or a saved state_dict.")],
     create: Annotated[
-        bool, typer.Option("--create", help="Create the layer first, as the file says.", show_default=False)
+        bool, typer.Option("--create", help="Create the layer first, with the file's config.", show_default=False)
     ] = False,
     if_match: IfMatch = None,
     url: Url = None,
     token: Token = None,
     json: Json = False,
 ) -> None:
-    """Replace a layer's tensors by those of a safetensors file; those that it lacks stay."""
+    """Replace a layer's tensors by those of a safetensors file. Tensors that are not in the file are kept."""
     try:
         tensors, metadata = decode_safetensors(bytearray(file.read_bytes()))
         options = _config(tensors, metadata) if create else {}
@@ -71,13 +71,13 @@ def import_(
 
 
 def _config(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Any:
-    """The config of a layer that these tensors fit: that of the file, or torch's defaults."""
+    """The config of a layer for these tensors: that of the file, or torch's defaults."""
     if _CONFIG in metadata:
         config: dict[str, Any] = orjson.loads(metadata[_CONFIG])
         return config
     some = next((tensor for tensor in tensors.values() if len(tensor.shape) == 1), None)
     if some is None:
-        raise ValueError("no tensor says how many channels there are")
+        raise ValueError("no one-dimensional tensor in it, so the number of channels is unknown")
     return {
         "num_features": some.shape[0],
         "affine": "weight" in tensors,

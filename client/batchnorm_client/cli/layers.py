@@ -32,7 +32,7 @@ def layers(
 def show(
     name: Name,
     channels: Annotated[
-        bool, typer.Option("--channels", help="Every channel's numbers instead of sparklines.", show_default=False)
+        bool, typer.Option("--channels", help="A table of all channels instead of sparklines.", show_default=False)
     ] = False,
     url: Url = None,
     token: Token = None,
@@ -53,7 +53,7 @@ def create(
     eps: Annotated[float | None, typer.Option(metavar="NUMBER", help="Added to the variance; 1e-5 by default.")] = None,
     momentum: Annotated[
         str | None,
-        typer.Option(metavar="NUMBER", help="torch's sense, 0.1 by default; [b]none[/b] for the cumulative average."),
+        typer.Option(metavar="NUMBER", help="As in torch, 0.1 by default; [b]none[/b] for the cumulative average."),
     ] = None,
     no_affine: Annotated[bool, typer.Option("--no-affine", help="Without weight and bias.")] = False,
     no_track_running_stats: Annotated[
@@ -65,10 +65,10 @@ def create(
     ] = None,
     dimensions: Annotated[
         int | None,
-        typer.Option(metavar="1|2|3", help="Ranks as in BatchNorm1d, 2d or 3d; any by default."),
+        typer.Option(metavar="1|2|3", help="Input ranks as in BatchNorm1d, 2d or 3d; any by default."),
     ] = None,
     channel_axis: Annotated[
-        int | None, typer.Option(metavar="AXIS", help="1 by default; -1 for channels last.")
+        int | None, typer.Option(metavar="AXIS", help="The axis of the channels: 1 by default; -1 for channels last.")
     ] = None,
     dtype: Annotated[
         Literal["float32", "float64"] | None,
@@ -82,16 +82,16 @@ def create(
         typer.Option(metavar="RULE", help="[b]reject[/b] (default) or [b]allow[/b] batches with NaN or infinity."),
     ] = None,
     half_life: Annotated[
-        float | None, typer.Option(metavar="SAMPLES", help="Of population statistics; endless by default.")
+        float | None, typer.Option(metavar="SAMPLES", help="Of population statistics; no decay by default.")
     ] = None,
     clip: Annotated[
-        float | None, typer.Option(metavar="NUMBER", help="Clamp outputs to +-this; not at all by default.")
+        float | None, typer.Option(metavar="NUMBER", help="Clamp outputs to [-NUMBER, NUMBER]; no limit by default.")
     ] = None,
     url: Url = None,
     token: Token = None,
     json: Json = False,
 ) -> None:
-    """Create a layer, or make sure that it exists with this config."""
+    """Create a layer; does nothing if it exists with this config."""
     given = {
         "eps": eps,
         "affine": False if no_affine else None,
@@ -127,7 +127,7 @@ def reset(
     token: Token = None,
     json: Json = False,
 ) -> None:
-    """Set a layer back to its initial values."""
+    """Reset a layer to its initial values."""
     with calling(url, token) as client:
         layer = client.layer(name).reset(what, if_match=if_match)
     if json:
@@ -145,7 +145,7 @@ def delete(
     token: Token = None,
     json: Json = False,
 ) -> None:
-    """Delete a layer. Asks first."""
+    """Delete a layer, after asking."""
     with calling(url, token) as client:
         layer = client.layer(name)
         if not yes:

@@ -1,4 +1,4 @@
-"""What commands print: tables for people, JSON for programs."""
+"""Output of commands: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from batchnorm_client.wire.documents import Layer, LayerSummary
 
 Vector = npt.NDArray[np.float64]
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.", show_default=False)]
 
 _LEVELS: Final = "▁▂▃▄▅▆▇█"
 _PLAIN_LEVELS: Final = "_.-:=+*#"
 _NARROW: Final = 60
-"""Terminals of fewer columns get a sparkline's range on a line of its own."""
+"""In narrower terminals the range of a sparkline is on a line of its own."""
 
 _LABEL: Final = 14
 _RANGE: Final = 24
 
 
 def console() -> Console:
-    """For stdout as it is now: tests and pipes change it."""
+    """A console for the present stdout, which tests and pipes replace."""
     return Console(highlight=False)
 
 
@@ -47,12 +47,12 @@ def print_document(layer: Layer) -> None:
 
 
 def say(name: str, text: str) -> None:
-    """A line about a layer. The terminal may fold it; in a pipe it stays one line."""
+    """A line about a layer. A terminal may wrap it; in a pipe it is one line."""
     console().print(Text.assemble((name, "bold cyan"), f": {text}"), soft_wrap=True)
 
 
 def layers_table(layers: Iterable[LayerSummary], width: int) -> Table:
-    """One line for each layer; where there is little room, without version and time."""
+    """One line for each layer; without version and time in a narrow terminal."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     table.add_column("layer", style="cyan", overflow="fold", min_width=8)
     names = ("channels", "batches", "version", "updated")[: 2 if width < _NARROW else 4]
@@ -152,9 +152,10 @@ def _sparkline_row(label: str, values: Vector, out: Console) -> Text:
 
 
 def sparkline(values: Vector, width: int, levels: str = _LEVELS) -> str:
-    """Values as a line of at most `width` bars; where there are more values, each bar is the mean of neighbours.
+    """Values as a line of at most `width` bars; if there are more values, each bar is the mean of neighbours.
 
-    The least value is the lowest bar, the greatest the highest; equal ones stand half high. What is not finite is an x.
+    The smallest value has the lowest bar, the largest the highest; if all are equal, bars have half the height. NaN and
+    infinity are shown as x.
     """
     array = values
     if len(array) > width:

@@ -1,4 +1,4 @@
-"""The service that a command calls, and what its failures mean to a script."""
+"""The client of a command, and how failures become messages and exit statuses."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SERVICE: Final = 5
 INTERRUPTED: Final = 130
 
 EXIT_CODES: Final = (
-    "[b]Exit status[/b]: 0 done; 1 answered no, a file cannot be written, or a fault of this program; 2 wrong "
+    "[b]Exit status[/b]: 0 done; 1 not confirmed, a file cannot be written, or a bug in this program; 2 wrong "
     "arguments or an unreadable file; 3 no such layer; 4 the service refused the call (4xx), which changed nothing; "
     "5 the service failed (5xx) or cannot be reached; 130 interrupted."
 )
@@ -41,7 +41,7 @@ QUICK: Final = Retry(attempts=4)
 """For commands that a person waits for: half a second is enough to notice that no service is there."""
 
 PATIENT: Final = Retry(attempts=1000, deadline=120)
-"""A long run outlives a restart of the service."""
+"""For long runs, which should survive a restart of the service."""
 
 _QUIET_SECONDS: Final = 1.0
 """Retries are shown only by commands that take longer."""
@@ -67,13 +67,13 @@ Token = Annotated[
 ]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The layer's name.", show_default=False)]
 IfMatch = Annotated[
-    int | None, typer.Option(metavar="VERSION", help="Do it only if the layer has this version.", show_default=False)
+    int | None, typer.Option(metavar="VERSION", help="Only if the layer has this version.", show_default=False)
 ]
 
 
 @contextmanager
 def calling(url: str | None, token: str | None, retry: Retry = QUICK) -> Iterator[Client]:
-    """A client for the service. What goes wrong becomes one sentence on stderr and an exit status."""
+    """A client for the service. A failure is reported in one line on stderr and by the exit status."""
     try:
         client = Client(url, token=token or None, retry=retry)
     except ValueError as error:
@@ -93,7 +93,7 @@ def calling(url: str | None, token: str | None, retry: Retry = QUICK) -> Iterato
 
 @contextmanager
 def _quiet_at_first() -> Iterator[None]:
-    """Show the client's warnings, which Python prints on stderr, once the command takes long."""
+    """Hide the client's warnings, which Python prints on stderr, until the command takes longer."""
     logger, start = logging.getLogger("batchnorm_client"), time.monotonic()
 
     def is_late(_record: logging.LogRecord) -> bool:
@@ -107,7 +107,7 @@ def _quiet_at_first() -> Iterator[None]:
 
 
 def exit_code(error: BatchNormError) -> int:
-    """What this failure means to a script."""
+    """The exit status for this failure."""
     if isinstance(error, LayerNotFound):
         return NOT_FOUND
     if isinstance(error, ProblemError | UnexpectedAnswer) and 400 <= error.status < 500:
@@ -130,7 +130,7 @@ def sentence(error: BatchNormError) -> str:
 
 
 def _in_terms_of_options(error: BatchNormError, text: str) -> str:
-    """The service speaks of HTTP: of headers, and of the call that creates a layer."""
+    """The service's text in terms of this command: it mentions HTTP headers and calls."""
     match error:
         case LayerNotFound() | PayloadTooLarge():
             return text.partition(";")[0]
@@ -143,7 +143,7 @@ def _in_terms_of_options(error: BatchNormError, text: str) -> str:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Say what went wrong, and end with this exit status."""
+    """Print what went wrong, and exit with this status."""
     typer.echo(f"batchnorm: {message}", err=True)
     raise typer.Exit(code)
 
@@ -155,7 +155,7 @@ def size(layer: Layer) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """How many of something."""
+    """A number with its noun, such as "3 batches"."""
     ending = "" if number == 1 else "es" if noun.endswith("ch") else "s"
     return f"{number:,} {noun}{ending}"
 

@@ -1,4 +1,4 @@
-"""Commands that stream a memory-mapped file through a layer, batch by batch: train, eval."""
+"""Commands that send a memory-mapped file to a layer, batch by batch: train, eval."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Cast = Annotated[
     Literal["float16", "float32", "float64"] | None,
     typer.Option("--dtype", metavar="DTYPE", help="Convert each batch to float16, float32 or float64."),
 ]
-Data = Annotated[Path, typer.Argument(metavar="IN.npy", help="(N, C, ...); is mapped, not loaded.")]
+Data = Annotated[Path, typer.Argument(metavar="IN.npy", help="Array of shape (N, C, ...); memory-mapped.")]
 
 
 def train(
@@ -39,14 +39,14 @@ def train(
     batch_size: Size = 256,
     dtype: Cast = None,
     drop_last: Annotated[
-        bool, typer.Option("--drop-last", help="Leave out the last batch where it is smaller.", show_default=False)
+        bool, typer.Option("--drop-last", help="Omit the last batch if it is smaller.", show_default=False)
     ] = False,
     run_id: Annotated[
         str | None,
         typer.Option(
             metavar="ID",
-            help="Names this run. Repeated with the same id, file and batch size, no batch counts a second time, as "
-            "long as the service keeps receipts (an hour by default). A new one by default, printed when needed.",
+            help="Id of this run. A repeat with the same id, file and batch size counts no batch twice, as long as the "
+            "service keeps receipts (an hour by default). By default a new id, which is printed if the run fails.",
             show_default=False,
         ),
     ] = None,
@@ -85,7 +85,7 @@ def train(
 
 @contextmanager
 def _explained(run: str = "", counts: Mapping[str, int] | None = None, total: int = 0) -> Iterator[None]:
-    """Adds to a failure what to do about it, and to a train run that was cut off how to go on."""
+    """Add to a failure what to do about it, and to an interrupted train run how to continue."""
     try:
         yield
     except DtypeMismatch as error:
@@ -102,7 +102,7 @@ def _explained(run: str = "", counts: Mapping[str, int] | None = None, total: in
             raise
         if isinstance(error, TooFewValues):
             error.add_note("--drop-last leaves out a last batch that is smaller")
-        # Nothing is there to go on with when the first batch was refused.
+        # When the first batch was refused, there is nothing to continue.
         if counts["batches"] or isinstance(error, KeyboardInterrupt) or error.outcome_unknown:
             done = f"{counts['batches']:,} of {count(total, 'batch')} done"
             error.add_note(f"{done}; --run-id {run} goes on and counts none twice")
@@ -110,7 +110,7 @@ def _explained(run: str = "", counts: Mapping[str, int] | None = None, total: in
 
 
 def _look(name: str, url: str | None, token: str | None) -> Layer:
-    """The layer as it is before a long run, or a failure at once."""
+    """The layer before a long run; fails at once if it cannot be read."""
     with calling(url, token) as client:
         return client.layer(name).inspect()
 
@@ -118,7 +118,7 @@ def _look(name: str, url: str | None, token: str | None) -> Layer:
 def evaluate(
     name: Name,
     data: Data,
-    out: Annotated[Path, typer.Argument(metavar="OUT.npy", help="Appears when it is complete.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.npy", help="The output file; written when it is complete.")],
     batch_size: Size = 256,
     dtype: Cast = None,
     url: Url = None,
@@ -155,4 +155,6 @@ def evaluate(
         f"{count(batches.rows, 'sample')} written to {out}" + (f", normalized with version {used}" if used else ""),
     )
     if len(set(versions)) > 1:
-        typer.echo("batchnorm: the layer was changed meanwhile; not all samples were normalized alike", err=True)
+        typer.echo(
+            "batchnorm: the layer was changed meanwhile; samples were normalized with different versions", err=True
+        )

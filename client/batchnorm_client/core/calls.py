@@ -1,4 +1,4 @@
-"""The calls of the contract, each as a function that makes its `Request`."""
+"""The calls of the HTTP interface: each function returns a `Request`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _WRITE = orjson.OPT_SERIALIZE_NUMPY
 
 
 def ready() -> Request[bool]:
-    """Can the service work?"""
+    """Whether the service is ready."""
     return Request("GET", "/readyz", lambda response: response.status == 200, (200, 502, 503, 504), reads=True)
 
 
@@ -57,8 +57,8 @@ def inspect(name: str) -> Request[Layer]:
 def update(name: str, changes: LayerChanges, if_match: int | None) -> Request[Layer]:
     """Set options and parameters.
 
-    Repeated also without If-Match: it sets values, which are the same the second time, and touches no statistics. Only
-    another caller's PATCH between two tries is overwritten.
+    Retried also without If-Match, because setting the same values twice changes nothing more, and no statistics are
+    involved. It can only overwrite another caller's PATCH between two attempts.
     """
     document: dict[str, Any] = dict(changes)
     for parameter in ("weight", "bias"):
@@ -77,8 +77,8 @@ def update(name: str, changes: LayerChanges, if_match: int | None) -> Request[La
 def delete(name: str, if_match: int | None) -> Request[None]:
     """Delete a layer.
 
-    Without If-Match it is not sent again once it may have taken effect: by then another layer may have the name. A
-    look tells whether the layer is gone.
+    Without If-Match it is not sent again once it may have taken effect, because another layer may have the name by
+    then. Instead, a GET finds out whether the layer is gone.
     """
     return Request(
         "DELETE",
@@ -92,7 +92,7 @@ def delete(name: str, if_match: int | None) -> Request[None]:
 
 
 def reset(name: str, what: What, key: str, if_match: int | None) -> Request[Layer]:
-    """Set running statistics or parameters back. A key makes every repeat safe."""
+    """Reset running statistics or parameters. With the key, every repeat is safe."""
     return Request(
         "POST",
         f"{layer_path(name)}/reset",
@@ -110,7 +110,7 @@ def state(name: str) -> Request[dict[str, Tensor]]:
 def replace_state(name: str, state_dict: StateDict, if_match: int | None) -> Request[Layer]:
     """Replace a layer's tensors.
 
-    Without If-Match it is not sent again once it may have taken effect: it would undo the batches that others
+    Without If-Match it is not sent again once it may have taken effect, because that would undo batches that others
     trained in between.
     """
     arrays = {key: np.asarray(value) if isinstance(value, int) else value for key, value in state_dict.items()}
@@ -129,7 +129,7 @@ def replace_state(name: str, state_dict: StateDict, if_match: int | None) -> Req
 def train(
     name: str, batch: A, *, key: str, statistics: bool, member: GroupMember | None = None
 ) -> Request[TrainResult[A]]:
-    """Normalize with the batch's statistics, and fold them. A key makes every repeat safe."""
+    """Normalize with the batch's statistics, and fold them. With the key, every repeat is safe."""
     tensor = to_wire(batch)
     return Request(
         "POST",
@@ -162,7 +162,7 @@ def inverse(name: str, batch: A) -> Request[EvalResult[A]]:
 def backward(
     name: str, batch: A, grad_output: A, *, mode: Mode, key: str, member: GroupMember | None
 ) -> Request[Gradients[A]]:
-    """The gradients of a normalization. As a shard it has a key, by which the group knows a repeat."""
+    """The gradients of a normalization. In a group it carries a key, by which the group recognizes a repeat."""
     tensors = {"input": to_wire(batch), "grad_output": to_wire(grad_output)}
     return Request(
         "POST",
@@ -176,7 +176,7 @@ def backward(
 
 
 def fold_moments(name: str, moments: Moments, *, key: str, member: GroupMember | None = None) -> Request[FoldResult]:
-    """Fold the moments of a batch that stays here. A key makes every repeat safe."""
+    """Fold the moments of a batch, which is not sent. With the key, every repeat is safe."""
     return Request(
         "POST",
         _target(name, "moments", member=member),
@@ -190,10 +190,10 @@ def fold_moments(name: str, moments: Moments, *, key: str, member: GroupMember |
 def fold_many(
     layers: Mapping[str, Moments], *, key: str | Mapping[str, str]
 ) -> list[Request[dict[str, FoldResult | ProblemError]]]:
-    """The same for many layers: one call, or one for each key if every layer has its own, since a call carries one.
+    """The same for many layers: one request, or one for each key, since a request carries one key.
 
     Raises:
-        ValueError: the keys are not those of these layers.
+        ValueError: the keys are for other layers.
     """
     if not isinstance(key, Mapping):
         return [_fold_together(layers, key)]
@@ -217,7 +217,7 @@ def _fold_together(layers: Mapping[str, Moments], key: str) -> Request[dict[str,
 
 
 def revalidate(name: str, cached: LocalState | None) -> Request[LocalState]:
-    """What normalizing here needs of a layer, read again only if it changed."""
+    """The layer's state for normalizing in the client, read again only if it changed."""
     unless = {} if cached is None else {"If-None-Match": f'"{cached.version}"'}
     return Request("GET", layer_path(name), partial(readers.local_state, cached), (200, 304), unless, reads=True)
 
@@ -226,7 +226,7 @@ def layer_path(name: str) -> str:
     """The path of a layer.
 
     Raises:
-        InvalidRequest: no layer can be called that. Found here, because `.` and `..` would lead elsewhere.
+        InvalidRequest: not a valid layer name. Checked here, because `.` and `..` would lead to another path.
     """
     check_layer_name(name)
     return f"/v1/layers/{name}"
@@ -257,7 +257,7 @@ def key_header(key: str) -> dict[str, str]:
     """The header for a key.
 
     Raises:
-        InvalidRequest: it is no key.
+        InvalidRequest: it is not a valid key.
     """
     if not KEY_PATTERN.fullmatch(key):
         raise InvalidRequest(

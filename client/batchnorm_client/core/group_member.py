@@ -1,4 +1,4 @@
-"""Membership in a synchronized batch: which group a call belongs to."""
+"""The group that a call belongs to, if it sends a shard of a synchronized batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GROUP_TIMEOUT = 30.0
 
 @dataclass(frozen=True, slots=True)
 class GroupMember:
-    """Which synchronized batch a call is a part of.
+    """The synchronized batch that a call is a part of.
 
     Attributes:
         group: its id.
@@ -29,7 +29,7 @@ class GroupMember:
         """None without a group.
 
         Raises:
-            InvalidRequest: only some of what makes a group.
+            InvalidRequest: `group` without `size`, `size` without `group`, or `timeout` without them.
         """
         if group is None and size is None and timeout is None:
             return None
@@ -39,7 +39,7 @@ class GroupMember:
 
 
 def group_wait(member: GroupMember | None) -> float:
-    """How long the service may wait for the other members."""
+    """Seconds that the service may wait for the other members; 0 without a group."""
     if member is None:
         return 0.0
     return GROUP_TIMEOUT if member.timeout is None else member.timeout

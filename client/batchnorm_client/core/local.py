@@ -36,7 +36,7 @@ class Step(NamedTuple, Generic[A]):
 
 
 class Kernels(Protocol):
-    """The arithmetic for one kind of array. The batch has its channels second; it fits the layer and is not empty."""
+    """The arithmetic for one type of array. The batch has its channels on axis 1, fits the layer and is not empty."""
 
     def with_own_statistics(self, state: LocalState, batch: Any) -> tuple[Any, BatchMoments, tuple[Any, Any, Any]]:
         """Normalize with the batch's own statistics: output; moments; mean, biased variance and inverse deviation."""
@@ -59,7 +59,7 @@ class Kernels(Protocol):
         ...
 
     def all_finite(self, batch: Any) -> bool:
-        """Whether there is neither NaN nor infinity."""
+        """Whether it contains neither NaN nor infinity."""
         ...
 
 
@@ -87,7 +87,7 @@ def shard_step(state: LocalState, batch: A, whole: BatchMoments) -> Step[A]:
     """Normalize a shard with the statistics of the whole batch.
 
     Raises:
-        NonFinite: the output has NaN or infinity, and the layer rejects that. The whole was folded.
+        NonFinite: the output has NaN or infinity, and the layer rejects that. The whole batch was folded.
     """
     kernels, moved = _ready(state, batch)
     output, statistics = kernels.with_statistics(state, moved, whole.mean, whole.var)
@@ -95,7 +95,7 @@ def shard_step(state: LocalState, batch: A, whole: BatchMoments) -> Step[A]:
 
 
 def trained(state: LocalState, batch: A, step: Step[A] | None, done: FoldResult, *, statistics: bool) -> TrainResult[A]:
-    """What a train call returns, once the moments of the batch, or of the whole that it is a shard of, were folded."""
+    """The result of a train call, after the moments of the batch, or of all shards of its group, were folded."""
     if step is None:
         if done.count is None or done.mean is None or done.var is None:
             raise UnexpectedAnswer("an answer to a shard without the moments of the whole", status=200)
@@ -106,11 +106,11 @@ def trained(state: LocalState, batch: A, step: Step[A] | None, done: FoldResult,
 
 
 def eval_step(state: LocalState, batch: A, *, statistics: bool) -> EvalResult[A]:
-    """Normalize with the running statistics, or with the batch's own if the layer keeps none.
+    """Normalize with the running statistics, or with the batch's own if the layer has none.
 
     Raises:
         ShapeMismatch, DtypeMismatch: the batch does not fit the layer.
-        TooFewValues: one value per channel, and the layer keeps no running statistics.
+        TooFewValues: one value per channel, and the layer has no running statistics.
     """
     kernels, moved = _ready(state, batch)
     found: BatchStatistics[A] | None = None
@@ -129,7 +129,7 @@ def eval_step(state: LocalState, batch: A, *, statistics: bool) -> EvalResult[A]
 def _step(state: LocalState, kernels: Kernels, output: Any, moments: BatchMoments, used: Any) -> Step[Any]:
     if state.config.non_finite == "reject":
         with np.errstate(over="ignore"):
-            var = moments.var.astype(state.config.dtype)  # a population's is float64, what normalizes may not be
+            var = moments.var.astype(state.config.dtype)  # float64 for population statistics
         for what, finite in (
             ("the batch's mean", bool(np.isfinite(moments.mean).all())),
             ("the batch's variance", bool(np.isfinite(var).all())),
@@ -149,7 +149,7 @@ def _finished(state: LocalState, kernels: Kernels, output: Any) -> Any:
 
 
 def _ready(state: LocalState, batch: Any) -> tuple[Kernels, Any]:
-    """The arithmetic for this kind of array, and the batch with its channels second; what does not fit is refused."""
+    """Check the batch; return the arithmetic for its type of array, and the batch with its channels on axis 1."""
     if isinstance(batch, np.ndarray):
         if isinstance(batch, np.ma.MaskedArray):
             raise TypeError("a masked array cannot be normalized: its mask would be lost")

@@ -1,4 +1,4 @@
-"""A call as a value, and the response to it."""
+"""The request of a call as a value, and the response to it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What came back.
+    """An HTTP response.
 
     Attributes:
         status: the HTTP status code.
-        headers: by names in lower case, or a mapping that does not mind.
-        body: all of it.
+        headers: by name in lower case, or a case-insensitive mapping.
+        body: the complete body.
     """
 
     status: int
@@ -34,23 +34,23 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Request(Generic[T]):
-    """A call: what to send, how to read the response, and what may be done when none comes.
+    """What to send, how to read the response, and what to do when there is none.
 
     Attributes:
-        method: HTTP's.
-        target: path and query, from the service's root on.
-        read: makes the result of a response with one of `statuses`. Raises ValueError or LookupError when the response
-            is not what the contract says.
-        statuses: those that `read` takes; all others are errors.
-        headers: what to send beside what every call sends.
+        method: the HTTP method.
+        target: path and query, relative to the service's root.
+        read: converts a response with one of `statuses` to the result. Raises ValueError or LookupError when the
+            response is not as specified.
+        statuses: those that `read` accepts; all others are errors.
+        headers: headers in addition to those of every request.
         pieces: the body, in buffers that are sent one after the other.
-        reads: the call changes nothing in the service.
-        repeat_if_unknown: whether the call may be sent again when an earlier try may have taken effect: because it
-            carries a key, sets values, or has a condition that cannot hold twice.
-        confirm: when an earlier try may have taken effect, makes the call that finds out after this error: a call that
-            only reads, and either finds the result or raises the error. None to go on with this call.
-        waits: seconds for which the service may wait on purpose before it responds: the read timeout and the deadline
-            are as much later.
+        reads: whether the call changes nothing in the service.
+        repeat_if_unknown: whether the call may be sent again when an earlier attempt may have taken effect: because it
+            carries a key, sets values, or has a precondition that cannot hold twice.
+        confirm: called after an error, when an earlier attempt may have taken effect. Returns the request that finds
+            out: it only reads, and its `read` returns the result or raises the error. None to send this request again.
+        waits: seconds that the service may wait on purpose before it responds; the read timeout and the deadline are
+            extended by as much.
     """
 
     method: str

@@ -25,7 +25,7 @@ _ADVICE = {
     "BATCHNORM_MAX_": "the limit is the service's setting BATCHNORM_MAX_BODY_BYTES",
     "train_local": "train_local and eval_local do not send the batch, whatever its size",
 }
-"""What to do about a body that is too large, by a word of it: a note for where the service's text does not say it."""
+"""Advice about a body that is too large: added as a note if the service's text does not contain the word."""
 
 _WITHOUT_EFFECT = {"overloaded", "not-implemented", "group-incomplete"}
 """Problems with a status from 500 on that a call has only before it takes effect."""
@@ -35,11 +35,11 @@ _SECONDS = re.compile(r"[0-9]{1,9}")
 
 
 def error_of(response: Response, date: float | None = None) -> ProblemError | UnexpectedAnswer:
-    """The exception that a response other than the expected one stands for.
+    """The exception for a response with an unexpected status.
 
     Args:
-        response: what came back.
-        date: when, in seconds since 1970; without it, a Retry-After that is a date is passed over.
+        response: the response.
+        date: the present time in seconds since 1970; without it, a Retry-After that is a date is ignored.
     """
     document = _document(response)
     request_id = response.headers.get(REQUEST_ID.lower())
@@ -54,7 +54,7 @@ def error_of(response: Response, date: float | None = None) -> ProblemError | Un
 
 
 def problem_of(document: dict[str, Any], request_id: str | None) -> ProblemError | None:
-    """The exception that a problem document stands for; None if this client does not know its type."""
+    """The exception for a problem document; None if this client does not know its type."""
     name = str(document.get("type", "")).rpartition("/")[2]
     if name not in PROBLEMS:
         return None
@@ -63,7 +63,7 @@ def problem_of(document: dict[str, Any], request_id: str | None) -> ProblemError
         for word, advice in _ADVICE.items():
             if word not in error.detail:
                 error.add_note(advice)
-    # Not as keyword arguments: members may be called anything.
+    # Not as keyword arguments, since members may have any name.
     error.fields.update(_fields(document))
     error.request_id = request_id
     return error
@@ -83,7 +83,7 @@ def _fields(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def unreadable(response: Response, why: Exception) -> UnexpectedAnswer:
-    """The exception for a response with the expected status whose body or headers are not what the contract says."""
+    """The exception for a response with an expected status whose body or headers are not as specified."""
     return UnexpectedAnswer(
         f"the answer cannot be read: {why}",
         status=response.status,
@@ -92,7 +92,7 @@ def unreadable(response: Response, why: Exception) -> UnexpectedAnswer:
 
 
 def _document(response: Response) -> dict[str, Any]:
-    """The problem document; empty if the response is none."""
+    """The problem document; empty if the response has none."""
     if response.media_type not in {PROBLEM_JSON, JSON}:
         return {}
     try:
@@ -123,6 +123,6 @@ def _retry_after(value: str, now: float | None) -> float | None:
         date = parsedate_to_datetime(value)
     except (ValueError, IndexError, TypeError, OverflowError):
         return None
-    if date.tzinfo is None:  # "-0000", or a zone that nobody knows: HTTP dates are GMT
+    if date.tzinfo is None:  # "-0000", or an unknown time zone: HTTP dates are GMT
         date = date.replace(tzinfo=UTC)
     return max(0.0, date.timestamp() - now)

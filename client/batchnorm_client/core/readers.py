@@ -1,4 +1,4 @@
-"""Responses as results. A ValueError means that a response is not what the contract says."""
+"""Functions that read responses. A ValueError means that a response is not as specified."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def nothing(_response: Response) -> None:
 
 
 def layer(response: Response) -> Layer:
-    """A `Layer` document. Fields that a newer service added are passed over."""
+    """A `Layer` document. Fields that a newer service added are ignored."""
     _check_form(response, JSON)
     return Layer.model_validate_json(bytes(response.body), extra="ignore")
 
@@ -110,7 +110,7 @@ def many_folded(names: Collection[str], response: Response) -> dict[str, FoldRes
 
 
 def local_state(cached: LocalState | None, response: Response) -> LocalState:
-    """What normalizing here needs; the cached one, if the service says that it is the newest."""
+    """The layer's state for normalizing in the client; the cached one if the service says that it is current."""
     if response.status == 304:
         if cached is None:
             raise ValueError("a 304 to a call without a condition")

@@ -1,9 +1,9 @@
 """When to send a call again, and how long to wait first.
 
-Why not stamina or tenacity: what is sent next is not always the same call (after a lost response to a DELETE the client
-reads the layer and does not delete again), and a deadline has to bound the wait that `Retry-After` asks for and the
-timeouts of each try; theirs is looked at between tries only. What would be left to them is a loop of four lines. Here
-it is a value that does not sleep, so that both clients use the same.
+Why not stamina or tenacity: the next request is not always the same (after a lost response to a DELETE the client reads
+the layer instead of deleting again), and the deadline must limit the wait that `Retry-After` asks for and the timeouts
+of each attempt; theirs is checked between attempts only. They would replace a loop of four lines. Here retries are a
+value that does not sleep, so that both clients share it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ T = TypeVar("T")
 
 _log = logging.getLogger("batchnorm_client")
 _TRANSIENT: Final = (408, 502, 503, 504)
-"""Statuses after which the same call may end better: the network was too slow, or what is behind it was away."""
+"""Statuses after which the same call may succeed: the network was too slow, or a server was unavailable."""
 
 _NEVER_AGAIN: Final = {"group-incomplete"}
-"""Problems whose status says "try again", while their meaning says that it would have to be another call."""
+"""Problems whose status suggests a retry, although the same call cannot succeed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +39,12 @@ class Retry:
     """How often a call is sent, and when the client gives up.
 
     Attributes:
-        attempts: tries in all; 1 turns retries off.
-        deadline: seconds for a call with all its tries and waits; None for no end. Keep it below the service's
-            BATCHNORM_RECEIPT_SECONDS (one hour by default), or a late repeat may count twice. A call that waits for
-            the other members of a group has as much longer as it may wait for them.
-        wait_initial: seconds before the second try. Each later wait is twice as long; a random part of up to a half is
-            taken off, so that clients that failed together do not come back together.
+        attempts: maximum number of attempts; 1 turns retries off.
+        deadline: seconds for a call with all its attempts and waits; None for no limit. Keep it below the service's
+            BATCHNORM_RECEIPT_SECONDS (one hour by default), or a late repeat may be counted twice. For a call that
+            waits for the other members of a group, the time that it may wait is added.
+        wait_initial: seconds before the second attempt. Each later wait is twice as long; a random part of up to a half
+            is subtracted, so that clients that failed together do not return together.
         wait_max: the longest wait that the client chooses itself. `Retry-After` of a response may ask for more.
     """
 
@@ -61,17 +61,17 @@ class Retry:
 
 
 class Attempts(Generic[T]):
-    """The tries of one call.
+    """The attempts of one call.
 
     Args:
         request: the call.
         retry: how often, and for how long.
-        runtime: tells time and chance.
+        runtime: clock and random numbers.
 
     Attributes:
         request: what to send next.
-        outcome_unknown: a try failed, and may have taken effect all the same.
-        deadline: seconds for the call with all its tries; infinite without one.
+        outcome_unknown: whether a failed attempt may have taken effect.
+        deadline: seconds for the call with all its attempts; infinite if there is none.
     """
 
     def __init__(self, request: Request[T], retry: Retry, runtime: Runtime) -> None:
@@ -100,7 +100,7 @@ class Attempts(Generic[T]):
         return seconds
 
     def timed_out(self) -> TimedOut:
-        """What to raise for a call that the deadline ended."""
+        """The exception for a call that was ended by the deadline."""
         return TimedOut(f"no answer within the deadline of {self.deadline:g} s", outcome_unknown=True)
 
     def receive(self, response: Response) -> T:
@@ -122,10 +122,10 @@ class Attempts(Generic[T]):
         return result
 
     def pause(self, error: BatchNormError) -> float:
-        """Seconds to wait before `request` is sent, after a try that ended in `error`.
+        """Seconds to wait before `request` is sent, after an attempt that failed with `error`.
 
         Raises:
-            BatchNormError: `error`, when there is no other try; its `outcome_unknown` says what that means.
+            BatchNormError: `error`, if there is no further attempt; its `outcome_unknown` is set.
         """
         self.outcome_unknown |= not self.request.reads and may_have_taken_effect(error)
         error.outcome_unknown = self.outcome_unknown
@@ -143,7 +143,7 @@ class Attempts(Generic[T]):
         return wait
 
     def _warn(self, error: BatchNormError, wait: float, follow_up: Request[T] | None) -> None:
-        """Say what is sent next, and when it will be over: else a service that is not there is long silence."""
+        """Log what is sent next and when it ends; otherwise nothing would be seen while the service is unreachable."""
         what = "sending it again" if follow_up is None else f"asking with {follow_up.method} whether it took effect"
         end = "no deadline" if self._end == math.inf else f"until the deadline in {self.left():.1f} s"
         _log.warning(
@@ -170,7 +170,7 @@ class Attempts(Generic[T]):
 
 
 def _is_transient(error: BatchNormError) -> bool:
-    """Whether another try may end better."""
+    """Whether another attempt may succeed."""
     if isinstance(error, NoAnswer):
         return not error.permanent
     if isinstance(error, ProblemError | UnexpectedAnswer):

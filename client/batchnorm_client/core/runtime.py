@@ -1,6 +1,6 @@
-"""Clock, chance, sleep and threads of a client.
+"""Clock, random numbers, sleep and threads of a client.
 
-Nothing else in `core` asks the system for them, so that a simulation can bring its own.
+Nothing else in `core` uses the system's, so that a simulation can replace them.
 """
 
 from __future__ import annotations
@@ -15,48 +15,48 @@ T = TypeVar("T")
 
 
 class Runtime:
-    """What both clients have in common."""
+    """What both clients use."""
 
     def now(self) -> float:
-        """Seconds from any start; never set back."""
+        """Seconds of a monotonic clock."""
         return time.monotonic()
 
     def date(self) -> float:
-        """Seconds since 1970, as the system's clock has them."""
+        """Seconds since 1970, from the system's clock."""
         return time.time()
 
     def random(self) -> float:
-        """At least 0 and less than 1: spreads load, keeps no secret."""
+        """A random number in [0, 1), for spreading load; not for secrets."""
         return random.random()  # noqa: S311
 
     def key(self) -> str:
-        """An idempotency key that nobody else has."""
+        """A new, unique idempotency key."""
         return uuid.uuid4().hex
 
 
 class SyncRuntime(Runtime):
-    """That of `Client`."""
+    """The runtime of `Client`."""
 
     def sleep(self, seconds: float) -> None:
         """Wait."""
         time.sleep(seconds)
 
     def run(self, function: Callable[[], T]) -> T:
-        """Compute, where the caller is."""
+        """Compute, in the calling thread."""
         return function()
 
 
 class AsyncRuntime(Runtime):
-    """That of `AsyncClient`. anyio is imported when it is first needed, as it takes long to import."""
+    """The runtime of `AsyncClient`. anyio is imported when it is first needed, because that takes long."""
 
     async def sleep(self, seconds: float) -> None:
-        """Wait; others go on."""
+        """Wait without blocking the event loop."""
         import anyio  # noqa: PLC0415
 
         await anyio.sleep(seconds)
 
     async def run(self, function: Callable[[], T]) -> T:
-        """Compute in a thread; others go on."""
+        """Compute in a thread, without blocking the event loop."""
         from anyio import to_thread  # noqa: PLC0415
 
         return await to_thread.run_sync(function)

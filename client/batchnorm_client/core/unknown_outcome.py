@@ -1,7 +1,7 @@
 """Calls whose response was lost: how to find out whether they took effect.
 
-Each function is a `Request.confirm`: it is called after an error, if an earlier try may have taken effect, and returns
-the read that tells, or None.
+Each function is a `Request.confirm`: it is called after an error, if an earlier attempt may have taken effect, and
+returns the request that finds out, or None.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _PARAMETERS = ("weight", "bias")
 def confirm_deleted(path: str, if_match: int | None, error: BatchNormError) -> Request[None] | None:
     """DELETE: a layer that is gone was deleted.
 
-    With If-Match the call is repeated, and only "no such layer" is looked into: a layer that has the name by now is
-    another one, because no version comes twice. Without, a look replaces the repeat.
+    With If-Match the call is repeated, and only "no such layer" is checked: a layer that has the name by now is
+    another one, because no version is used twice. Without If-Match, a GET replaces the repeat.
     """
     if if_match is not None and not isinstance(error, LayerNotFound):
         return None
@@ -43,7 +43,7 @@ def confirm_deleted(path: str, if_match: int | None, error: BatchNormError) -> R
 
 
 def confirm_updated(path: str, asked: Mapping[str, Any], if_match: int, error: BatchNormError) -> Request[Layer] | None:
-    """PATCH with If-Match: refused because of its own first try, if the one commit since has its values."""
+    """PATCH with If-Match: it was refused because of its own first attempt, if the only commit since has its values."""
 
     def matches(layer: Layer) -> bool:
         return all(
@@ -57,7 +57,7 @@ def confirm_updated(path: str, asked: Mapping[str, Any], if_match: int, error: B
 def confirm_replaced(
     path: str, asked: Mapping[str, Tensor], if_match: int, error: BatchNormError
 ) -> Request[Layer] | None:
-    """PUT state with If-Match: the same, by those of the tensors that a `Layer` shows."""
+    """PUT state with If-Match: the same, comparing the tensors that a `Layer` document contains."""
 
     def matches(layer: Layer) -> bool:
         return all(_same(tensor, getattr(layer, name), layer) for name, tensor in asked.items() if hasattr(layer, name))
@@ -85,6 +85,6 @@ def _same(asked: Tensor, now: list[Any] | int | None, layer: Layer) -> bool:
     if now is None or isinstance(now, int):
         return now is not None and bool(widened(asked) == now)
     with np.errstate(over="ignore"):
-        # By way of float64: the document's text of a float32 is the shortest that reads back as one.
+        # Via float64: the document has the shortest text that reads back as the float32.
         left, right = (np.asarray(one, np.float64).astype(layer.config.dtype) for one in (widened(asked), now))
     return np.array_equal(left, right, equal_nan=True)

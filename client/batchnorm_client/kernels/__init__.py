@@ -1,4 +1,4 @@
 """Arithmetic that client and service share: normalizing a batch, its moments and how they are merged, input checks.
 
-Imports numpy; torch only in `kernels.torch`; of this package nothing but `wire`.
+It imports numpy and, of this package, only `wire`; torch is imported by `kernels.torch` only.
 """

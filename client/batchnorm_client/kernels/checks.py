@@ -1,4 +1,4 @@
-"""What a batch must be, checked before anything is computed or copied."""
+"""Checks of a batch against the layer, before anything is computed or copied."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def check_input(config: LayerConfig, dtype: str, shape: tuple[int, ...], field: 
 
     Args:
         config: of the layer.
-        dtype: the batch's, under torch's name.
-        shape: the batch's.
-        field: what the caller calls the batch.
+        dtype: of the batch, torch's name.
+        shape: of the batch.
+        field: the batch's name in error messages.
 
     Raises:
-        DtypeMismatch: not a dtype that a layer of this dtype takes.
+        DtypeMismatch: not an input dtype of this layer.
         ShapeMismatch: another rank, or another number of channels, than the layer has.
     """
     allowed = INPUT_DTYPES[config.dtype]

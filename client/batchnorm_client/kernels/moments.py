@@ -1,4 +1,4 @@
-"""The moments of batches, and merging them; for numpy arrays and torch tensors alike."""
+"""The moments of batches, and how to merge them; for numpy arrays and for torch tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CHUNK: Final = 1 << 17  # elements that are widened to float64 at a time, so th
 
 
 class BatchMoments(NamedTuple):
-    """What a layer's running statistics need of a batch.
+    """Count, mean and variance of a batch per channel: all that a layer's running statistics need of it.
 
     Attributes:
         count: values per channel.
@@ -24,13 +24,13 @@ class BatchMoments(NamedTuple):
         var: (C,) float64, biased.
     """
 
-    count: int  # type: ignore[assignment]  # a tuple's method of that name is nobody's loss
+    count: int  # type: ignore[assignment]  # hides tuple.count, which is not used
     mean: npt.NDArray[Any]
     var: npt.NDArray[Any]
 
 
 class Sums(NamedTuple, Generic[V]):
-    """Moments as they are merged.
+    """Moments in the form in which they are merged.
 
     Attributes:
         weight: the number of samples per channel, or the sum of their weights.
@@ -44,18 +44,18 @@ class Sums(NamedTuple, Generic[V]):
 
 
 def merge(left: Sums[V], right: Sums[V]) -> Sums[V]:
-    """Both together (Chan, Golub & LeVeque 1983, eq. 2.1).
+    """The sums of both sets of samples together (Chan, Golub & LeVeque 1983, eq. 2.1).
 
     No squares of large numbers are subtracted, so an offset of all samples costs no precision.
     """
-    # What is alone is taken as it is: the square of its distance to the other's mean could overflow.
+    # If one is empty, return the other unchanged: the square of the distance of their means could overflow.
     if not left.weight:
         return right
     if not right.weight:
         return left
     total = left.weight + right.weight
     gap = right.mean - left.mean
-    # From the heavier side: the other one's part of the gap is what is rounded.
+    # Starting from the mean with the larger weight, so that the rounded term is small.
     if left.weight >= right.weight:
         mean = left.mean + gap * (right.weight / total)
     else:

@@ -24,10 +24,10 @@ def with_own_statistics(state: LocalState, batch: Array) -> tuple[Array, BatchMo
 def with_statistics(state: LocalState, batch: Array, mean: Array, var: Array) -> tuple[Array, Statistics]:
     """Normalize (N, C, *) with a mean and a biased variance, (C,), of any float dtype."""
     dtype = np.dtype(state.config.dtype)
-    with np.errstate(all="ignore"):  # whether NaN and overflow are errors is for the layer to say
+    with np.errstate(all="ignore"):  # the layer's `non_finite` decides whether NaN and overflow are errors
         invstd = 1 / np.sqrt(var.astype(np.float64) + state.config.eps)
         scale = invstd if state.weight is None else invstd * state.weight
-        # The mean first: `input * scale + shift` would lose small differences beside a large offset.
+        # Subtract the mean first: `input * scale + shift` would lose small differences if the offset is large.
         centered = batch.astype(dtype) - _per_channel(mean.astype(dtype), batch)
         rest = mean.astype(np.float64) - mean.astype(dtype)
         offset = (np.zeros_like(scale) if state.bias is None else state.bias) - rest * scale
@@ -38,7 +38,7 @@ def with_statistics(state: LocalState, batch: Array, mean: Array, var: Array) ->
 
 
 def moments(batch: Array) -> BatchMoments:
-    """The moments of (N, C, *) in float64; of an empty batch zeros."""
+    """The moments of (N, C, *) in float64; zeros for an empty batch."""
     channels = batch.shape[1]
     axes = tuple(axis for axis in range(batch.ndim) if axis != 1)
 
@@ -57,13 +57,13 @@ def move(batch: Array, source: int, destination: int) -> Array:
 
 
 def clip(batch: Array, bound: float) -> Array:
-    """Clamp; a bound that the dtype does not have is its largest number."""
+    """Clamp; a bound above the dtype's largest number is replaced by that number."""
     bound = min(bound, float(np.finfo(batch.dtype).max))
     return np.clip(batch, -bound, bound)
 
 
 def all_finite(batch: Array) -> bool:
-    """Whether there is neither NaN nor infinity."""
+    """Whether it contains neither NaN nor infinity."""
     return bool(np.isfinite(batch).all())
 
 

@@ -1,4 +1,4 @@
-"""What normalizing a batch needs of a layer."""
+"""The state of a layer for normalizing a batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from batchnorm_client.wire.documents import Layer, LayerConfig
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LocalState:
-    """What normalizing a batch needs of a layer.
+    """The state of a layer for normalizing a batch.
 
     Attributes:
         config: of the layer, with its present eps and clip.
@@ -20,7 +20,7 @@ class LocalState:
         num_batches_tracked: at that commit.
         weight: gamma, (C,) in the layer's dtype, numpy or torch; None unless affine.
         bias: beta, (C,); None unless affine.
-        running_mean: (C,); None if the layer keeps none.
+        running_mean: (C,); None if the layer has none.
         running_var: (C,); None with running_mean.
     """
 
@@ -34,7 +34,7 @@ class LocalState:
 
     @classmethod
     def of(cls, layer: Layer) -> LocalState:
-        """That of a `Layer` document, whose numbers are exact."""
+        """The state in a `Layer` document, whose numbers are exact."""
         texts = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
         vectors = (None if text is None else np.array(text, layer.config.dtype) for text in texts)
         return cls(layer.config, layer.version, layer.num_batches_tracked, *vectors)

@@ -1,4 +1,4 @@
-"""Normalizing with torch's own kernels: see `core.local.Kernels`. The service's engine has its arithmetic from here."""
+"""Normalizing with torch's own kernels: see `core.local.Kernels`. The service's engine uses them, too."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def train_kernel(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """torch's own training kernel: the output and the batch's statistics in one pass, on the batch's device.
 
-    With momentum 1 the scratch buffers end as the batch's mean and unbiased variance.
+    With momentum 1, the scratch buffers contain the batch's mean and unbiased variance afterwards.
 
     Args:
-        batch: (N, C, *), two values per channel at least.
-        weight: gamma, (C,), beside the batch; or None.
-        bias: beta, (C,), beside the batch; or None.
+        batch: (N, C, *), at least two values per channel.
+        weight: gamma, (C,), on the batch's device; or None.
+        bias: beta, (C,), on the batch's device; or None.
         eps: added to the biased variance.
         dtype: of the layer's state.
         narrow: `is_narrow` of this layer and batch: then there are no buffers.
@@ -101,7 +101,7 @@ def with_statistics(state: LocalState, batch: Tensor, mean: Any, var: Any) -> tu
 
 
 def moments(batch: Tensor) -> BatchMoments:
-    """The moments of (N, C, *) in float64; of an empty batch zeros."""
+    """The moments of (N, C, *) in float64; zeros for an empty batch."""
     count, mean, m2 = exact_sums(batch)
     return BatchMoments(int(count), mean.numpy(), (m2 / max(1, count)).numpy())
 
@@ -112,18 +112,18 @@ def move(batch: Tensor, source: int, destination: int) -> Tensor:
 
 
 def clip(batch: Tensor, bound: float) -> Tensor:
-    """Clamp; a bound that the dtype does not have is its largest number."""
+    """Clamp; a bound above the dtype's largest number is replaced by that number."""
     bound = min(bound, torch.finfo(batch.dtype).max)
     return batch.clamp(-bound, bound)
 
 
 def all_finite(batch: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity."""
+    """Whether it contains neither NaN nor infinity."""
     return bool(batch.isfinite().all())
 
 
 def _axes(batch: Tensor) -> list[int]:
-    """All but that of the channels."""
+    """All axes but that of the channels."""
     return [axis for axis in range(batch.dim()) if axis != 1]
 
 
@@ -132,7 +132,7 @@ def _dtype(state: LocalState) -> torch.dtype:
 
 
 def _on(batch: Tensor, dtype: torch.dtype, *vectors: Any) -> tuple[Tensor | None, ...]:
-    """Vectors of either kind as tensors beside the batch."""
+    """numpy or torch vectors as tensors on the batch's device."""
     return tuple(
         None if vector is None else torch.as_tensor(vector).detach().to(device=batch.device, dtype=dtype)
         for vector in vectors

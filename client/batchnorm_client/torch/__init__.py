@@ -4,10 +4,10 @@
     from batchnorm_client.torch import RemoteBatchNorm2d, convert_batchnorm, revert, snapshot
 
     client = Client("http://127.0.0.1:8000")
-    norm = RemoteBatchNorm2d(64, client=client, name="layer1.bn")   # one module, as nn.BatchNorm2d(64)
+    norm = RemoteBatchNorm2d(64, client=client, name="layer1.bn")   # one module, like nn.BatchNorm2d(64)
     model = convert_batchnorm(model, client, prefix="resnet.")      # or every BatchNorm of a model
-    ...                                                             # or compute="local": batches stay here
-    copied = snapshot(model)                                        # torch's own modules, the service's state of now
+    ...                                                             # or compute="local": only moments are sent
+    copied = snapshot(model)                                        # torch's modules, with the service's present state
     model = revert(model)                                           # back to nn.BatchNorm*, with the service's state
 
 Importing this package imports torch; `batchnorm_client` itself does not.

@@ -3,7 +3,7 @@
     output = (x - mean) * invstd * weight + bias
 
 per channel (Ioffe & Szegedy 2015, section 3). The service returns output, mean and invstd; the backward pass needs
-nothing else from it, and is torch's own kernel, so that gradients are those of `nn.BatchNorm*` bit by bit.
+nothing else, and uses torch's own kernel, so that gradients are bit-equal to those of `nn.BatchNorm*`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Forward = Callable[[Tensor, bool], tuple[Tensor, BatchStatistics[Tensor] | None]
 
 
 class SharedBatch(Protocol):
-    """One synchronized batch, as one of its members sees it."""
+    """The calls of one member of a synchronized batch."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The output."""
@@ -36,20 +36,20 @@ class SharedBatch(Protocol):
 def normalize(
     forward: Forward, x: Tensor, weight: Tensor | None, bias: Tensor | None, *, own: bool, eps: float
 ) -> Tensor:
-    """Normalize with `forward`, and let gradients flow back to the input, weight and bias; also twice.
+    """Normalize with `forward`, with gradients for input, weight and bias, including second derivatives.
 
     Args:
-        forward: computes the output, under the same weight, bias and eps. Called once. Statistics are asked for only if
-            a gradient can be needed.
+        forward: computes the output, with the same weight, bias and eps. Called once. Statistics are requested only if
+            a gradient may be needed.
         x: the input, (N, C, *), not empty.
         weight: (C,), or None.
         bias: (C,), or None.
-        own: whether `forward` normalizes with the batch's own statistics, through which gradients flow too, or with the
+        own: whether `forward` normalizes with the batch's own statistics, which gradients flow through, or with the
             running ones, which are constants.
-        eps: counts in the backward pass for running statistics only.
+        eps: used in the backward pass for running statistics only.
 
     Returns:
-        The output, in the input's memory format as torch has it.
+        The output, in the memory format that torch would return.
     """
     tensors = (x, weight, bias)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
@@ -62,7 +62,7 @@ class _Normalize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, forward: Forward, own: bool, eps: float
     ) -> Tensor:
-        del bias  # its gradient needs no value of it
+        del bias  # its gradient does not depend on its value
         output, statistics = forward(x, True)
         if statistics is None:
             raise RuntimeError("an answer without the statistics that it was asked for")
@@ -73,7 +73,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        # Not once_differentiable: torch's kernel has a derivative of its own, so that gradient penalties work.
+        # Not once_differentiable: torch's backward kernel is differentiable, so gradient penalties work.
         x, weight, mean, spread = ctx.saved_tensors
         invstd, var = (spread, None) if ctx.own else (None, spread)
         grads = torch.ops.aten.native_batch_norm_backward(
@@ -95,7 +95,7 @@ def normalize_shard(shared: SharedBatch, x: Tensor, weight: Tensor | None, bias:
     """Normalize a shard of a synchronized batch; its gradient is that of the whole batch.
 
     Args:
-        shared: the calls, under the same weight and bias. All members run the backward pass, or none.
+        shared: the calls, with the same weight and bias. Either all members run the backward pass, or none.
         x: the shard, (N, C, *); may be empty.
         weight: (C,), or None; its gradient is the shard's part of the sum, as with `nn.SyncBatchNorm`.
         bias: (C,), or None; as weight.
@@ -122,7 +122,7 @@ class _NormalizeShard(torch.autograd.Function):
 
 
 def _formatted(output: Tensor, x: Tensor) -> Tensor:
-    """The output with channels last in memory where the input has them so, as torch's batch norm returns it."""
+    """The output in channels-last memory format if the input has it, as torch's batch norm returns it."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     wanted = formats.get(x.dim())
     if wanted is None or x.is_contiguous() or not x.is_contiguous(memory_format=wanted):

@@ -1,4 +1,4 @@
-"""Whole models: every batch normalization into the service."""
+"""Converting whole models: every batch normalization becomes a layer of the service."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from batchnorm_client.torch.takeover import Claim, Existing, take_over
 
 
 class RemoteOptions(TypedDict, total=False):
-    """What `RemoteBatchNorm` takes and torch's module does not."""
+    """The options of `RemoteBatchNorm` that torch's module does not have."""
 
     non_finite: Literal["reject", "allow"]
     compute: Compute
@@ -30,46 +30,46 @@ class RemoteOptions(TypedDict, total=False):
 def convert_batchnorm(
     module: M, client: Client, prefix: str, *, existing: Existing = "error", **options: Unpack[RemoteOptions]
 ) -> M:
-    """Swap every `nn.BatchNorm1d/2d/3d` of a model for a layer of the service, as `convert_sync_batchnorm` does.
+    """Replace every `nn.BatchNorm1d/2d/3d` of a model by a layer of the service, as `convert_sync_batchnorm` does.
 
-    A new layer takes over the module's weight, bias, running statistics and counter, and so does one that exists and
-    was not used. A layer was used if batches were tracked, or if a tensor of it is neither as it was created nor the
-    module's own. What is done about those that were used is for `existing` to say:
+    A new layer gets the module's weight, bias, running statistics and counter, and so does one that exists and was not
+    used. A layer was used if batches were tracked, or if one of its tensors has neither its initial value nor the
+    module's. `existing` says what to do with layers that were used:
 
         "error"         raise `LayerExists`
-        "adopt"         the model takes their state: for a job that was started again and goes on where it was, and for
-                        data-parallel workers, each of which converts its model
-        "overwrite"     they get the module's state, and their counters are set back to the module's: for a run that
-                        begins anew. Whoever else has these layers is affected
+        "adopt"         the model takes their state: for a job that was restarted and continues, and for data-parallel
+                        workers, each of which converts its model
+        "overwrite"     they get the module's state, including its counters: for a run that starts from the beginning.
+                        This affects all others who use these layers
 
-    All layers are looked at before any is written.
+    All layers are checked before any is written.
 
-    Parameters stay the same objects, so that an optimizer that was made before keeps working. Train or eval mode stays.
-    A module that occurs twice is one layer, named after the first place. Remote modules are left as they are. Hooks
-    registered on the swapped modules are not carried over.
+    Parameters stay the same objects, so that an optimizer that was made before keeps working. Train or eval mode is
+    kept. A module that occurs twice becomes one layer, named after its first place. Remote modules are not changed.
+    Hooks registered on the replaced modules are lost.
 
     Args:
         module: the model; changed in place.
-        client: of the service.
+        client: a client of the service.
         prefix: layers are called `prefix` + the module's path, such as "resnet." + "layer1.0.bn1"; a model that is
             itself a batch normalization is called `prefix`. Models with the same prefix share their layers.
-        existing: what is done about layers that were used before.
+        existing: what to do with layers that were used before.
         options: `non_finite`, `compute`, `group`, `group_size`, `group_timeout`, as in `RemoteBatchNorm`. With
             `compute="local"` and without a group, one call per training step folds the moments of all layers: after the
             model's forward pass, or before a layer is evaluated or its running statistics are read, or by `flush`.
-            (A part of the model that is called by itself is sent by those only.)
+            (If only a part of the model is called, its moments are sent on the latter occasions.)
 
     Returns:
         `module`, or what replaces it if it is itself a batch normalization.
 
     Raises:
         LayerExists: a layer was used before, and `existing` is "error"; or a layer was created with another config.
-            Nothing was changed, neither here nor there, unless somebody used a layer at the same time.
-        TypeError: a SyncBatchNorm, a lazy one, or another subclass, which does more than a layer of the service; or
-            parameters that are not float32 or float64. Nothing was changed.
-        InvalidRequest: a path makes no layer name. Nothing was changed.
-        ValueError: `existing` is none of the three; or a layer to be adopted has a bias, and the module has none.
-            Nothing was changed.
+            Nothing was changed in the model or the service, unless somebody used a layer at the same time.
+        TypeError: the model has a SyncBatchNorm, a lazy module or another subclass, which a layer of the service cannot
+            replace; or parameters that are not float32 or float64. Nothing was changed.
+        InvalidRequest: a module's path is not a valid layer name. Nothing was changed.
+        ValueError: `existing` is unknown; or a layer to be adopted has a bias, and the module has none. Nothing was
+            changed.
     """
     if existing not in get_args(Existing):
         raise ValueError(f"existing must be 'error', 'adopt' or 'overwrite', not {existing!r}")
@@ -89,11 +89,11 @@ def convert_batchnorm(
 
 
 def flush(module: nn.Module) -> None:
-    """Send the moments that wait to be sent together: of a model that was converted with `compute="local"`.
+    """Send the pending moments of a model that was converted with `compute="local"`.
 
     Raises:
-        ProblemError: of a layer. Moments that were refused (4xx) are dropped; others wait on.
-        BatchNormError: of the call; what may be folded or not waits on, and another flush counts nothing twice.
+        ProblemError: for a layer. Moments that were refused (4xx) are dropped; others stay pending.
+        BatchNormError: for the whole call. Its moments stay pending, and another flush counts nothing twice.
     """
     for found in module.modules():
         if isinstance(found, RemoteBatchNorm):
@@ -109,7 +109,7 @@ def _fold_together(root: nn.Module, remotes: list[RemoteBatchNorm], client: Clie
 
 
 def _is_local(module: nn.Module, path: str) -> TypeGuard[_BatchNorm]:
-    """Whether this is to be converted; refuses what looks as if it should be, and cannot."""
+    """Whether to convert this module. Raises TypeError for a batch normalization that cannot be converted."""
     if not isinstance(module, _BatchNorm) or isinstance(module, RemoteBatchNorm):
         return False
     where = f"{type(module).__name__} at {path!r}" if path else type(module).__name__

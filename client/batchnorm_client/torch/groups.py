@@ -1,4 +1,4 @@
-"""Synchronized batches: several processes, each with a shard, that run the same steps."""
+"""Synchronized batches: several processes that run the same steps, each with a shard of the batch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Group:
     """The processes that share batches.
 
     Attributes:
-        run: names their run; not to be used again while the service keeps receipts.
-        size: how many they are.
+        run: id of their run; it must not be used again while the service keeps receipts.
+        size: the number of processes.
         timeout: seconds to wait for the others; None for the service's default.
     """
 
@@ -45,7 +45,7 @@ class GroupStep:
     Attributes:
         layer: of the service.
         group: the processes that share it.
-        step: how many batches they shared before; all count alike.
+        step: the number of batches that they shared before; the same in all processes.
         compute: where the shard is normalized.
     """
 
@@ -60,7 +60,7 @@ class GroupStep:
         return call(x, group=self._id, size=self.group.size, timeout=self.group.timeout).output
 
     def backward(self, x: Tensor, grad_output: Tensor) -> Gradients[Tensor]:
-        """Exchange the sums of the gradients. The service takes these from shard and gradient, which are sent."""
+        """Exchange the sums of the gradients, which the service computes from the shard and its gradient."""
         return self.layer.backward(
             x, grad_output, group=f"{self._id}.backward", size=self.group.size, timeout=self.group.timeout
         )

@@ -21,47 +21,48 @@ from batchnorm_client.torch.running import RemoteRunningStatistics, parameters_o
 class RemoteBatchNorm(RemoteRunningStatistics):
     """Batch normalization whose running statistics live in the service; use `RemoteBatchNorm1d`, `2d` or `3d`.
 
-    A drop-in for torch's module: an instance of it, with its constructor arguments, names, `state_dict()` and errors.
-    In train mode the service normalizes the batch and folds its statistics, exactly once, whatever is retried; in eval
-    mode it normalizes with the running statistics of everybody who trains the layer. The backward pass is local.
+    A drop-in replacement for torch's module: a subclass of it, with its constructor arguments, names, `state_dict()`
+    and errors. In train mode the service normalizes the batch and folds its statistics exactly once, also when the call
+    is retried; in eval mode it normalizes with the running statistics of all who train the layer. The backward pass is
+    local.
 
-    **Weight and bias** are parameters here, for any optimizer. Before each use they are sent to the service if their
-    values changed since this module last sent or read them, and so are `eps`, `momentum` and `track_running_stats`. Of
-    several modules on one layer the last to write wins, unnoticed by the others: let one of them train weight and bias,
-    or keep them equal (as gradient averaging does), or use `affine=False`. Modules that only evaluate never write.
-    `pull()` reads what others wrote; `push()` sends without a batch.
+    **Weight and bias** are parameters of this module, for any optimizer. Before each use they are sent to the service
+    if they changed since this module last sent or read them, and so are `eps`, `momentum` and `track_running_stats`. If
+    several modules use one layer, the last write wins, and the others do not notice: let only one of them train weight
+    and bias, or keep them equal (as gradient averaging does), or use `affine=False`. Modules that only evaluate never
+    write. `pull()` reads what others wrote; `push()` sends without a batch.
 
-    **Running statistics** have no copy here. `running_mean`, `running_var` and `num_batches_tracked` are read from the
-    service at each access, and assigning to them writes there; writing into a tensor that was read (`.zero_()`) changes
-    nothing. They are no buffers: `buffers()` leaves them out, and so do broadcasts of DistributedDataParallel. The
-    module is neither copied nor pickled, because the copy would be the same layer: use `snapshot`.
+    **Running statistics** are not stored here. `running_mean`, `running_var` and `num_batches_tracked` are read from
+    the service at each access, and assigning to them writes there; changing a tensor that was read (`.zero_()`) has no
+    effect. They are not buffers, so `buffers()` and DistributedDataParallel's broadcasts do not include them. The
+    module cannot be copied or pickled, because the copy would be the same layer: use `snapshot`.
 
-    **With `compute="local"`** the batch stays here: it is normalized by torch's kernel, and a train call sends its
-    moments, 16 bytes per channel; an eval call asks whether the statistics have changed. Training uses weight and bias
-    as they are here and does not send them; eval, `push()` and `revert` do.
+    **With `compute="local"`** the batch is not sent: it is normalized by torch's kernel, and a train call sends its
+    moments, 16 bytes per channel; an eval call asks whether the statistics have changed. Training uses this module's
+    weight and bias and does not send them; eval, `push()` and `revert` do.
 
     **With a group** several processes, each with a module on the same layer, normalize their shards as one batch, as
-    with `nn.SyncBatchNorm`; the backward pass is then the service's. All of them run the same forward and backward
-    passes in train mode, have equal weight and bias, and add up their gradients (which are sums over shards). Of a
-    member that fails the others hear by `GroupIncomplete`.
+    with `nn.SyncBatchNorm`; the service then computes the backward pass, too. All of them must run the same forward and
+    backward passes in train mode, have equal weight and bias, and sum their gradients (which are sums over shards).
+    If a member fails, the others get `GroupIncomplete`.
 
     Args:
         num_features: C.
         eps: added to the variance; more than 0.
-        momentum: torch's sense, 0 to 1; None for the cumulative average.
-        affine: has weight and bias.
-        track_running_stats: keeps running statistics.
-        device: of weight and bias; the service computes where it likes.
+        momentum: as in torch, 0 to 1; None for the cumulative average.
+        affine: whether the layer has weight and bias.
+        track_running_stats: whether the layer keeps running statistics.
+        device: of weight and bias; it does not affect the service's device.
         dtype: torch.float32 or torch.float64. The input of a float32 module may also be float16 or bfloat16.
         bias: whether an affine module has a bias.
-        client: of the service; not closed here. The layer is created at once; if it exists, its weight, bias, `eps`,
-            `momentum` and `track_running_stats` are adopted.
-        name: of the layer.
+        client: a client of the service; this module does not close it. The layer is created at once; if it exists, its
+            weight, bias, `eps`, `momentum` and `track_running_stats` are adopted.
+        name: the layer's name.
         non_finite: "reject" or "allow" train batches that have NaN or infinity, or overflow. torch's module allows
             them, and its running statistics stay NaN from then on.
         compute: where batches are normalized, "remote" (in the service) or "local".
-        group: names a run of several processes that share their batches, such as a job's id; a new one for each run.
-        group_size: how many processes.
+        group: id of a run of several processes that share their batches, such as a job's id; a new one for each run.
+        group_size: the number of processes.
         group_timeout: seconds to wait for the others; 30 by default.
 
     Attributes:
@@ -71,9 +72,9 @@ class RemoteBatchNorm(RemoteRunningStatistics):
     Raises:
         LayerExists: the layer exists, and was created with another config.
         InvalidRequest: `name` or an argument is not valid.
-        ValueError: `compute` or `dtype` is none of the known ones, the layer has a bias and this module should have
-            none, or only one of `group` and `group_size` is given.
-        BatchNormError: here and at any use, what `RemoteLayer`'s methods raise.
+        ValueError: `compute` or `dtype` is unknown, the layer has a bias and this module should have none, or only one
+            of `group` and `group_size` is given.
+        BatchNormError: also at any later use, as `RemoteLayer`'s methods raise it.
     """
 
     _dimensions: Literal[1, 2, 3]
@@ -122,12 +123,12 @@ class RemoteBatchNorm(RemoteRunningStatistics):
         return self.layer.name
 
     def extra_repr(self) -> str:
-        """torch's, and the layer's name."""
+        """torch's representation, and the layer's name."""
         torchs = super().extra_repr()  # type: ignore[no-untyped-call]
         return f"{torchs}, name={self.name!r}"
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
-        """Normalize a batch: in train mode with its own statistics, which are folded, else with the running ones.
+        """Normalize a batch: in train mode with its own statistics, which are folded; in eval with the running ones.
 
         Args:
             input: (N, C, *), with the ranks of torch's module; on the parameters' device.
@@ -136,8 +137,8 @@ class RemoteBatchNorm(RemoteRunningStatistics):
             As the input in shape, dtype, device and memory format.
 
         Raises:
-            ValueError: the rank is wrong, or there is one value per channel where the batch's statistics are needed;
-                both as in torch.
+            ValueError: as in torch, if the rank is wrong, or if there is one value per channel where the batch's
+                statistics are needed.
             RuntimeError: input and parameters are on different devices.
             TypeError: weight or bias were converted to another dtype.
             TooFewValues: an empty batch in train mode.
@@ -149,7 +150,7 @@ class RemoteBatchNorm(RemoteRunningStatistics):
         if own and not shared and input.size(1) and input.numel() == input.size(1):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
         if self.weight is not None and self.weight.device != input.device:
-            # The backward pass would find it, but after the batch was counted.
+            # The backward pass would raise, but after the batch was counted.
             raise RuntimeError(f"the input is on {input.device}, weight and bias are on {self.weight.device}")
         if input.numel() == 0 and not self.training:
             return self._empty(input)
@@ -166,7 +167,7 @@ class RemoteBatchNorm(RemoteRunningStatistics):
     def _normalize(self, x: Tensor, statistics: bool) -> tuple[Tensor, BatchStatistics[Tensor] | None]:
         output, found = self._local(x, statistics) if self.compute == "local" else self._remote(x, statistics)
         if found and not self.affine and not (self._tracks and (self.track_running_stats or not self.training)):
-            # With nothing in float32 beside a half-precision input, torch keeps its statistics in half precision, too.
+            # With a half-precision input and no float32 tensor, torch's statistics are in half precision, too.
             found = BatchStatistics(*(tensor.to(x.dtype) for tensor in (found.mean, found.var, found.invstd)))
         return output, found
 
@@ -189,14 +190,14 @@ class RemoteBatchNorm(RemoteRunningStatistics):
         return step.output, step.statistics
 
     def _empty(self, x: Tensor) -> Tensor:
-        """An empty output with its graph; any statistics do for nothing."""
+        """An empty output with its autograd graph; the statistics do not matter."""
         mean = torch.zeros(self.num_features, dtype=self.state_dtype, device=x.device)
         return batch_norm(x, mean, torch.ones_like(mean), self.weight, self.bias, False, 0.0, self.eps)
 
     def push(self) -> None:
-        """Send what changed here since the last time: weight, bias, `eps`, `momentum`, `track_running_stats`.
+        """Send weight, bias, `eps`, `momentum` and `track_running_stats`, those that changed since they were last sent.
 
-        `forward` does it before each use. Call it after the last optimizer step, for others that evaluate the layer.
+        `forward` does this. Call it after the last optimizer step, so that others evaluate with the final values.
 
         Raises:
             TypeError: weight or bias were converted to another dtype.
@@ -205,7 +206,7 @@ class RemoteBatchNorm(RemoteRunningStatistics):
         self._send(self._options() | self._parameters_to_send())
 
     def unsent(self) -> dict[str, Any]:
-        """What `push` would send: by name, where this module last left or found something else in the service."""
+        """What `push` would send, by name: values that differ from what this module last sent or read."""
         return self._changes(self._options() | {name: value.detach() for name, value in self.named_parameters()})
 
     def _changes(self, mine: dict[str, Any]) -> dict[str, Any]:
@@ -220,7 +221,7 @@ class RemoteBatchNorm(RemoteRunningStatistics):
             self._known = known | changes
 
     def pull(self) -> Layer:
-        """Adopt the service's weight, bias, `eps`, `momentum` and `track_running_stats`; changes made here are lost.
+        """Adopt the service's weight, bias, `eps`, `momentum` and `track_running_stats`. Unsent changes are lost.
 
         Parameters are written in place, so that optimizers keep them.
 
@@ -228,7 +229,7 @@ class RemoteBatchNorm(RemoteRunningStatistics):
             The layer as it was read.
 
         Raises:
-            ValueError: the layer has a bias, and this module was made without.
+            ValueError: the layer has a bias, and this module was made without one.
         """
         layer = self.layer.inspect()
         self._config = layer.config
@@ -236,7 +237,7 @@ class RemoteBatchNorm(RemoteRunningStatistics):
         with torch.no_grad():
             for field, value in values.items():
                 parameter = self.get_parameter(field)
-                if not _same(value, parameter):  # an equal one is not touched: a backward pass may still need it
+                if not _same(value, parameter):  # an equal one is not written: a backward pass may still need it
                     parameter.copy_(value)
         self.eps, self.momentum = layer.config.eps, layer.config.momentum
         if self._tracks:
@@ -287,7 +288,7 @@ def layer_options(
     dtype: torch.dtype,
     non_finite: Literal["reject", "allow"],
 ) -> LayerOptions:
-    """How a layer is created for a module, torch's or a remote one."""
+    """The options of a layer for a module, torch's or a remote one."""
     return {
         "eps": module.eps,
         "momentum": module.momentum,

@@ -25,8 +25,8 @@ class PendingBatch:
 
     Attributes:
         moments: of the batch.
-        key: under which they were sent first, and are sent again until then; None before. Moments of other layers that
-            were first sent in the same call share it.
+        key: the idempotency key that they were first sent with, also used for repeats; None if not sent yet. Moments of
+            other layers that were first sent in the same call share it.
     """
 
     moments: BatchMoments
@@ -36,7 +36,7 @@ class PendingBatch:
 class PendingMoments:
     """Collects moments by layer, and sends them together: after the root's forward pass, or before they are needed.
 
-    May be used by threads.
+    Thread-safe.
 
     Args:
         client: of the service.
@@ -52,7 +52,7 @@ class PendingMoments:
         self._process = os.getpid()
 
     def attach(self, root: nn.Module) -> None:
-        """Flush after each forward pass of this module, also of one that fails: torch has counted by then, too."""
+        """Flush after each forward pass of this module, also if it fails: torch would have counted the batch, too."""
 
         def before(*_: object) -> None:
             self._in_forward = True
@@ -64,18 +64,18 @@ class PendingMoments:
         self._hooks = [root.register_forward_pre_hook(before), root.register_forward_hook(after, always_call=True)]
 
     def detach(self, root: nn.Module) -> None:
-        """Take the hooks out of a copy of the root; out of another module, nothing."""
+        """Remove the hooks from a copy of the root; other modules are not changed."""
         for hook in self._hooks:
             for hooks in (root._forward_pre_hooks, root._forward_hooks, root._forward_hooks_always_called):
                 hooks.pop(hook.id, None)
 
     def join(self, user: nn.Module, name: str) -> None:
-        """A module that adds moments for the layer of that name."""
+        """Register a module that adds moments for the layer of that name."""
         self._users.add(user)
         self._batches[name] = deque()
 
     def leave(self, user: nn.Module) -> None:
-        """Flush; the last one to leave takes the hooks away."""
+        """Flush, and unregister a module; the last one removes the hooks."""
         self.flush()
         self._users.discard(user)
         if not self._users:
@@ -83,10 +83,10 @@ class PendingMoments:
                 hook.remove()
 
     def add(self, name: str, moments: BatchMoments) -> None:
-        """Moments for a layer, to be folded after those that it has here already.
+        """Add moments of a layer, to be folded after those that are pending.
 
-        Outside of the root's forward pass, a layer's second batch sends both: a part of the model that is called by
-        itself does not collect without end.
+        Outside of the root's forward pass, a layer's second batch sends both, so that moments do not accumulate when
+        only a part of the model is called.
 
         Raises:
             As `flush`. The moments were added.
@@ -97,12 +97,12 @@ class PendingMoments:
             self.flush()
 
     def flush(self) -> None:
-        """Send what waits: one call for the first batch of each layer, another one for the second, and so on.
+        """Send pending moments: one call for the first batch of each layer, another one for the second, and so on.
 
         Raises:
-            ProblemError: of a layer. If its moments were refused (4xx) they are dropped; otherwise they wait on. Those
-                of other layers were folded.
-            BatchNormError: of the call. What may be folded or not waits on, each batch under the key that it had.
+            ProblemError: for a layer. If its moments were refused (4xx) they are dropped; otherwise they stay pending.
+                Those of other layers were folded.
+            BatchNormError: for the whole call. Its moments stay pending, each batch with the key that it had.
         """
         self._forget_the_parents()
         errors: dict[str, ProblemError] = {}
@@ -112,7 +112,7 @@ class PendingMoments:
                 for name, result in self._send(heads).items():
                     if not isinstance(result, FoldResult):
                         errors.setdefault(name, result)
-                    if isinstance(result, ServiceError):  # not the batch's fault: another try may succeed
+                    if isinstance(result, ServiceError):  # not caused by the batch: another attempt may succeed
                         stuck.add(name)
                     else:
                         self._batches[name].popleft()
@@ -121,7 +121,7 @@ class PendingMoments:
             raise error
 
     def _forget_the_parents(self) -> None:
-        """After a fork: what waited is the parent's to send, or it would count twice, and its lock may be held."""
+        """After a fork: the parent sends what was pending, or it would be counted twice; and its lock may be held."""
         if self._process != os.getpid():
             self._process, self._sending = os.getpid(), Lock()
             for queue in self._batches.values():

@@ -1,4 +1,4 @@
-"""Out of the service again: a model with torch's own modules, in place or as a copy."""
+"""Converting back: a model with torch's own modules again, in place or as a copy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def revert(module: RemoteBatchNorm) -> _BatchNorm: ...
 @overload
 def revert(module: M) -> M: ...
 def revert(module: nn.Module) -> nn.Module:
-    """Undo `convert_batchnorm`: torch's own modules in place of the remote ones, with the service's state.
+    """Undo `convert_batchnorm`: replace remote modules by torch's own, with the service's state.
 
     Weight and bias that changed since they were last sent are sent first. Layers stay in the service.
 
@@ -34,7 +34,7 @@ def revert(module: nn.Module) -> nn.Module:
         `module`, or what replaces it if it is itself a remote batch normalization.
 
     Raises:
-        ValueError: somebody gave a layer a bias, and the module was made with `bias=False`.
+        ValueError: a layer was given a bias, and the module was made with `bias=False`.
     """
     remotes = _remotes(module)
     reverted = swap(module, {remote: _reverted(remote) for remote in remotes})
@@ -49,27 +49,27 @@ def snapshot(module: RemoteBatchNorm) -> _BatchNorm: ...
 @overload
 def snapshot(module: M) -> M: ...
 def snapshot(module: nn.Module) -> nn.Module:
-    """A deep copy of a model that has nothing to do with the service: with torch's own modules and the state of now.
+    """A deep copy of a model with torch's own modules and the present state, independent of the service.
 
-    For what copies or pickles models: target networks (DQN, SAC), moving averages of weights (torch's `AveragedModel`
-    takes a snapshot, and its `update_parameters` another one), checkpoints of whole models, other processes. The model
-    and its layers stay as they are; only moments that wait are sent (see `flush`).
+    For code that copies or pickles models: target networks (DQN, SAC), moving averages of weights (torch's
+    `AveragedModel` takes a snapshot, and its `update_parameters` another one), checkpoints of whole models, other
+    processes. The model and its layers are not changed; only pending moments are sent (see `flush`).
 
-    Each layer is read once, so its tensors are of one moment; those of different layers are not. Weight, bias and
-    options that were changed here and not sent yet are copied as they are here. Devices, dtypes, train or eval mode,
-    `requires_grad` and modules or parameters that occur twice are kept. As with `copy.deepcopy`, gradients are not
-    copied; hooks on remote modules are not either.
+    Each layer is read once, so its tensors belong to one commit; different layers may be read at different times.
+    Weight, bias and options that were changed and not sent yet are copied with their changes. Devices, dtypes, train or
+    eval mode, `requires_grad` and modules or parameters that occur twice are kept. As with `copy.deepcopy`, gradients
+    are not copied; neither are hooks on remote modules.
 
     Args:
-        module: the model; may have no remote module at all.
+        module: the model; it need not have remote modules.
 
     Raises:
-        ValueError: somebody gave a layer a bias, and the module was made with `bias=False`.
+        ValueError: a layer was given a bias, and the module was made with `bias=False`.
     """
     memo: dict[int, Any] = {}
     remotes = _remotes(module)
     for remote in remotes:
-        memo[id(remote)] = _copied(remote, memo)  # copy.deepcopy takes what is there already
+        memo[id(remote)] = _copied(remote, memo)  # copy.deepcopy uses what is in the memo
     copied = copy.deepcopy(module, memo)
     for pending in {remote._pending for remote in remotes if remote._pending is not None}:
         for found in copied.modules():
@@ -78,9 +78,9 @@ def snapshot(module: nn.Module) -> nn.Module:
 
 
 def swap(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Put replacements wherever the originals are: a module may have several places."""
+    """Replace modules wherever they occur; one module may occur several times."""
     for parent in list(module.modules()):
-        for key, child in list(parent._modules.items()):  # named_children() leaves out a second place
+        for key, child in list(parent._modules.items()):  # named_children() omits a second occurrence
             if child is not None and child in replacements:
                 parent.add_module(key, replacements[child])
     return replacements.get(module, module)

@@ -1,4 +1,4 @@
-"""Running statistics that are read from the service, and written there, under torch's names."""
+"""Running statistics with torch's names, read from and written to the service."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from batchnorm_client import Layer, RemoteLayer
 from batchnorm_client.torch.pending_moments import PendingMoments
 
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
-"""What torch keeps in buffers, and the service keeps here."""
+"""What torch keeps in buffers, and the service keeps for remote modules."""
 
 
 def tensors_of(layer: Layer) -> dict[str, Tensor]:
-    """A layer's tensors under torch's names, on the CPU; those that its config leaves out are not there."""
+    """A layer's tensors by torch's names, on the CPU, without those that its config leaves out."""
     vectors = {name: getattr(layer, name) for name in ("weight", "bias", "running_mean", "running_var")}
     dtype: torch.dtype = getattr(torch, layer.config.dtype)
     tensors = {name: torch.tensor(vector, dtype=dtype) for name, vector in vectors.items() if vector is not None}
@@ -26,10 +26,10 @@ def tensors_of(layer: Layer) -> dict[str, Tensor]:
 
 
 def parameters_of(layer: Layer, module: _BatchNorm) -> dict[str, Tensor]:
-    """A layer's weight and bias, as far as a module has them.
+    """A layer's weight and bias, those that the module has.
 
     Raises:
-        ValueError: the layer has a bias other than 0, and the module was made without.
+        ValueError: the layer has a bias other than 0, and the module was made without one.
     """
     values = {name: tensor for name, tensor in tensors_of(layer).items() if name in ("weight", "bias")}
     if "bias" in values and module._parameters["bias"] is None and values.pop("bias").any():
@@ -38,10 +38,10 @@ def parameters_of(layer: Layer, module: _BatchNorm) -> dict[str, Tensor]:
 
 
 class RemoteRunningStatistics(_BatchNorm):
-    """A batch normalization module without buffers: what torch keeps there belongs to a layer of the service.
+    """A batch normalization module without buffers: its running statistics belong to a layer of the service.
 
     Attributes:
-        layer: the layer's handle; not there until the module is made.
+        layer: the layer's handle; not set while the constructor runs.
         state_dtype: of the layer.
     """
 
@@ -50,12 +50,12 @@ class RemoteRunningStatistics(_BatchNorm):
     _tracks: bool
     """Whether the layer was created with running statistics; `track_running_stats` may be toggled later."""
     _pending: PendingMoments | None
-    """Where moments wait that are sent together with those of other modules."""
+    """Pending moments that are sent together with those of other modules."""
     _device: torch.device
-    """Where what is read goes, if there are no parameters to follow."""
+    """The device of tensors that are read, if the module has no parameters."""
 
     def push(self) -> None:
-        """Send what changed here."""
+        """Send weight, bias and options that changed."""
         raise NotImplementedError
 
     def send_state(self, state: dict[str, Tensor]) -> None:
@@ -63,7 +63,7 @@ class RemoteRunningStatistics(_BatchNorm):
         raise NotImplementedError
 
     def flush(self) -> None:
-        """Send moments that wait for those of other modules, theirs included; see `convert_batchnorm`."""
+        """Send pending moments, also those of the other modules of the model; see `convert_batchnorm`."""
         if self._pending is not None:
             self._pending.flush()
 
@@ -71,11 +71,11 @@ class RemoteRunningStatistics(_BatchNorm):
         if name in self._buffers:  # while a state_dict is loaded
             return self._buffers[name]
         if "layer" not in self.__dict__:
-            raise AttributeError(name)  # torch's constructor expects that there is nothing yet
+            raise AttributeError(name)  # torch's constructor expects that there is no attribute yet
         return self.read_running().get(name)
 
     def read_running(self) -> dict[str, Tensor]:
-        """The service's running statistics by name, on the device of the parameters; empty if it keeps none."""
+        """The service's running statistics by name, on the device of the parameters; empty if it has none."""
         if not self._tracks:
             return {}
         self.flush()
@@ -84,7 +84,7 @@ class RemoteRunningStatistics(_BatchNorm):
 
     @property
     def state_device(self) -> torch.device:
-        """Where tensors that are read from the service go."""
+        """The device of tensors that are read from the service."""
         return self._device if self.weight is None else self.weight.device
 
     def _write(self, name: str, value: Tensor | None) -> None:
@@ -98,7 +98,7 @@ class RemoteRunningStatistics(_BatchNorm):
 
     @property
     def running_mean(self) -> Tensor | None:
-        """(C,), read from the service; None if the layer keeps none."""
+        """(C,), read from the service; None if the layer has none."""
         return self._read("running_mean")
 
     @running_mean.setter
@@ -107,7 +107,7 @@ class RemoteRunningStatistics(_BatchNorm):
 
     @property
     def running_var(self) -> Tensor | None:
-        """(C,), unbiased, read from the service; None if the layer keeps none."""
+        """(C,), unbiased, read from the service; None if the layer has none."""
         return self._read("running_var")
 
     @running_var.setter
@@ -116,7 +116,7 @@ class RemoteRunningStatistics(_BatchNorm):
 
     @property
     def num_batches_tracked(self) -> Tensor | None:
-        """(), int64, of all who train the layer, read from the service; None if the layer keeps none."""
+        """(), int64, of all who train the layer, read from the service; None if the layer has none."""
         return self._read("num_batches_tracked")
 
     @num_batches_tracked.setter
@@ -124,9 +124,9 @@ class RemoteRunningStatistics(_BatchNorm):
         self._write("num_batches_tracked", value)
 
     def reset_running_stats(self) -> None:
-        """Set the service's running statistics back, for everybody; as in torch, nothing happens if tracking is off."""
+        """Reset the service's running statistics, for all users; as in torch, this does nothing if tracking is off."""
         if "layer" in self.__dict__ and self.track_running_stats and self._tracks:
-            self.push()  # the service, too, looks at whether tracking is on
+            self.push()  # the service also checks whether tracking is on
             self.layer.reset("running_stats")
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -143,10 +143,10 @@ class RemoteRunningStatistics(_BatchNorm):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """As torch's, and then sends what was loaded in one call; nothing, if some of it does not fit.
+        """Load as torch does, then send what was loaded in one call; nothing is sent if a tensor does not fit.
 
-        Keys that are missing or too many do not stop it: as in torch, what is there is loaded, and the caller hears of
-        the rest. (torch's `strict` comes too late to know: here it is always true.)
+        As in torch, missing and unexpected keys are reported, and the other tensors are loaded. (torch evaluates
+        `strict` later: here it is always true.)
         """
         complaints = len(error_msgs)
         running = self.read_running()
@@ -171,6 +171,6 @@ class RemoteRunningStatistics(_BatchNorm):
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise TypeError(
             f"{type(self).__name__} cannot be copied or pickled: the copy would be the same layer of the service. "
-            "batchnorm_client.torch.snapshot(model) makes a copy with torch's own modules and the statistics of now; "
+            "batchnorm_client.torch.snapshot(model) makes a copy with torch's own modules and the present statistics; "
             "state_dict() has what nn.BatchNorm* loads"
         )

@@ -1,4 +1,4 @@
-"""Layers of the service that a model is about to take: whether they were used, and whose state they have then."""
+"""Layers that a converted model will use: whether they were used before, and whose state they get."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from batchnorm_client import (
 from batchnorm_client.torch.running import parameters_of, tensors_of
 
 Existing = Literal["error", "adopt", "overwrite"]
-"""What is done about layers that were used before: see `convert_batchnorm`."""
+"""What to do with layers that were used before: see `convert_batchnorm`."""
 
 _INITIAL = {"weight": 1, "bias": 0, "running_mean": 0, "running_var": 1}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Claim:
-    """A module, and the layer that is to have its state.
+    """A module, and the layer for its state.
 
     Attributes:
-        module: one of torch's.
+        module: torch's module.
         client: of the service.
-        layer: the layer's handle; there need not be such a layer yet.
-        options: of the layer, when it is created.
+        layer: the layer's handle; the layer need not exist yet.
+        options: for creating the layer.
     """
 
     module: _BatchNorm
@@ -55,11 +55,11 @@ class Claim:
             found = self.layer.inspect()
         except LayerNotFound:
             return None
-        self._create()  # of a layer that exists, this compares the config
+        self._create()  # compares the config of a layer that exists
         return found
 
     def is_used(self, found: Layer) -> bool:
-        """Whether batches were tracked, or a tensor is neither initial nor the module's own."""
+        """Whether batches were tracked, or a tensor has neither its initial value nor the module's."""
         own, theirs = self._state(), tensors_of(found)
         return found.num_batches_tracked > 0 or any(
             not torch.equal(theirs[name], own[name]) and not bool((theirs[name] == value).all())
@@ -68,15 +68,15 @@ class Claim:
         )
 
     def take(self, found: Layer | None, existing: Existing) -> None:
-        """Create the layer if need be, and write the module's state there, unless a used one is adopted.
+        """Create the layer if necessary, and write the module's state to it, unless a used layer is adopted.
 
         Args:
-            found: the layer as it was found. Writing it is conditional on that; if somebody else was faster, the layer
-                is looked at again.
-            existing: what is done about a layer that was used.
+            found: the layer as it was read. It is written only if it has not changed since; otherwise it is read and
+                checked again.
+            existing: what to do with a layer that was used.
 
         Raises:
-            LayerExists: somebody used it meanwhile, and `existing` is "error".
+            LayerExists: the layer was used meanwhile, and `existing` is "error".
         """
         if found is None:
             self._create()
@@ -93,11 +93,11 @@ class Claim:
         self.client.create_layer(self.layer.name, self.module.num_features, **self.options)
 
     def _write(self, layer: Layer) -> None:
-        """Make counters, options and tensors those of the module; what is so already is not sent.
+        """Set counters, options and tensors to those of the module; equal ones are not sent.
 
-        The tensors come last: a layer is not used before they are there, and may be written again.
+        The tensors are sent last: until then the layer counts as unused, and may be written again.
         """
-        if layer.samples_tracked:  # no tensor of the state: a reset sets it back, if tracking is on
+        if layer.samples_tracked:  # not part of the state's tensors; a reset clears it, if tracking is on
             if not layer.config.track_running_stats:
                 layer = self.layer.update(track_running_stats=True, if_match=layer.version)
             layer = self.layer.reset(if_match=layer.version)
@@ -122,11 +122,11 @@ class Claim:
 
 
 def take_over(claims: Sequence[Claim], existing: Existing) -> None:
-    """Let each layer have its module's state, or keep its own if it was used and `existing` is "adopt".
+    """Write each module's state to its layer; a layer that was used keeps its own if `existing` is "adopt".
 
     Raises:
         LayerExists: a layer was used, and `existing` is "error"; or it was created with another config. Nothing was
-            written, unless somebody used a layer while this was looking at the others.
+            written, unless somebody used a layer while the others were checked.
         ValueError: a layer to be adopted has a bias, and the module has none. Nothing was written.
     """
     found = [claim.find() for claim in claims]

@@ -1,4 +1,4 @@
 """HTTP for both clients: requests for httpcore and httpx, pools per process, deadlines, proxies.
 
-Imported when a client is made and not before: httpx takes longer to import than all the rest.
+Imported only when a client is made: importing httpx takes longer than importing all the rest.
 """

@@ -1,4 +1,4 @@
-"""Sending calls without blocking."""
+"""Sending the calls of `AsyncClient`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from batchnorm_client.transport.requests import ResponseBuffer, ServiceEndpoint
 
 
 class AsyncConnections(PoolPerProcess[httpx.AsyncHTTPTransport, httpx.AsyncClient]):
-    """Connections of the client that does not block.
+    """Connections of `AsyncClient`.
 
     Args:
         endpoint: to the service.
@@ -30,7 +30,7 @@ class AsyncConnections(PoolPerProcess[httpx.AsyncHTTPTransport, httpx.AsyncClien
         """Send a call once.
 
         Raises:
-            NoAnswer: none came, the deadline passed, or the client is closed.
+            NoAnswer: there was no response, the deadline passed, or the client is closed.
         """
         given, pool = self.given, None
         if given is None:
@@ -40,7 +40,7 @@ class AsyncConnections(PoolPerProcess[httpx.AsyncHTTPTransport, httpx.AsyncClien
             send = partial(self.usable(given).send, stream=True)
         token = seconds_left.set(attempts.left)
         try:
-            # An HTTP client that was passed in has sockets of its own, which look at no deadline.
+            # An HTTP client that was passed in has its own sockets, which do not check the deadline.
             with self.errors(attempts), nullcontext() if given is None else anyio.move_on_after(attempts.left()):
                 request = self.endpoint.build_request(attempts)
                 response = await send(request)
@@ -53,12 +53,12 @@ class AsyncConnections(PoolPerProcess[httpx.AsyncHTTPTransport, httpx.AsyncClien
                 return buffer.response()
         finally:
             seconds_left.reset(token)
-            if pool is not None and self.closed:  # meanwhile; this call's connection came back to the pool after that
+            if pool is not None and self.closed:  # during the call, whose connection returned to the pool after that
                 await pool.aclose()
         raise attempts.timed_out()
 
     async def aclose(self) -> None:
-        """Close what was made here, in this process. Calls under way raise `ConnectionFailed`."""
+        """Close the connections that were made in this process. Running calls raise `ConnectionFailed`."""
         pool = self.take_pool()
         if pool is not None:
             await pool.aclose()

@@ -1,5 +1,5 @@
 # Generated from transport/async_connections.py by generate_sync.py (make sync-client): change that file, not this one.
-"""Sending calls, for those who may block."""
+"""Sending the calls of `Client`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from batchnorm_client.transport.requests import ResponseBuffer, ServiceEndpoint
 
 
 class Connections(PoolPerProcess[httpx.HTTPTransport, httpx.Client]):
-    """Connections of the client that blocks; threads may share them.
+    """Connections of `Client`; threads may share them.
 
     Args:
         endpoint: to the service.
@@ -29,7 +29,7 @@ class Connections(PoolPerProcess[httpx.HTTPTransport, httpx.Client]):
         """Send a call once.
 
         Raises:
-            NoAnswer: none came, the deadline passed, or the client is closed.
+            NoAnswer: there was no response, the deadline passed, or the client is closed.
         """
         given, pool = self.given, None
         if given is None:
@@ -51,11 +51,11 @@ class Connections(PoolPerProcess[httpx.HTTPTransport, httpx.Client]):
                 return buffer.response()
         finally:
             seconds_left.reset(token)
-            if pool is not None and self.closed:  # meanwhile; this call's connection came back to the pool after that
+            if pool is not None and self.closed:  # during the call, whose connection returned to the pool after that
                 pool.close()
 
     def close(self) -> None:
-        """Close what was made here, in this process. Calls under way raise `ConnectionFailed`."""
+        """Close the connections that were made in this process. Running calls raise `ConnectionFailed`."""
         pool = self.take_pool()
         if pool is not None:
             pool.close()

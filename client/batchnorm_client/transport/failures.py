@@ -1,4 +1,4 @@
-"""httpx's exceptions as exceptions of this package: which host failed, and whether the call may have taken effect."""
+"""Converts httpx's exceptions: which host failed, and whether the call may have taken effect."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _PERMANENT: Final = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)
 def no_response(
     error: httpx.TransportError | httpx.DecodingError, endpoint: ServiceEndpoint, attempts: Attempts[Any]
 ) -> NoAnswer:
-    """The exception for a try that brought no response.
+    """The exception for an attempt without a response.
 
     Args:
-        error: httpx's.
+        error: the exception of httpx.
         endpoint: of the service.
-        attempts: that the try is one of.
+        attempts: those of the call.
     """
     if isinstance(error, httpx.TimeoutException):
         return _timed_out(error, endpoint, attempts)
@@ -57,7 +57,7 @@ def _timed_out(error: httpx.TimeoutException, endpoint: ServiceEndpoint, attempt
 
 
 def _route(error: httpx.TransportError | httpx.DecodingError, endpoint: ServiceEndpoint) -> str:
-    """The service, and the proxy before it; of an HTTP client that was passed in, where it was redirected to."""
+    """The service and its proxy, for messages; of an HTTP client that was passed in, the host it was redirected to."""
     try:
         url = error.request.url
     except RuntimeError:  # a transport's errors have no request

@@ -1,8 +1,9 @@
-"""Sockets that keep to the deadline of the call that uses them.
+"""Sockets that respect the deadline of the call that uses them.
 
-httpx's timeouts hold for each read and each write by itself, so a peer that sends a byte now and then could keep a call
-waiting without end. httpcore's sockets can be replaced; these ask before each wait how much time the call has left.
-The async client has them, too, and does not cancel: httpcore leaks a connection that is cancelled in a TLS handshake.
+httpx's timeouts apply to each read and write separately, so a peer that sends a byte now and then could keep a call
+waiting for ever. These sockets replace httpcore's, and check before each wait how much time the call has left.
+The async client uses them, too, instead of cancelling: httpcore leaks a connection that is cancelled in a TLS
+handshake.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ def _no_deadline() -> float:
 
 
 seconds_left: ContextVar[Callable[[], float]] = ContextVar("seconds_left", default=_no_deadline)
-"""Tells how many seconds the call that runs in this thread or task has left; infinite without a deadline."""
+"""Returns the seconds that the call in this thread or task has left; infinite without a deadline."""
 
 
 class DeadlineBackend(httpcore.SyncBackend):
-    """TCP connections that heed `seconds_left`."""
+    """TCP connections that respect `seconds_left`."""
 
     def connect_tcp(
         self,
@@ -37,9 +38,9 @@ class DeadlineBackend(httpcore.SyncBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.NetworkStream:
-        """Connect to the first of the host's addresses that answers.
+        """Connect to the first of the host's addresses that accepts.
 
-        One by one, because the standard library would give each of them the whole timeout.
+        The addresses are tried here, because the standard library would give each of them the whole timeout.
         """
         options = list(socket_options or ())
         failure: Exception = httpcore.ConnectError(f"{host} has no address")
@@ -60,8 +61,8 @@ class _Stream(httpcore.NetworkStream):
     """httpcore's stream over a socket, with and without TLS.
 
     Args:
-        stream: httpcore's.
-        nested: it is TLS inside of TLS, and its socket belongs to the outer one.
+        stream: httpcore's stream.
+        nested: whether it is TLS inside of TLS; then the socket belongs to the outer stream.
     """
 
     def __init__(self, stream: httpcore.NetworkStream, nested: bool = False) -> None:
@@ -74,7 +75,7 @@ class _Stream(httpcore.NetworkStream):
         return self._stream.read(max_bytes, _within(timeout, httpcore.ReadTimeout))
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """Write all of it. httpcore's own loop would give each part the whole timeout."""
+        """Write the whole buffer. httpcore's own loop would give each part the whole timeout."""
         if self._nested:
             self._stream.write(buffer, _within(timeout, httpcore.WriteTimeout))
             return
@@ -107,10 +108,10 @@ class _Stream(httpcore.NetworkStream):
 
 
 class AsyncDeadlineBackend(httpcore.AsyncNetworkBackend):
-    """The same on an event loop.
+    """The same for asyncio.
 
     Args:
-        backend: httpcore's. It bounds each of its methods as a whole, so that a limit for each is all that is missing.
+        backend: httpcore's. Its timeouts already apply to each of its methods as a whole.
     """
 
     def __init__(self, backend: httpcore.AsyncNetworkBackend) -> None:
@@ -160,7 +161,7 @@ class _AsyncStream(httpcore.AsyncNetworkStream):
 
 
 def _within(timeout: float | None, late: type[httpcore.TimeoutException]) -> float | None:
-    """The timeout, or what is left until the deadline if that is less; raises `late` when nothing is."""
+    """The timeout, or the time until the deadline if that is less; raises `late` if the deadline has passed."""
     left = seconds_left.get()()
     if left <= 0:
         raise late("the deadline has passed")

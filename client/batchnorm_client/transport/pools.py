@@ -1,9 +1,9 @@
 """Connection pools, one for each process; or the HTTP client that the caller passed in.
 
-Two processes that read from one socket get each other's responses. So a child neither uses nor closes the pools that it
-inherited by a fork: closing could end a TLS session of the parent, or take a socket from its event loop.
+Two processes that read from one socket get each other's responses. So after a fork a child neither uses nor closes the
+pools that it inherited: closing could end a TLS session of the parent, or remove a socket from its event loop.
 
-httpx's transports are used, and not its clients, which log a line at INFO for every call.
+This uses httpx's transports and not its clients, which log a line at INFO for every call.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _inherited: list[object] = []
 
 
 class PoolPerProcess(Generic[T, G]):
-    """The connections of both clients, as far as nothing has to be awaited.
+    """What the connections of both clients share: everything that need not be awaited.
 
     Args:
         endpoint: to the service.
@@ -39,7 +39,7 @@ class PoolPerProcess(Generic[T, G]):
     Attributes:
         endpoint: as given.
         given: as given.
-        closed: the client is closed; never with an HTTP client that was passed in.
+        closed: whether the client is closed; always False with an HTTP client that was passed in.
     """
 
     def __init__(self, endpoint: ServiceEndpoint, given: G | None, make: Callable[[], T]) -> None:
@@ -52,7 +52,7 @@ class PoolPerProcess(Generic[T, G]):
         # inherit while it is held.
         self._pools: dict[int, T] = {}
         if given is None:
-            self.pool()  # options that cannot be used are refused now
+            self.pool()  # raises now if the options are invalid
 
     def pool(self) -> T:
         """The connections of this process.
@@ -65,7 +65,7 @@ class PoolPerProcess(Generic[T, G]):
         if pool is None:
             if self.closed:
                 raise ConnectionFailed("the client is closed", permanent=True)
-            # Also so that no descendant finds one when the system gives it an ancestor's number.
+            # So that no descendant process finds a pool when it gets the process id of an ancestor.
             _inherited.extend(self._pools.pop(other, None) for other in list(self._pools) if other != pid)
             pool = self._pools.setdefault(pid, self._make())
         return pool
@@ -87,7 +87,7 @@ class PoolPerProcess(Generic[T, G]):
         return given
 
     def take_pool(self) -> T | None:
-        """No more calls; the pool that is to be closed. An HTTP client that was passed in is left as it is."""
+        """Refuse further calls, and return the pool to close. An HTTP client that was passed in is not closed."""
         self.closed = self.given is None
         return self._pools.pop(os.getpid(), None)
 
@@ -109,14 +109,14 @@ class PoolPerProcess(Generic[T, G]):
 
 
 def sync_transport(endpoint: ServiceEndpoint) -> httpx.HTTPTransport:
-    """A pool of connections that heed deadlines."""
+    """A pool of connections that respect deadlines."""
     transport = httpx.HTTPTransport(**endpoint.options)
     transport._pool._network_backend = DeadlineBackend()  # httpx has no option for httpcore's
     return transport
 
 
 def async_transport(endpoint: ServiceEndpoint) -> httpx.AsyncHTTPTransport:
-    """A pool of connections that heed deadlines."""
+    """A pool of connections that respect deadlines."""
     transport = httpx.AsyncHTTPTransport(**endpoint.options)
     transport._pool._network_backend = AsyncDeadlineBackend(transport._pool._network_backend)
     return transport

@@ -1,4 +1,4 @@
-"""The proxy between a client and its service."""
+"""The proxy that a client uses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import httpx
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """A proxy, and where it is configured.
+    """A proxy, and where it was configured.
 
     Attributes:
         http: for httpx.
@@ -22,7 +22,7 @@ class Proxy:
     source: str
 
     def __str__(self) -> str:
-        """For messages, which credentials stay out of."""
+        """For messages; without credentials."""
         url = self.http.url
         return f"the proxy {url.scheme}://{url.netloc.decode('ascii')} (from {self.source})"
 
@@ -33,10 +33,10 @@ def proxy_for(url: httpx.URL, given: str | httpx.URL | httpx.Proxy | None, trust
     Args:
         url: the service's.
         given: the option `proxy`.
-        trust_env: whether HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY count, as the standard library reads them.
+        trust_env: whether to use HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY, read as the standard library does.
 
     Raises:
-        ValueError: a proxy's URL has a scheme that is none of http, https, socks5 and socks5h.
+        ValueError: the scheme of a proxy's URL is not http, https, socks5 or socks5h.
     """
     if given is not None:
         return Proxy(given if isinstance(given, httpx.Proxy) else httpx.Proxy(given), "the option proxy")

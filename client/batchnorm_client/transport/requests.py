@@ -1,4 +1,4 @@
-"""Requests and responses for httpx: settings, headers, timeouts and bodies."""
+"""Requests and responses of httpx: settings, headers, timeouts and bodies."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from batchnorm_client.wire.tensors.tensor import Buffer, byte_view
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 TIMEOUT: Final = httpx.Timeout(30, connect=5)
-"""A train call may wait for a disk, a queue, or a large batch's arithmetic; httpx's own 5 seconds are for web pages."""
+"""A train call may wait for a disk, a queue, or the computation of a large batch; httpx's default is 5 seconds."""
 
 BLOCK: Final = 1 << 18
-"""Larger bodies are sent in blocks of this size, smaller ones as one. httpcore copies again what a socket did not take
-at once: 25 MB there and back took 44 ms as one piece, 36 ms in blocks; up to 1 MB the two are within the noise."""
+"""Larger bodies are sent in blocks of this size, since httpcore copies again what a socket did not accept at once:
+25 MB there and back took 44 ms as one piece, 36 ms in blocks; up to 1 MB there is no measurable difference."""
 
 _WITH_BODY: Final = ("POST", "PUT", "PATCH")
-"""Methods that say how long their body is even if there is none (RFC 9110, 8.6)."""
+"""Methods whose requests have a Content-Length even without a body (RFC 9110, 8.6)."""
 
 
 class ServiceEndpoint:
-    """One service: its address, the headers of every call, and the settings of its connections.
+    """A service: its address, the headers of every request, and the settings of its connections.
 
     Args:
-        base_url: by default the HTTP client's, if one was passed in that has one; else BATCHNORM_URL; else
+        base_url: by default that of the HTTP client that was passed in, if it has one; else BATCHNORM_URL; else
             http://127.0.0.1:8000.
         token: by default BATCHNORM_TOKEN, unless an HTTP client was passed in.
-        given: the HTTP client that was passed in, which is used as it is.
-        options: httpx's, for connections that are made here.
+        given: the HTTP client that was passed in, or None.
+        options: httpx's options, for connections that are made here.
 
     Attributes:
         base: the service's URL, without a slash at its end.
         address: its scheme, host and port.
-        proxy: between here and there; None also with an HTTP client that was passed in, which knows its own.
-        options: of an httpx transport.
+        proxy: the proxy to use; None also with an HTTP client that was passed in, which has its own.
+        options: arguments of an httpx transport.
 
     Raises:
-        ValueError: the address is no http or https URL, or the token cannot be sent.
+        ValueError: the address is not an http or https URL, or the token has characters that cannot be sent.
         TypeError: options for an HTTP client that was passed in, or unknown ones.
     """
 
@@ -79,17 +79,17 @@ class ServiceEndpoint:
             self._headers["Host"] = url.netloc.decode("ascii")
             self._headers["Accept"] = "*/*"
             self._headers["User-Agent"] = f"batchnorm-client/{version('batchnorm-service')}"
-        # A compressed response would have to be unpacked into another buffer, and floats hardly shrink.
+        # A compressed response would have to be decompressed into another buffer, and floats hardly compress.
         self._headers["Accept-Encoding"] = "identity"
         if token is not None:
             if not token or not token.isascii() or not token.isprintable() or " " in token:
-                raise ValueError("the token must be printable ASCII without spaces")  # and it is not shown
+                raise ValueError("the token must be printable ASCII without spaces")  # the message does not contain it
             self._headers["Authorization"] = f"Bearer {token}"
-        if given is None and url.userinfo:  # as httpx does, also in that it goes before a token
+        if given is None and url.userinfo:  # as httpx does: it takes precedence over a token
             self._headers["Authorization"] = f"Basic {b64encode(_credentials(url)).decode('ascii')}"
 
     def build_request(self, attempts: Attempts[Any]) -> httpx.Request:
-        """A request for httpx, whose timeouts end at the deadline.
+        """A request of httpx, whose timeouts end at the deadline.
 
         Raises:
             TimedOut: the deadline has passed.
@@ -102,7 +102,7 @@ class ServiceEndpoint:
         blocks = None if joined is not None else _Blocks(request.pieces, attempts.remaining)
         if blocks is not None or (http is None and request.method in _WITH_BODY):
             headers["Content-Length"] = str(size)
-        if http is None:  # there is nothing to merge, which would take httpx longer than all the rest takes
+        if http is None:  # http.build_request would merge defaults, which takes longer than all the rest
             return httpx.Request(
                 request.method,
                 url,
@@ -118,12 +118,12 @@ class ServiceEndpoint:
 
 @lru_cache(maxsize=1024)
 def _url(text: str) -> httpx.URL:
-    """Parsed once: that costs more than writing the request."""
+    """Parsed once per URL, since parsing costs more than writing the request."""
     return httpx.URL(text)
 
 
 class _Blocks(httpx.SyncByteStream, httpx.AsyncByteStream):
-    """A body in blocks, which are views of its pieces. Can be sent more than once."""
+    """A body in blocks, which are views of its pieces. It can be sent several times."""
 
     def __init__(self, pieces: Any, check: Callable[[], object]) -> None:
         self._pieces = pieces
@@ -142,30 +142,30 @@ class _Blocks(httpx.SyncByteStream, httpx.AsyncByteStream):
 
 
 class ResponseBuffer:
-    """Collects a response's body in one writable buffer; results are views of it.
+    """Collects the body of a response in one writable buffer; results are views of it.
 
     Args:
-        response: says how long the body will be.
-        check: is called with every part; raises when time is up.
+        response: its headers give the length of the body.
+        check: called for every part; raises when the deadline has passed.
     """
 
     def __init__(self, response: httpx.Response, check: Callable[[], object]) -> None:
         self._response = response
         self._check = check
         length = response.headers.get("content-length", "")
-        # Its pages are touched only as they fill: a false length costs nothing.
+        # Memory pages are used only when they are filled, so a false length costs nothing.
         self._buffer = np.empty(int(length), np.uint8).data if length.isdigit() and len(length) < 13 else None
         self._filled = 0
         self._rest = bytearray()
 
     def add(self, part: bytes) -> None:
-        """Take the next part."""
+        """Append the next part."""
         self._check()
         end = self._filled + len(part)
         if self._buffer is not None and not self._rest and end <= len(self._buffer):
             self._buffer[self._filled : end] = part
             self._filled = end
-        else:  # no length was announced, or it was that of a compressed body
+        else:  # there was no Content-Length, or it was that of a compressed body
             self._rest += part
 
     def response(self) -> Response:
@@ -174,7 +174,7 @@ class ResponseBuffer:
         if self._buffer is not None:
             filled = self._buffer[: self._filled]
             body = bytearray(filled) + self._rest if self._rest else filled
-        # A dict, because looking a name up in httpx's headers goes through all of them.
+        # A dict, because a look-up in httpx's headers searches all of them.
         headers = {
             name.decode("latin-1").lower(): value.decode("latin-1") for name, value in self._response.headers.raw
         }
@@ -189,7 +189,7 @@ def _base_url(base_url: str | None, given: httpx.Client | httpx.AsyncClient | No
     try:
         url = httpx.URL(base_url)
     except httpx.InvalidURL as error:
-        raise ValueError(f"{base_url!r} is no URL: {error}") from error
+        raise ValueError(f"{base_url!r} is not a URL: {error}") from error
     if url.scheme not in {"http", "https"} or not url.host or url.query or url.fragment:
         raise ValueError(f"{base_url!r} must be a URL such as {DEFAULT_URL}")
     return url
@@ -200,14 +200,14 @@ def _credentials(url: httpx.URL) -> bytes:
 
 
 def _with_longer_read(timeout: httpx.Timeout, waits: float) -> httpx.Timeout:
-    """The timeouts for a call on which the service waits on purpose."""
+    """The timeouts for a call during which the service waits on purpose."""
     limits = timeout.as_dict()
     read = limits.pop("read")
     return timeout if read is None or not waits else httpx.Timeout(**limits, read=read + waits)
 
 
 def _capped(timeout: httpx.Timeout, remaining: float) -> httpx.Timeout:
-    """The timeouts, none longer than what is left until the deadline."""
+    """The timeouts, none longer than the time until the deadline."""
     limits = timeout.as_dict()
     if all(limit is not None and limit <= remaining for limit in limits.values()) or remaining == float("inf"):
         return timeout

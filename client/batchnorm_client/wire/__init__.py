@@ -1,1 +1,1 @@
-"""What both sides speak: JSON documents, media types, headers, problems, and tensors as bytes."""
+"""What client and service share: JSON documents, media types, headers, problems, and tensors as bytes."""

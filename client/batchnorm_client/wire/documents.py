@@ -1,4 +1,4 @@
-"""The JSON documents of version 1, as pydantic models. Both sides import them; neither invents a name of its own."""
+"""The JSON documents of version 1, as pydantic models. Client and service import them, so names exist once."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ INPUT_DTYPES: Final[dict[str, tuple[str, ...]]] = {
     "float32": ("float16", "bfloat16", "float32"),
     "float64": ("float64",),
 }
-"""Which input dtypes a layer takes, by the dtype of its state. The output has the input's dtype."""
+"""The input dtypes that a layer accepts, by the dtype of its state. The output has the input's dtype."""
 
 LayerName = Annotated[str, StringConstraints(pattern=rf"^{LAYER_NAME_PATTERN.pattern}$")]
 
 
 class Document(BaseModel):
-    """A JSON document of the contract: immutable, strict types, unknown fields refused."""
+    """A JSON document of the HTTP interface: immutable, strict types, unknown fields refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, ser_json_inf_nan="strings")
 
@@ -55,7 +55,7 @@ class LayerConfig(Document):
         allow_inf_nan=False,
         description="torch's sense: running = (1 - momentum) * running + momentum * batch; null = cumulative average, "
         "1/i. Population statistics take null only: it is their default, and has to be sent where a client sends 0.1",
-        json_schema_extra={"default": 0.1},  # without it, clients made from the schema send null
+        json_schema_extra={"default": 0.1},  # without it, generated clients send null
     )
     affine: bool = Field(True, description="has weight and bias")
     track_running_stats: bool = Field(True, description="keeps running statistics")
@@ -115,7 +115,7 @@ class LayerConfig(Document):
 
 
 def _kind(given: dict[str, Any]) -> Kind:
-    """Of a config's fields so far; that of the default where the name itself was refused."""
+    """The kind of statistics of a config's fields so far; the default kind if the name was invalid."""
     return STATISTICS[given.get("statistics", "moving")]
 
 
@@ -130,7 +130,7 @@ Element = Annotated[
     float,
     BeforeValidator(_number_or_name, json_schema_input_type=float | Literal["NaN", "Infinity", "-Infinity"]),
 ]
-# One wrong element is enough to know: listing a million of them would take seconds and gigabytes.
+# Only the first wrong element is reported: a list of a million errors would take seconds and gigabytes.
 Vector = Annotated[list[Element], Field(max_length=MAX_FEATURES, fail_fast=True)]
 
 
@@ -138,7 +138,7 @@ _NEVER_NULL: Final = ("eps", "track_running_stats", "non_finite", "weight", "bia
 
 
 def _optional(schema: dict[str, Any]) -> None:
-    """Fields that may be absent have no default: a client made from the schema would send null for each of them."""
+    """Remove defaults from the schema: a client generated from it would send null for each absent field."""
     for name, field in schema["properties"].items():
         del field["default"]
         if name in _NEVER_NULL:

@@ -1,11 +1,11 @@
-"""What can go wrong, one exception per problem type (RFC 9457), in one tree.
+"""The exceptions: one tree, with one exception per problem type (RFC 9457).
 
     BatchNormError
-    ├── NoAnswer                            the service did not answer (client only)
-    │   ├── ConnectionFailed                it cannot be reached, the connection was cut, the client is closed
-    │   └── TimedOut                        not in time
-    ├── UnexpectedAnswer                    an answer that is not in the contract, such as a proxy's page (client only)
-    └── ProblemError                        the service answered with application/problem+json
+    ├── NoAnswer                            no response from the service (client only)
+    │   ├── ConnectionFailed                it cannot be reached, the connection was lost, the client is closed
+    │   └── TimedOut                        no response in time
+    ├── UnexpectedAnswer                    an unspecified response, such as a proxy's page (client only)
+    └── ProblemError                        the service responded with application/problem+json
         ├── RequestError                    4xx: the call changed nothing
         │   ├── MalformedBody               400 malformed-body
         │   ├── Unauthenticated             401 unauthenticated
@@ -38,7 +38,7 @@
 
 The service raises these exceptions and writes them as problems; the client reads problems and raises the same
 exceptions. So both sides share one list, and no problem can be left unmapped. A class's docstring is the text
-that `GET /problems/<name>` answers.
+that `GET /problems/<name>` returns.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ class BatchNormError(Exception):
     """Base of everything that this package raises on purpose.
 
     Attributes:
-        outcome_unknown: the client gave up, and the call may have taken effect all the same. False for a call that
-            certainly changed nothing, and for one that changes nothing anyway.
+        outcome_unknown: the client gave up, and the call may have taken effect nevertheless. False for a call that
+            certainly changed nothing, and for calls that only read.
     """
 
     outcome_unknown: bool = False
 
 
 class NoAnswer(BatchNormError):
-    """No answer came. The exception below it in the chain (`__cause__`) is the HTTP library's.
+    """There was no response. Its `__cause__` is the exception of the HTTP library.
 
     Attributes:
-        permanent: another try would end the same way, such as with a certificate that is not trusted.
-        proxy: the proxy that could not be reached, or would not connect to the service; None if it was the service.
+        permanent: another attempt would fail in the same way, such as with a certificate that is not trusted.
+        proxy: the proxy that could not be reached, or did not connect to the service; None if the service failed.
     """
 
     def __init__(
@@ -75,23 +75,23 @@ class NoAnswer(BatchNormError):
 
 
 class ConnectionFailed(NoAnswer):
-    """The service cannot be reached, the connection was cut before the answer was complete, or the client is closed."""
+    """The service cannot be reached, the connection was lost during the response, or the client is closed."""
 
 
 class TimedOut(NoAnswer):
-    """The service did not answer in time: within the client's timeout, or what its deadline left of that."""
+    """The service did not respond in time: within the client's timeout, or before the call's deadline."""
 
 
 class UnexpectedAnswer(BatchNormError):
-    """An answer that is not in the contract: an error page of a proxy, another service, a newer problem type.
+    """A response that is not specified: an error page of a proxy, another service, a newer problem type.
 
     Attributes:
         status: the HTTP status code.
         detail: what was unexpected.
-        name: the problem type's name where the answer was a problem that this client does not know, or None.
-        fields: such a problem's members.
-        request_id: the `X-Request-ID` of the answer, if it had one.
-        retry_after: seconds after which another try makes sense, if it said so.
+        name: the problem type's name, if the response was a problem that this client does not know; else None.
+        fields: the members of such a problem.
+        request_id: the `X-Request-ID` of the response, if it had one.
+        retry_after: seconds after which to try again, if the response had `Retry-After`.
     """
 
     def __init__(
@@ -125,8 +125,8 @@ class ProblemError(BatchNormError):
         title: the problem type in a few words.
         detail: what was wrong this time.
         fields: members that a program can use, such as `field`, `expected` and `got`.
-        request_id: the `X-Request-ID` of the answer, once there is one.
-        retry_after: seconds after which another try makes sense (503 only).
+        request_id: the `X-Request-ID` of the response, once there is one.
+        retry_after: seconds after which to try again (503 only).
     """
 
     name: ClassVar[str]

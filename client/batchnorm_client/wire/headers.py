@@ -1,4 +1,4 @@
-"""Headers of requests and responses beside those that HTTP itself has."""
+"""Headers of requests and responses that HTTP itself does not define."""
 
 import re
 from typing import Final
@@ -10,4 +10,4 @@ REQUEST_ID: Final = "X-Request-ID"
 VERSION: Final = "Batchnorm-Version"
 
 KEY_PATTERN: Final = re.compile(r"[\x21-\x7e]{1,200}")
-"""What an Idempotency-Key or an X-Request-ID may be."""
+"""The valid values of Idempotency-Key and X-Request-ID."""

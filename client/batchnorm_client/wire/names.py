@@ -1,4 +1,4 @@
-"""What a layer may be called."""
+"""Names of layers."""
 
 import re
 from typing import Final
@@ -6,14 +6,14 @@ from typing import Final
 from batchnorm_client.wire.errors import InvalidRequest, shown
 
 LAYER_NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-"""What a layer may be called; torch module paths such as `layer1.0.bn1` fit."""
+"""The valid layer names. torch's module paths, such as `layer1.0.bn1`, are among them."""
 
 
 def check_layer_name(name: str) -> None:
-    """Refuse what no layer can be called.
+    """Check a layer name.
 
     Raises:
-        InvalidRequest: it is no layer name.
+        InvalidRequest: the name is not valid.
     """
     if not LAYER_NAME_PATTERN.fullmatch(name):
         raise InvalidRequest(

@@ -1,4 +1,4 @@
-"""The kinds of running statistics, a row each: what both sides must know of a kind beside how it folds."""
+"""The kinds of running statistics: a table of what both client and service must know of each."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pydantic import GetPydanticSchema
 from pydantic_core import core_schema
 
 KindName = Literal["moving", "population"]
-"""The names of the kinds, for type checkers; at run time `STATISTICS` has them."""
+"""The names of the kinds, for type checkers; at run time they are the keys of `STATISTICS`."""
 
 
 class Kind(NamedTuple):
-    """What a config may say of a kind of statistics, and what a kind needs of a batch.
+    """What a kind of statistics requires of a layer's config and of a batch.
 
     Attributes:
         description: for the interface's documentation.
-        momentum: the default; None is the cumulative average, or no momentum at all.
-        must_be_null: which fields of `LayerConfig` such a layer does not have, each with the reason in words.
+        momentum: the default; None for the cumulative average, or if the kind has no momentum.
+        must_be_null: the fields of `LayerConfig` that must be null, each with the reason in words.
         least_values: how many values per channel a training batch needs.
-        exact_moments: whether a batch's moments are taken in float64, in a pass of their own; otherwise they are those
+        exact_moments: whether a batch's moments are computed in float64, in a separate pass; otherwise they are those
             of torch's kernel, in the dtype of the layer's state.
     """
 
@@ -47,7 +47,7 @@ STATISTICS: Final[dict[str, Kind]] = {
         exact_moments=True,
     ),
 }
-"""By the name that a layer's config has for it."""
+"""The kinds, by their name in a layer's config."""
 
 Statistics = Annotated[KindName, GetPydanticSchema(lambda *_: core_schema.literal_schema(list(STATISTICS)))]
-"""One of the table's names; any other is refused, and a JSON schema lists them."""
+"""A name in the table; others are refused, and the JSON schema lists the names."""

@@ -1,4 +1,4 @@
-"""Arithmetic only: pure functions over an immutable `LayerState`. It knows no HTTP and no store.
+"""Arithmetic: pure functions on an immutable `LayerState`, without HTTP or a store.
 
-`normalize` computes on batches, `statistics` folds what a batch leaves behind, `state` is what a layer is.
+`normalize` normalizes batches, `running_statistics` folds their moments, `state` defines a layer's state.
 """

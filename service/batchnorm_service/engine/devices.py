@@ -1,4 +1,4 @@
-"""Which devices there are."""
+"""Names of devices, and the check whether they are available."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def available_devices() -> list[str]:
 
 @lru_cache(maxsize=64)
 def device(name: str) -> torch.device:
-    """The device of that name; one that is not there is looked for again each time.
+    """The device of that name. Only available devices are cached, since exceptions are not.
 
     Raises:
-        DeviceUnavailable: it is not there.
+        DeviceUnavailable: this machine has no such device.
     """
     found = torch.device(name)
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():

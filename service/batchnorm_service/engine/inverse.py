@@ -1,4 +1,4 @@
-"""Undoing what eval mode does, as scikit-learn's `inverse_transform` and VecNormalize's `unnormalize_obs` do."""
+"""The inverse of eval mode, like scikit-learn's `inverse_transform` and VecNormalize's `unnormalize_obs`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 
 from batchnorm_client.wire.errors import InvalidRequest
 
-from .layout import Batch, beside, channels_back, channels_second, fetch, per_channel
+from .layout import Batch, channels_back, channels_second, fetch, per_channel, to_device_of
 from .state import LayerState
 
 
 def inverse_step(state: LayerState, batch: Batch) -> Batch:
     """(batch - bias) / weight * sqrt(running_var + eps) + running_mean, in the batch's dtype, on the CPU.
 
-    What `clip` cut off does not come back.
+    Values that `clip` bounded are not restored.
 
     Raises:
         InvalidRequest: the layer has no running statistics, or a weight is 0.
@@ -33,15 +33,15 @@ def inverse_step(state: LayerState, batch: Batch) -> Batch:
             expected="not 0",
             got=0,
         )
-    # In float64, on C numbers: the batch itself is multiplied and added to once each.
+    # Scale and shift are computed in float64, (C,); the batch needs one multiplication and one addition.
     scale = (state.running_var.double() + state.config.eps).sqrt()
     shift = state.running_mean.double()
     if state.weight is not None and state.bias is not None:
         scale = scale / state.weight.double()
         shift = shift - state.bias.double() * scale
     moved = channels_second(state.config, batch)
-    scale_there, shift_there = beside(moved, scale.to(state.dtype), shift.to(state.dtype))
-    assert scale_there is not None  # noqa: S101 - given two lines above
-    assert shift_there is not None  # noqa: S101
-    output = torch.addcmul(per_channel(shift_there, moved), moved.to(state.dtype), per_channel(scale_there, moved))
+    device_scale, device_shift = to_device_of(moved, scale.to(state.dtype), shift.to(state.dtype))
+    assert device_scale is not None  # noqa: S101 - `to_device_of` returns None only for None
+    assert device_shift is not None  # noqa: S101
+    output = torch.addcmul(per_channel(device_shift, moved), moved.to(state.dtype), per_channel(device_scale, moved))
     return fetch(batch, channels_back(state.config, output.to(batch.dtype)))[0]

@@ -1,4 +1,4 @@
-"""Where a batch keeps its channels, and where in memory."""
+"""A batch's memory layout: its channel axis, its density, and its device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Batch = Float[Tensor, "..."]  # rank >= 2: (N, C, *), or (N, *, C) with channel_
 
 
 def channels_second(config: LayerConfig, batch: Batch) -> Batch:
-    """The batch as torch's kernels want it, (N, C, *): a view."""
+    """A view of the batch with shape (N, C, *), as torch's kernels need it."""
     return batch if config.channel_axis == 1 else batch.movedim(config.channel_axis, 1)
 
 
@@ -24,12 +24,12 @@ def channels_back(config: LayerConfig, batch: Batch) -> Batch:
 
 
 def per_channel(vector: Tensor, moved: Batch) -> Tensor:
-    """A (C,) tensor that broadcasts against a batch of shape (N, C, *)."""
+    """A view of a (C,) tensor that broadcasts against a batch of shape (N, C, *)."""
     return vector.view(-1, *[1] * (moved.dim() - 2))
 
 
 def values_per_channel(config: LayerConfig, batch: Batch) -> int:
-    """N*H*W: how many values each channel of the batch has."""
+    """Values per channel of the batch: N*H*W."""
     return batch.numel() // config.num_features
 
 
@@ -42,8 +42,8 @@ def is_dense(batch: Batch) -> bool:
     )
 
 
-def beside(batch: Batch, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Tensors of a state, which lives on the CPU, on the batch's device; None stays None. Waits for nothing."""
+def to_device_of(batch: Batch, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Copy a state's tensors from the CPU to the batch's device, asynchronously; None stays None."""
     if batch.is_cpu:
         return tensors
     device = batch.device
@@ -54,5 +54,5 @@ def beside(batch: Batch, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def fetch(batch: Batch, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """What was computed of the batch, on the CPU. On another device this waits, and nothing else does: once a call."""
+    """Copy results from the batch's device to the CPU. The only operation that waits for the device: use it once."""
     return tensors if batch.is_cpu else staging(batch.device).download(*tensors)

@@ -1,4 +1,4 @@
-"""`Moments`: count, mean and variance per channel of a batch, all that running statistics need of it."""
+"""`Moments`: count, mean and variance per channel of a batch, which running statistics are computed from."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from batchnorm_client.wire.errors import InvalidRequest, NonFinite
 
 Channels = Float[Tensor, "C"]
 
-MOST: Final = 2**63 - 1
-"""The largest number that a counter, an int64 tensor, can hold."""
+INT64_MAX: Final = 2**63 - 1
+"""The largest value of a counter, which is an int64 tensor."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,8 +33,8 @@ class Moments:
         mean: (C,).
         var: (C,).
         correction: as in `torch.var`: 1 when `var` is unbiased (divided by count - 1), 0 when biased.
-        strided: whether torch computes such a batch with its kernel for inputs that are neither contiguous nor channels
-            last in memory; it rounds running statistics in another way than the other one.
+        strided: whether torch uses its kernel for batches that are neither contiguous nor channels last in memory,
+            which rounds running statistics differently.
     """
 
     count: int
@@ -56,7 +56,7 @@ class Moments:
         return self.var * (self.count - self.correction)
 
     def check_finite(self, mean_field: str = "input", var_field: str = "input") -> None:
-        """Raise `NonFinite` when a mean or variance is NaN or infinite; the fields are what the caller sent."""
+        """Raise `NonFinite` if a mean or variance is NaN or infinite, naming the field that the caller sent."""
         if all(map(math.isfinite, sums_of_squares(self.mean, self.var))):
             return
         check_finite(self.mean, "the batch's mean", mean_field)
@@ -64,12 +64,12 @@ class Moments:
 
 
 class Extremes(NamedTuple):
-    """The range of a batch, from which the range of its output follows.
+    """Range of a batch's values, to bound its output.
 
     Attributes:
-        low: (C,) float64, the smallest values; infinity where there are none.
-        high: (C,) float64, the largest values; -infinity where there are none.
-        limit: the largest finite number that the output's dtype has.
+        low: (C,) float64, the smallest values; infinity if there are none.
+        high: (C,) float64, the largest values; -infinity if there are none.
+        limit: the largest finite number of the output's dtype.
     """
 
     low: Channels
@@ -77,8 +77,8 @@ class Extremes(NamedTuple):
     limit: float
 
 
-def no_extremes(channels: int) -> Extremes:
-    """The range of a batch that is not here, and whose output is nobody's business."""
+def empty_extremes(channels: int) -> Extremes:
+    """The range of an empty batch, or of one whose output is not computed by the service."""
     none = torch.full((channels,), math.inf, dtype=torch.float64)
     return Extremes(none, -none, math.inf)
 
@@ -86,15 +86,15 @@ def no_extremes(channels: int) -> Extremes:
 def extremes(batch: Float[Tensor, "N C *rest"]) -> Extremes:
     """The range of a batch."""
     if batch.numel() == 0:
-        return no_extremes(batch.shape[1])
+        return empty_extremes(batch.shape[1])
     axes = [axis for axis in range(batch.dim()) if axis != 1]
     low, high = (bound.double().cpu() for bound in (batch.amin(axes), batch.amax(axes)))
     return Extremes(low, high, torch.finfo(batch.dtype).max)
 
 
 def merge_extremes(parts: list[Extremes], channels: int) -> Extremes:
-    """The range of all parts together; the narrowest dtype limits it."""
-    whole = no_extremes(channels)
+    """The range over all parts; the limit is that of the narrowest dtype."""
+    whole = empty_extremes(channels)
     for part in parts:
         low, high = torch.minimum(whole.low, part.low), torch.maximum(whole.high, part.high)
         whole = Extremes(low, high, min(whole.limit, part.limit))
@@ -102,8 +102,8 @@ def merge_extremes(parts: list[Extremes], channels: int) -> Extremes:
 
 
 def check_finite(tensor: Tensor, what: str, field: str) -> None:
-    """Raise `NonFinite`, naming `field` and the first such channel, when an element is NaN or infinite."""
-    # A sum is finite only if every term is; it can overflow though all are, so only then look at each.
+    """Raise `NonFinite`, with `field` and the first such index, if an element is NaN or infinite."""
+    # A finite sum has finite terms. It can also overflow with finite terms: only then check each.
     if math.isfinite(float(tensor.sum())):
         return
     bad = (~tensor.isfinite()).flatten().nonzero()
@@ -118,25 +118,25 @@ def check_finite(tensor: Tensor, what: str, field: str) -> None:
 
 
 def sums_of_squares(*vectors: Channels) -> list[float]:
-    """By numpy, because on C numbers an operation of torch's is mostly call; infinity where it overflows."""
+    """The sum of squares of each vector, infinity on overflow. With numpy, which has less overhead than torch."""
     arrays = [vector.numpy() for vector in vectors]
     with np.errstate(all="ignore"):
         return [float(array.dot(array)) for array in arrays]
 
 
 def check_fits(name: str, count: int) -> None:
-    """Raise `InvalidRequest` when a counter, an int64 tensor, could not hold that number."""
-    if count > MOST:
-        raise InvalidRequest(f"{name} would be {count}, over {MOST}", field=name, expected=f"<= {MOST}")
+    """Raise `InvalidRequest` if a counter exceeds int64."""
+    if count > INT64_MAX:
+        raise InvalidRequest(f"{name} would be {count}, over {INT64_MAX}", field=name, expected=f"<= {INT64_MAX}")
 
 
 def exact_moments(batch: Float[Tensor, "N C *rest"]) -> Moments:
-    """Count, mean and biased variance in float64, whatever the batch's dtype; on the CPU."""
+    """Count, mean and biased variance of a batch on the CPU, in float64 whatever its dtype."""
     return _of_sums(exact_sums(batch))
 
 
 def merge(parts: Iterable[Moments], channels: int) -> Moments:
-    """The moments of all parts together, in float64: see `kernels.moments.merge`."""
+    """The moments over all parts, in float64: see `kernels.moments.merge`."""
     zeros = torch.zeros(channels, dtype=torch.float64)
     sums = (Sums(part.count, part.mean.double(), part.m2().double()) for part in parts)
     return _of_sums(reduce(kernels.merge, sums, Sums(0, zeros, zeros)))
@@ -144,4 +144,4 @@ def merge(parts: Iterable[Moments], channels: int) -> Moments:
 
 def _of_sums(sums: Sums[Channels]) -> Moments:
     count = int(sums.weight)
-    return Moments(count, sums.mean, sums.m2 / float(max(1, count)), correction=0)  # a count may be beyond int64
+    return Moments(count, sums.mean, sums.m2 / float(max(1, count)), correction=0)  # the count may exceed int64

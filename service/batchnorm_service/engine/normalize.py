@@ -1,4 +1,4 @@
-"""Normalizing a batch: pure functions on torch tensors, in torch's own kernels.
+"""Normalizing a batch: pure functions on torch tensors, with torch's own kernels.
 
     output = (input - mean) / sqrt(var + eps) * weight + bias
 
@@ -23,7 +23,7 @@ from batchnorm_client.wire.statistics import STATISTICS
 from batchnorm_client.wire.tensors import Tensor as WireTensor
 
 from .device_moments import launch_moments, merge_launched
-from .layout import Batch, beside, channels_back, channels_second, fetch, is_dense, values_per_channel
+from .layout import Batch, channels_back, channels_second, fetch, is_dense, to_device_of, values_per_channel
 from .moments import (
     Channels,
     Extremes,
@@ -38,13 +38,13 @@ from .state import LayerState
 
 
 class TrainStep(NamedTuple):
-    """What a batch gives in train mode, on the CPU.
+    """Result of normalizing a batch with batch statistics, on the CPU.
 
     Attributes:
-        output: as the input in shape and dtype.
-        moments: of the batch: what `running_statistics.fold` takes.
-        mean: (C,), of the batch, in the state's dtype.
-        invstd: (C,), 1 / sqrt(biased variance + eps): what a backward pass needs beside the mean.
+        output: in the input's shape and dtype.
+        moments: the batch's moments, for `running_statistics.fold`.
+        mean: (C,), the batch's mean in the state's dtype.
+        invstd: (C,), 1 / sqrt(biased variance + eps), in the state's dtype.
     """
 
     output: Batch
@@ -54,12 +54,12 @@ class TrainStep(NamedTuple):
 
 
 def check_input(config: LayerConfig, tensor: WireTensor, field: str = "input") -> None:
-    """Refuse a batch that does not fit the layer: see `kernels.checks.check_input`."""
+    """Refuse a batch whose shape or dtype does not fit the layer: see `kernels.checks.check_input`."""
     checks.check_input(config, tensor.dtype, tensor.shape, field)
 
 
 def empty_shape(config: LayerConfig) -> tuple[int, ...]:
-    """The shape of a batch without rows, of the smallest rank that the layer takes."""
+    """The shape of an empty batch, of the smallest rank that the layer accepts."""
     axis = config.channel_axis
     rank = min(config.input_ranks) if config.input_ranks else max(2, axis + 1 if axis > 0 else 1 - axis)
     shape = [0] * rank
@@ -68,10 +68,10 @@ def empty_shape(config: LayerConfig) -> tuple[int, ...]:
 
 
 def train_step(state: LayerState, batch: Batch) -> TrainStep:
-    """Normalize with the batch's own statistics. Changes nothing: the moments are for `running_statistics.fold`.
+    """Normalize with the batch's own statistics.
 
     Args:
-        state: its config, weight and bias count; the running statistics do not.
+        state: the layer; its running statistics are not used.
         batch: a tensor that passed `check_input`, on the layer's device.
 
     Raises:
@@ -85,17 +85,17 @@ def train_step(state: LayerState, batch: Batch) -> TrainStep:
     step = _kernel(state, moved, count)
     exact = STATISTICS[config.statistics].exact_moments
     if not moved.is_cpu:
-        step = _fetched(moved, step, exact=exact)
+        step = _fetch_step(moved, step, exact=exact)
     elif exact:
         step = step._replace(moments=exact_moments(moved))
     if config.non_finite == "reject":
         _check_finite(state, step, count)
-    output = _finished(config, config.clip, step.output)
+    output = _finish_output(config, config.clip, step.output)
     return step if output is step.output else step._replace(output=output)
 
 
 def shard_moments(state: LayerState, batch: Batch) -> tuple[Moments, Extremes]:
-    """The moments of one shard of a synchronized batch, in float64, and its range; a shard may be empty."""
+    """The moments (in float64) and the range of one shard of a synchronized batch; a shard may be empty."""
     moved = channels_second(state.config, batch)
     if moved.is_cpu:
         return exact_moments(moved), extremes(moved)
@@ -106,10 +106,15 @@ def shard_moments(state: LayerState, batch: Batch) -> tuple[Moments, Extremes]:
 
 
 def check_whole(state: LayerState, moments: Moments, ranges: Extremes) -> None:
-    """Refuse a synchronized batch, before any of its shards is normalized.
+    """Check a synchronized batch before any of its shards is normalized.
+
+    Args:
+        state: the layer.
+        moments: of all shards.
+        ranges: of all shards.
 
     Raises:
-        InvalidRequest: its count would not fit 64 bits.
+        InvalidRequest: its count exceeds 64 bits.
         TooFewValues: fewer than two values per channel; for population statistics, none.
         NonFinite: NaN, infinity or overflow, and the layer rejects that.
     """
@@ -122,7 +127,7 @@ def check_whole(state: LayerState, moments: Moments, ranges: Extremes) -> None:
     mean, var = moments.mean.to(state.dtype), moments.biased_var().to(state.dtype)
     check_finite(mean, "the batch's mean", "input")
     check_finite(var, "the batch's variance", "input")
-    # What the kernel computes on its way to the output, input * scale + (bias - mean * scale), in the state's dtype.
+    # The kernel computes input * scale + (bias - mean * scale) in the state's dtype: check its intermediate results.
     scale = invstd = torch.rsqrt(var + state.config.eps)
     bias = torch.zeros_like(mean)
     if state.weight is not None and state.bias is not None:
@@ -134,19 +139,19 @@ def check_whole(state: LayerState, moments: Moments, ranges: Extremes) -> None:
     for bound in (ranges.low, ranges.high):
         product = bound * scale.double()
         rounded = _rounding(state.dtype) * (product.abs() + offset.double().abs() + bias.double().abs())
-        fits = (product.abs() <= _most(state.dtype)) & ((product + shift).abs() + rounded <= ranges.limit)
-        # An infinite bound is that of no value at all.
+        fits = (product.abs() <= _max_finite(state.dtype)) & ((product + shift).abs() + rounded <= ranges.limit)
+        # A bound is infinite if there are no values.
         check_finite(torch.where(bound.isfinite() & ~fits, torch.inf, 0.0), "the output", "input")
 
 
-class Frozen(NamedTuple):
-    """What of a layer's state a training output depends on.
+class OutputParameters(NamedTuple):
+    """The part of a layer's state that a training output depends on.
 
     Attributes:
-        weight: (C,) or None.
-        bias: (C,) or None.
+        weight: (C,), or None.
+        bias: (C,), or None.
         eps: added to the variance.
-        clip: the output's bound, or None.
+        clip: the bound of the output's absolute value, or None.
     """
 
     weight: Channels | None
@@ -155,17 +160,17 @@ class Frozen(NamedTuple):
     clip: float | None
 
 
-def frozen(state: LayerState) -> Frozen:
+def output_parameters(state: LayerState) -> OutputParameters:
     """The part of the state that a training output depends on."""
-    return Frozen(state.weight, state.bias, state.config.eps, state.config.clip)
+    return OutputParameters(state.weight, state.bias, state.config.eps, state.config.clip)
 
 
-def normalize_with(state: LayerState, part: Frozen, batch: Batch, moments: Moments) -> TrainStep:
-    """Normalize a shard with the statistics of the whole batch that it belongs to.
+def normalize_with(state: LayerState, parameters: OutputParameters, batch: Batch, moments: Moments) -> TrainStep:
+    """Normalize a shard with the statistics of the whole synchronized batch.
 
     Args:
-        state: its config counts; weight and bias are those of `part`.
-        part: of the state that the whole batch was folded into.
+        state: the layer; only its channel axis and dtype are used.
+        parameters: of the state that the whole batch was folded into.
         batch: the shard; it may be empty.
         moments: of the whole batch.
     """
@@ -174,27 +179,29 @@ def normalize_with(state: LayerState, part: Frozen, batch: Batch, moments: Momen
     output = torch.empty_like(batch)
     if batch.numel():
         moved = channels_second(config, batch)
-        weight, bias, mean_there, var_there = beside(batch, part.weight, part.bias, mean, var)
-        output = torch.native_batch_norm(moved, weight, bias, mean_there, var_there, False, 0.0, part.eps)[0]
-        (output,) = fetch(batch, _finished(config, part.clip, output))
-    invstd = torch.rsqrt(moments.biased_var() + part.eps).to(dtype)
+        weight, bias, device_mean, device_var = to_device_of(batch, parameters.weight, parameters.bias, mean, var)
+        output = torch.native_batch_norm(moved, weight, bias, device_mean, device_var, False, 0.0, parameters.eps)[0]
+        (output,) = fetch(batch, _finish_output(config, parameters.clip, output))
+    invstd = torch.rsqrt(moments.biased_var() + parameters.eps).to(dtype)
     return TrainStep(output, moments, mean, invstd)
 
 
 def eval_step(state: LayerState, batch: Batch) -> Batch:
-    """Normalize with the running statistics, or with the batch's own in a layer created without them; on the CPU.
+    """Normalize with the running statistics, or with the batch's own in a layer created without them.
+
+    The output is on the CPU, in the batch's shape and dtype; that of an empty batch is empty.
 
     Raises:
-        TooFewValues: batch statistics of exactly one value per channel. (An empty batch gives an empty output.)
+        TooFewValues: the batch's own statistics are needed, and it has one value per channel.
     """
     moved = channels_second(state.config, batch)
     if batch.numel() == 0:
         return torch.empty_like(batch)
     if state.running_mean is None or state.running_var is None:
-        output = _own_statistics(state, moved).output
+        output = _batch_statistics_step(state, moved).output
     else:
-        output = _with_statistics(state, moved, state.running_mean, state.running_var)
-    output = _finished(state.config, state.config.clip, output)
+        output = _normalize_with(state, moved, state.running_mean, state.running_var)
+    output = _finish_output(state.config, state.config.clip, output)
     return output if output.is_cpu else fetch(batch, output)[0]
 
 
@@ -206,9 +213,9 @@ def eval_statistics(state: LayerState, batch: Batch) -> dict[str, Channels]:
     if batch.numel() == 0:
         return {}
     moved = channels_second(state.config, batch)
-    step = _own_statistics(state, moved)
+    step = _batch_statistics_step(state, moved)
     if not moved.is_cpu:
-        step = _fetched(moved, step._replace(output=moved[:0]))  # nobody asked for the output: it stays there
+        step = _fetch_step(moved, step._replace(output=moved[:0]))  # the output is not needed: do not download it
     return named_statistics(step)
 
 
@@ -221,53 +228,53 @@ def named_statistics(step: TrainStep) -> dict[str, Channels]:
 def _check_finite(state: LayerState, step: TrainStep, count: int) -> None:
     """Refuse moments that are not finite, and an output that overflowed its dtype.
 
-    A pass over the output is made only where it can have overflowed: |x - mean| / std is at most sqrt(count - 1), so
-    |output| is at most max|weight| * sqrt(count) + max|bias|, and what the kernel's roundings add. On its way there the
-    kernel multiplies x and the mean by weight and 1 / sqrt(var + eps), |x| is at most |mean| and those distances, and
-    what was multiplied is rounded before the difference is taken. No element is larger than its vector's norm, which is
-    quicker to have; the factor 2 covers the rounding of the statistics themselves.
+    The output is scanned only if a bound says that it can have overflowed. |x - mean| / std is at most sqrt(count - 1),
+    so |output| is at most max|weight| * sqrt(count) + max|bias|, plus the kernel's rounding errors. The kernel first
+    multiplies both x and the mean by weight / sqrt(var + eps) and rounds the products, so these intermediate results
+    are bounded too. Norms of vectors, which are cheap, replace the maxima of their elements; the factor 2 covers
+    rounding errors of the statistics.
     """
     moments, weight, bias = step.moments, 1.0, 0.0
-    # The kernel's own mean: its sums may overflow where a population's, in float64, do not.
+    # step.mean, not moments.mean: the kernel's mean may overflow where a population's, in float64, does not.
     if state.weight is None or state.bias is None:
         mean, var = sums_of_squares(step.mean, moments.var)
     else:
         mean, var, weight, bias = sums_of_squares(step.mean, moments.var, state.weight, state.bias)
-    if not (math.isfinite(mean) and math.sqrt(var) <= _most(state.dtype)):
+    if not (math.isfinite(mean) and math.sqrt(var) <= _max_finite(state.dtype)):
         moments.check_finite()
         check_finite(moments.var.to(state.dtype), "the batch's variance", "input")
     inner = step.output.dtype if is_narrow(step.output, state.weight, state.tracks) else state.dtype
     bound = math.sqrt(weight * count) + math.sqrt(bias)
-    on_the_way = bound + math.sqrt(max(weight, 1.0) / state.config.eps) * (1 + math.sqrt(mean))
-    bound += _rounding(inner) * on_the_way
-    if not (2 * bound < _most(step.output.dtype) and 2 * on_the_way < _most(inner)):
+    intermediate = bound + math.sqrt(max(weight, 1.0) / state.config.eps) * (1 + math.sqrt(mean))
+    bound += _rounding(inner) * intermediate
+    if not (2 * bound < _max_finite(step.output.dtype) and 2 * intermediate < _max_finite(inner)):
         _check_parameters(state)
         check_finite(step.output, "the output", "input")
 
 
 def _check_parameters(state: LayerState) -> None:
-    """Say so when it is not the batch that makes the output NaN or infinite."""
+    """Refuse a weight or bias that is not finite, so that the problem names it instead of the batch."""
     for name, parameter in (("weight", state.weight), ("bias", state.bias)):
         if parameter is not None:
             check_finite(parameter, f"the layer's {name}", name)
 
 
 @lru_cache
-def _most(dtype: torch.dtype) -> float:
+def _max_finite(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).max
 
 
 @lru_cache
 def _rounding(dtype: torch.dtype) -> float:
-    """More than all roundings of one normalization in that dtype, as a part of the largest number among its steps.
+    """A bound of the rounding error of one normalization, relative to its largest intermediate result.
 
-    torch's kernels have four or five, each of half an eps; on a CUDA device the mean is off by some more.
+    torch's kernels round four or five times by half an eps; on CUDA the mean has a slightly larger error.
     """
     return 32 * torch.finfo(dtype).eps
 
 
 def _kernel(state: LayerState, moved: Batch, count: int) -> TrainStep:
-    weight, bias = beside(moved, state.weight, state.bias)
+    weight, bias = to_device_of(moved, state.weight, state.bias)
     narrow = is_narrow(moved, state.weight, state.tracks)
     output, mean, var, invstd = train_kernel(
         moved, weight, bias, eps=state.config.eps, dtype=state.dtype, narrow=narrow
@@ -275,8 +282,8 @@ def _kernel(state: LayerState, moved: Batch, count: int) -> TrainStep:
     return TrainStep(output, Moments(count, mean, var, 1, strided=not is_dense(moved)), mean, invstd)
 
 
-def _fetched(moved: Batch, step: TrainStep, *, exact: bool = False) -> TrainStep:
-    """The same step on the CPU; `exact`: with the moments in float64. All of it comes with one wait."""
+def _fetch_step(moved: Batch, step: TrainStep, *, exact: bool = False) -> TrainStep:
+    """The step's tensors on the CPU, in one download; with `exact`, also the moments in float64."""
     vectors = launch_moments(moved) if exact else []
     parts = step.output, step.mean, step.moments.var, step.invstd
     output, mean, var, invstd, *vectors = fetch(moved, *parts, *vectors)
@@ -284,20 +291,20 @@ def _fetched(moved: Batch, step: TrainStep, *, exact: bool = False) -> TrainStep
     return TrainStep(output, moments, mean, invstd)
 
 
-def _own_statistics(state: LayerState, moved: Batch) -> TrainStep:
+def _batch_statistics_step(state: LayerState, moved: Batch) -> TrainStep:
     count = values_per_channel(state.config, moved)
     check_enough(count, 2)
     return _kernel(state, moved, count)
 
 
-def _with_statistics(state: LayerState, moved: Batch, mean: Channels, var: Channels) -> Batch:
-    weight, bias, mean_there, var_there = beside(moved, state.weight, state.bias, mean, var)
-    return torch.native_batch_norm(moved, weight, bias, mean_there, var_there, False, 0.0, state.config.eps)[0]
+def _normalize_with(state: LayerState, moved: Batch, mean: Channels, var: Channels) -> Batch:
+    weight, bias, device_mean, device_var = to_device_of(moved, state.weight, state.bias, mean, var)
+    return torch.native_batch_norm(moved, weight, bias, device_mean, device_var, False, 0.0, state.config.eps)[0]
 
 
-def _finished(config: LayerConfig, clip: float | None, output: Batch) -> Batch:
-    """The kernel's output as the caller gets it: clipped if the layer does, channels where the input had them."""
+def _finish_output(config: LayerConfig, clip: float | None, output: Batch) -> Batch:
+    """Clip the kernel's output in place, and move the channel axis back to its place in the input."""
     if clip is not None:
-        clip = min(clip, _most(output.dtype))  # torch refuses a bound that the dtype does not have
+        clip = min(clip, _max_finite(output.dtype))  # torch refuses a bound outside the dtype's range
         output = output.clamp_(-clip, clip)
     return channels_back(config, output)

@@ -1,4 +1,4 @@
-"""Moments that a caller sent instead of a batch."""
+"""Decodes moments that a caller sent instead of a batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .moments import Channels, Moments
 from .tensors import to_torch, to_wire
 
 MOMENT_DTYPES: Final = {"count": "int64", "mean": "float64", "var": "float64"}
-"""The tensors of a batch's moments, and the dtypes in which JSON numbers are read."""
+"""The tensors of a batch's moments, and the dtypes that JSON numbers get."""
 
 _FLOATS: Final = ("float16", "bfloat16", "float32", "float64")
 
@@ -24,17 +24,17 @@ _FLOATS: Final = ("float16", "bfloat16", "float32", "float64")
 def posted_moments(
     config: LayerConfig, tensors: Mapping[str, WireTensor], *, least: int | None = None
 ) -> tuple[Moments, tuple[WireTensor, ...]]:
-    """The moments, and the tensors in the one form that fingerprints are taken of, whatever dtype they came in.
+    """The moments, and their tensors converted to float64, so that the fingerprint does not depend on their dtype.
 
     Args:
-        config: of the layer that they are for.
+        config: the layer's config.
         tensors: count (an int64 scalar), mean and var (biased), (C,) of any float dtype.
-        least: how many values per channel there must be; by default as many as training needs.
+        least: the minimum of values per channel; by default that of training.
 
     Raises:
         InvalidRequest: a tensor is missing, or count or a variance is negative.
-        ShapeMismatch, DtypeMismatch: a tensor of another shape or dtype.
-        TooFewValues: fewer values than `least`.
+        ShapeMismatch, DtypeMismatch: a tensor has another shape or dtype.
+        TooFewValues: the count is less than `least`.
     """
     for name in MOMENT_DTYPES:
         if name not in tensors:

@@ -1,4 +1,4 @@
-"""How the moments of batches are folded into a layer's running statistics, whatever their kind."""
+"""Folds the moments of batches into a layer's running statistics of any kind."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def fold(state: LayerState, moments: Moments) -> LayerState:
 
 
 def fold_many(state: LayerState, batches: Sequence[Moments]) -> LayerState:
-    """The state after more batches, one after the other. A layer whose tracking is off stays as it is.
+    """The state after these batches, in order; the same state if tracking is off.
 
     Raises:
-        InvalidRequest: a counter would not fit 64 bits any more.
-        NonFinite: the folded statistics would not be finite, and the layer rejects that.
+        InvalidRequest: a counter would exceed 64 bits.
+        NonFinite: the folded statistics are not finite, and the layer rejects that.
     """
     if not (state.tracks and batches):
         return state
-    with np.errstate(all="ignore"):  # a layer may allow what is not finite
+    with np.errstate(all="ignore"):  # a layer may allow non-finite values
         return state.accumulator.fold_many(state, batches)

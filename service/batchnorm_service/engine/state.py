@@ -1,4 +1,4 @@
-"""`LayerState`: what a layer is at one moment, and the changes that need no batch. A change is a new state."""
+"""`LayerState`, a layer's immutable state, and the functions that derive a new state without a batch."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ from .tensors import TORCH_DTYPES, to_torch
 class LayerState(NamedTuple):
     """A layer's config, tensors and counters.
 
-    The tensors live on the CPU in `config.dtype`; nobody writes into them. A tensor that the config leaves out is None.
+    The tensors are on the CPU, in `config.dtype`, and are never written to. A tensor that the layer lacks is None.
 
     Attributes:
-        config: the config, with what PATCH changed since the layer was made.
+        config: the config, including changes by PATCH.
         weight: gamma, (C,); None unless affine.
         bias: beta, (C,); None unless affine.
         running_mean: (C,); None when the layer was created with `track_running_stats=False`.
         running_var: (C,); unbiased, as in torch; None with running_mean.
         num_batches_tracked: how many batches were folded.
         samples_tracked: how many values per channel were folded (N*H*W each).
-        accumulated: what its kind of statistics keeps of the batches beside running_mean and running_var; None where
-            those are all, or the layer has none.
+        accumulated: data of the layer's `Accumulator` beyond running_mean and running_var; None if it has none.
     """
 
     config: LayerConfig
@@ -55,7 +54,7 @@ class LayerState(NamedTuple):
 
     @property
     def accumulator(self) -> Accumulator:
-        """The kind of its running statistics."""
+        """The accumulator of the layer's kind of running statistics."""
         return ACCUMULATORS[self.config.statistics]
 
     def normalizes_like(self, other: LayerState) -> bool:
@@ -78,7 +77,7 @@ class LayerState(NamedTuple):
 
 
 def initial_state(config: LayerConfig) -> LayerState:
-    """A layer as torch makes it: weight 1, bias 0, running_mean 0, running_var 1."""
+    """The state of a new layer, as in torch: weight 1, bias 0, running_mean 0, running_var 1."""
     dtype = TORCH_DTYPES[config.dtype]
     ones, zeros = torch.ones(config.num_features, dtype=dtype), torch.zeros(config.num_features, dtype=dtype)
     tracks = config.track_running_stats
@@ -93,12 +92,12 @@ def initial_state(config: LayerConfig) -> LayerState:
 
 
 def reset(state: LayerState, what: str) -> LayerState:
-    """The state with initial values again.
+    """The state with some tensors set back to initial values.
 
     Args:
         state: the layer.
-        what: "running_stats" as torch's `reset_running_stats`, which leaves a layer alone whose tracking is off;
-            "parameters": weight and bias; "all": both, as torch's `reset_parameters`.
+        what: "running_stats", like torch's `reset_running_stats` without effect if tracking is off; "parameters":
+            weight and bias; "all": both, like torch's `reset_parameters`.
     """
     fresh = initial_state(state.config)
     if what in ("parameters", "all"):
@@ -115,11 +114,11 @@ def reset(state: LayerState, what: str) -> LayerState:
 
 
 def update(state: LayerState, change: LayerUpdate) -> LayerState:
-    """The state with the given fields set; weight and bias are lists of numbers, or float64 tensors.
+    """The state with the fields of a PATCH set; weight and bias are lists of numbers, or float64 tensors.
 
     Raises:
-        InvalidRequest: a field that this layer does not have, or that cannot have that value.
-        ShapeMismatch: weight or bias of another length than C.
+        InvalidRequest: this layer does not have the field, or the value is invalid.
+        ShapeMismatch: the length of weight or bias is not C.
     """
     config: dict[str, Any] = {}
     tensors: dict[str, Any] = {}

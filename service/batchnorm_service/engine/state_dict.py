@@ -1,4 +1,4 @@
-"""A layer's tensors by name, as they travel and are kept: torch's state_dict, and what its kind of statistics adds."""
+"""A layer's tensors by name, for the API and the store: torch's state_dict, plus those of its `Accumulator`."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def state_dict(state: LayerState) -> dict[str, WireTensor]:
 
 
 def dtypes(state: LayerState) -> dict[str, str]:
-    """The dtype of each tensor that the layer has or takes, by name."""
+    """The dtype of each tensor that the layer can have, by name."""
     return {name: dtype for name, (dtype, _) in _layout(state).items()}
 
 
 def replace_tensors(state: LayerState, tensors: Mapping[str, WireTensor]) -> LayerState:
-    """The state with the given tensors instead of its own.
+    """The state with the given tensors replaced.
 
     Raises:
-        InvalidRequest: no tensor at all, one that the layer does not have, or a value that cannot be.
-        ShapeMismatch, DtypeMismatch: a tensor that is not as the layer's own.
+        InvalidRequest: there is no tensor, one that the layer does not have, or an invalid value.
+        ShapeMismatch, DtypeMismatch: a tensor has another shape or dtype than the layer's own.
     """
     known = _layout(state)
     if not tensors:
@@ -51,12 +51,12 @@ def replace_tensors(state: LayerState, tensors: Mapping[str, WireTensor]) -> Lay
 
 
 def scalar(tensors: Mapping[str, WireTensor], name: str) -> int:
-    """The counter of that name in a record; 0 where it has none."""
+    """The value of a counter in a record; 0 if absent."""
     return int(to_torch(tensors[name])) if name in tensors else 0
 
 
 def _layout(state: LayerState) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """dtype and shape of each tensor that the layer has or takes, by name."""
+    """dtype and shape of each tensor that the layer can have, by name."""
     channels = state.config.num_features
     known: dict[str, tuple[str, tuple[int, ...]]] = {}
     if state.running_mean is not None:

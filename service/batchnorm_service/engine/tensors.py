@@ -1,4 +1,4 @@
-"""Between the wire's tensors (`batchnorm_client.wire.tensors`) and torch's, without a copy where there need be none."""
+"""Conversion between the wire's tensors (`batchnorm_client.wire.tensors`) and torch's, without copies if possible."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _ITEM: Final[dict[torch.dtype, torch.dtype]] = {torch.bfloat16: torch.int16}  # 
 
 
 def to_torch(tensor: WireTensor) -> Tensor:
-    """The same elements as a CPU tensor of torch; a view when the buffer may be written to, else a copy.
+    """A torch tensor on the CPU: a view if the buffer is writable, else a copy.
 
-    torch has no read-only tensors, so a view on immutable bytes could break them.
+    torch has no read-only tensors, so writing through a view could change immutable bytes.
     """
     dtype = TORCH_DTYPES[tensor.dtype]
     if not tensor.nbytes:
         return torch.empty(tensor.shape, dtype=dtype)
     if dtype not in _ITEM:
         array = tensor.numpy()
-        return torch.from_numpy(array if array.flags.writeable else array.copy())  # twice as quick as frombuffer
+        return torch.from_numpy(array if array.flags.writeable else array.copy())  # twice as fast as torch.frombuffer
     buffer = tensor.buffer
     if memoryview(buffer).readonly:
         buffer = bytearray(buffer)
@@ -35,7 +35,7 @@ def to_torch(tensor: WireTensor) -> Tensor:
 
 
 def to_wire(tensor: Tensor) -> WireTensor:
-    """The same elements for the wire; a view when the tensor is contiguous and on the CPU, else a copy."""
+    """A wire tensor: a view if the tensor is contiguous and on the CPU, else a copy."""
     dtype = tensor.dtype
     if tensor.requires_grad or not (tensor.is_cpu and tensor.is_contiguous()):
         tensor = tensor.detach().cpu().contiguous()
@@ -49,11 +49,11 @@ def counter_to_wire(count: int) -> WireTensor:
 
 
 def vector(tensor: WireTensor, field: str, dtype: str, size: int) -> Tensor:
-    """A (C,) tensor of the caller's, in memory of its own.
+    """A copy of a caller's tensor as a torch tensor, (size,).
 
     Raises:
-        DtypeMismatch: another dtype than `dtype`.
-        ShapeMismatch: another shape than (size,).
+        DtypeMismatch: its dtype is not `dtype`.
+        ShapeMismatch: its shape is not (size,).
     """
     if tensor.dtype != dtype:
         raise DtypeMismatch(

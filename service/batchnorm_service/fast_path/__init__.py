@@ -1,1 +1,4 @@
-"""Everything that knows uvicorn's insides: requests and responses without ASGI, deadlines, pipelining, writes."""
+"""uvicorn HTTP protocol with a fast path without ASGI, timeouts, and write coalescing.
+
+Only this package uses uvicorn's internals.
+"""

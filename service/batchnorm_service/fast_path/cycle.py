@@ -1,8 +1,7 @@
-"""The fast path: requests to the gateway's endpoints go from the HTTP parser to their responses without ASGI.
+"""The fast path: calls the gateway's endpoints from the HTTP parser's callbacks, without ASGI.
 
-ASGI costs an eval of 8 KiB about a sixth of its time (measured in `benchmarks/README.md`): a scope, a task, an event
-and four messages for what is one function of the body. The endpoints are the same;
-`tests/fast_path/test_against_asgi.py` compares the two.
+ASGI needs a scope, a task, an event and four messages per request, about a sixth of the time of an eval of 8 KiB
+(measured in `benchmarks/README.md`). Both use the same endpoints; `tests/fast_path/test_against_asgi.py` compares them.
 """
 
 from __future__ import annotations
@@ -26,17 +25,17 @@ from batchnorm_service.rest import (
     read_headers,
 )
 
-_NOTHING: Final = memoryview(b"")
+_EMPTY: Final = memoryview(b"")
 
-_NOT_FAST: Final = frozenset({b"expect", b"transfer-encoding", b"upgrade"})
-"""Headers that ask the server for something; uvicorn's own cycle knows what."""
+_UNSUPPORTED_HEADERS: Final = frozenset({b"expect", b"transfer-encoding", b"upgrade"})
+"""Headers that the fast path does not implement: such requests take uvicorn's own cycle."""
 
 _KEEP_ALIVE: Final = b"keep-alive"
-"""What many clients say of the connection, and what HTTP/1.1 does anyway (RFC 9112, 9.3)."""
+"""A value of Connection that has no effect in HTTP/1.1, where it is the default (RFC 9112, 9.3)."""
 
 
 class FastPathProtocol(CoalescingProtocol):
-    """uvicorn's HTTP protocol, with a fast path to the endpoints of a `Gateway`."""
+    """uvicorn HTTP protocol with a fast path to the endpoints of a `Gateway`."""
 
     _default_headers: object = None
     _default_head = b""
@@ -51,7 +50,7 @@ class FastPathProtocol(CoalescingProtocol):
     def on_body(self, body: bytes) -> None:
         """A piece of a request's body has been read."""
         if (cycle := self._fast_cycle()) is not None:
-            cycle.fill(body)
+            cycle.receive(body)
         else:
             super().on_body(body)
 
@@ -63,23 +62,23 @@ class FastPathProtocol(CoalescingProtocol):
             super().on_message_complete()
 
     def default_head(self) -> bytes:
-        """The headers that every response has. uvicorn makes a new list of them once a second."""
+        """The encoded default headers of all responses, cached; uvicorn replaces their list once a second (Date)."""
         headers = self.server_state.default_headers
         if headers is not self._default_headers:
             self._default_headers = headers
             self._default_head = b"".join([b"%b: %b\r\n" % header for header in headers])
         return self._default_head
 
-    def was_read(self) -> None:
-        """A request that was answered before has been read to its end."""
-        self._becomes_idle()
+    def on_refused_request_complete(self) -> None:
+        """The rest of a request that was refused early has been read."""
+        self._set_idle()
 
     def shutdown(self) -> None:
-        """The server stops. A client that is still sending its body is waited for and told, as uvicorn has it."""
+        """The server stops. A request that is still being received is handed over to uvicorn's own cycle."""
         if (cycle := self._fast_cycle()) is not None and cycle.reading:
             self.cycle = None  # type: ignore[assignment]
             super().on_headers_complete()
-            super().on_body(cycle.give_up())
+            super().on_body(cycle.abandon())
         super().shutdown()
 
     def _fast_cycle(self) -> FastPathCycle | None:
@@ -90,7 +89,7 @@ class FastPathProtocol(CoalescingProtocol):
         if not isinstance(self.app, Gateway) or (target := self.app.fast_target(self.url)) is None:
             return None
         if self.cycle is not None and not self.cycle.response_complete:
-            return None  # pipelined: uvicorn keeps the order
+            return None  # pipelined: uvicorn keeps responses in order
         if self.flow.write_paused or self.parser.get_method() != b"POST" or not self.parser.should_keep_alive():
             return None
         headers = read_headers(self.headers)
@@ -103,15 +102,15 @@ class FastPathProtocol(CoalescingProtocol):
         return FastPathCycle(self, self.app, target, headers, size)
 
     def _is_plain(self, headers: Headers) -> bool:
-        """Whether the head asks for nothing but an answer."""
-        if not _NOT_FAST.isdisjoint(headers):
+        """Whether the headers need no special treatment by the server."""
+        if not _UNSUPPORTED_HEADERS.isdisjoint(headers):
             return False
         connection = headers.get(b"connection")
         return connection is None or (connection.lower() == _KEEP_ALIVE and self.parser.get_http_version() == "1.1")
 
 
 class FastPathCycle:
-    """One request and its response, where uvicorn keeps its `RequestResponseCycle`, with what uvicorn sees of it."""
+    """One request and its response, in place of uvicorn's `RequestResponseCycle`, with the attributes uvicorn uses."""
 
     __slots__ = (
         "_body",
@@ -141,48 +140,48 @@ class FastPathCycle:
         self._target = target
         self._headers = headers
         self._size = size
-        self._body = _NOTHING
+        self._body = _EMPTY
         self._buffer: BodyBuffer | None = None
 
-    def fill(self, piece: bytes) -> None:
-        """Take a piece of the body. The parser gives no more than was announced."""
+    def receive(self, piece: bytes) -> None:
+        """Add a piece of the body. The parser never passes more than Content-Length bytes."""
         if len(piece) == self._size:
-            self._body = memoryview(bytearray(piece))  # decoding wants it writable
+            self._body = memoryview(bytearray(piece))  # writable, so that tensors can be views on it
         elif self.reading:
-            self._fill_in_part(piece)
+            self._receive_part(piece)
 
     def start(self) -> None:
-        """The body is complete: respond, at once if nothing has to be waited for."""
+        """The body is complete: call the endpoint, and respond at once unless it suspends."""
         if not self.reading:
-            self._protocol.was_read()
+            self._protocol.on_refused_request_complete()
             return
         self.reading = False
-        # The connection keeps this cycle until its next request; it must not keep the body.
-        body, self._body = self._body if self._buffer is None else self._take(), _NOTHING
+        # The connection references this cycle until its next request: release the body now.
+        body, self._body = self._body if self._buffer is None else self._take_body(), _EMPTY
         request = LayerRequest(self._target.layer or "", b"", self._headers, received=body)
         response = start(self._gateway.respond(self._target, request), self._protocol.loop)
         if isinstance(response, Response):
             self._send(response)
         else:
-            self._protocol.tasks.add(response)  # type: ignore[arg-type] # to be cancelled by a forced stop, which tells the caller
+            self._protocol.tasks.add(response)  # type: ignore[arg-type] # a forced shutdown cancels it: responds 503
             response.add_done_callback(self._responded)
 
-    def give_up(self) -> bytes:
-        """Let go of the request; what has come of its body."""
+    def abandon(self) -> bytes:
+        """Abandon the request; return the part of its body that was received."""
         self.reading = False
-        return bytes(self._take())
+        return bytes(self._take_body())
 
     @property
     def message_event(self) -> Self:
-        """What uvicorn sets when the client has gone."""
+        """The event that uvicorn sets when the client disconnects: this object's `set`."""
         return self
 
     def set(self) -> None:
-        """The client has gone. Nobody waits for that; a call that has begun goes on."""
+        """The client disconnected: release the body. A call that has started continues."""
         if self.reading:
-            self.give_up()
+            self.abandon()
 
-    def _fill_in_part(self, piece: bytes) -> None:
+    def _receive_part(self, piece: bytes) -> None:
         if self._buffer is None:
             self._buffer = BodyBuffer(self._size)
         transfers = self._gateway.transfers
@@ -196,18 +195,18 @@ class FastPathCycle:
         except Overloaded as problem:
             self._refuse(problem)
 
-    def _take(self) -> memoryview:
-        """What has come of the body, which is not on its way in any more."""
+    def _take_body(self) -> memoryview:
+        """Take the received part of the body, which then no longer counts as buffered."""
         buffer, self._buffer = self._buffer, None
         if buffer is None:
-            return _NOTHING
+            return _EMPTY
         self._gateway.transfers.release(buffer.filled)
         return buffer.take()
 
     def _refuse(self, problem: ProblemError) -> None:
-        """Respond before the body is complete. What else comes of it is dropped."""
+        """Respond before the body is complete; the rest of it is discarded."""
         self.reading = False
-        self._take()
+        self._take_body()
         self._send(self._gateway.refuse(problem, self._target, self._headers))
 
     def _responded(self, task: Task[Response]) -> None:

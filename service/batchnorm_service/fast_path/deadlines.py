@@ -1,8 +1,8 @@
-"""Deadlines of a request on its way in and of a response on its way out: one timer per connection that looks at both.
+"""Timeouts for receiving requests and sending responses, with one timer per connection for both.
 
-The timer runs only while a request has come in part or a response waits for its reader, so a small call sets none.
-Time is counted from look to look. What the server itself makes a request wait for does not count: a look that comes
-late because the event loop was busy, or during which reading was paused.
+The timer runs only while a request is incomplete or a response is unsent, so small calls never start it. Elapsed time
+is summed from check to check. Delays caused by the server do not count: checks that are late because the event loop was
+busy, and times when reading was paused.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Any, Final
 from batchnorm_service.fast_path.keep_alive import IdleProtocol
 from batchnorm_service.rest import Gateway, Transfers
 
-SLOWEST_RATE: Final = 1024
-"""Bytes per second that a request or a response must make on average, once it has taken as long as its timeout."""
+MIN_BYTES_PER_SECOND: Final = 1024
+"""Minimum average rate of a request or response, checked once it has taken as long as its timeout."""
 
-_LOOKS: Final = 8
-_LONGEST_INTERVAL: Final = 1.0
+_CHECKS_PER_TIMEOUT: Final = 8
+_MAX_INTERVAL: Final = 1.0
 
 
-class Progress:
-    """Whether a transfer goes on, as seen by looks at a counter of its bytes.
+class TransferProgress:
+    """Detector of slow transfers, from periodic readings of a byte counter.
 
     Args:
-        timeout: seconds without a byte that are too many, and after which the average rate counts.
-        start: the counter at the transfer's first byte.
+        timeout: seconds without a byte after which a transfer is too slow, and after which its average rate is checked.
+        start: the counter's value before the transfer.
     """
 
     __slots__ = ("_elapsed", "_last", "_quiet", "_start", "_timeout")
@@ -41,82 +41,82 @@ class Progress:
         self._quiet = 0.0
 
     def is_too_slow(self, count: int, seconds: float) -> bool:
-        """A look at the counter, `seconds` after the one before. The first look only starts the clock."""
+        """Check the counter, `seconds` after the previous check. The first check only starts the clock."""
         if self._last is not None:
             self._elapsed += seconds
             self._quiet = self._quiet + seconds if count == self._last else 0.0
         self._last = count
-        slow = self._elapsed >= self._timeout and count - self._start < SLOWEST_RATE * self._elapsed
+        slow = self._elapsed >= self._timeout and count - self._start < MIN_BYTES_PER_SECOND * self._elapsed
         return slow or self._quiet >= self._timeout
 
 
 class DeadlineProtocol(IdleProtocol):
-    """uvicorn's HTTP protocol, which gives up requests that come too slowly and responses that are read too slowly."""
+    """uvicorn HTTP protocol that aborts requests that are sent, and responses that are read, too slowly."""
 
-    _incoming: Progress | None = None
+    _incoming: TransferProgress | None = None
     _received = 0
-    _outgoing: Progress | None = None
+    _outgoing: TransferProgress | None = None
     _unsent = 0
-    _glance: TimerHandle | None = None
-    _glanced_at = 0.0
+    _progress_timer: TimerHandle | None = None
+    _checked_at = 0.0
     _was_paused = False
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.transfers = self.app.transfers if isinstance(self.app, Gateway) else Transfers()
         shortest = min(self.transfers.read_timeout, self.transfers.write_timeout)
-        self._interval = min(_LONGEST_INTERVAL, shortest / _LOOKS)
+        self._interval = min(_MAX_INTERVAL, shortest / _CHECKS_PER_TIMEOUT)
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """A client has connected."""
         super().connection_made(transport)
-        # With these limits `pause_writing` says that a response has not left, `resume_writing` that it has.
+        # With these limits `pause_writing` is called when a write is not sent completely, `resume_writing` when it is.
         transport.set_write_buffer_limits(high=0)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is closed."""
         super().connection_lost(exc)
-        self._response_left()
-        if self._glance is not None:
-            self._glance.cancel()
+        self._response_sent()
+        if self._progress_timer is not None:
+            self._progress_timer.cancel()
 
     def pause_writing(self) -> None:
-        """The kernel does not take all of a response: its reader is slower."""
+        """The kernel's send buffer is full: the client reads more slowly than the response is written."""
         super().pause_writing()
-        self._unsent = self.transport.get_write_buffer_size()  # kept whole until its last byte has left
+        self._unsent = self.transport.get_write_buffer_size()  # uvloop frees a buffer after its last byte is sent
         self.transfers.hold(self._unsent)
-        self._outgoing = Progress(self.transfers.write_timeout, self._sent())
-        self._watch()
+        self._outgoing = TransferProgress(self.transfers.write_timeout, self._sent())
+        self._start_timer()
 
     def resume_writing(self) -> None:
-        """The kernel has taken all."""
+        """The write buffer is empty."""
         super().resume_writing()
-        self._response_left()
+        self._response_sent()
 
-    def request_is_late(self) -> None:
-        """A request comes too slowly."""
+    def on_request_timeout(self) -> None:
+        """Called when a request is received too slowly."""
         raise NotImplementedError
 
     def _received_in_part(self, size: int) -> None:
-        """So many bytes have come, and a request has not ended with them."""
+        """Count received bytes of a request that is still incomplete."""
         if not self._received:
-            self._incoming = Progress(self.transfers.read_timeout)
+            self._incoming = TransferProgress(self.transfers.read_timeout)
         self._received += size
-        self._watch()
+        self._start_timer()
 
-    def _response_left(self) -> None:
+    def _response_sent(self) -> None:
         self.transfers.release(self._unsent)
         self._unsent, self._outgoing = 0, None
 
-    def _watch(self) -> None:
-        if self._glance is None:
-            self._glanced_at = self.loop.time()
+    def _start_timer(self) -> None:
+        if self._progress_timer is None:
+            self._checked_at = self.loop.time()
             self._was_paused = self.flow.read_paused
-            self._glance = self.loop.call_later(self._interval, self._look_at_progress)
+            self._progress_timer = self.loop.call_later(self._interval, self._check_progress)
 
-    def _look_at_progress(self) -> None:
-        self._glance = None
-        seconds = min(self.loop.time() - self._glanced_at, 2 * self._interval)
+    def _check_progress(self) -> None:
+        self._progress_timer = None
+        seconds = min(self.loop.time() - self._checked_at, 2 * self._interval)
         if self._outgoing is not None and self._outgoing.is_too_slow(self._sent(), seconds):
             self.transport.abort()
             return
@@ -124,20 +124,23 @@ class DeadlineProtocol(IdleProtocol):
         if incoming is not None:
             paused = self._was_paused or self.flow.read_paused
             if incoming.is_too_slow(self._received, 0.0 if paused else seconds):
-                self.request_is_late()
+                self.on_request_timeout()
                 incoming = None
         if incoming is not None or self._outgoing is not None:
-            self._watch()
+            self._start_timer()
 
     def _sent(self) -> int:
-        """A counter of the bytes that the client's side has acknowledged; it starts anywhere."""
+        """A counter of the bytes that the client's TCP has acknowledged; its start value is arbitrary."""
         return -self.transport.get_write_buffer_size() - _unacknowledged(self.transport)
 
 
 def _unacknowledged(transport: Transport) -> int:
-    """Bytes in the kernel's send buffer, where it tells: it takes more in large steps only, and slow readers seldom."""
+    """Bytes in the kernel's send buffer, or 0 if unknown.
+
+    Needed because the kernel takes more from the write buffer only in large steps, seldom for a slow client.
+    """
     try:
-        found = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        size = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
     except (AttributeError, OSError, ValueError):
         return 0
-    return int(struct.unpack("i", found)[0])
+    return int(struct.unpack("i", size)[0])

@@ -1,8 +1,8 @@
-"""Starting a coroutine where it is called: one that waits for nothing is done without a task.
+"""Eager start of coroutines: one that never suspends completes without a task.
 
-Python 3.12 has `asyncio.Task(eager_start=True)`. Here the first step is taken by hand: it costs 0.3 µs for a coroutine
-that is done then, and 3.4 µs for one that waits, where a task costs 1.9 µs. Nothing before the first suspension may ask
-for the current task, as `asyncio.timeout` does: there is none yet.
+Like `asyncio.Task(eager_start=True)` of Python 3.12. The first step is run directly: 0.3 µs for a coroutine that
+completes then, 3.4 µs for one that suspends; a task costs 1.9 µs. There is no current task before the first suspension,
+so the coroutine must not use it by then, as `asyncio.timeout` does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def start(coroutine: Coroutine[Any, Any, T], loop: AbstractEventLoop) -> T | Task[T]:
-    """What the coroutine returns, if it waits for nothing, otherwise a task for the rest of it. Raises as it does."""
+    """Run the coroutine to its first suspension: return its result or raise its exception, or a task for the rest."""
     context = copy_context()
     try:
         awaited = context.run(coroutine.send, None)
@@ -27,7 +27,7 @@ def start(coroutine: Coroutine[Any, Any, T], loop: AbstractEventLoop) -> T | Tas
 
 
 class _Started(Coroutine[Any, Any, T]):
-    """A coroutine that was stepped to its first suspension, as a task that has not been there."""
+    """A coroutine that was already run to its first suspension: the task's first step yields what it awaits."""
 
     __slots__ = ("_awaited", "_coroutine")
 
@@ -49,4 +49,4 @@ class _Started(Coroutine[Any, Any, T]):
         self._coroutine.close()
 
     def __await__(self) -> Generator[Any, Any, T]:
-        raise NotImplementedError("it is given to a task, and to nobody else")
+        raise NotImplementedError("only a task may run it")

@@ -1,4 +1,4 @@
-"""Connections on which nobody asks anything any more: one timer each, where uvicorn sets and clears one per request."""
+"""Keep-alive timeout of idle connections, with one timer per connection instead of uvicorn's one per request."""
 
 from __future__ import annotations
 
@@ -9,64 +9,64 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 
 class IdleProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol, which notes when a connection became idle and looks after that now and then.
+    """uvicorn HTTP protocol that records when a connection became idle, and checks it with a recurring timer.
 
-    Setting and clearing one per request is work that a small call notices in a profile, if hardly in its rate.
+    Setting and cancelling a timer per request shows up in profiles of small calls.
     """
 
     _receiving = False
-    """The first bytes of a request have come, and it has not come whole yet."""
+    """Whether a request was received in part."""
 
     _idle_since = math.inf
-    _timer: TimerHandle | None = None
+    _idle_timer: TimerHandle | None = None
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
-        """A client has connected, and may never say anything."""
+        """A client has connected; it may never send a request."""
         super().connection_made(transport)
-        self._becomes_idle()
+        self._set_idle()
 
     def on_message_begin(self) -> None:
-        """A request begins, perhaps in the bytes that the one before it came in."""
+        """A request begins."""
         self._receiving = True
         self._idle_since = math.inf
         super().on_message_begin()
 
     def on_message_complete(self) -> None:
-        """A request has been read; it may have been answered before, such as with 401."""
+        """A request has been read. Its response may be complete already, such as 401."""
         super().on_message_complete()
         if self.cycle.response_complete:
-            self._becomes_idle()
+            self._set_idle()
 
     def on_response_complete(self) -> None:
-        """An answer is written."""
+        """A response has been written."""
         if self.pipeline or self.transport.is_closing():
-            super().on_response_complete()  # sets no timer then
+            super().on_response_complete()  # in these cases it sets no timer
             return
         self.server_state.total_requests += 1
         self.flow.resume_reading()
         if not self._receiving:
-            self._becomes_idle()
+            self._set_idle()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is closed."""
         super().connection_lost(exc)
-        if self._timer is not None:
-            self._timer.cancel()
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
 
-    def _becomes_idle(self) -> None:
+    def _set_idle(self) -> None:
         self._idle_since = self.loop.time()
-        if self._timer is None:
-            self._timer = self.loop.call_later(self.timeout_keep_alive, self._look)
+        if self._idle_timer is None:
+            self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._check_idle)
 
-    def _look(self) -> None:
-        self._timer = None
+    def _check_idle(self) -> None:
+        self._idle_timer = None
         if self._idle_since == math.inf:
-            return  # a request is being read or answered, and the end of that sets a timer
+            return  # a request is in progress; its end sets a timer
         if self.flow.write_paused:
-            self._becomes_idle()  # the last response is still on its way
+            self._set_idle()  # the last response is still being sent
             return
         left = self._idle_since + self.timeout_keep_alive - self.loop.time()
         if left <= 0:
             self.timeout_keep_alive_handler()
         else:
-            self._timer = self.loop.call_later(left, self._look)
+            self._idle_timer = self.loop.call_later(left, self._check_idle)

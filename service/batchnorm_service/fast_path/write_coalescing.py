@@ -1,8 +1,8 @@
-"""Answers on their way out: the small writes of one turn of the event loop leave after it, each answer in one piece.
+"""Coalesces the small writes of one event loop iteration: a response's head and body become one system call.
 
-uvicorn writes the head of an answer and then its body, and each write goes to the kernel at once and wakes the client.
-That costs more than normalizing a small batch, and when it is done, the processor has forgotten the code of the next
-request (measured in `benchmarks/README.md`). So first everything that has arrived is computed, then it is sent.
+uvicorn writes head and body separately, and each write is a system call that wakes the client. That costs more than
+normalizing a small batch, and evicts the code of the next request from the processor's caches (measured in
+`benchmarks/README.md`). So all received requests are computed first, then their responses are sent.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any, Final, cast
 
 from batchnorm_service.fast_path.trailers import TrailerProtocol
 
-_AT_ONCE: Final = 1 << 16
-"""Writes from this size on go out directly: joining them to others would cost a copy that counts."""
+_DIRECT_WRITE_BYTES: Final = 1 << 16
+"""Writes of at least this size are not coalesced: the copy would cost more than the system call."""
 
 Data = bytes | bytearray | memoryview
 
 
 class CoalescingProtocol(TrailerProtocol):
-    """uvicorn's HTTP protocol over a `WriteCoalescer`."""
+    """uvicorn HTTP protocol that writes to a `WriteCoalescer`."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected."""
@@ -28,40 +28,40 @@ class CoalescingProtocol(TrailerProtocol):
 
 
 class WriteCoalescer:
-    """A transport that gathers small writes until the event loop's next turn."""
+    """Transport wrapper that buffers small writes until the next iteration of the event loop."""
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport = transport
         self._loop = loop
-        self._held: list[Data] = []
+        self._pending: list[Data] = []
 
     def write(self, data: Data) -> None:
-        """Send this after whatever was written before, soon."""
-        if len(data) >= _AT_ONCE:
+        """Send data after everything written before, at the latest in the next iteration."""
+        if len(data) >= _DIRECT_WRITE_BYTES:
             self._flush()
             if not self._transport.is_closing():
                 self._transport.write(data)
             return
-        if not self._held:
+        if not self._pending:
             self._loop.call_soon(self._flush)
-        self._held.append(data)
+        self._pending.append(data)
 
     def writelines(self, pieces: Iterable[Data]) -> None:
-        """Send these after whatever was written before, without joining them."""
+        """Send several buffers after everything written before, without copying them."""
         self._flush()
-        if not self._transport.is_closing():  # a response that was read too slowly is dropped while it is written
+        if not self._transport.is_closing():  # the write timeout may have aborted the connection
             self._transport.writelines(pieces)
 
     def close(self) -> None:
-        """Send what is left, then close."""
+        """Send what is buffered, then close."""
         self._flush()
         self._transport.close()
 
     def _flush(self) -> None:
-        if self._held:
-            data = b"".join(self._held)
-            self._held.clear()
-            if not self._transport.is_closing():  # of several pipelined requests, one may not know that the client left
+        if self._pending:
+            data = b"".join(self._pending)
+            self._pending.clear()
+            if not self._transport.is_closing():  # a pipelined request may not know of the disconnect
                 self._transport.write(data)
 
     def __getattr__(self, name: str) -> Any:

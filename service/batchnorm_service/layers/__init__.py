@@ -1,4 +1,4 @@
-"""The only place where a layer's state changes: the cache of layers, their update queues, and the commits."""
+"""Operations on named layers: cache, update queues and commits. No other package changes a layer's state."""
 
 from ..engine.posted import MOMENT_DTYPES
 from .batches import Batches

@@ -1,4 +1,4 @@
-"""Calls that bring a batch: train, moments, eval, inverse and backward, alone or as a shard of a synchronized batch."""
+"""Operations on batches: train, moments, eval, inverse and backward, also on shards of synchronized batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from batchnorm_client.wire.tensors import Tensor, require
 
 from ..engine import gradients, normalize
 from ..engine.inverse import inverse_step
-from ..engine.moments import Moments, no_extremes
+from ..engine.moments import Moments, empty_extremes
 from ..engine.normalize import TrainStep
 from ..engine.posted import MOMENT_DTYPES, posted_moments
 from ..engine.state import LayerState
@@ -23,7 +23,7 @@ from .cache import CacheEntry, LayerCache
 from .cached_state import CachedState, layer_not_found
 from .compute import ComputeExecutor
 from .groups import GroupCall, Operation, Outcome
-from .idempotency import IdempotencyToken, token
+from .idempotency import IdempotencyToken, make_token
 from .moments_source import BatchSource, MomentsSource, PostedSource
 from .records import CommittedLayer
 from .results import Differentiated, Folded, Normalized
@@ -31,18 +31,18 @@ from .synchronized import FoldGroup, GradientGroup, Part
 from .updates import Done, Fold, ReplacedError, replay
 
 Read = Callable[[Mapping[str, str]], Mapping[str, Tensor]]
-"""Reads the caller's tensors, once it is known which there may be and in which dtype JSON numbers are to be read."""
+"""Decodes the caller's tensors, given the names it may use and the dtype that JSON numbers get for each."""
 
 T = TypeVar("T")
 W = TypeVar("W", bound=MomentsSource)
 Prepare = Callable[[CommittedLayer], Awaitable[tuple[W, IdempotencyToken]]]
-"""Reads what a call brings, for a layer."""
+"""Decodes a call's input for a state of the layer: the source of its moments, and its idempotency token."""
 
 
 class Batches:
-    """Batches for named layers.
+    """Operations that take a batch, or its moments, for a named layer.
 
-    `nbytes` of a call says how many bytes `read` has to look at: it is called in a thread where they are many.
+    The argument `nbytes` is how many bytes `read` has to process: with many, it runs in a thread.
     """
 
     def __init__(self, cache: LayerCache, executor: ComputeExecutor, runtime: Runtime) -> None:
@@ -62,7 +62,7 @@ class Batches:
     ) -> Normalized:
         """Normalize a batch with its own statistics and fold them into the running ones, exactly once per key.
 
-        With a group, the batch is a shard: it is normalized with the statistics of all shards, which are folded once.
+        With `group`, the batch is a shard: it is normalized with the statistics of all shards, which are folded once.
         """
         with self._cache.use(name) as entry:
             if group is not None:
@@ -70,8 +70,8 @@ class Batches:
 
             async def prepare(layer: CommittedLayer) -> tuple[BatchSource, IdempotencyToken]:
                 wire = await self._executor.run_codec(nbytes, _input, read, layer.state)
-                claim = await self._token(key, "train", wire)
-                return BatchSource(self._executor.batch(layer.state, wire), self._executor), claim
+                token = await self._token(key, "train", wire)
+                return BatchSource(self._executor.batch(layer.state, wire), self._executor), token
 
             source, done = await self._fold(entry, prepare)
             return _normalized(await source.output(done.layer.state), done, statistics=statistics)
@@ -79,16 +79,16 @@ class Batches:
     async def fold_moments(
         self, name: str, read: Read, key: str | None, *, nbytes: int = 0, group: GroupCall | None = None
     ) -> Folded:
-        """Fold the moments of a batch that stayed with the caller; as a shard of a group, those of all shards."""
+        """Fold the moments of a batch that the caller keeps. With `group`, those of all shards are folded once."""
         with self._cache.use(name) as entry:
             if group is not None:
                 return await self._fold_shard_moments(entry, read, key, group, nbytes)
 
             async def prepare(layer: CommittedLayer) -> tuple[PostedSource, IdempotencyToken]:
-                moments, claim = await self._executor.run_codec(
+                moments, token = await self._executor.run_codec(
                     nbytes, _posted, self._runtime, read, layer.state, key, "moments"
                 )
-                return PostedSource(moments), claim
+                return PostedSource(moments), token
 
             _, done = await self._fold(entry, prepare)
             return Folded(done.version, done.batch, done.replayed)
@@ -96,13 +96,13 @@ class Batches:
     async def fold_many(
         self, moments: Mapping[str, Mapping[str, Tensor] | ProblemError], key: str | None
     ) -> dict[str, Folded | Exception]:
-        """Fold moments into many layers, each all or nothing.
+        """Fold moments into many layers; atomic per layer, not over all.
 
-        Whatever stops one of them, a fault of ours too, is its result: the others may be folded already.
+        An exception while folding into one layer, of any type, becomes that layer's result: others may be committed.
 
         Args:
-            moments: by layer; a problem where they cannot be read, which is told unless there is a greater one.
-            key: of the call; it counts for each layer by itself.
+            moments: by layer; or the problem with decoding them, unless folding raises another one first.
+            key: the call's Idempotency-Key, applied to each layer separately.
         """
 
         async def one(name: str, tensors: Mapping[str, Tensor] | ProblemError) -> Folded | Exception:
@@ -120,8 +120,8 @@ class Batches:
         return dict(zip(moments, await asyncio.gather(*(one(*item) for item in moments.items())), strict=True))
 
     async def eval(self, name: str, read: Read, *, nbytes: int = 0, statistics: bool = False) -> Normalized:
-        """Normalize a batch with the running statistics. Changes nothing."""
-        layer = self._cache.certain(name) or await self._fresh(name)
+        """Normalize a batch with the running statistics. Does not change the layer."""
+        layer = self._cache.trusted(name) or await self._fresh(name)
         batch = self._executor.batch(layer.state, await self._executor.run_codec(nbytes, _input, read, layer.state))
         output = await self._executor.run(batch.nbytes, normalize.eval_step, layer.state, batch)
         named: dict[str, torch.Tensor] = {}
@@ -130,8 +130,8 @@ class Batches:
         return _unchanged(layer, output, named)
 
     async def inverse(self, name: str, read: Read, *, nbytes: int = 0) -> Normalized:
-        """Undo eval's normalization of a batch. Changes nothing."""
-        layer = self._cache.certain(name) or await self._fresh(name)
+        """Undo eval's normalization of a batch. Does not change the layer."""
+        layer = self._cache.trusted(name) or await self._fresh(name)
         batch = self._executor.batch(layer.state, await self._executor.run_codec(nbytes, _input, read, layer.state))
         return _unchanged(layer, await self._executor.run(batch.nbytes, inverse_step, layer.state, batch), {})
 
@@ -145,12 +145,12 @@ class Batches:
         nbytes: int = 0,
         group: GroupCall | None = None,
     ) -> Differentiated:
-        """The gradients of a batch, or of a shard of a synchronized one. Changes nothing."""
+        """The gradients of a batch, or of a shard of a synchronized one. Does not change the layer."""
         with self._cache.use(name) as entry:
             layer = await entry.cached.fresh()
             state = layer.state
-            wires = await self._executor.run_codec(nbytes, _batch_and_gradient, read, state)
-            batch, grad = (self._executor.batch(state, wire) for wire in wires)
+            tensors = await self._executor.run_codec(nbytes, _batch_and_gradient, read, state)
+            batch, grad = (self._executor.batch(state, tensor) for tensor in tensors)
             size = batch.nbytes + grad.nbytes
             if group is None:
                 done = await self._executor.run(
@@ -164,12 +164,10 @@ class Batches:
                     expected="mode=train and no clip",
                 )
             sums = await self._executor.run(size, gradients.gradient_sums, state, batch, grad)
-            member = await self._token(key, f"backward {_name(group)}", *wires)
+            member = await self._token(key, f"backward {_name(group)}", *tensors)
             outcome = await _joined(entry, group, member, sums, GradientGroup(layer, entry.queue))
             done = await self._executor.run(size, gradients.shard_backward, state, batch, grad, outcome.whole)
             return _differentiated(outcome.version, done, replayed=outcome.replayed)
-
-    # ----------------------------------------------------------------------------------------------------- shards
 
     async def _train_shard(
         self, entry: CacheEntry, read: Read, key: str | None, group: GroupCall, *, nbytes: int, statistics: bool
@@ -180,9 +178,9 @@ class Batches:
         part = Part(*await self._executor.run(batch.nbytes, normalize.shard_moments, layer.state, batch))
         outcome = await _joined(entry, group, member, part, FoldGroup(layer, entry.queue))
         whole = outcome.whole
-        assert whole.frozen is not None  # noqa: S101 - what result a group writes
+        assert whole.parameters is not None  # noqa: S101 - `FoldGroup.close` sets it
         step = await self._executor.run(
-            batch.nbytes, normalize.normalize_with, layer.state, whole.frozen, batch, whole.moments
+            batch.nbytes, normalize.normalize_with, layer.state, whole.parameters, batch, whole.moments
         )
         named = normalize.named_statistics(step) if statistics else {}
         return Normalized(to_wire(step.output), outcome.version, outcome.batch, outcome.replayed, _to_wire(named))
@@ -195,17 +193,15 @@ class Batches:
         moments, member = await self._executor.run_codec(
             nbytes, _posted, self._runtime, read, layer.state, key, operation, least=0
         )
-        part = Part(moments, no_extremes(layer.state.config.num_features))
+        part = Part(moments, empty_extremes(layer.state.config.num_features))
         outcome = await _joined(entry, group, member, part, FoldGroup(layer, entry.queue))
         whole = outcome.whole.moments
         return Folded(outcome.version, outcome.batch, outcome.replayed, whole.count, _to_wire(_moments(whole)))
 
-    # ---------------------------------------------------------------------------------------------------- helpers
-
     async def _token(self, key: str | None, operation: str, *tensors: Tensor) -> IdempotencyToken:
-        """Taking the fingerprint of a large batch takes long; without a key none is taken."""
+        """The idempotency token of a call; with a key, the fingerprint of a large batch is computed in a thread."""
         nbytes = 0 if key is None else sum(tensor.nbytes for tensor in tensors)
-        return await self._executor.run_codec(nbytes, token, self._runtime, key, operation, *tensors)
+        return await self._executor.run_codec(nbytes, make_token, self._runtime, key, operation, *tensors)
 
     async def _fresh(self, name: str) -> CommittedLayer:
         with self._cache.use(name) as entry:
@@ -213,24 +209,24 @@ class Batches:
 
     async def _fold(self, entry: CacheEntry, prepare: Prepare[W]) -> tuple[W, Done]:
         while True:
-            layer, source, claim = await _prepared(entry.cached, prepare)
+            layer, source, token = await _prepared(entry.cached, prepare)
             try:
-                await source.under(layer.state)
+                await source.compute(layer.state)
             except ProblemError as error:
                 newest = await entry.cached.fresh()
                 if newest.stamp.incarnation != layer.stamp.incarnation or not newest.state.normalizes_like(layer.state):
-                    continue  # it was judged by a layer that has changed since
+                    continue  # refused by an outdated state: try with the newest
                 try:
-                    return source, await _repeated(entry, newest, claim, error)
+                    return source, await _repeated(entry, newest, token, error)
                 except ReplacedError:
                     continue
-            if not (claim.from_caller or layer.state.tracks):  # nothing to commit, and `layer` is fresh
+            if not (token.from_caller or layer.state.tracks):  # nothing to commit, and `_prepared` loaded a fresh state
                 batches = layer.state.num_batches_tracked
                 return source, Done(layer, layer.stamp.version, batches, replayed=False)
             try:
-                return source, await entry.queue.submit(Fold(claim, layer.stamp.incarnation, source))
+                return source, await entry.queue.submit(Fold(token, layer.stamp.incarnation, source))
             except ReplacedError:
-                continue  # the layer that has this name now decides what becomes of the batch
+                continue  # prepare the batch for the layer that has this name now
 
 
 async def _joined(
@@ -239,12 +235,12 @@ async def _joined(
     try:
         return await entry.groups.join(group, member, part, operation)
     except ReplacedError:
-        raise layer_not_found(entry.cached.name) from None  # the group was of a layer that is no more
+        raise layer_not_found(entry.cached.name) from None  # the group's layer was deleted
 
 
 async def _prepared(cached: CachedState, prepare: Prepare[W]) -> tuple[CommittedLayer, W, IdempotencyToken]:
-    """What a call brings, read for a committed state, and for the newest before it is refused or goes uncommitted."""
-    layer = await cached.known()
+    """A call's input, decoded for a committed state; for the newest one if it is refused or will not be committed."""
+    layer = await cached.latest_known()
     if not layer.state.tracks:
         layer = await cached.fresh()
     try:
@@ -256,10 +252,10 @@ async def _prepared(cached: CachedState, prepare: Prepare[W]) -> tuple[Committed
     return newest, *await prepare(newest)
 
 
-async def _repeated(entry: CacheEntry, newest: CommittedLayer, claim: IdempotencyToken, error: ProblemError) -> Done:
-    """The answer to a repeat of a batch that the layer would refuse now; the error when it is no repeat."""
-    receipt = await entry.queue.find(claim, newest.stamp.incarnation) if claim.from_caller else None
-    done = error if receipt is None else replay(claim, await entry.cached.fresh(), receipt)
+async def _repeated(entry: CacheEntry, newest: CommittedLayer, token: IdempotencyToken, error: ProblemError) -> Done:
+    """The result of a retry whose batch was folded before, though the layer refuses it now; raises `error` if not."""
+    receipt = await entry.queue.find(token, newest.stamp.incarnation) if token.from_caller else None
+    done = error if receipt is None else replay(token, await entry.cached.fresh(), receipt)
     if isinstance(done, ProblemError):
         raise done
     return done
@@ -272,7 +268,7 @@ def _normalized(step: TrainStep, done: Done, *, statistics: bool) -> Normalized:
 
 def _input(read: Read, state: LayerState) -> Tensor:
     (tensor,) = require(read({"input": state.config.dtype}), "input")
-    if tensor.shape == (0,):  # all that JSON can say of a batch without rows
+    if tensor.shape == (0,):  # `[]`: JSON cannot express the other dimensions of an empty batch
         tensor = Tensor(tensor.dtype, normalize.empty_shape(state.config), tensor.buffer)
     normalize.check_input(state.config, tensor)
     return tensor
@@ -282,7 +278,7 @@ def _posted(
     runtime: Runtime, read: Read, state: LayerState, key: str | None, operation: str, *, least: int | None = None
 ) -> tuple[Moments, IdempotencyToken]:
     moments, tensors = posted_moments(state.config, read(MOMENT_DTYPES), least=least)
-    return moments, token(runtime, key, operation, *tensors)
+    return moments, make_token(runtime, key, operation, *tensors)
 
 
 def _batch_and_gradient(read: Read, state: LayerState) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The cached layers: each with its queue and its open groups, least recently used ones let go."""
+"""LRU cache of layers, each with its update queue and groups."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from .cached_state import CachedState
 from .groups import Groups
 from .records import CommittedLayer
 from .results import LayersOptions
-from .update_queue import Queue
+from .update_queue import UpdateQueue
 
 
 class CacheEntry:
-    """A cached layer with its queue and groups, and how many calls are using them.
+    """A cached layer with its update queue, its groups, and a count of the calls that use it.
 
-    A context manager: whoever uses it counts as a user inside.
+    A context manager: a call is counted as a user inside its `with` block.
 
     Args:
-        name: of the layer.
-        store: where it is kept.
-        options: bounds of its queue and of its staleness.
-        runtime: clock and chance.
-        unused: is called when the last user leaves a name that no layer has.
+        name: the layer's name.
+        store: the store of its record.
+        options: limits of its queue and of its staleness.
+        runtime: clock, random numbers, tasks.
+        unused: called when the last user leaves the entry of a name that has no layer.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class CacheEntry:
     ) -> None:
         self._unused = unused
         self.cached = CachedState(name, store, options.max_staleness, runtime)
-        self.queue = Queue(self.cached, store, options.queue_length, options.store_timeout, runtime)
+        self.queue = UpdateQueue(self.cached, store, options.queue_length, options.store_timeout, runtime)
         self.groups = Groups(name, store, self.queue, runtime)
         self.users = 0
 
@@ -49,7 +49,7 @@ class CacheEntry:
 
     @property
     def idle(self) -> bool:
-        """Whether nobody would miss it."""
+        """Whether it can be evicted: no call, queued update or check uses it."""
         return self.users == 0 and self.queue.idle and self.cached.idle
 
 
@@ -69,21 +69,21 @@ class LayerCache:
         return name in self._entries
 
     def get(self, name: str) -> CacheEntry | None:
-        """The entry of a layer if it is cached. Not counted as a use: let go of it before anything is awaited."""
+        """The entry of a layer if it is cached. It may be evicted at the next await, since its user is not counted."""
         entry = self._entries.get(name)
         if entry is not None:
             self._entries.move_to_end(name)
         return entry
 
-    def certain(self, name: str) -> CommittedLayer | None:
-        """The layer's newest committed state, if the store need not be asked."""
+    def trusted(self, name: str) -> CommittedLayer | None:
+        """The layer's newest committed state, if it is known without checking the store."""
         entry = self.get(name)
-        return None if entry is None else entry.cached.certain
+        return None if entry is None else entry.cached.trusted
 
     def use(self, name: str) -> CacheEntry:
-        """The entry of a layer, kept cached while it is used: a layer must not have two queues and caches.
+        """The entry of a layer. It is not evicted while in use, since a layer must not have two queues.
 
-        To be entered at once: `with cache.use(name) as entry:`.
+        Enter it without an await in between: `with cache.use(name) as entry:`.
         """
         entry = self._entries.get(name)
         if entry is None:
@@ -94,17 +94,17 @@ class LayerCache:
         return entry
 
     async def drained(self) -> None:
-        """Return when everything that waits in a queue has been answered."""
+        """Return when all queues are empty and their last updates are committed or refused."""
         for entry in list(self._entries.values()):
             await entry.queue.drained()
 
     def _forget(self, entry: CacheEntry) -> None:
-        """Let go of this entry, and not of another that stands under the name by now."""
+        """Remove this entry, unless a newer one has replaced it."""
         if self._entries.get(entry.cached.name) is entry:
             del self._entries[entry.cached.name]
 
     def _evict(self, new: CacheEntry) -> None:
-        """Let go of the layers that were used longest ago, but of none in use, nor of the new one."""
+        """Remove the least recently used idle entries, except the new one, until the cache is within its limit."""
         surplus = len(self._entries) - self._options.resident_layers
         if surplus > 0:
             idle = (name for name, entry in self._entries.items() if entry.idle and entry is not new)

@@ -1,4 +1,4 @@
-"""One layer in memory: what was committed last, and how to know that it still is."""
+"""A layer's last known committed state, and the check whether it is still the newest."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .shared_check import SharedCheck
 
 
 class CachedState:
-    """A layer's newest known committed state.
+    """Cache of one layer's committed state.
 
     Attributes:
-        name: of the layer.
-        layer: what this process knows of the layer; None when it knows nothing, or a commit's outcome is unknown.
+        name: the layer's name.
+        layer: the last known committed state; None if not loaded, or after a commit with an unknown outcome.
     """
 
     def __init__(self, name: str, store: Store, max_staleness: float, runtime: Runtime) -> None:
@@ -26,22 +26,22 @@ class CachedState:
         self.layer: CommittedLayer | None = None
         self._store = store
         self._max_staleness = max_staleness
-        self._asked = -math.inf  # when the newest look at the store began that `layer` rests on
+        self._checked = -math.inf  # start of the last check of the store that confirmed or loaded `layer`
         self._changes = 0
         self._check = SharedCheck(self._load, runtime)
 
     @property
     def idle(self) -> bool:
-        """Whether nobody is asking the store about this layer."""
+        """Whether no check is running."""
         return self._check.idle
 
     def set(self, layer: CommittedLayer | None) -> None:
-        """Note what a commit left, or None when that is not known."""
+        """Set the state after a commit; None if it is unknown."""
         self.layer = layer
         self._changes += 1
 
-    async def known(self) -> CommittedLayer:
-        """A committed state, perhaps not the newest: good where a commit will check it.
+    async def latest_known(self) -> CommittedLayer:
+        """A committed state, perhaps not the newest: enough where a commit will compare its stamp.
 
         Raises:
             LayerNotFound: there is no such layer.
@@ -50,42 +50,42 @@ class CachedState:
         return self.layer or await self._check()
 
     async def fresh(self) -> CommittedLayer:
-        """The newest committed state: no fold that was acknowledged before this call is missing from it.
+        """The newest committed state: it includes every update acknowledged before this call.
 
-        With `max_staleness`, none that was acknowledged so many seconds earlier.
+        With `max_staleness`, updates of that many seconds before this call may be missing.
 
         Raises:
             LayerNotFound: there is no such layer.
             StoreUnavailable: the store does not answer.
         """
-        return self.certain or await self._check()
+        return self.trusted or await self._check()
 
     @property
-    def certain(self) -> CommittedLayer | None:
-        """The same, if the store need not be asked."""
+    def trusted(self) -> CommittedLayer | None:
+        """The result of `fresh`, if it is known without checking the store; otherwise None."""
         if self.layer is not None and (
-            self._store.exclusive or self._runtime.now() - self._asked < self._max_staleness
+            self._store.exclusive or self._runtime.now() - self._checked < self._max_staleness
         ):
             return self.layer
         return None
 
     async def _load(self) -> CommittedLayer:
-        asked, changes, began = self.layer, self._changes, self._runtime.now()
-        unless: Stamp | None = asked.stamp if asked else None
+        cached, changes, began = self.layer, self._changes, self._runtime.now()
+        unless: Stamp | None = cached.stamp if cached else None
         try:
             found = await self._store.load(self.name, unless)
         except StoreError as error:
             raise StoreUnavailable(f"the store does not answer: {error}", retry_after=1) from error
         if isinstance(found, Unchanged):
-            assert asked is not None  # noqa: S101 - only a stamp can be unchanged
+            assert cached is not None  # noqa: S101 - the load had a stamp
             if changes == self._changes:
-                self._asked = began
-            return asked
+                self._checked = began
+            return cached
         loaded = None if isinstance(found, Missing) else decode(found)
-        # A commit of ours that was acknowledged meanwhile may be newer than what was found: this call may use what it
-        # found, since it asked after it came, but only a later one may say which of the two stays.
+        # This process may have committed meanwhile, so the loaded state may be older than `self.layer`. It is fresh
+        # enough for this call, which arrived before the load began, but must not replace `self.layer`.
         if changes == self._changes:
-            self.layer, self._asked = loaded, began
+            self.layer, self._checked = loaded, began
         if loaded is None:
             raise layer_not_found(self.name)
         return loaded

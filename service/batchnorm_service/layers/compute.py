@@ -1,4 +1,4 @@
-"""Where arithmetic and codecs run: on which device, and on the event loop or in a thread."""
+"""Runs arithmetic and codecs on the event loop or in a thread, and on the layer's device."""
 
 from __future__ import annotations
 
@@ -25,86 +25,85 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-_NICEST: Final = 19
+_LOWEST_PRIORITY: Final = 19
 
 _DEVICE_THREADS: Final = 4
-"""How many calls are on devices at once. While one is uploaded, another computes and a third comes back: most devices
-have an engine for each; the fourth is for what the CPU does in between. Each has a stream and pinned memory of its own
-(`engine.staging`), so that more of them would hold more."""
+"""How many calls use devices at once: most devices can upload, compute and download in parallel, and a fourth call uses
+the CPU meanwhile. Each thread has its own stream and pinned memory (`engine.staging`): more would cost memory."""
 
 
-def _let_others_go_first() -> None:
-    """Where cores are few, a large batch waits for the event loop, which answers small calls, and not the other way.
+def _lower_priority() -> None:
+    """Lower the thread's priority, so that on few cores the event loop and its small calls run before large batches.
 
     On one core, p99 of evals of 8 KiB beside 8 MiB train batches was 8 to 9 ms without this, 3 ms with it (one run).
     """
-    if sys.platform == "linux":  # elsewhere a thread has no niceness of its own
+    if sys.platform == "linux":  # only Linux has a niceness per thread
         with contextlib.suppress(OSError):  # a sandbox may forbid it
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICEST)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
 
 
 class ComputeExecutor:
-    """Runs engine functions and codecs for calls.
+    """Thread pools for engine functions and codecs.
 
     Args:
-        default_device: of layers whose config names none.
-        inline_bytes: work on so many bytes or fewer is done at once, on more of them in a thread. Work on another
-            device is always done in a thread: it waits for the device, and the first time for all that CUDA sets up,
-            which the event loop must not.
+        default_device: the device of layers whose config names none.
+        inline_bytes: work on up to this many bytes runs on the event loop, on more in a thread. Work on another device
+            than the CPU always runs in a thread, because it blocks until the device is done, and at first for CUDA's
+            initialization.
     """
 
     def __init__(self, default_device: str, inline_bytes: int, runtime: Runtime) -> None:
         self._runtime = runtime
         self._default_device = default_device
         self._inline_bytes = inline_bytes
-        self._pool = ThreadPoolExecutor(os.cpu_count(), "batchnorm-compute", _let_others_go_first)
-        self._device_pool = ThreadPoolExecutor(_DEVICE_THREADS, "batchnorm-device", _let_others_go_first)
+        self._pool = ThreadPoolExecutor(os.cpu_count(), "batchnorm-compute", _lower_priority)
+        self._device_pool = ThreadPoolExecutor(_DEVICE_THREADS, "batchnorm-device", _lower_priority)
         self._codec_pool = ThreadPoolExecutor(os.cpu_count(), "batchnorm-codec")
 
     def device(self, name: str | None) -> torch.device:
         """The device of a config. Raises `DeviceUnavailable`."""
         return device(name or self._default_device)
 
-    def away(self, state: LayerState) -> bool:
-        """Whether the layer lives on another device than the CPU."""
+    def off_cpu(self, state: LayerState) -> bool:
+        """Whether the layer computes on another device than the CPU."""
         return (state.config.device or self._default_device) != "cpu"
 
     def batch(self, state: LayerState, tensor: Tensor) -> torch.Tensor:
-        """A caller's tensor, on the CPU: `run` takes it to where its layer lives. Raises `DeviceUnavailable`."""
-        if self.away(state):
+        """A caller's tensor, on the CPU; `run` copies it to the layer's device. Raises `DeviceUnavailable`."""
+        if self.off_cpu(state):
             self.device(state.config.device)
         return to_torch(tensor)
 
-    def at_once(self, nbytes: int) -> bool:
-        """Whether work on so many bytes is done without waiting for a thread, for a layer that is not `away`."""
+    def runs_inline(self, nbytes: int) -> bool:
+        """Whether work on this many bytes, for a layer that is not `off_cpu`, runs on the event loop."""
         return nbytes <= self._inline_bytes
 
     async def run(self, nbytes: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Small work at once, large work in a thread (torch lets go of the GIL) so that other calls go on.
+        """Call an engine function: directly for small work, in a thread for large work (torch releases the GIL).
 
-        A function whose first argument is the state of a layer that is `away` runs on that layer's device, and its
-        tensors are taken there.
+        If the first argument is the state of a layer that is `off_cpu`, the tensors are copied to its device, and the
+        function runs there.
         """
         state = args[0] if args else None
-        if isinstance(state, LayerState) and self.away(state):
-            there = partial(staged, self.device(state.config.device), function, *args, **kwargs)
-            return await self._runtime.in_thread(self._device_pool, there)
-        if self.at_once(nbytes):
+        if isinstance(state, LayerState) and self.off_cpu(state):
+            on_device = partial(staged, self.device(state.config.device), function, *args, **kwargs)
+            return await self._runtime.in_thread(self._device_pool, on_device)
+        if self.runs_inline(nbytes):
             return function(*args, **kwargs)
         return await self._runtime.in_thread(self._pool, function, *args, **kwargs)
 
     async def run_codec(self, nbytes: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Decode or encode: little at once, and much in a thread, so that other calls go on.
+        """Call a codec: directly for small work, in a thread for large work.
 
-        Unlike torch, a codec often holds the GIL. So these threads are as important as the event loop's: a thread that
-        other processes keep from running while it holds the GIL would keep the event loop from running, too.
+        Unlike torch, a codec often holds the GIL. So these threads keep the normal priority: a preempted thread that
+        holds the GIL would block the event loop.
         """
-        if self.at_once(nbytes):
+        if self.runs_inline(nbytes):
             return function(*args, **kwargs)
         return await self._runtime.in_thread(self._codec_pool, function, *args, **kwargs)
 
     def close(self) -> None:
-        """Let go of the threads."""
+        """Stop the threads."""
         self._codec_pool.shutdown()
         self._pool.shutdown()
         self._device_pool.shutdown()

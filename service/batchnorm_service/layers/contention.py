@@ -1,57 +1,58 @@
-"""How a committer behaves while other processes commit to the same layer: everyone gets a turn, and groups grow."""
+"""Backoff while several processes commit to the same layer, so that each gets its turn and commits get larger."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Final
 
-_LONGEST: Final = 0.2  # seconds
-_SHORTEST: Final = 0.0001  # seconds: of a turn, however coarse the clock
-_MOST: Final = 16.0  # competing processes that are guessed
-_SHARE: Final = 0.2  # of the newest measurement in the running mean
-_KEPT: Final = 0.875  # of a guess, each time that nothing speaks for it
+_MAX_PAUSE: Final = 0.2  # seconds
+_MIN_COMMIT_SECONDS: Final = 0.0001  # a coarse clock may measure 0
+_MAX_ESTIMATE: Final = 16.0
+_SMOOTHING: Final = 0.2  # weight of a new measurement in the moving average
+_DECAY: Final = 0.875
 
 
 class ContentionBackoff:
-    """How long whoever has won a race for a layer gives way.
+    """Pauses after a commit that won against competing processes.
 
-    The winner knows the new state at once and would win the next race, too, while the others still learn of it. So it
-    lets those go first that have lost meanwhile, a turn for each of them; what arrives in that time is folded in one
-    commit. Who has lost tries again at once: it is that try that tells the winner. Alone, nobody ever waits.
+    The winner knows the new state first and would also win the next race. So it pauses for the time of one commit per
+    process that lost; updates that arrive meanwhile share its next commit. Losers retry at once, and the store counts
+    them (`Committed.contenders`). Without competition there is no pause.
     """
 
     def __init__(self) -> None:
-        self._guess = 0.0
-        self._turn = 0.0
-        self._absent = 0  # of those that wait, as the store says, so many let their turns pass
+        self._estimate = 0.0  # of competing processes, for stores that do not count them
+        self._commit_seconds = 0.0  # moving average
+        self._absent = 0  # contenders that did not commit during an earlier pause
 
-    def took(self, seconds: float) -> None:
-        """Note how long a turn was, from a known state to the answer of the store, which may have been away."""
-        self._turn += (min(seconds, _LONGEST) - self._turn) * (_SHARE if self._turn else 1)
+    def record_duration(self, seconds: float) -> None:
+        """Add a commit's duration to the average. It is capped, as it may include an outage of the store."""
+        weight = _SMOOTHING if self._commit_seconds else 1
+        self._commit_seconds += (min(seconds, _MAX_PAUSE) - self._commit_seconds) * weight
 
-    def pauses(self, told: int | None, losses: int, passed: Callable[[], int]) -> Iterator[float]:
-        """Seconds to wait before the next commit, and to wait again: those that lost may be farther from the store.
+    def pauses(self, contenders: int | None, losses: int, commits: Callable[[], int]) -> Iterator[float]:
+        """Seconds to pause before the next commit. There may be several pauses, as contenders may have slower links.
 
         Args:
-            told: how many have lost and wait, as the store says; None: it does not know. Then there are about as many
-                as this one has lost to, and they are forgotten slowly: whoever is starved commits nothing.
-            losses: how many races this commit had lost before it won.
-            passed: how many commits others have made since.
+            contenders: how many commits lost and are being retried, by the store's count. None: it does not count; then
+                the number is estimated from `losses`, with a slow decay, because a starved process commits nothing.
+            losses: how many races this commit lost before it won.
+            commits: returns how many commits others have made since.
         """
-        if told is None:
-            self._guess = max(min(losses, _MOST), self._guess * _KEPT if self._guess > 0.1 else 0.0)
-            if self._guess:
-                yield min(self._guess * self._turn, _LONGEST)
+        if contenders is None:
+            self._estimate = max(min(losses, _MAX_ESTIMATE), self._estimate * _DECAY if self._estimate > 0.1 else 0.0)
+            if self._estimate:
+                yield min(self._estimate * self._commit_seconds, _MAX_PAUSE)
             return
-        # One that died, or gave up, is told of until the store forgets it, but waited for only once.
-        self._absent = min(self._absent, told)
-        left, turn = _LONGEST, max(self._turn, _SHORTEST)
-        while (backoff := told - self._absent - (seen := passed())) > 0 and left > 0:
-            seconds = min(backoff * turn, left)
+        # A process that died or gave up counts as a contender until the store forgets it; wait for it only once.
+        self._absent = min(self._absent, contenders)
+        left, turn = _MAX_PAUSE, max(self._commit_seconds, _MIN_COMMIT_SECONDS)
+        while (waiting := contenders - self._absent - (seen := commits())) > 0 and left > 0:
+            seconds = min(waiting * turn, left)
             yield seconds
             left -= seconds
             turn *= 2
         if seen:
             self._absent = 0
         elif left <= 0:
-            self._absent = told
+            self._absent = contenders

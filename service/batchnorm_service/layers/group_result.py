@@ -1,4 +1,4 @@
-"""How a closed group is kept: the payload of its receipt."""
+"""The result of a closed group, stored as the payload of its receipt."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _HEAD: Final = struct.Struct("<II")
 
 @dataclass(frozen=True, slots=True)
 class GroupResult:
-    """What is left of a group.
+    """Result of a closed group.
 
     Attributes:
-        size: how many members it was to have.
-        members: the keys of those that came, with the fingerprints of their shards.
-        totals: the merged parts; empty when the group gave up waiting.
+        size: how many members it was opened for.
+        members: fingerprints of the members' shards, by key.
+        totals: the merged parts; empty if the group timed out.
     """
 
     size: int
@@ -26,15 +26,15 @@ class GroupResult:
     totals: bytes
 
     def pack(self) -> bytes:
-        """As bytes: size and number of members, 32 bytes a member, the totals."""
+        """Serialize: size and number of members, 32 bytes per member, the totals."""
         pairs = b"".join(key + fingerprint for key, fingerprint in self.members.items())
         return _HEAD.pack(self.size, len(self.members)) + pairs + self.totals
 
     @staticmethod
     def unpack(payload: bytes) -> GroupResult:
         """The inverse of `pack`."""
-        size, came = _HEAD.unpack_from(payload)
-        start, step = _HEAD.size, 2 * KEY_BYTES
-        pairs = [payload[at : at + step] for at in range(start, start + came * step, step)]
-        members = {pair[:KEY_BYTES]: pair[KEY_BYTES:] for pair in pairs}
-        return GroupResult(size, members, payload[start + came * step :])
+        size, count = _HEAD.unpack_from(payload)
+        step = 2 * KEY_BYTES
+        end = _HEAD.size + count * step
+        pairs = [payload[at : at + step] for at in range(_HEAD.size, end, step)]
+        return GroupResult(size, {pair[:KEY_BYTES]: pair[KEY_BYTES:] for pair in pairs}, payload[end:])

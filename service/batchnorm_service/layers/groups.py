@@ -1,8 +1,8 @@
-"""Synchronized batches: several callers each bring a shard, and each is answered with the statistics of the whole.
+"""Synchronized batches: several callers each send a shard, and each gets the statistics of the whole batch.
 
-Members meet in the store, never in a process's memory, so they may come to any replica, and what came survives a crash.
-A group closes by a commit: its totals and its members are written as a receipt, together with the fold. Whoever closes
-it, the receipt decides: a member finds its answer there, also when it comes again, and a late one that it is late.
+Shards are kept in the store, so members may use different replicas, and a crash loses no shard. A group is closed by a
+commit that writes its members and merged totals as a receipt, together with the fold. Members read their result from
+that receipt: retries get the same result, and a member that is too late is refused.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from ..runtime import Runtime
 from ..store.base import GroupStatus, Missing, Shard, Store, StoreError
 from .group_result import GroupResult
 from .idempotency import IdempotencyToken, group_token
-from .update_queue import Queue
+from .update_queue import UpdateQueue
 from .updates import ReplacedError, refuse_reuse
 
 T = TypeVar("T")
 
-_FIRST_PAUSE: Final = 0.002  # seconds between two looks at a group that another process may complete
-_LONGEST_PAUSE: Final = 0.1
+_MIN_POLL_SECONDS: Final = 0.002  # between two reads of a group that another process may complete
+_MAX_POLL_SECONDS: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class GroupCall:
-    """Which group a call wants to join.
+    """The group that a call joins.
 
     Attributes:
-        id: the group's name; of one synchronized batch, not of one set of callers.
+        id: the group's name, unique to one synchronized batch.
         size: how many members it has.
         timeout: seconds that this member waits for the others.
     """
@@ -51,13 +51,13 @@ class GroupCall:
 
 @dataclass(frozen=True, slots=True)
 class Outcome(Generic[T]):
-    """What a closed group says to a member.
+    """Result of a closed group for one member.
 
     Attributes:
-        whole: the parts of all, merged.
-        version: of the commit that closed the group.
+        whole: the merged parts of all members.
+        version: the version after the commit that closed the group.
         batch: `num_batches_tracked` after it.
-        replayed: another call had brought this member's shard before.
+        replayed: whether an earlier call had added this member's shard.
     """
 
     whole: T
@@ -67,12 +67,12 @@ class Outcome(Generic[T]):
 
 
 class Operation(Protocol[T]):
-    """What a kind of group does with its parts.
+    """What a group computes: how parts are serialized and merged, and what is committed.
 
     Attributes:
-        name: groups of different operations may have the same id.
-        folds: whether result the group changes the layer, so that its members' keys stand for nothing else.
-        incarnation: of the layer that the call was meant for; groups of another are others.
+        name: the namespace of group ids.
+        folds: whether closing the group changes the layer; then each member's key gets a receipt.
+        incarnation: of the layer that the call was prepared for; another incarnation has its own groups.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Operation(Protocol[T]):
     incarnation: int
 
     def pack(self, part: T) -> bytes:
-        """A part, or the whole, as bytes."""
+        """Serialize a part, or the whole."""
         ...
 
     def unpack(self, data: bytes) -> T:
@@ -88,7 +88,7 @@ class Operation(Protocol[T]):
         ...
 
     def merge(self, parts: list[T]) -> T:
-        """The whole of the parts."""
+        """Merge all parts into the whole."""
         ...
 
     async def close(
@@ -96,8 +96,8 @@ class Operation(Protocol[T]):
     ) -> None:
         """Commit the whole under the group's token, with `result(totals)` as the receipt's payload.
 
-        `members` are the fingerprints of the parts by their keys.
-        Raises `ProblemError` for what cannot be committed: nothing is, and every member is told.
+        `members` has the parts' fingerprints by key. Raises `ProblemError` if the whole is refused: then nothing is
+        committed, and every member raises it.
         """
         ...
 
@@ -105,7 +105,7 @@ class Operation(Protocol[T]):
 class Groups:
     """The groups of one layer."""
 
-    def __init__(self, name: str, store: Store, queue: Queue, runtime: Runtime) -> None:
+    def __init__(self, name: str, store: Store, queue: UpdateQueue, runtime: Runtime) -> None:
         self._runtime = runtime
         self._name = name
         self._store = store
@@ -116,45 +116,45 @@ class Groups:
         """Wait until the group is complete and its fold is durable.
 
         Raises:
-            GroupIncomplete: not all members came in time; nothing was folded.
-            GroupClosed: this member comes too late, or is one too many.
+            GroupIncomplete: not all members joined in time; nothing was folded.
+            GroupClosed: the group is closed or full, and this call is not one of its members.
             GroupMismatch: the group has another size.
             IdempotencyKeyReused: the key was used for another batch, shard or group.
-            ReplacedError: the layer is no more.
-            ProblemError: what folding the whole refuses; all members are told.
+            ReplacedError: the layer was deleted.
+            ProblemError: folding the whole was refused; every member raises it.
         """
         name = group_token(operation.name, call.id)
         shard = Shard(member.key, member.fingerprint, operation.pack(part))
-        deadline, pause, came, added = self._runtime.now() + call.timeout, _FIRST_PAUSE, False, False
+        deadline, pause, joined, added = self._runtime.now() + call.timeout, _MIN_POLL_SECONDS, False, False
         try:
             with self._listening(name) as notifier:
                 while True:
                     event = notifier.event
                     found = await self._queue.find_all([name, member], operation.incarnation)
                     if (receipt := found.get(name.key)) is not None:
-                        whole = operation.unpack(_told(GroupResult.unpack(receipt.payload), call, member))
+                        whole = operation.unpack(_totals(GroupResult.unpack(receipt.payload), call, member))
                         return Outcome(whole, receipt.version, receipt.batch, replayed=not added)
-                    if not came and operation.folds and (own := found.get(member.key)) is not None:
+                    if not joined and operation.folds and (own := found.get(member.key)) is not None:
                         refuse_reuse(member, own)
-                    status = await self._gather(name, call, shard, operation)
+                    status = await self._add_shard(name, call, shard, operation)
                     _check_member(status.size, status.members, call, member)
-                    came, added = True, added or status.added
+                    joined, added = True, added or status.added
                     if status.parts:
                         await self._close(name, status, operation)
                     elif self._runtime.now() >= deadline:
                         payload = GroupResult(status.size, dict(status.members), b"").pack()
                         await self._queue.note(name, operation.incarnation, payload)
                     else:
-                        await self._first(event.wait(), min(pause, max(0.0, deadline - self._runtime.now())))
-                        pause = min(2 * pause, _LONGEST_PAUSE)
+                        await self._wait_at_most(event.wait(), min(pause, max(0.0, deadline - self._runtime.now())))
+                        pause = min(2 * pause, _MAX_POLL_SECONDS)
                         continue
-                    notifier.tell()
+                    notifier.notify()
         except asyncio.CancelledError:
-            if not member.from_caller:  # one with a key may come back for its answer
+            if not member.from_caller:  # a caller with a key may retry and needs its shard to be there
                 await asyncio.shield(self._leave(name, operation, member.key))
             raise
 
-    async def _gather(
+    async def _add_shard(
         self, name: IdempotencyToken, call: GroupCall, shard: Shard, operation: Operation[T]
     ) -> GroupStatus:
         try:
@@ -169,14 +169,14 @@ class Groups:
         whole = operation.merge([operation.unpack(part) for part in status.parts])
         members = dict(status.members)
         await operation.close(name, whole, members, lambda totals: GroupResult(status.size, members, totals).pack())
-        await self._leave(name, operation, None)  # what came is in the receipt now
+        await self._leave(name, operation, None)  # the receipt has the totals: shards are no longer needed
 
     async def _leave(self, name: IdempotencyToken, operation: Operation[T], member: bytes | None) -> None:
-        with suppress(StoreError):  # shards that stay behind expire like receipts
+        with suppress(StoreError):  # shards that are not removed expire like receipts
             await self._store.leave(self._name, operation.incarnation, name.key, member)
 
-    async def _first(self, notified: Awaitable[object], seconds: float) -> None:
-        """Wait for a notification, but no longer than this."""
+    async def _wait_at_most(self, notified: Awaitable[object], seconds: float) -> None:
+        """Wait for a notification, or until the time is over."""
         with suppress(TimeoutError):
             async with self._runtime.timeout(seconds):
                 await notified
@@ -194,34 +194,34 @@ class Groups:
 
 
 class _Notifier:
-    """Wakes the members of a group that are in this process, so that they need not wait for their next look."""
+    """Event that wakes the members of a group in this process when it closes, before they poll the store again."""
 
     def __init__(self) -> None:
         self.event = asyncio.Event()
         self.listeners = 0
 
-    def tell(self) -> None:
-        """The group has closed."""
+    def notify(self) -> None:
+        """Wake all current listeners."""
         self.event.set()
         self.event = asyncio.Event()
 
 
-def _told(result: GroupResult, call: GroupCall, member: IdempotencyToken) -> bytes:
+def _totals(result: GroupResult, call: GroupCall, member: IdempotencyToken) -> bytes:
     """The totals of a closed group, for one of its members."""
     _check_member(result.size, result.members, call, member)
     if not result.totals:
-        came = len(result.members)
+        count = len(result.members)
         raise GroupIncomplete(
-            f"{came} of {call.size} members of group {call.id!r} came in time; nothing was folded",
+            f"{count} of {call.size} members of group {call.id!r} came in time; nothing was folded",
             field="group",
             expected=call.size,
-            got=came,
+            got=count,
         )
     return result.totals
 
 
 def _check_member(size: int, members: Mapping[bytes, bytes], call: GroupCall, member: IdempotencyToken) -> None:
-    """Refuse a call that is none of the group's members."""
+    """Raise unless the call is a member of the group, with the same shard."""
     if size != call.size:
         raise GroupMismatch(f"group {call.id!r} has {size} members", field="size", expected=size, got=call.size)
     fingerprint = members.get(member.key)

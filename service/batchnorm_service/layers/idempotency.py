@@ -1,4 +1,4 @@
-"""Names for folds: what a receipt is filed under, and what tells one batch from another."""
+"""Idempotency tokens: the key under which a receipt is stored, and the fingerprint of the call."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ..store.base import Receipt
 
 KEY_BYTES = 16
 NO_FINGERPRINT = bytes(KEY_BYTES)
-"""Of a call without a key, which nobody can repeat."""
+"""The fingerprint of calls without a caller's key, which cannot be retried."""
 
 
 class IdempotencyToken(NamedTuple):
-    """The claim of one change to be made exactly once.
+    """Identity of one update, which is applied at most once.
 
     Attributes:
-        key: 16 bytes, the digest of the caller's Idempotency-Key, or the time and random bits.
-        fingerprint: 16 bytes, of what the caller asked for.
-        from_caller: whether the caller gave the key. (A change without one has a receipt all the same: it tells what
-            became of a commit whose reply was lost.)
+        key: 16 bytes: the digest of the caller's Idempotency-Key, or the time and random bits.
+        fingerprint: 16 bytes: the digest of the operation and its tensors.
+        from_caller: whether the caller provided the key. (Updates without one have receipts too, to find out whether a
+            commit with a lost reply took effect.)
     """
 
     key: bytes
@@ -32,22 +32,22 @@ class IdempotencyToken(NamedTuple):
     from_caller: bool
 
     def receipt(self, version: int, batch: int, payload: bytes = b"") -> Receipt:
-        """The receipt to be written with the change."""
+        """The receipt to write with the update."""
         return Receipt(self.key, self.fingerprint, version, batch, payload)
 
 
-def token(runtime: Runtime, key: str | None, operation: str, *tensors: Tensor) -> IdempotencyToken:
-    """The token of a call; the fingerprint covers operation, dtypes, shapes and bytes, whatever the form on the wire.
+def make_token(runtime: Runtime, key: str | None, operation: str, *tensors: Tensor) -> IdempotencyToken:
+    """The token of a call. Its fingerprint covers operation, dtypes, shapes and bytes, whatever the media type was.
 
     Args:
-        runtime: for a key where the caller gave none.
-        key: the caller's Idempotency-Key.
-        operation: what the call does, with everything that makes it another call.
-        tensors: the batch.
+        runtime: clock and random numbers, for calls without a key.
+        key: the caller's Idempotency-Key, or None.
+        operation: the operation's name and parameters.
+        tensors: the call's tensors.
     """
     if key is None:
-        # Never the same twice, but not hard to guess: os.urandom would be a system call. Ascending, as in a UUID of
-        # version 7 (RFC 9562, 5.7), because a store keeps what ascends with less work.
+        # Unique but not secret: os.urandom would cost a system call. Ascending like a UUID of version 7 (RFC 9562,
+        # 5.7), because ascending keys are cheaper to insert into an index.
         milliseconds = int(1000 * runtime.wall()).to_bytes(6, "big")
         return IdempotencyToken(milliseconds + runtime.bytes(KEY_BYTES - 6), NO_FINGERPRINT, from_caller=False)
     digest = xxhash.xxh3_128(f"{operation}\0".encode())
@@ -58,7 +58,7 @@ def token(runtime: Runtime, key: str | None, operation: str, *tensors: Tensor) -
 
 
 def group_token(operation: str, group: str) -> IdempotencyToken:
-    """The token of a group as a whole. No caller's key can be the same: keys have no spaces."""
+    """The token of a group as a whole. It differs from any caller's key, because keys contain no spaces."""
     return IdempotencyToken(_digest(f"group {operation} {group}"), NO_FINGERPRINT, from_caller=True)
 
 

@@ -1,4 +1,4 @@
-"""`Layers`: every call on named layers, for whatever protocol asks. HTTP is `api`'s business, arithmetic `engine`'s."""
+"""`Layers`: all operations on named layers, independent of the protocol that calls them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from . import records
 from .batches import Batches, Read
 from .cache import LayerCache
 from .compute import ComputeExecutor
-from .idempotency import token
+from .idempotency import make_token
 from .records import CommittedLayer
 from .results import LayersOptions, Snapshot
 from .updates import Change, Deletion, IfMatch, ReplacedError, check_version
@@ -29,10 +29,10 @@ R = TypeVar("R")
 
 
 class Layers:
-    """Named layers over a store. All methods raise `batchnorm_client.wire.errors.ProblemError` for what they refuse.
+    """Named layers in a store. All methods raise `batchnorm_client.wire.errors.ProblemError` for invalid calls.
 
     Attributes:
-        batches: the calls that bring a batch.
+        batches: the operations that take a batch or its moments.
     """
 
     def __init__(self, store: Store, options: LayersOptions | None = None, runtime: Runtime = RUNTIME) -> None:
@@ -44,11 +44,11 @@ class Layers:
         self.batches: Final = Batches(self._cache, self._executor, runtime)
 
     async def open(self) -> None:
-        """Check that the default device is there. Raises `DeviceUnavailable`."""
+        """Check that the default device is available. Raises `DeviceUnavailable`."""
         self._executor.device(None)
 
     async def close(self) -> None:
-        """Return when every queued change has been committed and answered."""
+        """Return when every queued update is committed or refused."""
         await self._cache.drained()
         self._executor.close()
 
@@ -58,20 +58,20 @@ class Layers:
             await self._store.ping()
 
     async def run_codec(self, nbytes: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Read a request's body or write an answer, of about so many bytes: in a thread where they are many."""
+        """Decode a request or encode a response of about `nbytes` bytes: in a thread if they are many."""
         return await self._executor.run_codec(nbytes, function, *args, **kwargs)
 
     async def create(self, name: str, config: LayerConfig) -> tuple[Snapshot, bool]:
-        """The layer of that name and whether this call made it.
+        """Create a layer, unless it exists; return it and whether it is new.
 
         Raises:
             LayerExists: it was created with another config.
-            TooManyLayers: the store holds as many layers as it may.
-            DeviceUnavailable: the config names a device that is not there.
+            TooManyLayers: the store has as many layers as `max_layers` allows.
+            DeviceUnavailable: the config's device is not available.
         """
         self._executor.device(config.device)
-        made = records.now(self._runtime)
-        data = records.encode(state.initial_state(config), config, made, made)
+        now = records.now(self._runtime)
+        data = records.encode(state.initial_state(config), config, now, now)
         with _store_errors():
             outcome = await self._store.create(name, data, self._options.max_layers)
         if isinstance(outcome, Full):
@@ -87,12 +87,12 @@ class Layers:
         return _snapshot(name, layer), False
 
     async def get(self, name: str) -> Snapshot:
-        """The layer as it is now."""
+        """The layer's newest committed state."""
         with self._cache.use(name) as entry:
             return _snapshot(name, await entry.cached.fresh())
 
     async def list(self, prefix: str, after: str, limit: int) -> LayerPage:
-        """Up to `limit` layers whose names start with `prefix` and follow `after`, by name."""
+        """Up to `limit` layers whose names start with `prefix` and sort after `after`, by name."""
         with _store_errors():
             entries = await self._store.list(prefix, after, limit + 1)
         page = [records.summary(entry) for entry in entries[:limit]]
@@ -103,24 +103,24 @@ class Layers:
         return (await self._change(name, lambda old: state.update(old, update), if_match))[0]
 
     async def reset(self, name: str, what: str, key: str | None, if_match: IfMatch) -> tuple[Snapshot, bool]:
-        """Set tensors back to their initial values; the layer, and whether it had been done before under this key."""
+        """Set tensors back to their initial values; return the layer, and whether the call was replayed by its key."""
         return await self._change(name, lambda old: state.reset(old, what), if_match, key, f"reset {what}")
 
     async def replace_state(self, name: str, read: Read, if_match: IfMatch, *, nbytes: int = 0) -> Snapshot:
-        """Replace the tensors that `read` returns, in a thread where the body, `nbytes` long, is large."""
+        """Replace the tensors that `read` returns. With large `nbytes`, the body's size, `read` runs in a thread."""
         with self._cache.use(name) as entry:
             while True:
-                layer = await entry.cached.known()
+                layer = await entry.cached.latest_known()
                 try:
                     tensors = await self._executor.run_codec(nbytes, read, state_dict.dtypes(layer.state))
                 except ProblemError:
                     newest = await entry.cached.fresh()
                     check_version(if_match, newest)
                     if newest.stamp.incarnation != layer.stamp.incarnation:
-                        continue  # it was read for a layer that is no more
+                        continue  # decoded for a layer that was deleted
                     raise
                 replaced = partial(state_dict.replace_tensors, tensors=tensors)
-                change = Change(token(self._runtime, None, ""), replaced, if_match, layer.stamp.incarnation)
+                change = Change(make_token(self._runtime, None, ""), replaced, if_match, layer.stamp.incarnation)
                 with suppress(ReplacedError):
                     return _snapshot(name, (await entry.queue.submit(change)).layer)
 
@@ -138,22 +138,22 @@ class Layers:
         operation: str = "",
     ) -> tuple[Snapshot, bool]:
         with self._cache.use(name) as entry:
-            done = await entry.queue.submit(Change(token(self._runtime, key, operation), apply, if_match))
+            done = await entry.queue.submit(Change(make_token(self._runtime, key, operation), apply, if_match))
         snapshot = _snapshot(name, done.layer)
         if done.replayed:
             snapshot = replace(snapshot, version=done.version, num_batches_tracked=done.batch)
         return snapshot, done.replayed
 
 
-def _layer_exists(name: str, made: LayerConfig, asked: LayerConfig) -> LayerExists:
-    wanted = asked.model_dump()
-    differ = {field: value for field, value in made.model_dump().items() if value != wanted[field]}
-    told = [f"{field} {json.dumps(value)}, not {json.dumps(wanted[field])}" for field, value in differ.items()]
+def _layer_exists(name: str, existing: LayerConfig, config: LayerConfig) -> LayerExists:
+    got = config.model_dump()
+    expected = {field: value for field, value in existing.model_dump().items() if value != got[field]}
+    differences = [f"{field} {json.dumps(value)}, not {json.dumps(got[field])}" for field, value in expected.items()]
     return LayerExists(
-        f"layer {name!r} exists and was created with {' and '.join(told)}",
+        f"layer {name!r} exists and was created with {' and '.join(differences)}",
         field="name",
-        expected=differ,
-        got={field: wanted[field] for field in differ},
+        expected=expected,
+        got={field: got[field] for field in expected},
     )
 
 

@@ -1,4 +1,4 @@
-"""Where the moments of an update come from: a batch, a caller that sends moments, or all shards of a group."""
+"""Sources of the moments that an update folds: a batch, moments sent by the caller, or the shards of a group."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import torch
 from batchnorm_client.kernels.checks import check_enough, least_values
 
 from ..engine.moments import Extremes, Moments
-from ..engine.normalize import Frozen, TrainStep, check_whole, frozen, train_step
+from ..engine.normalize import OutputParameters, TrainStep, check_whole, output_parameters, train_step
 from ..engine.state import LayerState
 from .compute import ComputeExecutor
 
 
 class MomentsSource(Protocol):
-    """The half of a train call that needs no shared state; it may have to be done again when the layer has changed.
+    """Computes the moments to fold, without shared state; again if the layer's parameters or config have changed.
 
     Attributes:
-        basis: the state that it was done under.
-        moments: what is to be folded.
-        payload: what the fold's receipt says beside the numbers.
+        basis: the state for which `compute` last ran.
+        moments: the moments to fold.
+        payload: the payload of the fold's receipt.
     """
 
     basis: LayerState
     moments: Moments
     payload: bytes
 
-    async def under(self, state: LayerState) -> None:
-        """Do it under this state. Raises `ProblemError` for what that state refuses."""
+    async def compute(self, state: LayerState) -> None:
+        """Compute them for this state of the layer. Raises `ProblemError` if it refuses the batch."""
         ...
 
 
@@ -46,17 +46,17 @@ class BatchSource:
         self._executor = executor
 
     async def output(self, state: LayerState) -> TrainStep:
-        """The batch as this state normalizes it, once it is folded.
+        """The batch normalized by the state that it was folded into.
 
-        If that is not as when it was folded, it was so by an earlier call of which this is a repeat; what the state
-        would refuse by now is then no matter.
+        That state differs from `basis` only if an earlier call with the same key folded the batch. Then the checks for
+        non-finite values are skipped, since the batch has been accepted already.
         """
         if self._step is not None and state.normalizes_like(self.basis):
             return self._step
         tolerant = state._replace(config=state.config.model_copy(update={"non_finite": "allow"}))
         return await self._executor.run(self._batch.nbytes, train_step, tolerant, self._batch)
 
-    async def under(self, state: LayerState) -> None:
+    async def compute(self, state: LayerState) -> None:
         """See `MomentsSource`."""
         self._step = await self._executor.run(self._batch.nbytes, train_step, state, self._batch)
         self.basis, self.moments = state, self._step.moments
@@ -71,7 +71,7 @@ class PostedSource:
     def __init__(self, moments: Moments) -> None:
         self.moments = moments
 
-    async def under(self, state: LayerState) -> None:
+    async def compute(self, state: LayerState) -> None:
         """See `MomentsSource`."""
         check_enough(self.moments.count, least_values(state.config), "count")
         if state.config.non_finite == "reject":
@@ -80,17 +80,17 @@ class PostedSource:
 
 
 class GroupSource:
-    """All shards of a synchronized batch; each will be normalized where it came to."""
+    """The merged shards of a synchronized batch. Each shard is normalized by the replica that received it."""
 
     basis: LayerState
     payload: bytes
 
-    def __init__(self, moments: Moments, extremes: Extremes, payload: Callable[[Frozen], bytes]) -> None:
+    def __init__(self, moments: Moments, extremes: Extremes, payload: Callable[[OutputParameters], bytes]) -> None:
         self.moments = moments
         self._extremes = extremes
         self._payload = payload
 
-    async def under(self, state: LayerState) -> None:
-        """See `MomentsSource`. An output that would overflow, in whichever shard, refuses the whole."""
+    async def compute(self, state: LayerState) -> None:
+        """See `MomentsSource`. Refuses the whole batch if the output of any shard would overflow."""
         check_whole(state, self.moments, self._extremes)
-        self.basis, self.payload = state, self._payload(frozen(state))
+        self.basis, self.payload = state, self._payload(output_parameters(state))

@@ -1,4 +1,4 @@
-"""A layer as the store keeps it: one safetensors file, names as in torch's state_dict, the config in its metadata."""
+"""Encodes layers as records: a safetensors file with torch's state_dict names, and the config as its metadata."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class CommittedLayer:
     """A committed layer in memory.
 
     Attributes:
-        stamp: of the record.
+        stamp: the record's stamp.
         state: config, tensors and counters.
-        created_config: the config that the layer was made with: a PUT with the same one is no conflict.
-        created_at: when the layer was made.
-        updated_at: when this state was made.
+        created_config: the config at creation: repeating the PUT with it is allowed.
+        created_at: when the layer was created.
+        updated_at: when this state was computed.
     """
 
     stamp: Stamp
@@ -43,13 +43,13 @@ class CommittedLayer:
     updated_at: datetime
 
     def next(self, runtime: Runtime, state: LayerState) -> CommittedLayer:
-        """The same layer with its next state."""
+        """The layer after a commit of `state`."""
         stamp = self.stamp.next(runtime.bits(63))
         return CommittedLayer(stamp, state, self.created_config, self.created_at, now(runtime))
 
 
 def now(runtime: Runtime) -> datetime:
-    """The time, with its zone."""
+    """The wall clock's time, in UTC."""
     return datetime.fromtimestamp(runtime.wall(), UTC)
 
 
@@ -72,7 +72,7 @@ def record(layer: CommittedLayer) -> Record:
 
 
 def decode(stored: Record) -> CommittedLayer:
-    """The layer of a record. Raises `ValueError` when another version of this software wrote it."""
+    """The layer of a record. Raises `ValueError` if its format is unknown."""
     tensors, metadata = decode_safetensors(bytearray(stored.data))
     _check_format(metadata)
     config, samples = _load(metadata["config"]), int(metadata[SAMPLES])
@@ -98,7 +98,7 @@ def decode(stored: Record) -> CommittedLayer:
 
 
 def summary(entry: Entry) -> LayerSummary:
-    """A line of a listing, from the first bytes of a record."""
+    """An entry of a listing, decoded from the first `HEAD_BYTES` bytes of a record."""
     header, start = decode_safetensors_header(entry.head)
     metadata = header["__metadata__"]
     _check_format(metadata)

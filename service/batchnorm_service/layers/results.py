@@ -1,4 +1,4 @@
-"""What `Layers` is told and what it answers."""
+"""Options and result types of `Layers`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from batchnorm_client.wire.tensors import Tensor
 
 @dataclass(frozen=True, slots=True)
 class LayersOptions:
-    """What bounds and places the work.
+    """Limits of `Layers`.
 
     Attributes:
-        device: where layers live whose config names no device.
-        max_layers: how many layers the store may hold.
-        resident_layers: how many layers stay in memory; others are loaded again when they are used.
-        queue_length: how many calls may wait for one layer's commits.
-        store_timeout: seconds for which a call waits for a store that does not answer.
-        inline_bytes: bodies up to this size are read and written, and batches computed, on the event loop; larger ones
-            and batches for a CUDA device in a thread.
-        max_staleness: seconds for which a look at a shared store counts; 0: every call looks.
+        device: the device of layers whose config names none.
+        max_layers: maximum number of layers in the store.
+        resident_layers: maximum number of cached layers; others are loaded from the store when used.
+        queue_length: maximum queued updates per layer.
+        store_timeout: seconds to retry calls to a store that does not respond.
+        inline_bytes: codecs and computations up to this size run on the event loop; larger ones, and all batches on a
+            CUDA device, in a thread.
+        max_staleness: seconds for which a check of a shared store stays valid; 0: every call checks.
     """
 
     device: str = "cpu"
@@ -38,17 +38,17 @@ class LayersOptions:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A layer as it was committed.
+    """A committed state of a layer.
 
     Attributes:
-        name: of the layer.
-        version: of the commit.
-        config: with what PATCH changed since the layer was made.
-        created_at: when it was made.
-        updated_at: when it was committed.
+        name: the layer's name.
+        version: the version after the commit.
+        config: the config, including changes by PATCH.
+        created_at: when the layer was created.
+        updated_at: when this state was committed.
         num_batches_tracked: how many batches were folded.
         samples_tracked: how many values per channel were folded.
-        tensors: by their names in torch's state_dict; those that the config leaves out are absent.
+        tensors: by their names in torch's state_dict; only those that the layer has.
     """
 
     name: str
@@ -65,11 +65,11 @@ class Normalized(NamedTuple):
     """A normalized batch.
 
     Attributes:
-        output: as the input in shape and dtype.
-        version: in train mode of the commit that folded the batch, in eval mode of the state that was used.
-        num_batches_tracked: in train mode after this batch, in eval mode of the state that was used.
-        replayed: the batch had been folded before, under the same key.
-        statistics: batch_mean, batch_var (biased) and batch_invstd, (C,) each, when they were asked for.
+        output: in the input's shape and dtype.
+        version: in train mode, after the commit that folded the batch; in eval mode, of the state used.
+        num_batches_tracked: in train mode, after this batch; in eval mode, of the state used.
+        replayed: whether an earlier call with the same key had folded the batch.
+        statistics: batch_mean, batch_var (biased) and batch_invstd, (C,) each, if requested.
     """
 
     output: Tensor
@@ -81,14 +81,14 @@ class Normalized(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """Moments that were folded.
+    """Result of folding moments.
 
     Attributes:
-        version: of the commit that folded them.
-        num_batches_tracked: after them.
-        replayed: they had been folded before, under the same key.
-        count: of all shards of a group; None for moments that are no shard.
-        moments: mean and var (biased), (C,) float64, of all shards of a group.
+        version: the version after the commit that folded them.
+        num_batches_tracked: after that fold.
+        replayed: whether an earlier call with the same key had folded them.
+        count: of all shards of a group, in values per channel; None without a group.
+        moments: mean and var (biased), (C,) float64, of all shards of a group; empty without a group.
     """
 
     version: int
@@ -100,12 +100,12 @@ class Folded:
 
 @dataclass(frozen=True, slots=True)
 class Differentiated:
-    """A backward pass.
+    """Result of a backward pass.
 
     Attributes:
-        gradients: grad_input, and grad_weight and grad_bias where the layer is affine.
-        version: of the state that was used.
-        replayed: the group had been closed before, and this member had its part in it.
+        gradients: grad_input in the input's shape and dtype; for affine layers also grad_weight and grad_bias, (C,).
+        version: of the state used.
+        replayed: whether an earlier call with the same key had added this member's shard to the group.
     """
 
     gradients: Mapping[str, Tensor]

@@ -1,4 +1,4 @@
-"""One check for many: how calls share a question whose answer must be newer than each of them."""
+"""Shares one running check among many callers, each of whom needs a check that starts after its call."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ T = TypeVar("T")
 
 
 class SharedCheck(Generic[T]):
-    """Runs `check` so that every caller gets an answer to a question that was sent after the caller arrived.
+    """Coalesces concurrent calls of `check`.
 
-    Callers that arrive while a check is on its way share the next one, so at most one runs at a time.
+    Every caller gets the result of a check that started after its call. Callers that arrive during a check share the
+    next one, so at most one runs at a time.
     """
 
     def __init__(self, check: Callable[[], Coroutine[Any, Any, T]], runtime: Runtime) -> None:
@@ -24,7 +25,7 @@ class SharedCheck(Generic[T]):
         self._waiting: asyncio.Task[T] | None = None
 
     async def __call__(self) -> T:
-        """The answer of a check that begins after this call. Raises what the check raises."""
+        """The result of a check that starts after this call. Raises what the check raises."""
         if self._waiting is None:
             if self._running is None or self._running.done():
                 self._running = self._runtime.create_task(self._check())
@@ -34,11 +35,11 @@ class SharedCheck(Generic[T]):
 
     @property
     def idle(self) -> bool:
-        """Whether no check is on its way."""
+        """Whether no check is running."""
         return self._waiting is None and (self._running is None or self._running.done())
 
     async def _after(self, earlier: asyncio.Task[T]) -> T:
         await asyncio.wait([earlier])
-        # From here on this is the check on its way: whoever comes now must wait for another.
+        # This check is now the running one: later callers wait for another.
         self._running, self._waiting = self._waiting, None
         return await self._check()

@@ -1,4 +1,4 @@
-"""A layer's queue and its one committer: whatever waits is folded in order and committed once (group commit)."""
+"""Per-layer update queue and its group-commit task: all queued folds are folded in order and committed at once."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ from .updates import Change, Deletion, Done, Fold, Note, Queued, ReplacedError, 
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5  # seconds between tries when the store does not answer
+_MIN_PAUSE, _MAX_PAUSE = 0.01, 0.5  # seconds between retries while the store does not respond
 
 
-class Queue:
-    """What waits for one layer's commits, and the task that makes them.
+class UpdateQueue:
+    """Per-layer update queue and group-commit task.
 
-    Nothing is acknowledged before the store said that it is written. A commit whose outcome is unknown is repeated as
-    it was: its receipts come back as duplicates if the first try took effect, so that nothing is folded twice.
+    An update is acknowledged after the store has confirmed its commit. A commit with an unknown outcome is repeated
+    unchanged: if the first attempt took effect, the store returns its receipts as duplicates, so nothing is folded
+    twice.
     """
 
     def __init__(self, cached: CachedState, store: Store, length: int, timeout: float, runtime: Runtime) -> None:
@@ -55,26 +56,19 @@ class Queue:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing waits and nothing is being committed."""
+        """Whether no update is queued or being committed."""
         return self._task is None
 
-    @property
-    def full(self) -> bool:
-        """Whether nothing more may wait."""
-        return len(self._waiting) >= self._length
-
-    def put(self, queued: Queued) -> asyncio.Future[Done]:
-        """Let a change wait in the queue; the future is done when it is durable or refused.
+    async def submit(self, queued: Queued) -> Done:
+        """Queue an update and wait until it is committed.
 
         Raises:
-            Overloaded: the queue is full; nothing was done.
-
-        The future raises:
-            StoreUnavailable: the store does not answer; the outcome may be unknown.
-            ReplacedError: the batch was computed for a layer that is no more, and another has its name.
-            ProblemError: what the change itself refuses.
+            Overloaded: the queue is full; the update was not queued.
+            StoreUnavailable: the store does not respond; the outcome may be unknown.
+            ReplacedError: the update was prepared for a layer that was deleted and created again.
+            ProblemError: the update is refused.
         """
-        if self.full:
+        if len(self._waiting) >= self._length:
             raise Overloaded(
                 f"{self._length} calls are waiting for layer {self._cached.name!r}: BATCHNORM_QUEUE_LENGTH",
                 retry_after=1,
@@ -82,31 +76,27 @@ class Queue:
         self._waiting.append(queued)
         if self._task is None:
             self._task = self._runtime.create_task(self._drain())
-        return queued.done
-
-    async def submit(self, queued: Queued) -> Done:
-        """Wait in the queue until the change is durable. Raises as `put` and its future."""
-        return await self.put(queued)
+        return await queued.future
 
     async def find(self, token: IdempotencyToken, incarnation: int) -> Receipt | None:
-        """The unexpired receipt of this token. Raises `ReplacedError` when that incarnation is gone."""
+        """The unexpired receipt of this token. Raises `ReplacedError` if that incarnation was deleted."""
         return (await self.find_all([token], incarnation)).get(token.key)
 
-    async def find_all(self, tickets: Iterable[IdempotencyToken], incarnation: int) -> dict[bytes, Receipt]:
-        """The unexpired receipts of these tickets by key. Raises `ReplacedError` when that incarnation is gone."""
-        name, keys = self._cached.name, [token.key for token in tickets]
-        found, _ = await self._answer(lambda: self._store.find_receipts(name, incarnation, keys), self._deadline())
+    async def find_all(self, tokens: Iterable[IdempotencyToken], incarnation: int) -> dict[bytes, Receipt]:
+        """The unexpired receipts of these tokens, by key. Raises `ReplacedError` if that incarnation was deleted."""
+        name, keys = self._cached.name, [token.key for token in tokens]
+        found, _ = await self._retry(lambda: self._store.find_receipts(name, incarnation, keys), self._deadline())
         if isinstance(found, Missing):
             self._cached.set(None)
             raise ReplacedError
         return {receipt.key: receipt for receipt in found}
 
     async def note(self, token: IdempotencyToken, incarnation: int, payload: bytes) -> Done:
-        """Write a receipt and nothing else. Raises `LayerNotFound` when that incarnation is gone."""
+        """Commit a receipt and nothing else. Raises `LayerNotFound` if that incarnation was deleted."""
         return await self.submit(Note(token, incarnation, payload))
 
     async def drained(self) -> None:
-        """Return when everything that waits has been answered."""
+        """Return when the queue is empty and the last commit is done."""
         while self._task is not None:
             await asyncio.wait([self._task])
 
@@ -126,7 +116,7 @@ class Queue:
             self._task = None
 
     def _take(self) -> list[Queued]:
-        """Every fold at the head of the queue, or else the one change there."""
+        """The updates of the next commit: all folds at the head of the queue, or one update of another kind."""
         return self._take_folds() or [self._waiting.popleft()]
 
     def _take_folds(self) -> list[Queued]:
@@ -146,12 +136,10 @@ class Queue:
             case Fold():
                 await self._fold(taken)
 
-    # ---------------------------------------------------------------------------------------------------- folds
-
     async def _fold(self, taken: list[Queued]) -> None:
         deadline, losses = self._deadline(), 0
-        while folds := [waiting for waiting in taken if isinstance(waiting, Fold) and not waiting.done.done()]:
-            layer = await self._cached.known()
+        while folds := [waiting for waiting in taken if isinstance(waiting, Fold) and not waiting.future.done()]:
+            layer = await self._cached.latest_known()
             began = self._runtime.now()
             plan = await make_plan(self._runtime, layer, folds)
             for waiting, error in plan.refused:
@@ -159,39 +147,39 @@ class Queue:
             if not plan.folds:
                 return
             outcome = await self._commit(layer.stamp, plan.record, plan.receipts, deadline)
-            self._backoff.took(self._runtime.now() - began)
+            self._backoff.record_duration(self._runtime.now() - began)
             match outcome:
-                case Committed(told):
+                case Committed(contenders):
                     self._cached.set(plan.layer)
                     plan.settle()
-                    known = plan.layer.stamp
-                    del plan, folds  # the batches of calls that are answered need not be kept meanwhile
+                    committed = plan.layer.stamp
+                    del plan, folds  # frees the batches before the pause
                     taken.clear()
-                    await self._give_way(known, told, losses)
+                    await self._back_off(committed, contenders, losses)
                     return
                 case Duplicates(receipts):
-                    await self._answer_from_receipts(folds, receipts)
+                    await self._settle_from_receipts(folds, receipts)
                 case Conflict(found):
                     self._lost_race(deadline, found)
                     losses += 1
-                    taken += self._take_folds()  # they need not wait for another commit
+                    taken += self._take_folds()  # add updates that arrived meanwhile to the retried commit
                 case Missing():
                     raise self._gone()
 
-    async def _give_way(self, known: Stamp, told: int | None, losses: int) -> None:
+    async def _back_off(self, committed: Stamp, contenders: int | None, losses: int) -> None:
         """Back off after winning under contention, then reload: folding onto the old state would lose the next race."""
-        passed = 0
+        commits = 0
 
-        def others() -> int:
-            return passed
+        def commits_of_others() -> int:
+            return commits
 
-        for seconds in self._backoff.pauses(told, losses, others):
+        for seconds in self._backoff.pauses(contenders, losses, commits_of_others):
             await self._runtime.sleep(seconds)
             self._cached.set(None)
-            passed = (await self._cached.known()).stamp.version - known.version
+            commits = (await self._cached.latest_known()).stamp.version - committed.version
 
     async def _refuse(self, waiting: Fold, error: Exception) -> None:
-        """Tell a caller why its batch is not folded, unless it is folded already: the layer may have changed since."""
+        """Fail a fold that the state refuses, unless its key has a receipt: the batch may have been folded before."""
         if waiting.token.from_caller:
             try:
                 receipt = await self.find(waiting.token, waiting.incarnation)
@@ -205,16 +193,14 @@ class Queue:
             _log.error("a batch for layer %r cannot be folded", self._cached.name, exc_info=error)
         settle(waiting, error)
 
-    async def _answer_from_receipts(self, folds: Iterable[Fold], receipts: Iterable[Receipt]) -> None:
+    async def _settle_from_receipts(self, folds: Iterable[Fold], receipts: Iterable[Receipt]) -> None:
         by_key = {receipt.key: receipt for receipt in receipts}
         layer = await self._cached.fresh()
         for waiting in folds:
             if receipt := by_key.get(waiting.token.key):
                 settle(waiting, replay(waiting.token, layer, receipt))
-            for key in waiting.members.keys() & by_key.keys():  # used for something else since its shard came
+            for key in waiting.members.keys() & by_key.keys():  # the member's key was used by another call meanwhile
                 del waiting.members[key]
-
-    # -------------------------------------------------------------------------------------------------- changes
 
     async def _change(self, change: Change) -> None:
         deadline = self._deadline()
@@ -223,9 +209,9 @@ class Queue:
             try:
                 check_version(change.if_match, layer)
             except ProblemError:
-                # A repeat comes with the version that its first try has moved on from.
+                # The retry of a change that took effect fails its own precondition: look for its receipt first.
                 try:
-                    replayed = await self._replayed(change, layer)
+                    replayed = await self._settle_replay(change, layer)
                 except ReplacedError:
                     continue
                 if replayed:
@@ -249,8 +235,8 @@ class Queue:
                 case Missing():
                     raise self._gone()
 
-    async def _replayed(self, change: Change, layer: CommittedLayer) -> bool:
-        """Whether the change was made before under its key, and is answered. Raises `ReplacedError`."""
+    async def _settle_replay(self, change: Change, layer: CommittedLayer) -> bool:
+        """Complete a change whose key has a receipt; return whether it has one. Raises `ReplacedError`."""
         receipt = await self.find(change.token, layer.stamp.incarnation) if change.token.from_caller else None
         if receipt is not None:
             settle(change, replay(change.token, await self._cached.fresh(), receipt))
@@ -284,7 +270,7 @@ class Queue:
                 case Committed():
                     self._cached.set(None)
                     settle(deletion, Done(layer, layer.stamp.version, layer.state.num_batches_tracked, replayed=False))
-                    # Whatever waits behind was meant for the layer that has just gone.
+                    # The updates behind it in the queue were meant for the deleted layer.
                     _settle_all(self._waiting, layer_not_found(self._cached.name))
                     self._waiting.clear()
                     return
@@ -293,24 +279,22 @@ class Queue:
                 case Missing():
                     raise self._gone()
 
-    # ---------------------------------------------------------------------------------------------------- store
-
     async def _commit(
         self, expected: Stamp, new: Record | None, receipts: Sequence[Receipt], deadline: float
     ) -> Committed | Conflict | Missing | Duplicates:
-        """Commit, and when the outcome is unknown ask by committing the same again: receipts make that harmless."""
+        """Commit; after an unknown outcome, commit the same again, which the receipts make idempotent."""
         name = self._cached.name
-        outcome, repeated = await self._answer(lambda: self._store.commit(name, expected, new, receipts), deadline)
+        outcome, repeated = await self._retry(lambda: self._store.commit(name, expected, new, receipts), deadline)
         if repeated and isinstance(outcome, Duplicates) and set(outcome.receipts) == set(receipts):
             return Committed()
         return outcome
 
-    async def _answer(self, call: Callable[[], Awaitable[T]], deadline: float) -> tuple[T, bool]:
-        """What the store answers to a call that may be repeated, and whether it was."""
-        pause, repeated = _FIRST_PAUSE, False
+    async def _retry(self, call: Callable[[], Awaitable[T]], deadline: float) -> tuple[T, bool]:
+        """The result of an idempotent store call, retried until the deadline, and whether it was repeated."""
+        pause, repeated = _MIN_PAUSE, False
         while True:
             try:
-                answer = await call()
+                result = await call()
             except StoreError as error:
                 if not repeated:
                     _log.warning("layer %r: the store does not answer, trying again: %s", self._cached.name, error)
@@ -319,38 +303,38 @@ class Queue:
                 continue
             if repeated:
                 _log.warning("layer %r: the store answers again", self._cached.name)
-            return answer, repeated
+            return result, repeated
 
     async def _remove(self, expected: Stamp, deadline: float) -> Committed | Conflict | Missing:
-        """Delete; when the outcome of a try is unknown, finding that incarnation gone is success."""
-        pause, uncertain = _FIRST_PAUSE, False
+        """Delete, with retries. After an unknown outcome, a missing incarnation counts as success."""
+        pause, unknown = _MIN_PAUSE, False
         while True:
             try:
                 outcome = await self._store.delete(self._cached.name, expected)
-                if uncertain and not isinstance(outcome, Committed):
+                if unknown and not isinstance(outcome, Committed):
                     found = await self._store.load(self._cached.name)
                     if not isinstance(found, Record) or found.stamp.incarnation != expected.incarnation:
                         return Committed()
             except StoreError as error:
-                uncertain = True
+                unknown = True
                 pause = await self._pause(pause, deadline, error)
                 continue
             return outcome
 
     async def _pause(self, pause: float, deadline: float, error: StoreError) -> float:
-        """Wait before the next try; returns the pause after that one.
+        """Pause before a retry; return the length of the pause after it.
 
         Raises:
-            StoreUnavailable: the deadline has come, or there is nothing to wait for.
+            StoreUnavailable: the deadline is over, or the store is lost for good.
         """
         self._cached.set(None)
         if isinstance(error, StoreLostError) or self._runtime.now() + pause > deadline:
             raise StoreUnavailable(f"the store does not answer: {error}", retry_after=1) from error
         await self._runtime.sleep(pause)
-        return min(2 * pause, _LONGEST_PAUSE)
+        return min(2 * pause, _MAX_PAUSE)
 
     def _lost_race(self, deadline: float, found: Record | None = None) -> None:
-        """Take what another process has made of the layer, or forget it, to load it again; give up at the deadline."""
+        """After a conflict, cache the record that won, or clear the cache. Raises `Overloaded` after the deadline."""
         self._cached.set(None if found is None else decode(found))
         if self._runtime.now() > deadline:
             raise Overloaded("too many processes change this layer at once; nothing was done", retry_after=1)

@@ -1,4 +1,4 @@
-"""What waits in a layer's queue: folds, changes of the state, and the end of the layer."""
+"""The kinds of updates in a layer's queue: folds, changes of the state, receipts, deletions."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .moments_source import MomentsSource
 from .records import CommittedLayer
 
 IfMatch = frozenset[int] | None
-"""Versions that the caller accepts; None accepts any."""
+"""The versions that satisfy the caller's precondition; None if any does."""
 
 
 class Done(NamedTuple):
-    """What became of a queued call.
+    """Result of an update.
 
     Attributes:
-        layer: the layer as it was committed, or as it is now when nothing needed to be committed.
-        version: of the commit that did it.
-        batch: `num_batches_tracked` right after it.
-        replayed: it had been done before, under the same key.
+        layer: the committed layer; if nothing had to be committed, its current state.
+        version: the version after the update's commit.
+        batch: `num_batches_tracked` after the update.
+        replayed: whether an earlier call with the same key had made the update.
     """
 
     layer: CommittedLayer
@@ -37,70 +37,70 @@ class Done(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Change:
-    """A change of the state that is a commit of its own: reset, PATCH, PUT state.
+    """An update with a commit of its own: reset, PATCH, PUT state.
 
     Attributes:
-        token: the claim to be made once.
-        apply: the change; it is made anew after each conflict, so that nothing in it should take long.
-        if_match: versions that the caller accepts.
-        incarnation: of the layer that it was read for, if it depends on that.
-        done: set once the change is durable or refused.
+        token: its idempotency token.
+        apply: computes the new state; called again after each conflict, so it must be fast.
+        if_match: the precondition.
+        incarnation: of the layer that the request was decoded for, if it depends on that.
+        future: completed once the change is durable or refused.
     """
 
     token: IdempotencyToken
     apply: Callable[[LayerState], LayerState]
     if_match: IfMatch = None
     incarnation: int | None = None
-    done: asyncio.Future[Done] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    future: asyncio.Future[Done] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 @dataclass(slots=True, eq=False)
 class Fold:
-    """A batch whose moments are to be folded.
+    """An update that folds the moments of a batch.
 
     Attributes:
-        token: the claim to be folded once.
-        incarnation: of the layer that the batch was meant for.
-        source: its moments, and what depends on the layer's weight, bias and config.
-        members: the fingerprints of a group's shards by the keys that their callers gave: each key gets a receipt of
-            its own, so that it stands for nothing else.
-        done: set once the fold is durable or refused.
+        token: its idempotency token.
+        incarnation: of the layer that the batch was prepared for.
+        source: computes the moments.
+        members: of a group: the shards' fingerprints by their callers' keys. Each key gets its own receipt, so that it
+            cannot be used for another call.
+        future: completed once the fold is durable or refused.
     """
 
     token: IdempotencyToken
     incarnation: int
     source: MomentsSource
     members: dict[bytes, bytes] = field(default_factory=dict)
-    done: asyncio.Future[Done] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    future: asyncio.Future[Done] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 @dataclass(slots=True, eq=False)
 class Note:
-    """A receipt and nothing else, for one incarnation of the layer."""
+    """An update that writes a receipt and nothing else, for one incarnation of the layer."""
 
     token: IdempotencyToken
     incarnation: int
     payload: bytes
-    done: asyncio.Future[Done] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    future: asyncio.Future[Done] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 @dataclass(slots=True, eq=False)
 class Deletion:
-    """The end of the layer."""
+    """An update that deletes the layer."""
 
     if_match: IfMatch = None
-    done: asyncio.Future[Done] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    future: asyncio.Future[Done] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 Queued = Fold | Change | Note | Deletion
 
 
 class ReplacedError(Exception):
-    """The layer was deleted and another was created under its name, since the call was prepared for it."""
+    """The layer was deleted, and perhaps created again, after the call was prepared for it."""
 
 
 def check_version(if_match: IfMatch, layer: CommittedLayer) -> None:
-    """Raise `VersionMismatch` when `layer` is not one of the versions that the caller accepts."""
+    """Raise `VersionMismatch` unless the layer's version satisfies the precondition."""
     if if_match is not None and layer.stamp.version not in if_match:
         raise VersionMismatch(
             f"the layer has version {layer.stamp.version}",
@@ -111,17 +111,17 @@ def check_version(if_match: IfMatch, layer: CommittedLayer) -> None:
 
 
 def settle(queued: Queued, result: Done | Exception) -> None:
-    """Wake whoever waits for a queued call; a caller that has gone away is passed over."""
-    if queued.done.done():
+    """Complete an update's future, unless its caller was cancelled."""
+    if queued.future.done():
         return
     if isinstance(result, Exception):
-        queued.done.set_exception(result)
+        queued.future.set_exception(result)
     else:
-        queued.done.set_result(result)
+        queued.future.set_result(result)
 
 
 def replay(token: IdempotencyToken, layer: CommittedLayer, receipt: Receipt) -> Done | ProblemError:
-    """The answer to a call whose key has a receipt already."""
+    """The result of a call whose key has a receipt already: that of the first call, or the refusal of a reused key."""
     try:
         refuse_reuse(token, receipt)
     except IdempotencyKeyReused as error:
@@ -130,7 +130,7 @@ def replay(token: IdempotencyToken, layer: CommittedLayer, receipt: Receipt) -> 
 
 
 def refuse_reuse(token: IdempotencyToken, receipt: Receipt) -> None:
-    """Raise `IdempotencyKeyReused` when the receipt of this key is for something else."""
+    """Raise `IdempotencyKeyReused` if this key's receipt is for another call."""
     if receipt.fingerprint != token.fingerprint:
         raise IdempotencyKeyReused(
             "this Idempotency-Key was used for another batch or call; make a new key for each",

@@ -1,11 +1,11 @@
-"""HTTP and nothing else: requests in, calls to `Layers`, answers and problems out.
+"""The REST interface: reads HTTP requests, calls `Layers`, and writes responses and problem documents.
 
-    gateway ── what is called for every batch ──> endpoints ─┐     a table: no router in between
-      └───── all the rest ──> FastAPI ───────────────────────┴──> layers.Layers
+    gateway ── calls that carry a batch ──> endpoints ─┐     looked up in a dict, without a router
+      └─────── everything else ──> FastAPI ────────────┴──> layers.Layers
 
-Most requests that bring a batch or its moments come by the fast path, without ASGI (`batchnorm_service.fast_path`).
+Most requests with a batch or its moments use the fast path instead of ASGI (`batchnorm_service.fast_path`).
 Routes for JSON documents are FastAPI's, with typed parameters and models (`routes`, `layers`, `health`, `pages`).
-Tensor bodies are read by hand, since their forms are negotiated and they are not parsed in Python.
+Tensor bodies are read by hand, because their media type is negotiated and pydantic does not parse them.
 """
 
 from batchnorm_service.rest.application import ApiOptions, build_api

@@ -1,4 +1,4 @@
-"""The HTTP side put together: FastAPI with every route, and the gateway around it."""
+"""Builds the HTTP application: FastAPI with every route, wrapped by the gateway."""
 
 from __future__ import annotations
 
@@ -48,23 +48,23 @@ ROUTERS: Final = (
     health_routes,
     page_routes,
 )
-"""Every route. A new one goes into the router of its module; a new router goes here."""
+"""All routers. Add a new route to the router of its module, and a new router to this tuple."""
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
 @dataclass(frozen=True, slots=True)
 class ApiOptions:
-    """What bounds and guards the HTTP side.
+    """Limits and access control of the HTTP interface.
 
     Attributes:
-        max_body_bytes: larger bodies are refused.
-        max_elements: batches of more are refused, a dimension of 0 counted as 1.
-        max_concurrent_requests: calls beyond so many at once are refused.
-        read_timeout, write_timeout: seconds that a request may take to come, and its response to be taken.
-        max_buffered_bytes: bytes of requests and responses on their way from which on new requests are refused.
-        fast_path: whether endpoints may be asked without ASGI.
-        guard: who may do what.
+        max_body_bytes: larger request bodies are refused.
+        max_elements: batches with more elements are refused; a dimension of 0 counts as 1.
+        max_concurrent_requests: further calls are refused while this many run.
+        read_timeout, write_timeout: seconds allowed for receiving a request and for sending its response.
+        max_buffered_bytes: new requests are refused while this many bytes of requests and responses are buffered.
+        fast_path: whether endpoints may be called without ASGI.
+        guard: checks bearer tokens.
     """
 
     max_body_bytes: int = 64 << 20
@@ -95,11 +95,11 @@ def build_app(lifespan: Lifespan) -> FastAPI:
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
         exception_handlers={
-            ProblemError: _answer_problem,
-            HTTPException: _answer_problem,
-            RequestValidationError: _answer_problem,
-            ClientGoneError: _answer_nobody,
-            Exception: _answer_problem,
+            ProblemError: _handle_error,
+            HTTPException: _handle_error,
+            RequestValidationError: _handle_error,
+            ClientGoneError: _handle_client_gone,
+            Exception: _handle_error,
         },
     )
     for router in ROUTERS:
@@ -134,21 +134,21 @@ def build_gateway(app: FastAPI, layers: Layers, options: ApiOptions) -> Gateway:
     )
 
 
-async def _answer_problem(request: Request, error: Exception) -> Response:
+async def _handle_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException) and error.status_code == MethodNotAllowed.status:
         error = _method_not_allowed(request)
     elif isinstance(error, RequestValidationError):
-        # What pydantic says of parameters, each with where it stands ("query", "header") before its name.
+        # The first part of pydantic's `loc` is the kind of parameter ("query", "header"); problems give the name only.
         error = invalid_request([each | {"loc": each["loc"][1:]} for each in error.errors()])
     return respond_problem(error, request.scope["path"], request.state.request_id)
 
 
-async def _answer_nobody(_request: Request, _error: Exception) -> Response:
-    return respond_empty(400)  # the server drops it: the connection is closed
+async def _handle_client_gone(_request: Request, _error: Exception) -> Response:
+    return respond_empty(400)  # never sent: the connection is closed
 
 
 def _method_not_allowed(request: Request) -> MethodNotAllowed:
-    """With the methods of every route that this path has; the router looks no further than the first."""
+    """The problem for a wrong method, listing the methods of all routes of this path (starlette lists the first's)."""
     path = request.scope["path"]
     methods = {
         method

@@ -1,4 +1,4 @@
-"""Request bodies: into one buffer, never larger than the limit."""
+"""Reading request bodies into one buffer, up to a size limit."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from batchnorm_client.wire.errors import MalformedBody, Overloaded, PayloadTooLa
 
 from .headers import Headers
 
-_MOST_PIECES: Final = 64
-_MOST_BYTES_IN_PIECES: Final = 1 << 20
+_MAX_PIECES: Final = 64
+_MAX_PIECE_BYTES: Final = 1 << 20
 _GROWTH: Final = 64
 
 
 class ClientGoneError(Exception):
-    """The client closed the connection before its request was complete. Nobody waits for an answer."""
+    """The client closed the connection: there is nobody to respond to."""
 
 
 class BodyBuffer:
-    """A body whose length was announced, as it comes.
+    """Buffer for a request body with a Content-Length.
 
-    What it takes of the memory follows what has come, not what was announced: up to 1 MiB the pieces are kept as they
-    are; then they are copied into a buffer of at most 64 times that, whose pages are touched only as it fills.
+    Memory grows with the bytes received, not with the Content-Length, so announcing a large body costs nothing. Up to
+    1 MiB the pieces are kept in a list. Then they are copied into a buffer of at most 64 times the received size,
+    whose pages the kernel allocates only when they are written.
 
     Args:
-        size: the announced length in bytes.
+        size: the Content-Length in bytes.
 
     Attributes:
-        filled: how many bytes have come.
+        filled: bytes received so far.
     """
 
     __slots__ = ("_buffer", "_pieces", "_size", "filled")
@@ -42,14 +43,14 @@ class BodyBuffer:
         self._buffer = memoryview(bytearray())
 
     def add(self, piece: bytes | memoryview) -> None:
-        """Take the next piece; the caller sees to it that there are no more bytes than announced.
+        """Append the next piece. The caller ensures that no more than `size` bytes are added.
 
         Raises:
-            Overloaded: there is no memory for it.
+            Overloaded: memory for the buffer cannot be allocated.
         """
         end = self.filled + len(piece)
         if end > len(self._buffer):
-            if end < self._size and end < _MOST_BYTES_IN_PIECES and len(self._pieces) < _MOST_PIECES:
+            if end < self._size and end < _MAX_PIECE_BYTES and len(self._pieces) < _MAX_PIECES:
                 self._pieces.append(piece)
                 self.filled = end
                 return
@@ -58,7 +59,7 @@ class BodyBuffer:
         self.filled = end
 
     def take(self) -> memoryview:
-        """What has come, writable; the whole body if it is complete."""
+        """The bytes received so far, writable."""
         if self._pieces:
             self._grow(self.filled)
         return self._buffer[: self.filled]
@@ -77,21 +78,18 @@ class BodyBuffer:
 
 
 async def read_body(headers: Headers, receive: Receive, limit: int) -> bytearray | memoryview:
-    """The whole body, writable.
-
-    With a Content-Length (all but a few do send one) the body goes chunk by chunk into a `BodyBuffer`: announcing a
-    large body costs the service nothing.
+    """Read the whole body; the result is writable.
 
     Raises:
-        PayloadTooLarge: it is larger than `limit`; found before anything is read if there is a Content-Length.
-        MalformedBody: it has another length than announced.
-        Overloaded: there is no memory for it.
+        PayloadTooLarge: it is larger than `limit`; checked before reading if there is a Content-Length.
+        MalformedBody: its length differs from its Content-Length.
+        Overloaded: memory for it cannot be allocated.
         ClientGoneError: the connection was closed first.
     """
     announced = headers.get(b"content-length")
     if announced is None:
         return await _read_chunked(receive, limit)
-    announced = announced.strip(b" \t")  # optional whitespace (RFC 9110, 5.6.3), which the parser leaves behind
+    announced = announced.strip(b" \t")  # optional whitespace (RFC 9110, 5.6.3), which the parser does not strip
     if not announced.isdigit():
         raise MalformedBody("Content-Length is not a number", field="Content-Length")
     if len(announced.lstrip(b"0")) > 18 or (size := int(announced)) > limit:

@@ -1,4 +1,4 @@
-"""Calls that wait for other callers: they end when their own caller hangs up."""
+"""Cancels a call that waits for other clients when its own client disconnects."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from .bodies import ClientGoneError
 T = TypeVar("T")
 
 
-async def unless_gone(receive: Receive, call: Coroutine[Any, Any, T]) -> T:
-    """The call's result. Its body has been read, so all that can still come from the caller is its end.
+async def cancel_on_disconnect(receive: Receive, call: Coroutine[Any, Any, T]) -> T:
+    """The result of `call`, which is cancelled if the client disconnects first.
+
+    The body must have been read, so that the next ASGI message can only be a disconnect.
 
     Raises:
-        ClientGoneError: the caller hung up first; the call was cancelled.
+        ClientGoneError: the client disconnected first.
     """
     working = asyncio.ensure_future(call)
-    gone = asyncio.ensure_future(_gone(receive))
+    gone = asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait([working, gone], return_when=asyncio.FIRST_COMPLETED)
         if working.done():
@@ -32,6 +34,6 @@ async def unless_gone(receive: Receive, call: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait([working, gone])
 
 
-async def _gone(receive: Receive) -> None:
+async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""JSON documents in: parsed strictly, checked by a pydantic model, refused with the field's name."""
+"""Parses JSON request bodies strictly into pydantic models; problems name the invalid field."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from batchnorm_client.wire.tensors import load_json, split_vectors
 Model = TypeVar("Model", bound=BaseModel)
 
 _VECTORS: Final = ("weight", "bias")
-_VECTORS_FROM: Final = 1 << 14
-"""Of an update that is longer, the vectors are read as tensors: pydantic looks at each number by itself."""
+_LARGE_UPDATE: Final = 1 << 14
+"""Bytes. In a larger LayerUpdate, weight and bias are parsed as tensors: pydantic would check each number in Python."""
 
 _SHOWN_ERRORS: Final = 20
 
 
 def parse_document(model: type[Model], body: bytes | bytearray | memoryview) -> Model:
-    """The body as a `model`. Of a large LayerUpdate, weight and bias are tensors."""
-    if model is LayerUpdate and len(body) > _VECTORS_FROM and (split := split_vectors(body, _VECTORS)):
+    """The body as a `model`. In a large LayerUpdate, weight and bias are tensors."""
+    if model is LayerUpdate and len(body) > _LARGE_UPDATE and (split := split_vectors(body, _VECTORS)):
         others, vectors = split
         if all(math.prod(vector.shape) <= MAX_FEATURES for vector in vectors.values()):
             return _validated(model, others).model_copy(update=vectors)
@@ -42,30 +42,30 @@ def _validated(model: type[Model], value: dict[str, Any]) -> Model:
 
 
 def invalid_request(errors: Sequence[Any], known: Sequence[str] = ()) -> InvalidRequest:
-    """What pydantic refused, as a problem: the first error's field and expectation, and `errors` if there are more.
+    """The problem for a pydantic validation error: the first error's field and expectation, and `errors` if several.
 
     Args:
-        errors: `ErrorDetails`, as pydantic lists them.
-        known: the fields that there are.
+        errors: pydantic's `ErrorDetails`.
+        known: the names of the valid fields.
     """
-    # A default that is made from other fields is not made, and reported as an error, when one of them is wrong.
-    wrong = [each for each in errors if each["type"] != "default_factory_not_called"]
-    found = [_described(details, known) for details in wrong[:_SHOWN_ERRORS]]
-    first = found[0]
-    count = len(wrong)
+    # pydantic reports a default_factory that it could not call because another field is invalid: a consequence only.
+    errors = [each for each in errors if each["type"] != "default_factory_not_called"]
+    described = [_describe(details, known) for details in errors[:_SHOWN_ERRORS]]
+    first = described[0]
+    count = len(errors)
     detail = f"{first['field']}: {first.pop('detail')}"
     if count == 1:
         return InvalidRequest(detail, **first)
-    for other in found[1:]:
+    for other in described[1:]:
         other["detail"] = f"{other['field']}: {other['detail']}"
-    errors_shown = [{**first, "detail": detail}, *found[1:]]
+    errors_shown = [{**first, "detail": detail}, *described[1:]]
     return InvalidRequest(f"{detail} (and {count - 1} more, see errors)", **first, errors=errors_shown)
 
 
-def _described(details: ErrorDetails, known: Sequence[str]) -> dict[str, Any]:
+def _describe(details: ErrorDetails, known: Sequence[str]) -> dict[str, Any]:
     message = details["msg"].removeprefix("Value error, ")
     described: dict[str, Any] = {"field": ".".join(map(str, details["loc"]))[:200] or "body", "detail": message}
-    given = details["input"]
+    value = details["input"]
     match details["type"]:
         case "extra_forbidden":
             described["detail"] = f"is not known; known are {', '.join(known)}" if known else "is not known"
@@ -75,8 +75,8 @@ def _described(details: ErrorDetails, known: Sequence[str]) -> dict[str, Any]:
             described["expected"] = "a value"
         case _:
             described["expected"] = message.removeprefix("Input should be ")
-            if given is None or isinstance(given, bool | int | float):
-                described["got"] = given
-            elif isinstance(given, str):
-                described["got"] = given[:200]
+            if value is None or isinstance(value, bool | int | float):
+                described["got"] = value
+            elif isinstance(value, str):
+                described["got"] = value[:200]
     return described

@@ -1,7 +1,7 @@
-"""The gateway: what holds for every request, and the table of endpoints that are called in microseconds.
+"""The outermost ASGI application: checks common to all requests, and dispatch to endpoints or FastAPI.
 
-Requests come by ASGI or by the fast path (`batchnorm_service.fast_path`). Both ask the same table; what is not in it
-goes to FastAPI.
+Requests arrive by ASGI or by the fast path (`batchnorm_service.fast_path`). Both look up the same table of endpoints;
+requests for anything else go to FastAPI.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ from .layer_request import Endpoint, LayerRequest
 from .problems import respond_problem
 from .responses import JOIN_BYTES, RawHeader, Response
 from .security import Guard
-from .target import MOST_CACHED_BYTES, Target, read_target, target_of
+from .target import MAX_CACHED_BYTES, Target, read_target, target_of
 from .transfers import Transfers
 
 log = logging.getLogger(__name__)
 
 _REQUEST_ID: Final = REQUEST_ID.lower().encode()
 _CLOSE: Final = (b"connection", b"close")
-_READ_A_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
+_METHODS_WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 
 
 class Gateway:
-    """The service as an ASGI application.
+    """The service's ASGI application, wrapped around the FastAPI application.
 
-    Every response gets its X-Request-ID here, every call is guarded, those below /v1 are counted, layer names are
-    checked before anything looks at them, and whatever nobody caught becomes a problem.
+    Sets X-Request-ID on every response, checks tokens and layer names, limits the concurrent calls below /v1, and
+    turns uncaught exceptions into problem documents.
 
     Args:
-        app: has all routes.
-        endpoints: by method and the last part of `/v1/layers/{name}/...`: the calls that are made for every batch,
-            and are asked without FastAPI.
-        guard: who may do what.
-        transfers: bounds what is buffered before and after a call runs.
-        max_body_bytes: larger bodies are refused.
-        max_concurrent_requests: calls beyond so many at once are refused. A call runs from the end of its body until
-            its response is ready to be sent.
-        fast_path: whether endpoints may be asked without ASGI.
+        app: the FastAPI application with all routes.
+        endpoints: by method and last segment of `/v1/layers/{name}/...`; these are called without FastAPI.
+        guard: checks bearer tokens.
+        transfers: limits the bytes buffered for requests and responses.
+        max_body_bytes: larger request bodies are refused.
+        max_concurrent_requests: further calls are refused while this many run. A call runs from the end of its request
+            body until its response is ready to be sent.
+        fast_path: whether endpoints may be called without ASGI.
 
     Attributes:
-        app: the FastAPI application inside.
+        app: the wrapped FastAPI application.
         transfers: as above.
+        running: how many calls run now.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Gateway:
         self._max_body_bytes = max_body_bytes
         self._guard = guard
         self._max_concurrent_requests = max_concurrent_requests
-        self._running = 0
+        self.running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to one request, or run the application's lifespan."""
@@ -84,38 +84,39 @@ class Gateway:
             await self.app(scope, receive, send)
             return
         headers, target, method = read_headers(scope["headers"]), read_target(scope), scope["method"]
-        exchange, metered = _Exchange(headers), _Metered(self, receive, send, counted=target.versioned)
+        context = _RequestContext(headers)
+        accounting = _RequestAccounting(self, receive, send, counted=target.versioned)
         try:
             self._admit(target, headers, method)
-            if method not in _READ_A_BODY:
-                metered.enter()
+            if method not in _METHODS_WITH_BODY:
+                accounting.enter()
             endpoint = self._endpoints.get((method, target.call)) if target.layer else None
             if target.layer and endpoint:
-                request = LayerRequest(target.layer, scope["query_string"], headers, metered.receive)
-                await exchange.send_response(await endpoint(request), metered.send)
+                request = LayerRequest(target.layer, scope["query_string"], headers, accounting.receive)
+                await context.send_response(await endpoint(request), accounting.send)
             else:
-                inner = _inner(scope, target, headers, exchange.request_id)
-                await self.app(inner, metered.receive, exchange.completing(metered.send))
+                inner = _inner(scope, target, headers, context.request_id)
+                await self.app(inner, accounting.receive, context.completing(accounting.send))
         except ClientGoneError:
-            log.debug("request %s: the client went away", exchange.request_id)
+            log.debug("request %s: the client disconnected", context.request_id)
         except asyncio.CancelledError:
-            await exchange.fail(_stopping(), target, send)
+            await context.fail(_stopping(), target, send)
             raise
         except Exception as error:
-            await exchange.fail(error, target, send)
+            await context.fail(error, target, send)
         finally:
-            metered.close()
-            exchange.log(method, target)
+            accounting.close()
+            context.log(method, target)
 
     def fast_target(self, url: bytes) -> Target | None:
-        """Where a POST goes that may take the fast path: to an endpoint of a layer, without a query."""
-        if len(url) > MOST_CACHED_BYTES or b"?" in url or not url.startswith(b"/v1/"):
+        """The target of a POST that the fast path can serve (an endpoint of a layer, no query string), or None."""
+        if len(url) > MAX_CACHED_BYTES or b"?" in url or not url.startswith(b"/v1/"):
             return None
         target = target_of(url)
         return target if target.layer and ("POST", target.call) in self._fast_endpoints else None
 
     def admits(self, target: Target, headers: Headers, size: int) -> bool:
-        """Whether the body of such a POST may come; if not, it goes by ASGI, which says why."""
+        """Whether the fast path may read the body of this POST; if not, ASGI handles the request and responds why."""
         with suppress(ProblemError):
             if size <= self._max_body_bytes:
                 self._admit(target, headers, "POST")
@@ -123,43 +124,38 @@ class Gateway:
         return False
 
     def enter(self) -> None:
-        """Count a call as running, once its body has come. `leave` goes with it in any case.
+        """Count a call as running, after its body was read. The caller must call `leave`, even if this raises.
 
         Raises:
             Overloaded: too many calls are running.
         """
-        self._running += 1
-        if self._running > self._max_concurrent_requests:
-            raise self._too_many()
+        self.running += 1
+        if self.running > self._max_concurrent_requests:
+            running = self._max_concurrent_requests
+            raise Overloaded(f"{running} calls are running: BATCHNORM_MAX_CONCURRENT_REQUESTS", retry_after=1)
 
     def leave(self) -> None:
-        """It runs no longer."""
-        self._running -= 1
+        """Count a call as finished."""
+        self.running -= 1
 
     async def respond(self, target: Target, request: LayerRequest) -> Response:
-        """The response to a POST that `admits` let in, and whose body is here. Raises nothing."""
+        """The response to a POST of the fast path whose body was read. Problems are responses; it never raises."""
         name, began = request_id(request.headers), time.perf_counter()
         try:
-            self._running += 1
-            if self._running > self._max_concurrent_requests:
-                raise self._too_many()
+            self.enter()
             response = await self._endpoints["POST", target.call](request)
         except asyncio.CancelledError:
             response = respond_problem(_stopping(), target.path, name)
         except Exception as error:
             response = respond_problem(error, target.path, name)
         finally:
-            self._running -= 1
+            self.leave()
         return _completed(response, target, began, name)
 
     def refuse(self, problem: ProblemError, target: Target, headers: Headers) -> Response:
-        """The response to a POST that `admits` let in, and that is refused before its body is complete."""
+        """The response to a POST of the fast path that is refused before its body is complete."""
         name = request_id(headers)
         return _completed(respond_problem(problem, target.path, name), target, time.perf_counter(), name)
-
-    def _too_many(self) -> Overloaded:
-        running = self._max_concurrent_requests
-        return Overloaded(f"{running} calls are running: BATCHNORM_MAX_CONCURRENT_REQUESTS", retry_after=1)
 
     def _admit(self, target: Target, headers: Headers, method: str) -> None:
         self._guard.check(headers, method, target)
@@ -169,10 +165,11 @@ class Gateway:
                 check_layer_name(target.layer or "")
 
 
-class _Metered:
-    """ASGI's receive and send of one request: its call counts as running only between its body and its response.
+class _RequestAccounting:
+    """Wrapper of one request's ASGI `receive` and `send` that counts running calls and buffered bytes.
 
-    Before, the part of the body that has come counts as buffered; after, what of the response the server has not taken.
+    The call counts as running from the end of the body to the start of the response. Before that, the received part of
+    the body counts as buffered; afterwards, the unsent part of the response.
     """
 
     __slots__ = ("_buffered", "_counted", "_gateway", "_receive", "_running", "_send")
@@ -186,7 +183,7 @@ class _Metered:
         self._buffered = 0
 
     def enter(self) -> None:
-        """The request has come whole.
+        """The request was read completely: its call starts to run.
 
         Raises:
             Overloaded: too many calls are running.
@@ -209,9 +206,9 @@ class _Metered:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self._leave()
+            self.close()
             size = int(dict(message["headers"]).get(b"content-length", 0))
-            if size > JOIN_BYTES:  # it may be sent in pieces, each once there is room for it
+            if size > JOIN_BYTES:  # sent in pieces, each of which waits for the client to read the one before
                 self._buffered += size
                 self._gateway.transfers.hold(size)
         await self._send(message)
@@ -219,13 +216,10 @@ class _Metered:
             self._release(min(self._buffered, len(message["body"])))
 
     def close(self) -> None:
-        """The request is done with, whatever came of it."""
-        self._leave()
-
-    def _leave(self) -> None:
+        """Undo what is still counted. May be called several times."""
         self._release(self._buffered)
         if self._running:
-            self._running, self._counted = False, False  # not a second time
+            self._running, self._counted = False, False
             self._gateway.leave()
 
     def _release(self, size: int) -> None:
@@ -233,8 +227,8 @@ class _Metered:
         self._gateway.transfers.release(size)
 
 
-class _Exchange:
-    """A request by ASGI, and what every response to it has."""
+class _RequestContext:
+    """Request id, status and start time of one ASGI request; adds the headers that every response has."""
 
     def __init__(self, headers: Headers) -> None:
         self.request_id = request_id(headers)
@@ -247,7 +241,7 @@ class _Exchange:
         await response({}, _no_receive, send)
 
     def completing(self, send: Send) -> Send:
-        """ASGI's send for the application inside."""
+        """An ASGI `send` that adds them to the responses of the wrapped application."""
 
         async def complete(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -258,7 +252,7 @@ class _Exchange:
         return complete
 
     async def fail(self, error: Exception, target: Target, send: Send) -> None:
-        """Respond with a problem, if no response has begun."""
+        """Respond with a problem document, unless a response has started."""
         if self.status == 0:
             await self.send_response(respond_problem(error, target.path, self.request_id), send)
 
@@ -269,13 +263,13 @@ class _Exchange:
         self.status = status
         headers.append((_REQUEST_ID, self.request_id.encode()))
         if self._expects and status >= 400:
-            # The client may be waiting for 100 Continue and now never send its body; the next request on this
-            # connection could not be told from it.
+            # A client that waits for 100 Continue may now omit the body or send it: what follows on this connection
+            # could be either that body or the next request.
             headers.append(_CLOSE)
 
 
 def _completed(response: Response, target: Target, began: float, request_id: str) -> Response:
-    """The response to a POST that came by the fast path: it expects nothing, so there is less to say."""
+    """Add the request id to a response of the fast path, whose requests have no Expect header, and log it."""
     response.raw_headers.append((_REQUEST_ID, request_id.encode()))
     _log_request("POST", target, response.status_code, began, request_id)
     return response
@@ -288,9 +282,9 @@ def _log_request(method: str, target: Target, status: int, began: float, request
 
 
 def _inner(scope: Scope, target: Target, headers: Headers, request_id: str) -> dict[str, Any]:
-    """The scope for the application inside. HEAD is GET whose body the server leaves out.
+    """The ASGI scope for the wrapped application. HEAD becomes GET: the server drops the response's body.
 
-    A header that came more than once is one list (RFC 9110, 5.3): FastAPI's parameters take only the first.
+    Repeated headers are joined (RFC 9110, 5.3), because FastAPI's parameters see only the first of them.
     """
     return {
         **scope,
@@ -304,9 +298,9 @@ def _inner(scope: Scope, target: Target, headers: Headers, request_id: str) -> d
 
 
 def _stopping() -> StoreUnavailable:
-    """The server ran out of patience while it stopped. What was queued will still be committed."""
+    """The problem for a call that the shutdown timeout cancelled. Its queued updates are still committed."""
     return StoreUnavailable("the service stops; whether the call took effect is unknown")
 
 
 async def _no_receive() -> Message:
-    raise RuntimeError("an answer reads nothing")
+    raise RuntimeError("a response does not read the request")

@@ -1,4 +1,4 @@
-"""The backward pass, for callers that keep no autograd graph."""
+"""The endpoint for the backward pass, for clients that keep no autograd graph."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from batchnorm_service.layers import Layers
 from .headers import idempotency_key
 from .layer_request import LayerRequest
 from .negotiation import accepted, content_type
-from .openapi import answers, ref, tensor_body, tensor_content
+from .openapi import describe_responses, ref, tensor_body, tensor_content
 from .preconditions import etag
 from .queries import BackwardQuery, parse_query
 from .responses import REPLAYED, Response, text_bytes
-from .routes import IdempotencyKey, LayerName, ask_endpoint, tensor_router
+from .routes import IdempotencyKey, LayerName, call_endpoint, tensor_router
 from .sizes import check_elements
 
 _FORMS: Final = {JSON: (JSON, SAFETENSORS), SAFETENSORS: (SAFETENSORS, JSON)}
@@ -28,12 +28,12 @@ _GRADIENTS: Final = ("grad_input", "grad_weight", "grad_bias")
 
 
 class GradientEndpoint:
-    """The backward pass over HTTP.
+    """Endpoint of the backward pass.
 
     Args:
-        layers: what does the work.
-        max_body_bytes: larger bodies are refused.
-        max_elements: batches of more are refused; see `check_elements`.
+        layers: computes the gradients.
+        max_body_bytes: larger request bodies are refused.
+        max_elements: larger batches are refused; see `check_elements`.
     """
 
     def __init__(self, layers: Layers, max_body_bytes: int, max_elements: int) -> None:
@@ -58,7 +58,7 @@ class GradientEndpoint:
         call = self._layers.batches.backward(
             request.name, read, key, nbytes=bytes_read(media, body), training=query.mode == "train", group=group
         )
-        done = await (request.unless_gone(call) if group else call)
+        done = await (request.cancel_on_disconnect(call) if group else call)
         size = text_bytes(form, done.gradients.values())
         pieces = await self._layers.run_codec(size, encode, form, done.gradients, {"version": done.version})
         headers = [(b"etag", etag(done.version)), (VERSION.lower().encode(), b"%d" % done.version)]
@@ -71,7 +71,7 @@ router = tensor_router()
 @router.post(
     "/v1/layers/{name}/backward",
     summary="The gradients of a normalization",
-    responses=answers(
+    responses=describe_responses(
         "The gradients",
         "ETag",
         VERSION,
@@ -100,9 +100,9 @@ router = tensor_router()
 async def backward(
     name: LayerName, request: Request, _query: Annotated[BackwardQuery, Query()], _key: IdempotencyKey
 ) -> Response:
-    """Changes nothing.
+    """Does not change the layer.
 
-    A group's members get the gradient of the whole batch for their shard, and their shard's part of the parameters'
-    gradients, as with SyncBatchNorm.
+    In a group, each member gets grad_input as computed for the whole batch, and its shard's summand of grad_weight and
+    grad_bias, as with SyncBatchNorm.
     """
-    return await ask_endpoint("POST", "backward", name, request)
+    return await call_endpoint("POST", "backward", name, request)

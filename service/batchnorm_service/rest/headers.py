@@ -1,4 +1,4 @@
-"""Request headers: read once into a dict, and the two that are tokens of the caller's."""
+"""Request headers as a dict, and the two that carry a client's token: X-Request-ID and Idempotency-Key."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from batchnorm_client.wire.errors import InvalidRequest
 from batchnorm_client.wire.headers import IDEMPOTENCY_KEY, KEY_PATTERN, REQUEST_ID
 
 Headers = dict[bytes, bytes]
-"""Header values by their names in lower case; a header that came more than once is joined by commas (RFC 9110)."""
+"""Header values by lower-case name; the values of a repeated header are joined by commas (RFC 9110, 5.3)."""
 
 _IDEMPOTENCY_KEY = IDEMPOTENCY_KEY.lower().encode()
 _REQUEST_ID = REQUEST_ID.lower().encode()
@@ -28,17 +28,21 @@ def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> Headers:
 
 
 def request_id(headers: Headers) -> str:
-    """The caller's X-Request-ID when it has the form of a key, otherwise a new one."""
+    """The client's X-Request-ID if it is valid, otherwise a new random one."""
     given = headers.get(_REQUEST_ID)
     if given is not None:
         text = given.decode("latin-1")
         if KEY_PATTERN.fullmatch(text):
             return text
-    return f"{random.getrandbits(128):032x}"  # a name, not a secret: os.urandom would be a system call
+    return f"{random.getrandbits(128):032x}"  # need not be secret: os.urandom would cost a system call
 
 
 def idempotency_key(headers: Headers) -> str | None:
-    """The caller's Idempotency-Key, if there is one. Two such headers are no key: joined, they contain a space."""
+    """The client's Idempotency-Key, or None.
+
+    Raises:
+        InvalidRequest: it is malformed or repeated (joined values contain a space, which a key may not).
+    """
     given = headers.get(_IDEMPOTENCY_KEY)
     if given is None:
         return None

@@ -1,4 +1,4 @@
-"""Is the process alive, and can it work?"""
+"""Liveness and readiness probes."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from .openapi import answers
+from .openapi import describe_responses
 from .routes import LayersDependency, document_router
 
 router = document_router("health", guarded=False)
 
 
 class Health(BaseModel):
-    """What a probe says when all is well."""
+    """The body of a successful probe."""
 
     status: Literal["ok"] = "ok"
 
 
-@router.get("/healthz", summary="The process is alive", responses=answers("It is", guarded=False))
+@router.get("/healthz", summary="The process is alive", responses=describe_responses("It is", guarded=False))
 async def healthz() -> Health:
-    """Asks nothing of the store: restarting the process would not help a store that is gone."""
+    """Does not check the store: restarting the process would not repair it."""
     return Health()
 
 
-@router.get("/readyz", summary="The store can be reached", responses=answers("It can", guarded=False))
+@router.get("/readyz", summary="The store can be reached", responses=describe_responses("It can", guarded=False))
 async def readyz(layers: LayersDependency) -> Health:
-    """503 `store-unavailable` as long as it cannot."""
+    """503 `store-unavailable` while it cannot."""
     await layers.ping()
     return Health()

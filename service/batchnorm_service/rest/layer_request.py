@@ -1,4 +1,4 @@
-"""A POST to a call of a layer, whatever brought it: ASGI, or the fast path, which has the body already."""
+"""A request to an endpoint of a layer, independent of the transport (ASGI or fast path)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from starlette.types import Receive
 
 from .bodies import read_body
-from .disconnects import unless_gone
+from .disconnects import cancel_on_disconnect
 from .headers import Headers
 from .responses import Response
 
@@ -17,13 +17,13 @@ Body = bytearray | memoryview
 
 
 class LayerRequest:
-    """What an endpoint needs of such a request.
+    """A request to an endpoint of a layer.
 
     Attributes:
-        name: of the layer; it has been checked.
-        query: the query string.
-        headers: by their names in lower case.
-        received: the body, writable, if it has come.
+        name: the layer's name, already validated.
+        query: the raw query string.
+        headers: by lower-case name.
+        received: the body, writable; None if it was not read yet. The fast path reads it before the endpoint runs.
     """
 
     __slots__ = ("_receive", "headers", "name", "query", "received")
@@ -38,15 +38,15 @@ class LayerRequest:
         self.received = received
 
     async def body(self, limit: int) -> Body:
-        """The whole body, writable. Raises as `read_body`."""
+        """The whole body, writable. Raises the same as `read_body`."""
         if self.received is None:
-            assert self._receive is not None  # noqa: S101 - a request has a body, or brings it
+            assert self._receive is not None  # noqa: S101 - a request has either `received` or `receive`
             self.received = await read_body(self.headers, self._receive, limit)
         return self.received
 
-    async def unless_gone(self, call: Coroutine[Any, Any, T]) -> T:
-        """The result of a call that waits for other callers, unless its own caller goes away meanwhile."""
-        return await (call if self._receive is None else unless_gone(self._receive, call))
+    async def cancel_on_disconnect(self, call: Coroutine[Any, Any, T]) -> T:
+        """The result of `call`, which is cancelled if the client disconnects (ASGI only)."""
+        return await (call if self._receive is None else cancel_on_disconnect(self._receive, call))
 
 
 Endpoint = Callable[[LayerRequest], Coroutine[Any, Any, Response]]

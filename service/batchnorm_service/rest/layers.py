@@ -1,4 +1,4 @@
-"""Layers as resources: create, list, inspect, change, delete, reset."""
+"""Routes for layers as resources: create, list, get, update, delete, reset."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from batchnorm_client.wire.media_types import MERGE_PATCH_JSON
 from batchnorm_service.layers import Layers
 
 from .layer_request import LayerRequest
-from .openapi import CONFIG_EXAMPLES, answers, ref
+from .openapi import CONFIG_EXAMPLES, describe_responses, ref
 from .preconditions import etag, matches_none
 from .queries import NoQuery, parse_query
 from .responses import Response, respond_empty, respond_with_layer
-from .routes import IdempotencyKey, IfMatch, IfNoneMatch, LayerName, LayersDependency, ask_endpoint, document_router
+from .routes import IdempotencyKey, IfMatch, IfNoneMatch, LayerName, LayersDependency, call_endpoint, document_router
 
 router = document_router("layers")
 
 _DOCUMENT = ("malformed-body", "payload-too-large", "unsupported-media-type")
 
 
-@router.get("/v1/layers", summary="Which layers there are, by name", responses=answers("A page of the listing"))
+@router.get("/v1/layers", summary="List layers by name", responses=describe_responses("A page of layers"))
 async def list_layers(
     layers: LayersDependency,
     prefix: Annotated[str, Query(max_length=200, description="only layers whose names start with this")] = "",
@@ -33,7 +33,7 @@ async def list_layers(
     ] = "",
     limit: Annotated[int, Query(ge=1, le=1000, description="at most so many layers")] = 100,
 ) -> LayerPage:
-    """`next` of one page is `after` of the next; null on the last."""
+    """Pass `next` of a page as `after` to get the next page; it is null on the last page."""
     return await layers.list(prefix, after, limit)
 
 
@@ -41,15 +41,15 @@ async def list_layers(
     "/v1/layers/{name}",
     summary="A layer's config and state",
     response_model=Layer,
-    responses=answers("The layer", "ETag", unchanged=True, problems=("layer-not-found",)),
+    responses=describe_responses("The layer", "ETag", unchanged=True, problems=("layer-not-found",)),
 )
 async def get_layer(name: LayerName, request: Request, _if_none_match: IfNoneMatch = None) -> Response:
-    """A tensor that the config leaves out is null."""
-    return await ask_endpoint("GET", "", name, request)
+    """Tensors that the layer does not have are null."""
+    return await call_endpoint("GET", "", name, request)
 
 
 async def read_layer(layers: Layers, request: LayerRequest) -> Response:
-    """The endpoint of `get_layer`, which callers that normalize locally ask before every batch."""
+    """The endpoint of `get_layer`; without FastAPI, because clients that normalize locally call it for every batch."""
     parse_query(NoQuery, request.query)
     layer = await layers.get(request.name)
     if matches_none(request.headers.get(b"if-none-match"), layer.version):
@@ -62,12 +62,12 @@ async def read_layer(layers: Layers, request: LayerRequest) -> Response:
     summary="Create a layer",
     response_model=Layer,
     responses={
-        **answers(
+        **describe_responses(
             "The layer exists, created with the same config",
             "ETag",
             problems=(*_DOCUMENT, "layer-exists", "too-many-layers", "device-unavailable", "not-implemented"),
         ),
-        201: {**answers("The layer is new", "ETag", "Location")[200], "model": Layer},
+        201: {**describe_responses("The layer is new", "ETag", "Location")[200], "model": Layer},
     },
     openapi_extra={
         "requestBody": {
@@ -80,7 +80,7 @@ async def read_layer(layers: Layers, request: LayerRequest) -> Response:
     },
 )
 async def create_layer(name: LayerName, config: LayerConfig, layers: LayersDependency) -> Response:
-    """Repeating it with the same config is harmless; what a later PATCH changed does not matter."""
+    """Idempotent: the config is compared with the one at creation, without what a later PATCH changed."""
     layer, created = await layers.create(name, config)
     if created:
         return await respond_with_layer(layers, 201, layer, [(b"location", f"/v1/layers/{name}".encode())])
@@ -91,7 +91,7 @@ async def create_layer(name: LayerName, config: LayerConfig, layers: LayersDepen
     "/v1/layers/{name}",
     summary="Set some of a layer's options and parameters",
     response_model=Layer,
-    responses=answers(
+    responses=describe_responses(
         "The layer",
         "ETag",
         problems=(*_DOCUMENT, "layer-not-found", "version-mismatch", "shape-mismatch", "non-finite"),
@@ -99,7 +99,7 @@ async def create_layer(name: LayerName, config: LayerConfig, layers: LayersDepen
     openapi_extra={"requestBody": {"content": {MERGE_PATCH_JSON: {"schema": ref("LayerUpdate")}}}},
 )
 async def update_layer(name: LayerName, update: LayerUpdate, layers: LayersDependency, versions: IfMatch) -> Response:
-    """A field that is left out stays as it is; `momentum: null` means the cumulative average."""
+    """Omitted fields stay unchanged; `momentum: null` means the cumulative average."""
     return await respond_with_layer(layers, 200, await layers.update(name, update, versions))
 
 
@@ -107,10 +107,10 @@ async def update_layer(name: LayerName, update: LayerUpdate, layers: LayersDepen
     "/v1/layers/{name}",
     summary="Delete a layer and its idempotency receipts",
     status_code=204,
-    responses=answers("It is gone", status=204, problems=("layer-not-found", "version-mismatch")),
+    responses=describe_responses("Deleted", status=204, problems=("layer-not-found", "version-mismatch")),
 )
 async def delete_layer(name: LayerName, layers: LayersDependency, versions: IfMatch) -> None:
-    """A layer that is created under this name later has a larger version."""
+    """If a layer of this name is created again, its versions continue above those of the deleted one."""
     await layers.delete(name, versions)
 
 
@@ -118,7 +118,7 @@ async def delete_layer(name: LayerName, layers: LayersDependency, versions: IfMa
     "/v1/layers/{name}/reset",
     summary="Set running statistics or parameters back to their initial values",
     response_model=Layer,
-    responses=answers(
+    responses=describe_responses(
         "The layer",
         "ETag",
         IDEMPOTENT_REPLAY,
@@ -130,8 +130,8 @@ async def reset_layer(
     layers: LayersDependency,
     key: IdempotencyKey,
     versions: IfMatch,
-    asked: ResetRequest = ResetRequest(),  # noqa: B008 - it is immutable
+    body: ResetRequest = ResetRequest(),  # noqa: B008 - it is immutable
 ) -> Response:
-    """As torch's reset_running_stats and reset_parameters; no body means `running_stats`."""
-    layer, replayed = await layers.reset(name, asked.what, key, versions)
+    """Like torch's reset_running_stats and reset_parameters; without a body, `running_stats`."""
+    layer, replayed = await layers.reset(name, body.what, key, versions)
     return await respond_with_layer(layers, 200, layer, replayed=replayed)

@@ -1,4 +1,4 @@
-"""Moments of many layers in one JSON document, read layer by layer: one call of a parser would hold the GIL for all."""
+"""Parses moments of many layers in one JSON document, layer by layer: a single parser call would hold the GIL long."""
 
 from __future__ import annotations
 
@@ -17,23 +17,26 @@ _LARGE: Final = 1 << 16
 
 
 def read_each_layer(
-    body: bytes | bytearray | memoryview, most: int
+    body: bytes | bytearray | memoryview, max_layers: int
 ) -> dict[str, Mapping[str, Tensor] | ProblemError] | None:
-    """The moments by layer, or what is wrong with them, of a large body of the usual form; otherwise None.
+    """Moments (or the problem with them) by layer, for a large body of the usual structure.
 
-    The text is `{"layers": {name: {...}, ...}}`. Its innermost objects are cut out, each with its number left in its
-    place, between blanks, so that it cannot become a part of what stands beside it. What remains is read by itself:
-    if the numbers are all its values, each once, then the objects were the values of its names.
+    The text is `{"layers": {name: {...}, ...}}`. Each innermost object is replaced by its index, with blanks around it
+    so that it cannot merge with the adjacent text. The rest is then parsed: if its values are exactly these indexes,
+    each once, they tell which object belongs to which name.
 
     Args:
-        body: the text.
-        most: of more layers nothing is read.
+        body: the JSON text.
+        max_layers: bodies with more layers are not parsed here.
+
+    Returns:
+        None if the body is small or structured differently: the caller then parses it as a whole.
     """
     if len(body) < _LARGE:
         return None
     raw = np.frombuffer(body, np.uint8)
     is_brace = (raw == ord("{")) | (raw == ord("}"))
-    if not 6 <= np.count_nonzero(is_brace) <= 2 * most + 4:
+    if not 6 <= np.count_nonzero(is_brace) <= 2 * max_layers + 4:
         return None
     braces = np.flatnonzero(is_brace)
     count = len(braces) // 2 - 2
@@ -56,7 +59,7 @@ def _moments(text: memoryview) -> Mapping[str, Tensor] | ProblemError:
     try:
         return decode(JSON, text, MOMENT_DTYPES)
     except MalformedBody:
-        raise  # then the whole is no JSON
+        raise  # the whole document is invalid JSON
     except ProblemError as error:
         return error
 

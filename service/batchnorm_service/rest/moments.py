@@ -1,4 +1,4 @@
-"""Moments instead of batches: of one layer, and of many layers in one call."""
+"""Endpoints that fold moments instead of batches: of one layer, and of many layers in one call."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from .headers import idempotency_key, read_headers
 from .layer_request import LayerRequest
 from .many import read_each_layer
 from .negotiation import content_type
-from .openapi import answers, tensor_body
+from .openapi import describe_responses, tensor_body
 from .preconditions import etag
 from .problems import problem_document
 from .queries import MomentsQuery, NoQuery, parse_query
 from .responses import REPLAYED, Response, respond_json, text_bytes
-from .routes import IdempotencyKey, LayerName, LayersDependency, ask_endpoint, tensor_router
+from .routes import IdempotencyKey, LayerName, LayersDependency, call_endpoint, tensor_router
 
 _FORMS: Final = (JSON, SAFETENSORS)
 _MOMENTS: Final = ("count", "mean", "var")
-_MOST_LAYERS: Final = 10_000
+_MAX_LAYERS: Final = 10_000
 _PROBLEMS: Final = ("malformed-body", "payload-too-large", "unsupported-media-type")
 
 Moments = Mapping[str, Tensor] | ProblemError
@@ -40,11 +40,11 @@ Moments = Mapping[str, Tensor] | ProblemError
 
 
 class MomentsEndpoint:
-    """The moments of one layer over HTTP.
+    """Endpoint that folds moments into one layer.
 
     Args:
-        layers: what does the work.
-        max_body_bytes: larger bodies are refused.
+        layers: folds the moments.
+        max_body_bytes: larger request bodies are refused.
     """
 
     def __init__(self, layers: Layers, max_body_bytes: int) -> None:
@@ -53,18 +53,18 @@ class MomentsEndpoint:
         self._max_body_bytes = max_body_bytes
 
     async def fold(self, request: LayerRequest) -> Response:
-        """Fold the moments of a batch that stays with the caller."""
+        """Fold the moments of a batch that the client keeps."""
         group = parse_query(MomentsQuery, request.query).group_call
         key = idempotency_key(request.headers)
         media = content_type(request.headers, _FORMS)
         body = request.received or await request.body(self._max_body_bytes)
         read = partial(decode, media, body)
         call = self._batches.fold_moments(request.name, read, key, nbytes=len(body), group=group)
-        done = await (request.unless_gone(call) if group else call)
-        return await self._layers.run_codec(text_bytes(JSON, done.moments.values()), _answer, done)
+        done = await (request.cancel_on_disconnect(call) if group else call)
+        return await self._layers.run_codec(text_bytes(JSON, done.moments.values()), _respond, done)
 
 
-def _answer(done: Folded) -> Response:
+def _respond(done: Folded) -> Response:
     document = _document(done)
     if done.count is not None:
         document |= {"count": done.count, **done.moments}
@@ -76,14 +76,14 @@ def _document(done: Folded) -> dict[str, Any]:
     return {"version": done.version, "num_batches_tracked": done.num_batches_tracked}
 
 
-def _told(name: str, result: Folded | Exception, request_id: str) -> dict[str, Any]:
+def _result_document(name: str, result: Folded | Exception, request_id: str) -> dict[str, Any]:
     if isinstance(result, Exception):
         return problem_document(result, f"/v1/layers/{name}/moments", request_id)
     return _document(result) | {"replayed": result.replayed}
 
 
 def _many_from_json(body: bytes | bytearray | memoryview) -> Mapping[str, Moments]:
-    if (each := read_each_layer(body, _MOST_LAYERS)) is not None:
+    if (each := read_each_layer(body, _MAX_LAYERS)) is not None:
         return each
     document = load_json(body)
     if not isinstance(document, dict):
@@ -100,7 +100,7 @@ def _many_from_json(body: bytes | bytearray | memoryview) -> Mapping[str, Moment
 
 
 def _from_json(document: Any) -> Moments:
-    """As a call of its own reads them."""
+    """The moments of one layer, parsed as in `POST /v1/layers/{name}/moments`."""
     try:
         return json_tensors(document, MOMENT_DTYPES)
     except ProblemError as error:
@@ -121,9 +121,9 @@ def _many_from_safetensors(body: bytes | bytearray | memoryview) -> Mapping[str,
 
 
 def _bounded(layers: dict[str, Any]) -> dict[str, Any]:
-    if len(layers) > _MOST_LAYERS:
+    if len(layers) > _MAX_LAYERS:
         raise InvalidRequest(
-            f"layers: at most {_MOST_LAYERS} in one call", field="layers", expected=_MOST_LAYERS, got=len(layers)
+            f"layers: at most {_MAX_LAYERS} in one call", field="layers", expected=_MAX_LAYERS, got=len(layers)
         )
     return layers
 
@@ -134,10 +134,10 @@ router = tensor_router()
 
 @router.post(
     "/v1/layers/{name}/moments",
-    summary="Fold the moments of a batch that stays with the caller",
+    summary="Fold the moments of a batch that the client keeps",
     response_model=FoldedDocument,
     response_class=JSONResponse,
-    responses=answers(
+    responses=describe_responses(
         "Folded; count, mean and var only for a group",
         "ETag",
         IDEMPOTENT_REPLAY,
@@ -159,8 +159,8 @@ router = tensor_router()
 async def fold_moments(
     name: LayerName, request: Request, _query: Annotated[MomentsQuery, Query()], _key: IdempotencyKey
 ) -> Response:
-    """`count` is values per channel, `var` is biased. A group's members also get count, mean and var of all."""
-    return await ask_endpoint("POST", "moments", name, request)
+    """`count` is values per channel, `var` is biased. A group's response has count, mean and var of all shards."""
+    return await call_endpoint("POST", "moments", name, request)
 
 
 @router.post(
@@ -168,26 +168,26 @@ async def fold_moments(
     summary="Fold the moments of many layers",
     response_model=ManyFolded,
     response_class=JSONResponse,
-    responses=answers("One result or problem for each layer", problems=_PROBLEMS),
+    responses=describe_responses("One result or problem for each layer", problems=_PROBLEMS),
     openapi_extra=tensor_body(
         _FORMS, "ManyMoments", "count, mean and var of each layer, named {layer}/count and so on"
     ),
 )
 async def fold_many_moments(request: Request, layers: LayersDependency, key: IdempotencyKey) -> Response:
-    """Each layer all or nothing. An Idempotency-Key counts for each layer by itself: a repeat does the rest."""
+    """Atomic per layer, not over all. An Idempotency-Key applies per layer: a retry folds only those that failed."""
     parse_query(NoQuery, request.scope["query_string"])
     headers = read_headers(request.scope["headers"])
     media = content_type(headers, _FORMS)
     body = await read_body(headers, request.receive, request.app.state.options.max_body_bytes)
-    given = await layers.run_codec(len(body), _READERS[media], body)
-    good: dict[str, Moments] = {}
+    by_layer = await layers.run_codec(len(body), _READERS[media], body)
+    valid: dict[str, Moments] = {}
     results: dict[str, Any] = {}
-    for name, moments in given.items():
+    for name, moments in by_layer.items():
         try:
             check_layer_name(name)
-            good[name] = moments
+            valid[name] = moments
         except ProblemError as error:
-            results[name] = _told(name, error, request.state.request_id)
-    for name, result in (await layers.batches.fold_many(good, key)).items():
-        results[name] = _told(name, result, request.state.request_id)
-    return respond_json(200, {"layers": {name: results[name] for name in given}})
+            results[name] = _result_document(name, error, request.state.request_id)
+    for name, result in (await layers.batches.fold_many(valid, key)).items():
+        results[name] = _result_document(name, result, request.state.request_id)
+    return respond_json(200, {"layers": {name: results[name] for name in by_layer}})

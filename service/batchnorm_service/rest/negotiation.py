@@ -1,4 +1,4 @@
-"""Which form a body has (Content-Type) and which one the answer gets (Accept), as RFC 9110 has it."""
+"""Content negotiation (RFC 9110, 12): the media types of request (Content-Type) and response (Accept)."""
 
 from __future__ import annotations
 
@@ -16,23 +16,21 @@ _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # noqa: S105 - RFC 9110's word, not a s
 _RANGE = re.compile(rf"\s*({_TOKEN})/({_TOKEN})\s*")
 _QUALITY = re.compile(r"\s*q=(0?\.[0-9]{1,3}|0\.?|1(\.0{0,3})?)\s*", re.IGNORECASE)
 
-_MOST_CACHED_BYTES: Final = 256
-"""Longer headers are not cached: callers choose them, and a cache must be bounded in bytes."""
+_MAX_CACHED_BYTES: Final = 256
+"""Longer headers are not cached: clients choose them, and the cache must be bounded in bytes."""
 
 FORMS_FOR = {media: (media, *(m for m in CODECS if m != media)) for media in CODECS}
-"""The forms that train and eval answer in, by the request's form, which comes first: it is the default."""
+"""Media types of responses to train and eval, by the request's media type, which comes first as the default."""
 
 
 def content_type(headers: Headers, known: tuple[str, ...]) -> str:
-    """The media type of the body, one of `known`.
-
-    A charset other than UTF-8 is refused, as is a Content-Encoding; other parameters mean nothing here.
+    """The media type of the body, one of `known`. Parameters other than charset are ignored.
 
     Raises:
-        UnsupportedMediaType: it is none of them, or missing.
+        UnsupportedMediaType: it is unknown or missing, its charset is not UTF-8, or the body has a Content-Encoding.
     """
     encoding, given = headers.get(b"content-encoding", b""), headers.get(b"content-type", b"")
-    find = _content_type if len(encoding) + len(given) <= _MOST_CACHED_BYTES else _content_type.__wrapped__
+    find = _content_type if len(encoding) + len(given) <= _MAX_CACHED_BYTES else _content_type.__wrapped__
     return find(encoding, given, known)
 
 
@@ -72,16 +70,16 @@ def _media_type(value: bytes) -> tuple[str, str]:
 
 
 def accepted(header: bytes | None, offered: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of `offered` that the caller takes, best first.
+    """The media types of `offered` that the client accepts, best first.
 
-    A form that is named goes before one that a wildcard admits, at the same q. A wildcard stands for one form: the
-    first of `offered` that is not named, the default. So `*/*` never turns an answer into a form that the caller may
-    not expect. An element that cannot be parsed is skipped; when none can, it is as though there was no Accept.
+    At equal q, a media type that is named precedes one matched by a wildcard. A wildcard matches only the first of
+    `offered` that is not named (the default), so that `*/*` never selects a media type that the client may not expect.
+    Elements that cannot be parsed are skipped; if none can be parsed, Accept is ignored.
 
     Raises:
-        NotAcceptable: the caller takes none of them.
+        NotAcceptable: the client accepts none of them.
     """
-    find = _accepted if header is None or len(header) <= _MOST_CACHED_BYTES else _accepted.__wrapped__
+    find = _accepted if header is None or len(header) <= _MAX_CACHED_BYTES else _accepted.__wrapped__
     return find(header, offered)
 
 
@@ -101,7 +99,7 @@ def _accepted(header: bytes | None, offered: tuple[str, ...]) -> tuple[str, ...]
     found.sort(key=lambda item: (-item[0], -item[1], offered.index(item[2])))
     forms = tuple(form for quality, _, form in found if quality > 0)
     if not forms:
-        raise NotAcceptable(f"the answer can be {', '.join(offered)}", field="Accept", expected=list(offered))
+        raise NotAcceptable(f"the response can be {', '.join(offered)}", field="Accept", expected=list(offered))
     return forms
 
 
@@ -122,7 +120,7 @@ def _ranges(header: bytes | None) -> dict[str, float]:
 
 
 def tensor_form(forms: Sequence[str], dtype: str, statistics: bool) -> str:
-    """The first of `forms` that can carry a response: its dtype, and with statistics several tensors.
+    """The first of `forms` (media types) that can carry the dtype and, with statistics, several tensors.
 
     Raises:
         NotAcceptable: none of them can.

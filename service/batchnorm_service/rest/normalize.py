@@ -1,4 +1,4 @@
-"""Train, eval and inverse: from headers and a body to a response, without a framework in between."""
+"""The endpoints train, eval and inverse: they read tensors, call `Layers`, and encode the output."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from batchnorm_service.layers import Layers, Normalized
 from .headers import Headers, idempotency_key
 from .layer_request import LayerRequest
 from .negotiation import FORMS_FOR, accepted, content_type, tensor_form
-from .openapi import answers, ref, tensor_body, tensor_content
+from .openapi import describe_responses, ref, tensor_body, tensor_content
 from .preconditions import etag
 from .queries import NoQuery, NormalizeQuery, TrainQuery, parse_query
 from .responses import REPLAYED, RawHeader, Response, text_bytes
-from .routes import IdempotencyKey, LayerName, ask_endpoint, tensor_router
+from .routes import IdempotencyKey, LayerName, call_endpoint, tensor_router
 from .sizes import check_elements
 
 _FORMS: Final = tuple(CODECS)
 _SMALL_BODY: Final = 1 << 16
-"""Bytes. Where the work goes on a body of so many, and its response, need not be counted more exactly."""
+"""Bytes. Up to this size, the exact amount of codec work does not matter: it is done on the event loop."""
 
 _VERSION: Final = VERSION.lower().encode()
 _BATCHES: Final = NUM_BATCHES_TRACKED.lower().encode()
 
 
 class NormalizeEndpoints:
-    """Train, eval and inverse over HTTP.
+    """Endpoints train, eval and inverse.
 
     Args:
-        layers: what does the work.
-        max_body_bytes: larger bodies are refused.
-        max_elements: batches of more are refused; see `check_elements`.
+        layers: normalizes and folds.
+        max_body_bytes: larger request bodies are refused.
+        max_elements: larger batches are refused; see `check_elements`.
     """
 
     def __init__(self, layers: Layers, max_body_bytes: int, max_elements: int) -> None:
@@ -48,20 +48,20 @@ class NormalizeEndpoints:
 
     async def train(self, request: LayerRequest) -> Response:
         """Normalize a batch with its own statistics and fold them into the layer's."""
-        asked = parse_query(TrainQuery, request.query)
-        exchange = _TensorExchange(request.headers, self._max_elements, statistics=asked.statistics == "true")
-        key, group = idempotency_key(request.headers), asked.group_call
+        query = parse_query(TrainQuery, request.query)
+        exchange = _TensorExchange(request.headers, self._max_elements, statistics=query.statistics == "true")
+        key, group = idempotency_key(request.headers), query.group_call
         exchange.body = request.received or await request.body(self._max_body_bytes)
         call = self._batches.train(
             request.name, exchange.read, key, nbytes=exchange.bytes_read, statistics=exchange.statistics, group=group
         )
-        done = await (request.unless_gone(call) if group else call)
+        done = await (request.cancel_on_disconnect(call) if group else call)
         return await self._layers.run_codec(exchange.bytes_written(done), exchange.response, done)
 
     async def eval(self, request: LayerRequest) -> Response:
         """Normalize a batch with the layer's running statistics."""
-        asked = parse_query(NormalizeQuery, request.query)
-        exchange = _TensorExchange(request.headers, self._max_elements, statistics=asked.statistics == "true")
+        query = parse_query(NormalizeQuery, request.query)
+        exchange = _TensorExchange(request.headers, self._max_elements, statistics=query.statistics == "true")
         exchange.body = request.received or await request.body(self._max_body_bytes)
         done = await self._batches.eval(
             request.name, exchange.read, nbytes=exchange.bytes_read, statistics=exchange.statistics
@@ -78,7 +78,7 @@ class NormalizeEndpoints:
 
 
 class _TensorExchange:
-    """A batch that came, in which form, and the form that its output goes back in."""
+    """Codec of one request and its response: the negotiated media types, and the body."""
 
     __slots__ = ("_accepted", "_form", "_max_elements", "_media", "body", "statistics")
 
@@ -92,17 +92,17 @@ class _TensorExchange:
 
     @property
     def bytes_read(self) -> int:
-        """How many bytes of the body are read, and not only viewed; or its size, where that is small."""
+        """How many bytes decoding has to process (a binary body is viewed, not copied); the size of a small body."""
         size = len(self.body)
         return size if size <= _SMALL_BODY else bytes_read(self._media, self.body)
 
     def bytes_written(self, done: Normalized) -> int:
-        """About how many bytes of text the response has; or the body's size, where that is small."""
+        """About how many bytes encoding has to write as text; the size of the request's body if that is small."""
         size = len(self.body)
         return size if size <= _SMALL_BODY else text_bytes(self._form, (done.output, *done.statistics.values()))
 
     def read(self, dtypes: Mapping[str, str]) -> Mapping[str, Tensor]:
-        """The caller's tensors. Refuses a batch whose output no admitted form can carry, while nothing is folded."""
+        """The client's tensors. Also chooses the response's media type, to refuse the request before it is folded."""
         tensors = decode(self._media, self.body, dtypes)
         if (batch := tensors.get("input")) is not None:
             self._form = tensor_form(self._accepted, batch.dtype, self.statistics)  # the output has the same dtype
@@ -110,7 +110,7 @@ class _TensorExchange:
         return tensors
 
     def response(self, done: Normalized) -> Response:
-        """The output in the best form that the caller takes."""
+        """The response, in the media type that `read` chose."""
         fields = {"version": done.version, "num_batches_tracked": done.num_batches_tracked}
         headers: list[RawHeader] = [
             (b"etag", etag(done.version)),
@@ -139,7 +139,7 @@ _GROUP_PROBLEMS: Final = ("idempotency-key-reused", "group-closed", "group-misma
 _BATCH: Final = tensor_body(_FORMS, "InputBatch", "input")
 _TAGS: Final = ("ETag", VERSION, NUM_BATCHES_TRACKED)
 _OUTPUT: Final = partial(
-    answers,
+    describe_responses,
     "The normalized batch, in the form that Accept names; by default in the request's",
     content=tensor_content(
         _FORMS,
@@ -160,8 +160,8 @@ router = tensor_router()
 async def train(
     name: LayerName, request: Request, _query: Annotated[TrainQuery, Query()], _key: IdempotencyKey
 ) -> Response:
-    """Responds after the commit: the batch is in the running statistics exactly once per Idempotency-Key."""
-    return await ask_endpoint("POST", "train", name, request)
+    """Responds after the commit. A batch is folded exactly once per Idempotency-Key."""
+    return await call_endpoint("POST", "train", name, request)
 
 
 @router.post(
@@ -172,8 +172,8 @@ async def train(
     openapi_extra=_BATCH,
 )
 async def eval_(name: LayerName, request: Request, _query: Annotated[NormalizeQuery, Query()]) -> Response:
-    """Uses the newest committed state and changes nothing. A batch may be empty."""
-    return await ask_endpoint("POST", "eval", name, request)
+    """Uses the newest committed state and does not change it. A batch may be empty."""
+    return await call_endpoint("POST", "eval", name, request)
 
 
 @router.post(
@@ -183,5 +183,5 @@ async def eval_(name: LayerName, request: Request, _query: Annotated[NormalizeQu
     openapi_extra=_BATCH,
 )
 async def inverse(name: LayerName, request: Request) -> Response:
-    """As scikit-learn's inverse_transform. What a layer's `clip` cut off does not come back."""
-    return await ask_endpoint("POST", "inverse", name, request)
+    """Like scikit-learn's inverse_transform. Values that `clip` bounded are not restored."""
+    return await call_endpoint("POST", "inverse", name, request)

@@ -1,4 +1,4 @@
-"""The OpenAPI document: what FastAPI cannot know of tensors, headers and problems."""
+"""The OpenAPI document: adds tensors, headers and problem types to what FastAPI generates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from batchnorm_client.wire.tensors import CODECS
 
 Json = dict[str, Any]
 
-# FastAPI does not list those of tensors and problems, and of the others it drops defaults that are null.
+# FastAPI does not list models of tensors and problems, and drops null defaults from the others.
 _MODELS: Final = (
     documents.Layer,
     documents.LayerConfig,
@@ -45,27 +45,27 @@ _REQUEST_ID: Final[Json] = {
     "name": wire_headers.REQUEST_ID,
     "in": "header",
     "required": False,
-    "description": "comes back in the response, and is in the service's log",
+    "description": "returned in the response and written to the service's log",
     "schema": {"type": "string", "pattern": f"^{wire_headers.KEY_PATTERN.pattern}$"},
 }
-_ANSWER_HEADERS: Final[dict[str, Json]] = {
+_RESPONSE_HEADERS: Final[dict[str, Json]] = {
     wire_headers.REQUEST_ID: {"description": "the caller's, or a new one", "schema": _TEXT},
     "ETag": {"description": "the layer's version in quotes", "schema": _TEXT},
     wire_headers.VERSION: {"description": "the layer's version", "schema": {"type": "integer"}},
     wire_headers.NUM_BATCHES_TRACKED: {"description": "batches folded so far", "schema": {"type": "integer"}},
     wire_headers.IDEMPOTENT_REPLAY: {
-        "description": "there, and `true`, when the key had been used before",
+        "description": "present, and `true`, if the key had been used before",
         "schema": {"type": "string", "enum": ["true"]},
     },
     "Location": {"description": "the new layer", "schema": _TEXT},
     "Allow": {"description": "the methods that this path has", "schema": _TEXT},
-    "Retry-After": {"description": "seconds after which another try makes sense", "schema": {"type": "integer"}},
+    "Retry-After": {"description": "seconds to wait before retrying", "schema": {"type": "integer"}},
     "WWW-Authenticate": {"description": "Bearer", "schema": _TEXT},
 }
 _PROBLEM_HEADERS: Final[dict[int, tuple[str, ...]]] = {401: ("WWW-Authenticate",), 503: ("Retry-After",)}
 
-# openapi-python-client takes no schema that refers to itself, and leaves out every call that uses one. Lists in lists
-# to any depth cannot be said without; so the first two levels, which every batch has, are typed, and the rest is text.
+# openapi-python-client does not support recursive schemas and omits every operation that uses one. Without recursion,
+# only a fixed nesting can be typed: the first two levels, which every batch has. The description states the rest.
 _BATCH: Final[Json] = {
     "description": "Nested arrays, one level per axis, at least two; the innermost hold numbers, and the strings NaN, "
     "Infinity and -Infinity where JSON has no number.",
@@ -78,7 +78,7 @@ _VECTOR: Final[Json] = {
     "type": "array",
     "items": {"anyOf": [{"type": "number"}, {"type": "string", "enum": ["NaN", "Infinity", "-Infinity"]}]},
 }
-# Among the components, because FastAPI drops what is null from the rest of the document.
+# Placed under `components`, because FastAPI drops null values elsewhere in the document.
 CONFIG_EXAMPLES: Final[Json] = {
     "moving": {"summary": "Moving statistics, as torch has them", "value": {"num_features": 3}},
     "population": {
@@ -89,7 +89,7 @@ CONFIG_EXAMPLES: Final[Json] = {
 _COUNT: Final[Json] = {"type": "integer", "minimum": 0}
 
 
-def answers(
+def describe_responses(
     description: str,
     *headers: str,
     status: int = 200,
@@ -98,26 +98,26 @@ def answers(
     problems: Sequence[str] = (),
     guarded: bool = True,
 ) -> dict[int | str, Json]:
-    """The `responses` of a FastAPI route, as far as its signature does not say them.
+    """The `responses` argument of a FastAPI route: headers, problem types, and content of the successful response.
 
     Args:
-        description: of the response when all goes well.
-        headers: those that it has besides X-Request-ID.
-        status: the one that it has.
-        content: by media type, unless FastAPI knows it as the function's return type.
-        unchanged: it may be 304 instead.
-        problems: names of problem types besides those that every call may answer.
-        guarded: it may ask for a token, as all calls below /v1 do.
+        description: of the successful response.
+        headers: its headers besides X-Request-ID.
+        status: its status.
+        content: its content by media type; None if FastAPI derives it from the return type.
+        unchanged: whether 304 is possible.
+        problems: names of problem types besides those that every operation may return.
+        guarded: whether a token may be required, as below /v1.
     """
-    good = _with_headers({"description": description} | ({"content": content} if content else {}), headers)
-    responses: dict[int | str, Json] = {status: good}
+    success = _with_headers({"description": description} | ({"content": content} if content else {}), headers)
+    responses: dict[int | str, Json] = {status: success}
     if unchanged:
         responses[304] = _with_headers({"description": "The version is one of those in If-None-Match"}, ("ETag",))
     return responses | problem_responses((*problems, *_ALWAYS, *(_GUARDED if guarded else ())))
 
 
 def problem_responses(names: Sequence[str]) -> dict[int | str, Json]:
-    """Those problem types as OpenAPI responses, by status."""
+    """OpenAPI responses for these problem types, by status."""
     responses: dict[int | str, Json] = {}
     for name in sorted(set(names), key=lambda name: (PROBLEMS[name].status, name)):
         problem = PROBLEMS[name]
@@ -146,12 +146,18 @@ def problem_responses(names: Sequence[str]) -> dict[int | str, Json]:
 
 
 def ref(model: str) -> Json:
-    """A reference to a schema."""
+    """A JSON reference to a schema of the document's components."""
     return {"$ref": f"#/components/schemas/{model}"}
 
 
 def tensor_content(media_types: Sequence[str], document: Json, names: str) -> Json:
-    """Tensors in each of the forms that they have on the wire."""
+    """OpenAPI `content` of a body with tensors, by media type.
+
+    Args:
+        media_types: in which the tensors can be encoded.
+        document: the schema of the JSON encoding.
+        names: the tensors' names, for the description of the others.
+    """
     content: Json = {}
     for media in media_types:
         row = CODECS[media]
@@ -161,12 +167,12 @@ def tensor_content(media_types: Sequence[str], document: Json, names: str) -> Js
 
 
 def tensor_body(media_types: Sequence[str], model: str, names: str) -> Json:
-    """The `openapi_extra` of a call whose body is the tensors `names`, in JSON a `model`."""
+    """The `openapi_extra` argument of a route whose body has the tensors `names`; in JSON, it is a `model`."""
     return {"requestBody": {"required": True, "content": tensor_content(media_types, ref(model), names)}}
 
 
 def _tensor_documents() -> dict[str, Json]:
-    """The JSON documents that have tensors, which are read and written without pydantic."""
+    """Schemas of JSON documents with tensors, which are parsed and written without pydantic."""
     batch, vector, count = ref("Batch"), ref("Vector"), _COUNT
     state = dict.fromkeys(("running_mean", "running_var", "weight", "bias"), vector)
     population = dict.fromkeys(("population_mean", "population_m2", "population_weights"), vector)
@@ -191,7 +197,7 @@ def _object(required: Json, optional: Json | None = None) -> Json:
 
 
 def openapi_document(app: FastAPI) -> Json:
-    """The whole document of `app`: FastAPI's, and what tensors and problems are."""
+    """The complete OpenAPI document of `app`."""
     document = get_openapi(
         title=app.title,
         version=app.version,
@@ -210,28 +216,27 @@ def openapi_document(app: FastAPI) -> Json:
     for operations in document["paths"].values():
         for operation in operations.values():
             if "security" in operation:
-                operation["security"].insert(0, {})  # a service without tokens asks for none
+                operation["security"].insert(0, {})  # optional: a service without tokens needs none
             parameters = operation.setdefault("parameters", [])
             for parameter in parameters:
                 parameter["schema"] = _without_null(parameter["schema"])
             parameters.append(_REQUEST_ID)
             operation["responses"]["default"] = {
                 "description": "Any other problem, such as `not-found` and `method-not-allowed`",
-                "headers": {"Allow": _ANSWER_HEADERS["Allow"]},
+                "headers": {"Allow": _RESPONSE_HEADERS["Allow"]},
                 "content": {forms.PROBLEM_JSON: {"schema": ref("ProblemDocument")}},
             }
     return document
 
 
-def _with_headers(answer: Json, names: Sequence[str]) -> Json:
-    headers = {name: _ANSWER_HEADERS[name] for name in (wire_headers.REQUEST_ID, *names)}
-    return {**answer, "headers": {**headers, **answer.get("headers", {})}}
+def _with_headers(response: Json, names: Sequence[str]) -> Json:
+    return {**response, "headers": {name: _RESPONSE_HEADERS[name] for name in (wire_headers.REQUEST_ID, *names)}}
 
 
 def _without_null(schema: Json) -> Json:
-    """What a parameter is that may be left out: queries and headers have no null."""
+    """The schema of an optional parameter without `null`, which query strings and headers cannot express."""
     if "anyOf" not in schema:
         return schema
-    (given,) = (choice for choice in schema["anyOf"] if choice != {"type": "null"})
+    (not_null,) = (choice for choice in schema["anyOf"] if choice != {"type": "null"})
     kept = {name: value for name, value in schema.items() if name not in ("anyOf", "default")}
-    return {**kept, **given}
+    return {**kept, **not_null}

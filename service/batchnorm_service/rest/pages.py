@@ -1,4 +1,4 @@
-"""Pages for people: what this service is, what each problem type means, and the documentation of the calls."""
+"""Pages for people: about the service, the problem types, and the API documentation (Swagger UI)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from batchnorm_client.wire.errors import PROBLEMS, NotAcceptable, NotFound, Prob
 from batchnorm_client.wire.media_types import JSON
 
 from .negotiation import accepted
-from .openapi import answers
+from .openapi import describe_responses
 from .responses import RawHeader, Response, respond_json
 from .routes import document_router
 
@@ -23,8 +23,8 @@ _HTML_TYPE: Final = "text/html; charset=utf-8"
 _SCRIPT_TYPE: Final = "text/javascript; charset=utf-8"
 _VARY: Final[RawHeader] = (b"vary", b"accept")
 
-# Swagger UI's own files come from the wheel `fastapi-offline`, so the page needs nothing from another host, and the
-# policy lets it load nothing from there. Swagger UI sets style attributes; its scripts are files.
+# Swagger UI's files are in the wheel `fastapi-offline`, so the policy can forbid loading anything from other hosts.
+# Swagger UI sets style attributes (hence 'unsafe-inline'); its scripts are files.
 _POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -66,30 +66,29 @@ router = document_router("about", guarded=False)
 @router.get(
     "/problems",
     summary="Every problem type",
-    responses=answers("Text", guarded=False),
+    responses=describe_responses("Text", guarded=False),
     response_class=PlainTextResponse,
 )
 async def list_problems() -> str:
-    """One line each: status, name, title."""
+    """One line per problem type: status, name, title."""
     return "".join(sorted(f"{problem.status}  {name:24}{problem.title}\n" for name, problem in PROBLEMS.items()))
 
 
 @router.get(
     "/problems/{problem}",
     summary="What a problem type means",
-    responses=answers("Text", problems=("not-found",), guarded=False),
+    responses=describe_responses("Text", problems=("not-found",), guarded=False),
     response_class=PlainTextResponse,
 )
 async def explain_problem(problem: str) -> str:
-    """The `type` of a problem document leads here."""
-    found = PROBLEMS.get(problem)
-    if found is None:
+    """The page that the `type` of a problem document links to."""
+    if problem not in PROBLEMS:
         raise NotFound(f"there is no problem type {problem[:200]!r}; /problems lists them", expected=list(PROBLEMS))
-    return problem_page(found)
+    return problem_page(PROBLEMS[problem])
 
 
 def problem_page(problem: type[ProblemError]) -> str:
-    """Title, status, and the words of the class's docstring."""
+    """Title, name, status, and the class's docstring, as plain text."""
     return f"{problem.title}\n{problem.name}, HTTP status {problem.status}\n\n{inspect.getdoc(problem)}\n"
 
 
@@ -97,11 +96,11 @@ def problem_page(problem: type[ProblemError]) -> str:
     "/",
     summary="What this is, and where its documentation is",
     response_model=dict[str, str],
-    responses=answers("Name, version and links", guarded=False)
+    responses=describe_responses("Name, version and links", guarded=False)
     | {307: {"description": "To the documentation, where text/html is preferred"}},
 )
 async def about(request: Request) -> Response:
-    """A browser, or whoever else prefers text/html, is sent to the documentation."""
+    """Redirects clients that prefer text/html, such as browsers, to the documentation."""
     if _prefers_html(request.headers.get("accept")):
         return Response(307, None, [], [(b"location", b"docs"), _VARY, (b"content-length", b"0")])
     links = {name: f"/{name}" for name in ("docs", "problems", "healthz", "readyz")}
@@ -114,7 +113,7 @@ def _prefers_html(accept: str | None) -> bool:
     try:
         return accepted(accept.encode("latin-1") if accept else None, (JSON, _HTML))[0] == _HTML
     except NotAcceptable:
-        return False  # JSON says more than a 406 would
+        return False  # JSON is more helpful than 406
 
 
 @router.get("/openapi.json", include_in_schema=False)
@@ -125,23 +124,23 @@ async def openapi(request: Request) -> Response:
 
 @router.get("/docs", include_in_schema=False)
 async def docs() -> Response:
-    """Swagger UI."""
+    """The page with Swagger UI."""
     return Response(200, _HTML_TYPE, [_DOCS_PAGE], _DOCS_HEADERS)
 
 
 @router.get("/docs/start.js", include_in_schema=False)
 async def start() -> Response:
-    """Its start, in a file: the policy allows no scripts in the page."""
+    """The script that starts Swagger UI; a file, because the policy forbids inline scripts."""
     return Response(200, _SCRIPT_TYPE, [_START_SCRIPT], _DOCS_HEADERS)
 
 
 @router.get("/docs/swagger-ui-bundle.js", include_in_schema=False)
 async def swagger_ui_script() -> FileResponse:
-    """From the wheel."""
+    """Swagger UI's script."""
     return FileResponse(_SWAGGER_UI / "swagger-ui-bundle.js", media_type=_SCRIPT_TYPE, headers=_FILE_HEADERS)
 
 
 @router.get("/docs/swagger-ui.css", include_in_schema=False)
 async def swagger_ui_styles() -> FileResponse:
-    """From the wheel."""
+    """Swagger UI's style sheet."""
     return FileResponse(_SWAGGER_UI / "swagger-ui.css", media_type="text/css; charset=utf-8", headers=_FILE_HEADERS)

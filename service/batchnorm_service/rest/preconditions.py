@@ -1,4 +1,4 @@
-"""Entity tags: a layer's version as its ETag, and the conditions If-Match and If-None-Match."""
+"""ETags from layer versions, and the preconditions If-Match and If-None-Match (RFC 9110, 13)."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ _ANY_VERSION = re.compile(r'"(0|[1-9][0-9]{0,18})"')
 
 
 def etag(version: int) -> bytes:
-    """The ETag of that version."""
+    """The ETag of a version."""
     return b'"%d"' % version
 
 
-def if_match(given: str | None) -> frozenset[int] | None:
-    """The versions that an If-Match header admits; None when it admits any (absent, or `*`).
+def if_match(header: str | None) -> frozenset[int] | None:
+    """The versions that satisfy an If-Match header; None if any does (no header, or `*`).
 
-    RFC 9110, 13.1.1: a list of tags under the strong comparison, so weak tags match nothing; neither do tags that this
-    service never gave. A header that is no such list is refused: to ignore it would drop the caller's condition, and
-    to take it as never true would hide the mistake. `*` asks for a layer that exists, which every call does by itself.
+    RFC 9110, 13.1.1: a list of entity tags with strong comparison. Weak tags and tags that this service never issued
+    match nothing. A malformed header is refused: ignoring it would drop the client's precondition, and treating it as
+    false would hide the mistake. `*` requires an existing layer, which all calls with If-Match do anyway.
 
     Raises:
         InvalidRequest: it is neither `*` nor a list of entity tags.
     """
-    if given is None or given.strip() == "*":
+    if header is None or header.strip() == "*":
         return None
-    if not _TAGS.fullmatch(given):
+    if not _TAGS.fullmatch(header):
         raise InvalidRequest(
             'If-Match is * or a list of entity tags such as "7", quotes included',
             field="If-Match",
             expected='"<version>"',
-            got=given[:200],
+            got=header[:200],
         )
-    return frozenset(int(version) for version in _STRONG_VERSION.findall(given))
+    return frozenset(int(version) for version in _STRONG_VERSION.findall(header))
 
 
-def matches_none(given: bytes | None, version: int) -> bool:
-    """Whether an If-None-Match header lets the response through: False means 304.
+def matches_none(header: bytes | None, version: int) -> bool:
+    """Whether an If-None-Match header is satisfied; if not, the response is 304.
 
-    RFC 9110, 13.1.2: the weak comparison. A header that is no list of tags is ignored; that costs a response in full.
+    RFC 9110, 13.1.2: weak comparison. A malformed header is ignored: the client then gets the full response.
     """
-    if given is None:
+    if header is None:
         return True
-    text = given.decode("latin-1")
+    text = header.decode("latin-1")
     if text.strip() == "*":
         return False
     return not (_TAGS.fullmatch(text) and str(version) in _ANY_VERSION.findall(text))

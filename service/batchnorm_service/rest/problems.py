@@ -1,4 +1,4 @@
-"""Problems: whatever went wrong becomes application/problem+json (RFC 9457), here and nowhere else."""
+"""Turns exceptions into problem documents, application/problem+json (RFC 9457); no other module writes them."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ _OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 
 
 def respond_problem(error: Exception, path: str, request_id: str) -> Response:
-    """The answer to a request that ended in `error`.
+    """The response to a request that raised `error`.
 
-    What is no `ProblemError` is a fault of the service: the log gets the traceback, the caller the request id.
+    An exception other than `ProblemError` is a bug: its traceback is logged, and the client gets the request id only.
     """
     document = problem_document(error, path, request_id)
     problem = _problem(error, path)
-    body = orjson.dumps(document, default=_listed, option=_OPTIONS)
+    body = orjson.dumps(document, default=_to_json, option=_OPTIONS)
     return Response(problem.status, PROBLEM_JSON, [body], _headers(problem))
 
 
 def problem_document(error: Exception, path: str, request_id: str) -> dict[str, Any]:
-    """What is said of an error, on its own or as one of many results."""
+    """The problem document of an exception: a whole response, or one result of a call on many layers."""
     problem = _problem(error, path)
     if isinstance(problem, InternalError):
         log.error("request %s failed", request_id, exc_info=error)
@@ -75,7 +75,7 @@ def _headers(problem: ProblemError) -> list[RawHeader]:
             return []
 
 
-def _listed(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if isinstance(value, set | frozenset):
         return sorted(value)
     return str(value)

@@ -1,4 +1,4 @@
-"""Query parameters: as models, so that what is not known is refused, and OpenAPI has them from one place."""
+"""Query parameters as pydantic models: unknown ones are refused, and OpenAPI describes the same models."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from batchnorm_service.layers import GroupCall
 
 from .documents import invalid_request
 
-MOST_MEMBERS: Final = 4096
+MAX_MEMBERS: Final = 4096
 
 
 class Query(BaseModel):
-    """The base of all query parameters."""
+    """Base class of the query parameters of an operation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class NoQuery(Query):
-    """A call without query parameters."""
+    """No query parameters."""
 
 
 class NormalizeQuery(Query):
-    """What an answer to train or eval carries besides the output."""
+    """Query parameters of eval."""
 
     statistics: Literal["true", "false"] = Field(
-        "false", description="also answer batch_mean, batch_var (biased) and batch_invstd; not in .npy"
+        "false", description="also return batch_mean, batch_var (biased) and batch_invstd; not in .npy"
     )
 
 
 class GroupQuery(Query):
-    """Which synchronized batch a call is a shard of."""
+    """Query parameters of a call whose batch may be a shard of a synchronized batch."""
 
     group: str | None = Field(
-        None, pattern=f"^{KEY_PATTERN.pattern}$", description="the id of one synchronized batch; not used twice"
+        None, pattern=f"^{KEY_PATTERN.pattern}$", description="the id of the synchronized batch; use a new one for each"
     )
     size: int | None = Field(
-        None, ge=1, le=MOST_MEMBERS, validate_default=True, description="how many members the group has"
+        None, ge=1, le=MAX_MEMBERS, validate_default=True, description="how many members the group has"
     )
     timeout: float = Field(
         30.0, gt=0, le=600, allow_inf_nan=False, description="seconds that this member waits for the others"
@@ -58,24 +58,24 @@ class GroupQuery(Query):
 
     @property
     def group_call(self) -> GroupCall | None:
-        """What `layers` needs to know of the group."""
+        """The group to join, or None."""
         if self.group is None or self.size is None:
             return None
         return GroupCall(self.group, self.size, self.timeout)
 
 
 class MomentsQuery(GroupQuery):
-    """What posted moments may be part of."""
+    """Query parameters of moments."""
 
 
 class TrainQuery(GroupQuery, NormalizeQuery):
-    """What a train call may be part of, and what its answer carries besides the output."""
+    """Query parameters of train."""
 
 
 class BackwardQuery(GroupQuery):
-    """Through which step a gradient goes."""
+    """Query parameters of backward."""
 
-    mode: Literal["train", "eval"] = Field("train", description="the step that made the output")
+    mode: Literal["train", "eval"] = Field("train", description="the mode of the forward pass")
 
 
 Q = TypeVar("Q", bound=Query)
@@ -88,7 +88,7 @@ def parse_query(model: type[Q], query_string: bytes) -> Q:
         InvalidRequest: a parameter is unknown, repeated or out of range.
     """
     if len(query_string) <= 64:
-        return cast(Q, _parse_cached(model, query_string))  # none, or ?statistics=true, comes again and again
+        return cast(Q, _parse_cached(model, query_string))
     return _parse(model, query_string)
 
 

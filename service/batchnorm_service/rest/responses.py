@@ -1,4 +1,4 @@
-"""Answers: a status, headers, and a body in pieces that are sent without joining them."""
+"""Responses whose body is a list of buffers, sent without being joined."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ JSON_OPTIONS: Final = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_UTC_Z
 REPLAYED: Final[RawHeader] = (IDEMPOTENT_REPLAY.lower().encode(), b"true")
 
 _NUMBER_BYTES: Final = 16
-"""About as long is a number in JSON, with its comma: 11 bytes in float32, 20 in float64."""
+"""Approximate length of a number with its comma in JSON: 11 bytes for float32, 20 for float64."""
 
 JOIN_BYTES: Final = 1 << 16
 """Bodies up to this size are sent as one message: copying them costs less than a second message."""
 
 
 class Response(responses.Response):
-    """What goes back to the caller: on FastAPI's way as its response, on the short way as it is."""
+    """A response whose body is a list of buffers, for ASGI and the fast path."""
 
     def __init__(
         self, status: int, media_type: str | None, pieces: Sequence[Piece], headers: Iterable[RawHeader] = ()
     ) -> None:
-        # Response.__init__ would copy and encode what is ready to be sent.
+        # Not calling super().__init__, which would copy and encode the body.
         self.status_code = status
         self.pieces = pieces
         self.size = 0
@@ -49,7 +49,7 @@ class Response(responses.Response):
             self.raw_headers.append((b"content-length", b"%d" % self.size))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
+        """Send the response as ASGI messages."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         if self.size <= JOIN_BYTES:
             await send({"type": "http.response.body", "body": b"".join(self.pieces)})
@@ -60,26 +60,26 @@ class Response(responses.Response):
 
 
 def respond_json(status: int, value: Any, headers: Iterable[RawHeader] = ()) -> Response:
-    """A JSON document."""
+    """A response with a JSON document."""
     return Response(status, JSON, [orjson.dumps(value, option=JSON_OPTIONS)], headers)
 
 
 def respond_empty(status: int, headers: Iterable[RawHeader] = ()) -> Response:
-    """An answer that has no body by definition: 204 or 304."""
+    """A response without a body, such as 204 and 304."""
     return Response(status, None, [], headers)
 
 
 def text_bytes(form: str, tensors: Iterable[Tensor]) -> int:
-    """About how many bytes of text tensors are in this form; nothing is written of those that go as they are."""
+    """About how many bytes encoding writes as text in this media type; 0 for binary ones, which send buffers as is."""
     return sum(_NUMBER_BYTES * math.prod(tensor.shape) for tensor in tensors) if codec(form).text else 0
 
 
 async def respond_with_layer(
     layers: Layers, status: int, layer: Snapshot, headers: Iterable[RawHeader] = (), *, replayed: bool = False
 ) -> Response:
-    """A layer as a contract.Layer. Writing the numbers of a large one takes long enough to be done in a thread.
+    """A response with the JSON document `Layer`; a large one is encoded in a thread.
 
-    The version of a repeat is the first call's, but the tensors are the present ones: no ETag stands for both.
+    A replayed response has the version of the first call but the tensors of the current state, hence no ETag.
     """
     tags = [REPLAYED] if replayed else [(b"etag", etag(layer.version))]
     size = text_bytes(JSON, layer.tensors.values())

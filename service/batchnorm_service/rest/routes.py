@@ -1,12 +1,12 @@
-"""How routes for JSON documents read requests: FastAPI's parameters, with the contract's strictness and bounds.
+"""Routers and typed parameters for FastAPI routes, with strict parsing of query parameters and JSON bodies.
 
     router = document_router("layers")
 
     @router.put("/v1/layers/{name}", ...)
     async def create_layer(name: LayerName, config: LayerConfig, layers: LayersDependency) -> Response: ...
 
-FastAPI finds parameters and body in the signature, as always. `DocumentRoute` adds what it does not do: it refuses
-unknown and repeated query parameters, and reads the body within the limit, as strict JSON and off the event loop.
+FastAPI takes parameters and body from the signature. `DocumentRoute` adds what FastAPI does not do: it refuses unknown
+and repeated query parameters, limits the body's size, and parses it as strict JSON, off the event loop if it is large.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ Handler = Callable[[Request], Coroutine[Any, Any, StarletteResponse]]
 
 
 class DocumentRoute(APIRoute):
-    """A route whose query parameters are all known, and whose body, if it has one, is a JSON document.
+    """A route with strict query parameters and, if it has a body, a strict JSON body.
 
     A custom route class, as in FastAPI's guide "Custom Request and APIRoute class". Its handler raises:
 
-        InvalidRequest: a query parameter is unknown or repeated; a field of the body is unknown, missing or wrong.
-        UnsupportedMediaType: the body is no JSON, by its Content-Type.
-        PayloadTooLarge: it is larger than `max_body_bytes` of the application's options.
-        MalformedBody: it is no JSON.
+        InvalidRequest: a query parameter is unknown or repeated; a field of the body is unknown, missing or invalid.
+        UnsupportedMediaType: the Content-Type is not JSON.
+        PayloadTooLarge: the body is larger than `ApiOptions.max_body_bytes`.
+        MalformedBody: the body is not valid JSON.
     """
 
     def get_route_handler(self) -> Handler:
-        """FastAPI's handler, after these checks."""
+        """FastAPI's handler, preceded by these checks."""
         handle = super().get_route_handler()
         known = [field.alias for field in self.dependant.query_params]
         body = self.body_field.field_info if self.body_field else None
@@ -68,7 +68,7 @@ class DocumentRoute(APIRoute):
 
 
 class _DocumentRequest(Request):
-    """A request whose body has been read; FastAPI asks for it as JSON if there is one, and finds it checked."""
+    """A request whose body was parsed and validated; FastAPI gets the model from `json()`."""
 
     def __init__(self, request: Request, size: int, document: BaseModel | None) -> None:
         super().__init__(request.scope, request.receive)
@@ -103,22 +103,22 @@ def document_router(tag: str, *, guarded: bool = True) -> APIRouter:
     """A router for JSON documents.
 
     Args:
-        tag: the group that the documentation shows its calls in.
-        guarded: a token may be asked for, which the gateway does before anything is read; here it is described.
+        tag: its section in the API documentation.
+        guarded: whether OpenAPI shows that a token may be required. The gateway does the check.
     """
     return APIRouter(route_class=DocumentRoute, tags=[tag], dependencies=[Security(_bearer)] if guarded else [])
 
 
 def tensor_router(tag: str = "layers") -> APIRouter:
-    """A router for calls whose body or response is tensors, in forms that only their descriptions list."""
+    """A router for operations with tensors, whose media types are described by `tensor_content`."""
     return APIRouter(tags=[tag], dependencies=[Security(_bearer)], default_response_class=StarletteResponse)
 
 
-async def ask_endpoint(method: str, call: str, name: str, request: Request) -> Response:
-    """What the endpoint of a call on a layer responds.
+async def call_endpoint(method: str, call: str, name: str, request: Request) -> Response:
+    """The response of the endpoint that is registered for this method and call.
 
-    The gateway asks endpoints without FastAPI. Their routes are there for the OpenAPI document, for HEAD and for 405;
-    they lead to the same endpoints.
+    The gateway calls endpoints without FastAPI. Their FastAPI routes exist for the OpenAPI document, HEAD and 405, and
+    call the same endpoints.
     """
     endpoint: Endpoint = request.app.state.endpoints[method, call]
     headers = read_headers(request.scope["headers"])
@@ -153,6 +153,6 @@ async def _idempotency_key(
 LayerName = Annotated[str, Path(pattern=f"^{LAYER_NAME_PATTERN.pattern}$", description="the layer's name")]
 LayersDependency = Annotated[Layers, Depends(_layers)]
 IfMatch = Annotated[frozenset[int] | None, Depends(_if_match)]
-"""The versions that If-Match admits; None for any."""
+"""The versions that satisfy If-Match; None for any."""
 IfNoneMatch = Annotated[str | None, Header(alias="If-None-Match", description="304 at these versions")]
 IdempotencyKey = Annotated[str | None, Depends(_idempotency_key)]

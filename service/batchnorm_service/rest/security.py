@@ -1,4 +1,4 @@
-"""Who may do what: bearer tokens, one for everything and one for reading."""
+"""Access control by bearer tokens: one for all calls, one for reads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from batchnorm_client.wire.errors import Forbidden, Unauthenticated
 from .headers import Headers
 from .target import Target
 
-OPEN_PATHS: Final = frozenset(
+PUBLIC_PATHS: Final = frozenset(
     {
         "/",
         "/docs",
@@ -24,26 +24,26 @@ OPEN_PATHS: Final = frozenset(
         "/readyz",
     }
 )
-"""Paths that need no token, as `Target.path` spells them. Whatever is not here or below needs one."""
+"""Paths that need no token, normalized as in `Target.path`."""
 
-OPEN_PARENTS: Final = ("/problems",)
-"""Every path that is one of these and exactly one more segment needs no token either."""
+PUBLIC_PARENTS: Final = ("/problems",)
+"""Paths of one of these plus exactly one segment need no token either."""
 
 
-def is_open(path: str) -> bool:
-    """Whether a path needs no token even when one is configured. A path that nobody thought of needs one."""
-    if path in OPEN_PATHS:
+def is_public(path: str) -> bool:
+    """Whether a path needs no token even when one is configured. All unlisted paths need one."""
+    if path in PUBLIC_PATHS:
         return True
     parent, _, last = path.rpartition("/")
-    return last != "" and parent in OPEN_PARENTS
+    return last != "" and parent in PUBLIC_PARENTS
 
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """Checks the Authorization header of every call whose path is not open.
+    """Check of the Authorization header, on all paths that are not public.
 
     Attributes:
-        token: allows everything; None leaves the service open.
+        token: allows every call; None disables the check.
         read_token: allows GET, HEAD and eval.
     """
 
@@ -51,13 +51,13 @@ class Guard:
     read_token: str | None = field(default=None, repr=False)
 
     def check(self, headers: Headers, method: str, target: Target) -> None:
-        """Let the call through, or not.
+        """Return if the call is allowed.
 
         Raises:
-            Unauthenticated: no token, or one that the service does not know.
-            Forbidden: the read token, and the call is more than reading.
+            Unauthenticated: the token is missing or unknown.
+            Forbidden: it is the read token, and the call is not a read.
         """
-        if self.token is None or (not target.versioned and is_open(target.path)):
+        if self.token is None or (not target.versioned and is_public(target.path)):
             return
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         given = given.strip()

@@ -1,7 +1,7 @@
-"""How large a batch may be whose bytes do not tell.
+"""Limits on a batch's shape, for batches whose size in bytes says little.
 
-A dimension of 0 leaves nothing of the others in a binary body, and a dimension of 1 adds nothing to it; but JSON writes
-as many lists as the shape says.
+A small binary body can declare a shape that is huge as JSON: with a dimension of 0 it has no data at all, and
+dimensions of 1 add none, but JSON writes a list per index.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Final
 from batchnorm_client.wire.errors import PayloadTooLarge
 from batchnorm_client.wire.tensors import Tensor, codec
 
-_MOST_EMPTY_IN_TEXT: Final = 1 << 20
-_LISTS_PER_ELEMENT: Final = 8  # as many dimensions; more of them, of length 1, would make more text than numbers do
+_MAX_EMPTY_ELEMENTS: Final = 1 << 20
+_MAX_LISTS_PER_ELEMENT: Final = 8  # reached with more than 8 dimensions only: brackets would then outweigh the numbers
 
 
 def check_elements(tensor: Tensor, most: int, forms: Iterable[str], *, field: str) -> None:
-    """Refuse a batch by its shape, before anything is done with it.
+    """Refuse a batch whose shape is too large, before computing anything.
 
     Args:
-        tensor: as the caller declared it.
-        most: elements that a batch may have, a dimension of 0 counted as 1.
-        forms: of the request and the response. If one is text, a batch with a dimension of 0 has at most 2^20
-            elements, and it may have eight times as many lists as a batch may have elements.
+        tensor: the batch.
+        most: how many elements it may have; a dimension of 0 counts as 1.
+        forms: the media types of request and response. If one is text, a batch with a dimension of 0 may have 2^20
+            elements, and any batch may have `8 * most` nested lists.
         field: the tensor's name.
 
     Raises:
@@ -34,15 +34,15 @@ def check_elements(tensor: Tensor, most: int, forms: Iterable[str], *, field: st
     """
     shape = tensor.shape
     text = any(codec(form).text for form in forms)
-    if 0 < tensor.nbytes <= most and not (text and len(shape) > _LISTS_PER_ELEMENT):
+    if 0 < tensor.nbytes <= most and not (text and len(shape) > _MAX_LISTS_PER_ELEMENT):
         return  # it has no more elements than bytes
     elements = math.prod(n or 1 for n in shape)
     _check(elements, most, f"{field} has {elements} elements, a dimension of 0 counted as 1", field)
     if text:
-        most = most if tensor.nbytes else min(most, _MOST_EMPTY_IN_TEXT)
+        most = most if tensor.nbytes else min(most, _MAX_EMPTY_ELEMENTS)
         _check(elements, most, f"{field} has a dimension of 0, and in JSON {elements} elements", field)
         lists = sum(accumulate(shape[:-1], mul, initial=1))
-        _check(lists, _LISTS_PER_ELEMENT * most, f"{field} would be {lists} lists in JSON", field)
+        _check(lists, _MAX_LISTS_PER_ELEMENT * most, f"{field} would be {lists} lists in JSON", field)
 
 
 def _check(got: int, most: int, detail: str, field: str) -> None:

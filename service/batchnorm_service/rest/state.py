@@ -1,4 +1,4 @@
-"""A layer's tensors, under their names in torch's state_dict."""
+"""Routes for a layer's tensors, under their names in torch's state_dict."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from batchnorm_client.wire.tensors import decode, encode
 from .bodies import read_body
 from .headers import read_headers
 from .negotiation import accepted, content_type
-from .openapi import answers, ref, tensor_body, tensor_content
+from .openapi import describe_responses, ref, tensor_body, tensor_content
 from .preconditions import etag, matches_none
 from .queries import NoQuery, parse_query
 from .responses import Response, respond_empty, respond_with_layer, text_bytes
@@ -33,7 +33,7 @@ router = tensor_router("state")
 @router.get(
     "/v1/layers/{name}/state",
     summary="A layer's tensors, as torch's state_dict has them",
-    responses=answers(
+    responses=describe_responses(
         "The tensors",
         "ETag",
         content=tensor_content(_FORMS, ref("LayerState"), _NAMES),
@@ -61,7 +61,7 @@ async def get_state(
     summary="Replace some or all of a layer's tensors",
     response_model=Layer,
     response_class=JSONResponse,
-    responses=answers(
+    responses=describe_responses(
         "The layer",
         "ETag",
         problems=(
@@ -78,7 +78,7 @@ async def get_state(
     openapi_extra=tensor_body(_FORMS, "LayerState", _NAMES),
 )
 async def replace_state(name: LayerName, request: Request, layers: LayersDependency, versions: IfMatch) -> Response:
-    """Tensors that are left out stay as they are."""
+    """Omitted tensors stay unchanged."""
     parse_query(NoQuery, request.scope["query_string"])
     headers = read_headers(request.scope["headers"])
     form = content_type(headers, _FORMS)

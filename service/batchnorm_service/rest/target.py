@@ -1,7 +1,7 @@
-"""The target of a request: its path as segments, each decoded, and the layer that it names.
+"""Parses the path of a request: its decoded segments, and the layer that it names.
 
-Percent-escapes are decoded here, segment by segment and before routing, because a layer's name may not contain what
-they could smuggle in: `/v1/layers/a%2Fb` names the layer `a/b`, which is a bad name, not another path.
+Percent-escapes are decoded per segment, before routing: `/v1/layers/a%2Fb` names the layer `a/b`, which is an invalid
+name, and must not be routed like `/v1/layers/a/b`.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from starlette.types import Scope
 
 from batchnorm_client.wire.names import LAYER_NAME_PATTERN
 
-MOST_CACHED_BYTES: Final = 256
-"""The path of a call on a layer is shorter: a name has at most 200 characters. Longer paths are not cached."""
+MAX_CACHED_BYTES: Final = 256
+"""Longer paths are not cached. Paths of calls on layers are shorter: a name has at most 200 characters."""
 
 
 class Target(NamedTuple):
-    """Where a request goes.
+    """A parsed request path.
 
     Attributes:
-        path: in one spelling: unreserved characters are not escaped, all others are.
-        versioned: it is a call of the API, below /v1, and counts as running. No such path is open to everyone.
+        path: normalized: unreserved characters unescaped, all others escaped.
+        versioned: whether it is below /v1. Such calls are never public, and count as running.
         layer: the name in `/v1/layers/{layer}`, or None.
-        named: no layer is named, or one by a name that a layer can have.
-        call: what follows it, such as `train`; empty when nothing does.
+        call: the segments after it, such as `train`, or empty.
+        named: False if `layer` is not a valid name.
     """
 
     path: str
@@ -39,14 +39,14 @@ class Target(NamedTuple):
 def read_target(scope: Scope) -> Target:
     """The target of an HTTP request's scope."""
     raw = scope.get("raw_path") or quote(scope["path"]).encode()
-    # Whoever can connect chooses the path: what is kept of it before a token is asked for must be bounded in bytes.
-    find = target_of if len(raw) <= MOST_CACHED_BYTES else target_of.__wrapped__
+    # The path is chosen by clients that have not been authenticated yet: the cache must be bounded in bytes.
+    find = target_of if len(raw) <= MAX_CACHED_BYTES else target_of.__wrapped__
     return find(raw, scope.get("root_path", ""))
 
 
 @lru_cache(maxsize=1024)
 def target_of(raw: bytes, root: str = "") -> Target:
-    """The target of a path as it came, `root` taken off. Only for paths of up to `MOST_CACHED_BYTES` bytes."""
+    """The target of a raw path without the prefix `root`. Cached: only for paths of up to `MAX_CACHED_BYTES`."""
     path = raw.decode("latin-1").removeprefix(root)
     segments = path.split("/")
     if "%" in path or not path.isascii():

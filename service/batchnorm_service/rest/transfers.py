@@ -1,4 +1,4 @@
-"""Bytes on their way: what all connections of a process share, deadlines and one bound on what is kept meanwhile."""
+"""Timeouts of requests and responses, and a limit on buffered bytes that all connections of a process share."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from batchnorm_client.wire.errors import Overloaded
 
 
 class Transfers:
-    """Deadlines of requests and responses, and the bytes of incomplete bodies and unsent responses.
+    """Timeouts, and the count of buffered bytes of incomplete requests and unsent responses.
 
-    New requests are refused from `max_buffered_bytes` on. Bodies that were let in before may go on, up to one largest
-    body beyond it; then they are refused as well, so that the memory is bounded however many were let in.
+    At `max_buffered_bytes`, new requests are refused. Requests admitted before may continue until one more body of
+    `max_body_bytes` is buffered; then they are refused too, so memory is bounded however many were admitted.
 
     Args:
-        read_timeout: seconds; a request is refused when nothing of it came for so long, or too little in the mean.
-        write_timeout: seconds; the same for a response.
-        max_buffered_bytes: new requests are refused while so much is buffered.
-        max_body_bytes: the largest body.
+        read_timeout: seconds without a received byte after which a request is refused, and after which its average
+            rate is checked.
+        write_timeout: the same for sending a response.
+        max_buffered_bytes: new requests are refused while this many bytes are buffered.
+        max_body_bytes: the largest request body.
 
     Attributes:
-        buffered: bytes that have come of incomplete bodies, and bytes of responses that have not been sent.
+        buffered: received bytes of incomplete bodies plus unsent bytes of responses.
     """
 
     def __init__(
@@ -32,35 +33,35 @@ class Transfers:
         self.write_timeout = write_timeout
         self.buffered = 0
         self._max_buffered_bytes = max_buffered_bytes
-        self._most = max_buffered_bytes + max_body_bytes
+        self._hard_limit = max_buffered_bytes + max_body_bytes
 
     def check(self) -> None:
-        """Refuse a new request while too much is buffered.
+        """Check whether a new request may start.
 
         Raises:
-            Overloaded: it is.
+            Overloaded: too many bytes are buffered.
         """
         if self.buffered >= self._max_buffered_bytes:
             raise _overloaded()
 
     def receive(self, size: int) -> None:
-        """Count `size` more bytes of a body.
+        """Count `size` more received bytes of a body.
 
         Raises:
-            Overloaded: there is no room for them; they are not counted.
+            Overloaded: the limit would be exceeded; they are not counted.
         """
-        if self.buffered + size > self._most:
+        if self.buffered + size > self._hard_limit:
             raise _overloaded()
         self.buffered += size
 
     def hold(self, size: int) -> None:
-        """Count `size` more bytes of a response: it exists already."""
+        """Count `size` more unsent bytes of a response; never refused, as the response exists already."""
         self.buffered += size
 
     def release(self, size: int) -> None:
-        """So many bytes are no longer on their way."""
+        """Subtract `size` bytes that are no longer buffered."""
         self.buffered -= size
 
 
 def _overloaded() -> Overloaded:
-    return Overloaded("too many bytes of requests and responses are on their way", retry_after=1)
+    return Overloaded("too many bytes of requests and responses are buffered", retry_after=1)

@@ -1,1 +1,1 @@
-"""Where records live: a table with compare-and-set, nothing more. It knows no torch: a record is a stamp and bytes."""
+"""Stores: tables of records with compare-and-set. A record is a stamp and bytes; nothing here depends on torch."""

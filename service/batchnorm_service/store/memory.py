@@ -1,4 +1,4 @@
-"""Records in this process's memory: for tests and for trying the service out. Nothing outlives the process."""
+"""A store in memory, for tests and for trying the service out. Its records are lost with the process."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from itertools import islice
 
 from batchnorm_service.runtime import RUNTIME, Runtime
 from batchnorm_service.store.base import (
+    CONTENDER_SECONDS,
     HEAD_BYTES,
-    LOST_SECONDS,
     Committed,
     Conflict,
     Duplicates,
@@ -42,15 +42,15 @@ class _Group:
 
 
 class MemoryStore:
-    """A table of records in a dict.
+    """Table of records in a dict.
 
-    Two services may share one object in a test (`exclusive=False`): it stays open until each that opened it has closed
-    it. Its records live as long as the object, so that opening it again is a restart that lost nothing.
+    In tests, several services may share one object (`exclusive=False`): it is open until each has closed it. The
+    records live as long as the object, so closing and opening it simulates a restart without data loss.
 
     Args:
-        receipt_seconds: how long a receipt counts.
-        exclusive: whether the caller promises that it is the only one to use this object.
-        runtime: its wall clock tells when receipts expire.
+        receipt_seconds: time to live of receipts.
+        exclusive: whether there is only one user of this object.
+        runtime: its wall clock determines when receipts expire.
     """
 
     def __init__(self, receipt_seconds: float = 3600.0, exclusive: bool = True, runtime: Runtime = RUNTIME) -> None:
@@ -60,20 +60,20 @@ class MemoryStore:
         self._runtime = runtime
         self._users = 0
         self._records: dict[str, Record] = {}
-        self._names: list[str] = []  # sorted: by code points, which is the order of their UTF-8 bytes
-        self._losers: dict[str, dict[bytes, float]] = {}  # by record and first receipt, since when
+        self._names: list[str] = []  # sorted by code points, which is the order of the UTF-8 bytes
+        self._contenders: dict[str, dict[bytes, float]] = {}  # time, by record name and first receipt key
         self._floor = 0  # the largest version of any deleted record
         self._groups: dict[tuple[int, bytes], _Group] = {}
-        # Of all layers together and oldest first, so that purging needs no search. The incarnation makes receipts of
-        # a deleted layer unreachable at once; they leave memory when they expire.
+        # By incarnation and key, of all layers, oldest first, so that purging needs no search. Receipts of a deleted
+        # layer become unreachable with its incarnation, and are freed when they expire.
         self._receipts: OrderedDict[tuple[int, bytes], tuple[float, Receipt]] = OrderedDict()
 
     async def open(self) -> None:
-        """Get ready; every `open` is paired with one `close`."""
+        """Open the store; every `open` needs one `close`."""
         self._users += 1
 
     async def close(self) -> None:
-        """Let go; the records stay for the next `open`."""
+        """Close the store; the records remain for the next `open`."""
         self._users = max(self._users - 1, 0)
 
     async def ping(self) -> None:
@@ -117,15 +117,15 @@ class MemoryStore:
             if incarnation != expected.incarnation:
                 return Conflict()
             if receipts:
-                self._losers.setdefault(name, {}).setdefault(receipts[0].key, now)
+                self._contenders.setdefault(name, {}).setdefault(receipts[0].key, now)
             return Conflict(present)
         if record is not None:
             self._records[name] = record
-        lost, own = self._losers.pop(name, {}), {receipt.key for receipt in receipts}
-        if contenders := {key: at for key, at in lost.items() if key not in own and at + LOST_SECONDS > now}:
-            self._losers[name] = contenders
+        lost, own = self._contenders.pop(name, {}), {receipt.key for receipt in receipts}
+        if contenders := {key: at for key, at in lost.items() if key not in own and at + CONTENDER_SECONDS > now}:
+            self._contenders[name] = contenders
         for receipt in receipts:
-            self._receipts.pop((incarnation, receipt.key), None)  # an expired one: the new one goes to the end
+            self._receipts.pop((incarnation, receipt.key), None)  # expired: insert the new one at the end
             self._receipts[incarnation, receipt.key] = (now + self._receipt_seconds, receipt)
         self._purge(now, _PURGE_STEP + len(receipts))
         return Committed(len(contenders))
@@ -147,7 +147,7 @@ class MemoryStore:
         if present.stamp != expected:
             return Conflict()
         del self._records[name]
-        self._losers.pop(name, None)
+        self._contenders.pop(name, None)
         del self._names[bisect_left(self._names, name)]
         self._floor = max(self._floor, expected.version)
         return Committed()
@@ -200,8 +200,10 @@ class MemoryStore:
             if expires > now
         ]
 
-    async def remember(self, name: str, incarnation: int, receipts: Sequence[ReceiptWithTTL]) -> Committed | Missing:
-        """See `Store.remember`."""
+    async def import_receipts(
+        self, name: str, incarnation: int, receipts: Sequence[ReceiptWithTTL]
+    ) -> Committed | Missing:
+        """See `Store.import_receipts`."""
         await self.ping()
         present = self._records.get(name)
         if present is None or present.stamp.incarnation != incarnation:
@@ -209,7 +211,7 @@ class MemoryStore:
         now = self._runtime.wall()
         for _, receipt, seconds in receipts:
             if not self._unexpired(incarnation, [receipt.key], now):
-                # Not in the order of expiry: those behind one that lasts longer leave memory when it does.
+                # Not in order of expiry: receipts inserted after a longer-lived one are freed only after that.
                 self._receipts.pop((incarnation, receipt.key), None)
                 self._receipts[incarnation, receipt.key] = (now + seconds, receipt)
         return Committed()

@@ -1,16 +1,15 @@
-"""Stores by URL, as a setting or a command line gives them.
+"""Creates stores from URLs.
 
-    memory:                       in this process; nothing outlives it
+    memory:                       in this process; lost when it ends
     sqlite:///data/layers.db      a file, relative to the working directory: three slashes
     sqlite:////var/lib/layers.db  a file, absolute: four slashes
     valkey://host:port/0          a Valkey or Redis server; redis:// is the same
-    valkey+cluster://host,host    a Cluster, of which some nodes are named; redis+cluster:// is the same
-    valkeys://, rediss://, ...    encrypted, each of the four; ?ca=/path/to/file.pem for certificates of one's own
+    valkey+cluster://host,host    a Cluster, by some of its nodes; redis+cluster:// is the same
+    valkeys://, rediss://, ...    each of the four with TLS; ?ca=/path/to/file.pem for a private CA
 
-A Valkey URL may have a user and a password before an @, percent-encoded. The slashes of an SQLite URL count as they do
-in SQLAlchemy, where most users know them from; a store's own `url` is always absolute, so that a log shows which file
-is meant, and has no password. Percent-escapes are decoded. Forms that would quietly lose data (an SQLite database in
-memory) or mean something else than they seem to are refused in words.
+A Valkey URL may have a percent-encoded user and password before an @. SQLite URLs are those of SQLAlchemy. A store's
+own `url` has an absolute path and no password, for logs. URLs that would silently lose data (an SQLite database in
+memory) or are ambiguous are refused.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ STORES: Final[dict[str, str]] = {
     "sqlite": "sqlite.store",
     **dict.fromkeys(SCHEMES, "valkey.store"),
 }
-"""By the scheme of a URL the module that has the store; its `from_url(url, options)` makes it, not yet open.
+"""The module of each URL scheme's store, which has a function `from_url(url, options)`.
 
-A module is imported when it is asked for: Valkey's client takes a thirtieth of the service's start.
+Modules are imported on demand: importing Valkey's client takes a thirtieth of the service's start.
 """
 
 _KNOWN: Final = (
@@ -38,15 +37,15 @@ _KNOWN: Final = (
 
 
 def store_from_url(url: str, options: StoreOptions) -> Store:
-    """Make the store that `url` names, not yet open.
+    """Create the store that `url` names, without opening it.
 
     Args:
-        url: one of those above.
-        options: what every kind of store is told.
+        url: see the module's docstring.
+        options: options for all kinds of stores.
 
     Raises:
-        StoreRefusedError: with the reason in words. It quotes no more of the URL than its scheme and path: there may
-            be a password in it.
+        StoreRefusedError: the URL or an option is invalid. The message contains no password: it quotes only the URL's
+            scheme and path.
     """
     scheme, colon, _ = url.partition(":")
     if not colon:

@@ -127,6 +127,7 @@ def test_float64_reads_back_exactly(array: np.ndarray) -> None:
     np.testing.assert_array_equal(back, array)
 
 
+@pytest.mark.slow
 @BOTH_WAYS
 @given(st.integers(0, 2**32 - 2**16))
 def test_runs_of_float32_read_back_exactly(start: int) -> None:

@@ -1,7 +1,7 @@
-"""JSON text of tensors whose dimensions cost more than their elements: dimensions of 1, and of 0.
+"""JSON text of tensors with dimensions of 1 or 0, which have many nested lists for few elements.
 
-orjson takes some hundred bytes for each list that it writes of an array, and a dimension of 1 makes a list of each
-element without adding a byte to the tensor. Here only the text itself is made.
+orjson needs some hundred bytes of memory for each nested list of an array, and a dimension of 1 adds a list for each
+element without adding a byte to the tensor. The functions here need memory for the text only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _FIRST_MARK: Final = 128  # JSON text of numbers is ASCII
 
 
 def rewrapped(text: bytes, shape: tuple[int, ...]) -> bytes:
-    """The nested lists of an array, from those of the same array without its dimensions of 1.
+    """The JSON text of an array, from that of the same array without its dimensions of 1.
 
     Between two elements d innermost lists end and begin again: `]]` `,` `[[` for d = 2. Each dimension of 1 that lies
     within the d-th of those lists adds one more.

@@ -1,4 +1,4 @@
-"""The codec table: for each media type that carries tensors, what it can carry, and its two directions."""
+"""The codec table: for each media type of tensors, what it can represent, and how to decode and encode it."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from batchnorm_client.wire.tensors.tensor import Buffer, Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Codec:
-    """A row of the codec table: one form of tensors.
+    """A row of the codec table: one form in which tensors are sent.
 
     Attributes:
         description: what a body is, for the OpenAPI document.
         decode: a body and the known tensors' dtypes -> the tensors; see the function `decode`.
         encode: tensors and fields -> the body's pieces; see the function `encode`.
         several: whether a body can carry several tensors, by name.
-        dtypes: those that can be written, under torch's names.
-        text: numbers are text: parsed and written one by one, read in a dtype that the reader chooses, with a place
-            for `fields`. Otherwise the body has the buffers as they are, and says their dtypes itself.
-        data_start: a binary body -> where its tensors' bytes begin. None for text.
+        dtypes: those that can be written, by torch's names.
+        text: whether numbers are text: they are parsed one by one, in a dtype that the reader chooses, and the body can
+            contain `fields`. Otherwise the body contains the buffers unchanged, and their dtypes.
+        data_start: a binary body -> the offset of its tensors' bytes. None for text.
     """
 
     description: str
@@ -59,7 +59,7 @@ CODECS: Final[Mapping[str, Codec]] = MappingProxyType(
         ),
     }
 )
-"""Each form of tensors, by its media type. A new form is a module and a row here."""
+"""The tensor forms, by media type. A new form is a module and a row here."""
 
 _NO_FIELDS: Final[Mapping[str, Any]] = MappingProxyType({})
 
@@ -69,15 +69,15 @@ def decode(media_type: str, body: Buffer, dtypes: Mapping[str, str]) -> dict[str
 
     Args:
         media_type: the body's form, without parameters such as charset.
-        body: its bytes. The tensors of .npy and safetensors are views of them, where they lie aligned.
-        dtypes: the tensors that are known here, and the dtype in which JSON numbers are read: "float32", "float64"
-            or "int64". The binary forms say their dtypes themselves; these are reported as they are.
+        body: its bytes. The tensors of .npy and safetensors are views of them if they are aligned.
+        dtypes: the names of the known tensors, and for each the dtype in which JSON numbers are read: "float32",
+            "float64" or "int64". The binary forms contain their dtypes, which are kept.
 
     Returns:
-        The tensors that the body has. Which of them must be there is the caller's business; see `require`.
+        The tensors in the body. The caller checks which of them are required; see `require`.
 
     Raises:
-        UnsupportedMediaType: not a form of tensors, or .npy where more than one tensor is known.
+        UnsupportedMediaType: not a form of tensors, or .npy if `dtypes` has more than one name.
         MalformedBody: the body is not what its media type says.
         InvalidRequest: a tensor that is not known, or an element that is not a number of its dtype.
         ShapeMismatch: ragged lists, or more than 64 dimensions.
@@ -94,19 +94,19 @@ def decode(media_type: str, body: Buffer, dtypes: Mapping[str, str]) -> dict[str
 
 
 def bytes_read(media_type: str, body: Buffer) -> int:
-    """How many bytes of a body `decode` has to look at or to copy; 0 where its tensors are views."""
+    """How many bytes of a body `decode` has to read or copy; 0 if its tensors are views."""
     data_start = codec(media_type).data_start
     aligned = data_start is not None and data_start(body) % 8 == 0
     return 0 if aligned else len(body)  # tensors that are not aligned are copied
 
 
 def encode(media_type: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any] = _NO_FIELDS) -> list[Buffer]:
-    """A body, in pieces to be sent one after the other; big buffers are among them as they are, not copied.
+    """A body, in pieces to be sent one after the other; large buffers are not copied.
 
     Args:
         media_type: the body's form.
-        tensors: what it carries; .npy carries exactly one.
-        fields: what JSON says beside the tensors. The binary forms have no place for it: put it into headers.
+        tensors: by name; .npy contains exactly one.
+        fields: further members of a JSON object. The binary forms cannot contain them: use headers.
 
     Raises:
         UnsupportedMediaType: not a form of tensors.

@@ -1,12 +1,12 @@
-"""Tensors in JSON: nested lists of numbers; what is not finite is written as "NaN", "Infinity" and "-Infinity".
+"""Tensors in JSON: nested lists of numbers; non-finite ones are the strings "NaN", "Infinity" and "-Infinity".
 
-Parsers and writers of JSON hold Python's lock (the GIL) from their first byte to their last. Large texts are therefore
-read and written in pieces, so that other threads, such as one with an event loop, need not wait for a whole body.
+Parsers and writers of JSON hold the GIL from their first byte to their last. Large texts are therefore
+read and written in pieces, so that other threads, such as the event loop's, need not wait for a whole body.
 
-There are two readers. The fast one, for large bodies, takes only nested lists that are regular: their brackets and
-commas must be those of one shape, and the numbers between them are parsed piece by piece, by simdjson where it is
-installed. Whatever it does not take goes to the other one, orjson in one call, which accepts the same bodies and
-alone decides what is refused and why.
+There are two readers. The fast one, for large bodies, accepts only regular nested lists: their brackets and
+commas must be those of one shape, and the numbers between them are parsed piece by piece, by simdjson if it is
+installed. Other bodies go to the second one, orjson in one call, which accepts the same bodies and alone decides
+what is refused and why.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from batchnorm_client.wire.tensors.tensor import MAX_RANK, NUMPY_DTYPES, Array, 
 simdjson: ModuleType | None
 try:
     import simdjson
-except ImportError:  # the light client does without
+except ImportError:  # not installed with the client alone
     simdjson = None
 
 JSON_DTYPES: Final = frozenset({"bfloat16", *NUMPY_DTYPES} - {"complex64"})
-"""The dtypes that are written; float16 and bfloat16 are widened to float32, which loses nothing."""
+"""The dtypes that can be written; float16 and bfloat16 are widened to float32, which is exact."""
 
 _NON_FINITE: Final = {"NaN": np.nan, "Infinity": np.inf, "-Infinity": -np.inf}
 _OPTIONS: Final = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_UTC_Z
@@ -53,10 +53,10 @@ _NUMBERS: Final = b"0123456789+-.eE \t\r\n"
 
 
 class _UnusualError(Exception):
-    """The fast reader does not take a body.
+    """The fast reader does not accept a body.
 
     Args:
-        refusal: what its sender is told where it is too large for the other reader.
+        refusal: the error to raise if the body is too large for the other reader.
     """
 
     def __init__(self, refusal: RequestError | None = None) -> None:
@@ -65,14 +65,14 @@ class _UnusualError(Exception):
 
 
 class _RaggedError(_UnusualError):
-    """Nested lists that are not of one shape, or of one with too many dimensions."""
+    """Nested lists that are ragged, or have too many dimensions."""
 
 
 def decode_json(body: Buffer, dtypes: Mapping[str, str]) -> dict[str, Tensor]:
     """The tensors of a JSON object, each in the dtype that `dtypes` names: float32, float64 or int64.
 
-    Numbers are read as float64, then rounded; integers of any size are numbers. Of a key that occurs twice the last
-    counts, as is usual among JSON readers.
+    Numbers are read as float64, then rounded; integers may have any size. If a key occurs twice, the last one is used,
+    as most JSON readers do.
 
     Raises:
         MalformedBody: not JSON, or not an object.
@@ -89,7 +89,7 @@ def decode_json(body: Buffer, dtypes: Mapping[str, str]) -> dict[str, Tensor]:
 
 
 def load_json(body: Buffer, refusal: RequestError | None = None) -> Any:
-    """What orjson reads of a body. It holds the GIL from the first byte to the last, and makes an object of each value.
+    """Parse a body with orjson, which holds the GIL all the time and makes an object of each value.
 
     Args:
         body: the text.
@@ -116,7 +116,7 @@ def load_json(body: Buffer, refusal: RequestError | None = None) -> Any:
 
 
 def _has_few_values(raw: memoryview) -> bool:
-    """Every value but the outermost follows a bracket, a brace or a comma."""
+    """Whether there are at most `_MOST_VALUES`. Every value but the outermost follows a bracket, a brace or a comma."""
     count = 0
     for start in range(0, len(raw), _PIECE_BYTES):
         piece = bytes(raw[start : start + _PIECE_BYTES])
@@ -134,7 +134,7 @@ def json_tensors(document: Any, dtypes: Mapping[str, str]) -> dict[str, Tensor]:
 def split_vectors(body: Buffer, names: Collection[str]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """An object's vectors of these names in float64, and its other members; None where anything is unusual.
 
-    Who gets None reads the body with `load_json`, which decides whether it is to be refused.
+    If it is None, use `load_json`, which decides whether the body is refused.
     """
     others: dict[str, Any] = {}
     vectors: dict[str, Tensor] = {}
@@ -161,7 +161,7 @@ def encode_json(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> lis
 def json_pieces(document: Mapping[str, Any]) -> list[Buffer]:
     """The text of an object, in pieces; those of its values that are tensors are written as nested lists.
 
-    The lists read back exactly. float16 and bfloat16 are widened to float32, which loses nothing.
+    The numbers read back exactly. float16 and bfloat16 are widened to float32.
     """
     listed = {name: _listed(value) for name, value in document.items() if isinstance(value, Tensor)}
     values = {**document, **listed}

@@ -16,10 +16,10 @@ Buffer = bytes | bytearray | memoryview
 Array = npt.NDArray[Any]
 
 MAX_RANK: Final = 64
-"""What numpy and torch can view."""
+"""The maximum rank of numpy and torch."""
 
 MAX_BYTES: Final = 2**63 - 1
-"""What an array may span; dimensions of 0 count as 1, so that numpy can view every shape that passes."""
+"""The maximum size of an array, where a dimension of 0 counts as 1, as in numpy."""
 
 NUMPY_DTYPES: Final[dict[str, np.dtype[Any]]] = {
     dtype.name: dtype
@@ -28,7 +28,7 @@ NUMPY_DTYPES: Final[dict[str, np.dtype[Any]]] = {
         ("|b1", "|u1", "|i1", "<u2", "<i2", "<f2", "<u4", "<i4", "<f4", "<u8", "<i8", "<f8", "<c8"),
     )
 }
-"""The dtypes that numpy has, by name, little-endian."""
+"""numpy's dtypes, little-endian, by name."""
 
 _ITEMSIZES: Final[dict[str, int]] = {name: dtype.itemsize for name, dtype in NUMPY_DTYPES.items()} | {
     "bfloat16": 2,
@@ -40,11 +40,11 @@ _ITEMSIZES: Final[dict[str, int]] = {name: dtype.itemsize for name, dtype in NUM
 }
 
 _WORDS: Final = {size: np.dtype(f"<u{size}") for size in (1, 2, 4, 8)}
-"""A dtype of each size, that asks for as much alignment."""
+"""A dtype of each size, with this alignment."""
 
 
 def itemsize(dtype: str) -> int:
-    """The bytes that one element takes.
+    """The size of one element in bytes.
 
     Args:
         dtype: a name as torch has it, such as "float32" or "bfloat16".
@@ -60,7 +60,7 @@ def itemsize(dtype: str) -> int:
 
 @lru_cache(maxsize=64)
 def dtype_name(dtype: np.dtype[Any]) -> str:
-    """numpy's name of a dtype, which is torch's too; numpy puts it together anew each time, in 3 microseconds."""
+    """numpy's name of a dtype, which is also torch's; cached, since numpy takes 3 microseconds to build it."""
     return dtype.name
 
 
@@ -94,12 +94,12 @@ class Tensor(_Parts):
 
     @classmethod
     def unchecked(cls, dtype: str, shape: tuple[int, ...], buffer: Buffer) -> Self:
-        """One whose buffer is known to be as long as the shape says: where it was checked, or made for the shape."""
+        """A tensor whose buffer is known to have the right length, because it was checked or made for the shape."""
         return tuple.__new__(cls, (dtype, shape, buffer))
 
     @classmethod
     def of(cls, array: Array) -> Tensor:
-        """An array's tensor: a view where the array is C-contiguous and little-endian, a copy otherwise.
+        """The tensor of an array: a view if the array is C-contiguous and little-endian, otherwise a copy.
 
         Raises:
             TypeError: the array has a dtype that cannot be sent, such as object or str.
@@ -112,7 +112,7 @@ class Tensor(_Parts):
         return cls(name, straight.shape, straight.reshape(-1).view(np.uint8).data)
 
     def numpy(self) -> Array:
-        """An array on this tensor's buffer, never a copy; it can be written to where the buffer can.
+        """An array that shares this tensor's buffer, never a copy; it is writable if the buffer is.
 
         Raises:
             TypeError: numpy does not have the dtype (bfloat16, float8).

@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 
 class Moving(Accumulator):
-    """Running statistics as `torch.nn.BatchNorm*` has them; they are all that is kept."""
+    """Running statistics as in `torch.nn.BatchNorm*`; nothing else is accumulated."""
 
     def fold(self, state: LayerState, moments: Moments) -> LayerState:
         """The state after one more batch."""
         return self.fold_many(state, [moments])
 
     def fold_many(self, state: LayerState, batches: Sequence[Moments]) -> LayerState:
-        """The state after more batches, looked at once.
+        """The state after several batches.
 
-        Moving statistics that are not finite never become so again, so what the last batch left tells for all.
+        Only the last result is checked for finite values: moving statistics that are not finite stay so.
         """
         return advance(state, batches, _running(state, batches))
 
 
 def _running(state: LayerState, batches: Sequence[Moments]) -> Array:
-    """The running mean and variance, (2, C), after more batches."""
+    """The running mean and variance, (2, C), after these batches."""
     running = running_of(state)
     share = np.empty(running.shape, np.float64)
     share_of_var = share[1]
@@ -48,9 +48,9 @@ def _running(state: LayerState, batches: Sequence[Moments]) -> Array:
             share[:] = mean, var
             running[:] = (1 - momentum) * running.astype(np.float64) + momentum * share
             continue
-        # torch's kernel for contiguous float32: momentum, both products and the sum are rounded. But its compiler makes
-        # the variance a fused multiply-add: the product with the batch is not rounded. The product of two float32 is
-        # exact in float64, and a sum in float64 that is then rounded to float32 is the sum in float32.
+        # torch's kernel for contiguous float32 rounds momentum, both products and the sum. For the variance, its
+        # compiler emits a fused multiply-add, which does not round the product with the batch. This is reproduced in
+        # float64: there the product of two float32 is exact, and the sum is then rounded to float32.
         weight = np.float32(momentum)
         share[0] = mean * weight
         np.multiply(var, np.float64(weight), out=share_of_var)

@@ -1,4 +1,4 @@
-"""Population statistics: exact mean and unbiased variance of all samples ever folded, or of those not forgotten yet.
+"""Population statistics: exact mean and unbiased variance of all folded samples, optionally with exponential decay.
 
 Accumulators (sum of weights, mean, M2) in float64, merged by Chan's formula. Without a half-life every sample weighs
 1, so neither the order nor the grouping of the batches matters. With a half-life of h samples, a sample that n newer
@@ -39,27 +39,27 @@ if TYPE_CHECKING:
 MEAN: Final = "population_mean"
 M2: Final = "population_m2"
 WEIGHTS: Final = "population_weights"
-"""(2,) float64: the sum of the samples' weights and of their squares; only where a half-life made them differ."""
+"""(2,) float64: the sums of the samples' weights and of their squares; absent if every sample has weight 1."""
 
 _DERIVED: Final = ("running_mean", "running_var")
-_TINY: Final = 1e-300  # a rate below it, times any count, forgets nothing that float64 could tell
+_TINY: Final = 1e-300  # with a lower decay rate, the weights of any number of samples round to 1 in float64
 
 
 class Population(Accumulator):
-    """Running statistics that are those of all samples; what is accumulated is `PopulationSums`."""
+    """Running statistics over all samples; `LayerState.accumulated` is a `PopulationSums`."""
 
     def start(self, config: LayerConfig) -> PopulationSums:
-        """Sums of nothing."""
+        """The sums of no samples."""
         zeros = torch.zeros(config.num_features, dtype=torch.float64)
         return PopulationSums(zeros, zeros, 0.0, 0.0)
 
     def fold(self, state: LayerState, moments: Moments) -> LayerState:
-        """The state after one more batch. Its statistics may be finite again after one that is refused."""
+        """The state after one more batch."""
         sums: PopulationSums = state.accumulated.fold(moments, state.config.half_life)
         return advance(state, [moments], np.array([vector.numpy() for vector in sums.running(state.dtype)]), sums)
 
     def layout(self, channels: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """The number of samples, and the sums."""
+        """The sample counter and the sums."""
         return {
             SAMPLES: ("int64", ()),
             MEAN: ("float64", (channels,)),
@@ -68,7 +68,7 @@ class Population(Accumulator):
         }
 
     def tensors(self, state: LayerState) -> dict[str, WireTensor]:
-        """The number of samples, and the sums."""
+        """The sample counter and the sums."""
         sums, samples = state.accumulated, state.samples_tracked
         tensors = {SAMPLES: counter_to_wire(samples), MEAN: to_wire(sums.mean), M2: to_wire(sums.m2)}
         if (sums.weight, sums.squares) != (samples, samples):
@@ -81,7 +81,7 @@ class Population(Accumulator):
         return PopulationSums(to_torch(tensors[MEAN]), to_torch(tensors[M2]), weight, squares)
 
     def replace(self, state: LayerState, new: dict[str, Any]) -> LayerState:
-        """Running statistics follow from the sums: given with them they must agree, and alone they are refused."""
+        """The state with replaced sums. Running statistics are derived from them, and refused if they differ."""
         old: PopulationSums = state.accumulated
         for name in (M2, WEIGHTS):
             if name in new and bool((new[name] < 0).any()):
@@ -115,13 +115,13 @@ class Population(Accumulator):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PopulationSums:
-    """What a population layer's running statistics follow from.
+    """Weighted sums from which a population layer's running statistics are derived.
 
     Attributes:
         mean: (C,) float64, the weighted mean.
         m2: (C,) float64, the weighted sum of squared distances from the mean.
-        weight: the sum of all weights; the number of samples as long as nothing is forgotten.
-        squares: the sum of all squared weights; the same number as long as nothing is forgotten.
+        weight: the sum of all weights; without decay, the number of samples.
+        squares: the sum of all squared weights; without decay, the number of samples.
     """
 
     mean: Channels
@@ -130,20 +130,20 @@ class PopulationSums:
     squares: float
 
     def fold(self, batch: Moments, half_life: float | None) -> PopulationSums:
-        """The sums after one more batch, older samples decayed."""
-        keep, weight = _weights(batch.count, half_life)
+        """The sums after one more batch, with the weights of older samples decayed."""
+        keep, weight = _decay(batch.count, half_life)
         old = Sums(self.weight * keep, self.mean, self.m2 * keep)
         new = Sums(weight, batch.mean.double(), batch.biased_var().double() * weight)
         total, mean, m2 = merge(old, new)
         return PopulationSums(mean, m2, total, self.squares * keep**2 + weight * (weight / batch.count))
 
     def unbiased_var(self) -> Channels:
-        """M2 / (weight - squares / weight), which is M2 / (n - 1) while every weight is 1; 1 before two samples.
+        """M2 / (weight - squares / weight), which is M2 / (n - 1) if every weight is 1.
 
-        Also 1 where all samples but one have faded to less than 1e-9 of the weight, as if they had never been.
+        1 for fewer than two samples, and if one sample has all but 1e-9 of the weight.
         """
         freedom = self.weight - self.squares / self.weight if self.weight else 0.0
-        # One sample has no freedom at all, but for what float64 rounds.
+        # The threshold is above 0 because of rounding errors: one sample has 0 degrees of freedom.
         return self.m2 / freedom if freedom > 1e-9 * self.weight else torch.ones_like(self.m2)
 
     def running(self, dtype: torch.dtype) -> tuple[Channels, Channels]:
@@ -152,9 +152,13 @@ class PopulationSums:
 
 
 def _check_weights(samples: int, weight: float, squares: float) -> None:
-    """Weights are at most 1 each, so their sum is at most the number of samples, and their squares sum to no more."""
-    more = 1 + 1e-9  # for what adding them up has rounded
-    fits = 0 < squares <= weight * more and weight <= samples * more and weight**2 <= samples * squares * more
+    """Refuse impossible sums of weights: each weight is at most 1, so squares <= weight <= samples."""
+    tolerance = 1 + 1e-9  # for rounding errors of the sums
+    fits = (
+        0 < squares <= weight * tolerance
+        and weight <= samples * tolerance
+        and weight**2 <= samples * squares * tolerance  # Cauchy-Schwarz
+    )
     if not (fits if samples else weight == squares == 0):
         raise InvalidRequest(
             f"{WEIGHTS} do not fit {SAMPLES} {samples}",
@@ -164,11 +168,11 @@ def _check_weights(samples: int, weight: float, squares: float) -> None:
         )
 
 
-def _weights(count: int, half_life: float | None) -> tuple[float, float]:
-    """What older samples keep, and the sum of the weights of `count` new ones."""
+def _decay(count: int, half_life: float | None) -> tuple[float, float]:
+    """The factor for the weights of older samples, and the sum of the weights of `count` new ones."""
     if half_life is None:
         return 1.0, float(count)
     rate = math.log(2) / half_life
-    # The geometric sum 1 + q + q^2 + ... of count terms, q = exp(-rate); for a long half-life 1 - q is exact only so.
+    # The geometric sum 1 + q + q^2 + ... of `count` terms, q = exp(-rate); expm1 avoids cancellation in 1 - q.
     weight = math.expm1(-count * rate) / math.expm1(-rate) if rate > _TINY else float(count)
     return math.exp(-count * rate), weight

@@ -1,4 +1,4 @@
-"""The kinds of running statistics that the service computes."""
+"""The registry of kinds of running statistics."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ ACCUMULATORS: Final[dict[str, Accumulator]] = {
     "moving": Moving(),
     "population": Population(),
 }
-"""By the name that a layer's config has for it; `batchnorm_client.wire.statistics` has the same names."""
+"""By the value of `statistics` in a layer's config; `batchnorm_client.wire.statistics` has the same names."""

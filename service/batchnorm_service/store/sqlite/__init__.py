@@ -1,1 +1,1 @@
-"""Layers in one SQLite file."""
+"""Store in an SQLite file."""

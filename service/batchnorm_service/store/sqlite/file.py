@@ -1,4 +1,4 @@
-"""The SQLite file: whether it is one of ours, making a new one, upgrading an old one, refusing others in words."""
+"""Opens the SQLite file: creates a new one, upgrades an old one, refuses files of other applications."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _PRAGMAS: Final = (
 
 
 def open_file(files: SqliteFiles, *, exclusive: bool, busy_seconds: float) -> sqlite3.Connection:
-    """Open the service's database, which is made if there is none, and upgraded if an older release made it.
+    """Open the service's database; create it if missing, upgrade it if an older release wrote it.
 
-    Nothing here reads a file that SQLite may have open: closing it would drop the locks that this process has on it.
-    And nothing scans a table: opening takes as long for a million layers as for one, but for an upgrade.
+    Does not read the file directly: closing a descriptor would drop the POSIX locks that SQLite has on it. Does not
+    scan tables either: except for an upgrade, opening takes as long for a million layers as for one.
 
     Raises:
-        StoreRefusedError: with the reason in words.
+        StoreRefusedError: it cannot be opened; the message says why.
     """
     path = files.path
     try:
@@ -43,30 +43,30 @@ def open_file(files: SqliteFiles, *, exclusive: bool, busy_seconds: float) -> sq
             raise StoreRefusedError(f"{path} is {'a directory' if path.is_dir() else 'not a regular file'}")
         made = [parent for parent in path.parents if not parent.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Asked first, because SQLite may open such a file all the same and fail later, or say "disk I/O error".
+        # Checked first, because SQLite may open such a file and fail later, or report "disk I/O error".
         if not os.access(path.parent, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.R_OK | os.W_OK)):
             raise StoreRefusedError(f"{path} cannot be written; {_PERMISSION}")
     except OSError as error:
         raise StoreRefusedError(f"{path} cannot be opened: {error}") from error
     try:
-        files.opening()
+        files.before_open()
         connection = _connect(files, exclusive=exclusive, busy_seconds=busy_seconds)
         try:
             for directory in {path.parent, *(each.parent for each in made)}:
-                flush(directory)  # the names of the file and of the directories that were made for it
-            files.opened()
+                flush(directory)  # make the names of the new file and directories durable
+            files.after_open()
         except BaseException:
             connection.close()
             raise
     except (sqlite3.Error, OSError, StoreError) as error:
-        raise StoreRefusedError(_in_words(path, error)) from error
+        raise StoreRefusedError(_describe_error(path, error)) from error
     return connection
 
 
 def _connect(files: SqliteFiles, *, exclusive: bool, busy_seconds: float) -> sqlite3.Connection:
-    """A connection that is ready for use, to a file of this release's schema."""
+    """A configured connection to a file with the current schema."""
     path = files.path
-    mode = "rwc" if files.expected is None else "rw"  # of those that are expected, none is to be made
+    mode = "rwc" if files.expected is None else "rw"  # do not create a file if a certain one is expected
     connection = sqlite3.connect(f"{path.as_uri()}?mode={mode}", uri=True, timeout=busy_seconds, isolation_level=None)
     try:
         version = _prepare(connection, path, exclusive=exclusive, busy_seconds=busy_seconds)
@@ -77,17 +77,17 @@ def _connect(files: SqliteFiles, *, exclusive: bool, busy_seconds: float) -> sql
         raise
     if version == SCHEMA_VERSION or exclusive:
         return connection
-    connection.close()  # an upgrade needs the file for itself
+    connection.close()  # an upgrade needs exclusive access
     _connect(files, exclusive=True, busy_seconds=busy_seconds).close()
     return _connect(files, exclusive=False, busy_seconds=busy_seconds)
 
 
 def _prepare(connection: sqlite3.Connection, path: Path, *, exclusive: bool, busy_seconds: float) -> int:
-    """Make the tables if there are none, and set what every connection needs. Returns the file's schema version."""
-    if exclusive:  # before the first read: then SQLite takes the lock with it, keeps it, and needs no shared memory
+    """Create the tables of a new file, and configure the connection. Returns the file's schema version."""
+    if exclusive:  # set before the first read, SQLite takes and keeps the lock then, and needs no shared memory
         connection.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
-    connection.execute("BEGIN IMMEDIATE")  # one process makes the tables; also proves that the file can be written
-    # Where two start at once, the one whose BEGIN failed is about to close the file: the other waits for that.
+    connection.execute("BEGIN IMMEDIATE")  # one process creates the tables; also proves that the file is writable
+    # If two processes start at once, the one whose BEGIN failed will close the file soon: wait for that.
     connection.execute(f"PRAGMA busy_timeout = {round(1000 * max(busy_seconds, 1))}").fetchall()
     version = _version(connection, path)
     if version is None:
@@ -102,14 +102,14 @@ def _prepare(connection: sqlite3.Connection, path: Path, *, exclusive: bool, bus
         raise StoreRefusedError(f"{path} has no write-ahead log on this file system (its journal mode is {mode})")
     for pragma in _PRAGMAS:
         connection.execute(pragma).fetchall()
-    connection.execute("SELECT layers FROM meta").fetchone()  # a read opens the log and the shared memory
+    connection.execute("SELECT layers FROM meta").fetchone()  # a read makes SQLite open the log and the shared memory
     return version
 
 
 def _write_ahead(connection: sqlite3.Connection, deadline: float) -> object:
-    """Turn on the write-ahead log, which stays on in the file. While others open a new file it has to be tried again.
+    """Turn on the write-ahead log, a persistent property of the file. Retried while others open a new file.
 
-    SQLite's own waiting for a lock does not cover this change.
+    SQLite's busy timeout does not apply to this pragma.
     """
     while True:
         try:
@@ -121,7 +121,7 @@ def _write_ahead(connection: sqlite3.Connection, deadline: float) -> object:
 
 
 def _version(connection: sqlite3.Connection, path: Path) -> int | None:
-    """The file's schema version, None if it is empty; refuses one that is neither empty nor ours, or too new."""
+    """The file's schema version; None if it is empty. Refuses other applications' files, and unknown versions."""
     application = _value(connection, "PRAGMA application_id")
     version = _value(connection, "PRAGMA user_version")
     tables = _value(connection, "SELECT count(*) FROM sqlite_master")
@@ -143,8 +143,8 @@ def _value(connection: sqlite3.Connection, statement: str) -> object:
     return row[0]
 
 
-def _in_words(path: Path, error: Exception) -> str:
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the extension, which says more than users need
+def _describe_error(path: Path, error: Exception) -> str:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary result code
     if code in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
         return f"{path} is in use by another process; each service needs a file of its own, or stop the other one"
     if code == sqlite3.SQLITE_NOTADB:

@@ -1,8 +1,8 @@
-"""Whether the files that SQLite has open are still those that a restart would find.
+"""Checks that the files that SQLite has open are still those at their paths.
 
-A database that is deleted, moved or replaced while it is open goes on taking commits, which nobody would ever see
-again; without its write-ahead log, all commits since the last checkpoint are gone; and without the shared memory that
-locks it, another process would write to it at the same time.
+A database file that is deleted, moved or replaced while open still accepts commits, which are lost at the next start.
+Without its write-ahead log, all commits since the last checkpoint are lost. Without its shared memory, which has its
+locks, another process could write at the same time.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from batchnorm_service.store.base import StoreError, StoreLostError, StoreRefuse
 
 _log = logging.getLogger(__name__)
 
-_CHECK_SECONDS: Final = 1.0  # how old a check may be for another commit to rest on it
+_CHECK_SECONDS: Final = 1.0  # how long a check is valid
 _DESCRIPTORS: Final = Path("/dev/fd")
 
 
 class FileId(NamedTuple):
-    """What tells a file from every other, whatever its name."""
+    """Identity of a file, independent of its name."""
 
     device: int
     inode: int
 
 
 FileIds = tuple[FileId, ...]
-"""Of the database, of its write-ahead log, and of its shared memory if it has any."""
+"""Ids of the database, its write-ahead log, and its shared memory, if any."""
 
 
 class SqliteFiles:
-    """The files of one database.
+    """Identity check of one database's files.
 
     Args:
-        path: of the database, without symbolic links: SQLite's other files are beside it.
-        given: how it was named: where symbolic links lead may change, too.
-        shared: several processes use it, through a file of shared memory.
-        runtime: its clock tells how old a check is.
+        path: of the database, with symbolic links resolved; SQLite's other files are next to it.
+        given: the path as given by the user: the targets of its symbolic links may change.
+        shared: whether several processes use the database, so that it has a file of shared memory.
+        runtime: its clock determines the age of a check.
 
     Attributes:
-        ids: of the files that were opened; empty before.
-        expected: which files to open, and no others; None opens any.
-        lost: whether they were found to be gone or replaced. It stays so.
+        ids: ids of the opened files; empty if not open.
+        expected: the only files that may be opened; None for any.
+        lost: whether the files were found deleted, moved or replaced; permanent until the next open.
     """
 
     def __init__(self, path: Path, given: Path, *, shared: bool, runtime: Runtime = RUNTIME) -> None:
@@ -57,48 +57,48 @@ class SqliteFiles:
         self._names: Final = (path, Path(f"{path}-wal"), *([Path(f"{path}-shm")] if shared else []))
         self._runtime = runtime
         self._checked = -math.inf
-        self._due = False
+        self._check_forced = False
 
-    def opening(self) -> None:
-        """Forget what was open before. Raises `StoreRefusedError` when other files are there than those expected."""
+    def before_open(self) -> None:
+        """Reset the state. Raises `StoreRefusedError` if the files are not those expected."""
         self.ids, self.lost, self._checked = (), False, -math.inf
         if self.expected is not None:
-            self._check_expected(self._there())
+            self._check_expected(self._current_ids())
 
-    def opened(self) -> None:
-        """Note what was opened. Raises `StoreRefusedError` when it was replaced meanwhile, or is not as expected."""
-        there = self._there()
-        if not there or not set(there) <= _open_files(there):
+    def after_open(self) -> None:
+        """Record the opened files. Raises `StoreRefusedError` if they were replaced meanwhile, or are not expected."""
+        current = self._current_ids()
+        if not current or not set(current) <= _open_files(current):
             raise StoreRefusedError(f"{self.path} was replaced while it was opened")
-        self._check_expected(there)
-        self.ids, self._checked = there, self._runtime.now()
+        self._check_expected(current)
+        self.ids, self._checked = current, self._runtime.now()
 
-    def request(self) -> None:
-        """Let the next `verify` check, however new the last check is."""
-        self._due = True
+    def force_check(self) -> None:
+        """Make the next `verify` check, even if the last check is still valid."""
+        self._check_forced = True
 
     def verify(self) -> None:
-        """Check, unless that was done within the last second.
+        """Check the files, unless the last check is still valid.
 
         Raises:
-            StoreLostError: the files are gone or replaced, or were at an earlier check.
+            StoreLostError: they are deleted, moved or replaced, or were at an earlier check.
             StoreError: they cannot be checked.
         """
         now = self._runtime.now()
-        if not self.lost and (self._due or now - self._checked >= _CHECK_SECONDS):
-            self._due = False  # before the files are looked at: a request that comes meanwhile counts for the next time
-            self.lost = self._there() != self.ids
+        if not self.lost and (self._check_forced or now - self._checked >= _CHECK_SECONDS):
+            self._check_forced = False  # before the check, so that `force_check` during it applies to the next one
+            self.lost = self._current_ids() != self.ids
             self._checked = now
             if self.lost:
                 _log.error("%s was deleted, moved or replaced; nothing is stored until the service restarts", self.path)
         if self.lost:
             raise StoreLostError("the SQLite file was deleted, moved or replaced while it was served")
 
-    def _there(self) -> FileIds:
-        """What is at the path now; empty when something is missing. Raises `StoreError`: that cannot be told.
+    def _current_ids(self) -> FileIds:
+        """Ids of the files at their paths now; empty if one is missing. Raises `StoreError` if they cannot be read.
 
-        A restart follows symbolic links to the database and looks for the log beside what they lead to. So they must
-        lead where they did, and what is there must be no link itself.
+        A restart would resolve symbolic links to the database, and look for the log next to their target. So the links
+        must still have the same target, and the files themselves must not be links.
         """
         try:
             if os.path.realpath(self._given) != str(self.path):
@@ -109,25 +109,25 @@ class SqliteFiles:
         except OSError as error:
             raise StoreError(f"the SQLite file cannot be checked: {os.strerror(error.errno or 0)}") from error
 
-    def _check_expected(self, there: FileIds) -> None:
-        if self.expected is not None and there != self.expected:
+    def _check_expected(self, current: FileIds) -> None:
+        if self.expected is not None and current != self.expected:
             raise StoreRefusedError(
                 f"{self.path} is not the file that the service was started with: it was deleted, moved or replaced"
             )
 
 
-def _id(found: os.stat_result) -> FileId:
-    return FileId(found.st_dev, found.st_ino)
+def _id(stat: os.stat_result) -> FileId:
+    return FileId(stat.st_dev, stat.st_ino)
 
 
-def _open_files(otherwise: FileIds) -> set[FileId]:
-    """The files that this process has open; `otherwise` on a system that does not tell."""
+def _open_files(default: FileIds) -> set[FileId]:
+    """The files that this process has open; `default` on systems without /dev/fd."""
     if not _DESCRIPTORS.is_dir():
-        return set(otherwise)
-    found = set()
+        return set(default)
+    ids = set()
     for name in os.listdir(_DESCRIPTORS):
         try:
-            found.add(_id(os.fstat(int(name))))
-        except OSError:  # closed meanwhile: at least the one that the listing itself took
+            ids.add(_id(os.fstat(int(name))))
+        except OSError:  # closed meanwhile, such as the descriptor of the listing itself
             continue
-    return found
+    return ids

@@ -1,4 +1,4 @@
-"""Records in an SQLite file: the default. An answer always means that it is on disk."""
+"""The default store: an SQLite file. Acknowledged commits are on disk."""
 
 from __future__ import annotations
 
@@ -43,25 +43,25 @@ _PAGE = 1000
 
 
 class SqliteStore:
-    """A table of records in an SQLite file.
+    """Table of records in an SQLite file.
 
-    The file is in WAL mode with `synchronous=FULL`: a commit that was answered survives a loss of power. Writes that
-    wait at the same moment share one transaction (`SqliteThread`), because a disk flush costs the same for one as for
-    many. After a failed transaction (disk full, say) the next one is tried afresh.
+    The file is in WAL mode with `synchronous=FULL`: an acknowledged commit survives a power failure. Queued writes
+    share one transaction (`SqliteThread`), because a disk flush costs the same for one as for many. A failed
+    transaction (such as disk full) does not affect the next one.
 
     Args:
-        path: the file; it and its parent directories are made if missing.
-        receipt_seconds: how long a receipt counts, rounded up to a whole second.
-        exclusive: lock the file until `close`, so that no other process can open it. False is for several processes
-            on one file: only the stamps order their commits.
+        path: the file; it and its parent directories are created if missing.
+        receipt_seconds: time to live of receipts, rounded up to a whole second.
+        exclusive: lock the file until `close`, so that no other process can open it. False allows several processes
+            to use the file; their commits are ordered by the stamps.
         busy_seconds: how long a call waits for another process's transaction (`exclusive=False`).
-        runtime: clocks and chance.
+        runtime: clocks and random numbers.
 
     Attributes:
-        path: the file, absolute and without symbolic links.
-        files: what tells the open file from any other that has its name. Once it was deleted, moved or replaced, every
-            call raises `StoreLostError` until the store is opened again. That is checked at `ping`, and at other calls
-            unless it was within the last second: a commit is answered only after a check that is newer.
+        path: the file, absolute, with symbolic links resolved.
+        files: the identity check of the open files. Once they were deleted, moved or replaced, every call raises
+            `StoreLostError` until the store is opened again. `ping` always checks, other calls if the last check is
+            older than a second; a commit is acknowledged only after such a check.
     """
 
     def __init__(
@@ -84,14 +84,14 @@ class SqliteStore:
 
     @property
     def transactions(self) -> int:
-        """How many write transactions were committed since `open`: group commit makes it less than the commits."""
+        """How many write transactions were committed since `open`; with group commit, fewer than commits."""
         return 0 if self._thread is None else self._thread.transactions
 
     async def open(self) -> None:
-        """Open the file or make it. Raises `StoreRefusedError` with the reason in words."""
+        """Open or create the file. Raises `StoreRefusedError`."""
         if self._thread is not None and not self._thread.stopped:
             raise StoreError(f"{self.path} is open already")
-        await self.close()  # one that is still closing holds the lock
+        await self.close()  # a thread that is still closing the file has it locked
         self.exclusive = self._locks
         thread = SqliteThread(self._connect, self._table.commit, self._table.purge, self._verify, self._runtime)
         opened = thread.start()
@@ -99,17 +99,17 @@ class SqliteStore:
         try:
             await asyncio.wrap_future(opened)
         except BaseException:
-            thread.stop()  # not awaited: refused, there is nothing to wait for; cancelled, nobody does
+            thread.stop()  # not awaited: after a refusal it has ended, and a cancelled call must not wait
             raise
 
     async def close(self) -> None:
-        """Finish what is queued, copy the log back into the file, and close it."""
+        """Finish queued calls, checkpoint the write-ahead log, and close the file."""
         if self._thread is not None:
             await asyncio.wrap_future(self._thread.stop())
 
     async def ping(self) -> None:
-        """Return when the database answers a query, and its files are those that were opened."""
-        self.files.request()
+        """Return if the database responds and its files are still those that were opened."""
+        self.files.force_check()
         await self._do("", lambda c: c.execute("SELECT layers FROM meta").fetchone())
 
     async def load(self, name: str, unless: Stamp | None = None) -> Record | Unchanged | Missing:
@@ -127,7 +127,7 @@ class SqliteStore:
         return await self._do(name, Commit(name, expected, record, receipts), writes=True)
 
     async def find_receipts(self, name: str, incarnation: int, keys: Sequence[bytes]) -> tuple[Receipt, ...] | Missing:
-        """See `Store.find_receipts`. A read: it does not wait for the transactions of others."""
+        """See `Store.find_receipts`."""
         return await self._do(name, lambda c: self._table.find_receipts(c, name, incarnation, keys))
 
     async def delete(self, name: str, expected: Stamp) -> Committed | Conflict | Missing:
@@ -135,8 +135,8 @@ class SqliteStore:
         return await self._do(name, lambda c: self._table.delete(c, name, expected), writes=True)
 
     async def join(self, name: str, incarnation: int, group: bytes, size: int, shard: Shard) -> GroupStatus | Missing:
-        """See `Store.join`. A member that only asks who has come makes a read."""
-        found = await self._do(name, lambda c: self._table.joined(c, name, incarnation, group, shard.member))
+        """See `Store.join`. If the member has joined already, this only reads."""
+        found = await self._do(name, lambda c: self._table.find_group(c, name, incarnation, group, shard.member))
         if found is not None:
             return found
         return await self._do(name, lambda c: self._table.join(c, name, incarnation, group, size, shard), writes=True)
@@ -158,9 +158,11 @@ class SqliteStore:
                 return
             yield page
 
-    async def remember(self, name: str, incarnation: int, receipts: Sequence[ReceiptWithTTL]) -> Committed | Missing:
-        """See `Store.remember`."""
-        return await self._do(name, lambda c: self._table.remember(c, name, incarnation, receipts), writes=True)
+    async def import_receipts(
+        self, name: str, incarnation: int, receipts: Sequence[ReceiptWithTTL]
+    ) -> Committed | Missing:
+        """See `Store.import_receipts`."""
+        return await self._do(name, lambda c: self._table.import_receipts(c, name, incarnation, receipts), writes=True)
 
     def _connect(self) -> sqlite3.Connection:
         return open_file(self.files, exclusive=self._locks, busy_seconds=self._busy_seconds)
@@ -172,8 +174,8 @@ class SqliteStore:
         except StoreLostError:
             self.exclusive = False
             if self._locks and not was_lost:
-                # What is in the log goes to the file while there is a way to both: if only the log was deleted, or the
-                # file was moved, nothing is lost; and no log stays behind for a file that it does not belong to.
+                # Checkpoint while both files are still open: then nothing is lost if only the log was deleted or the
+                # file was moved, and no log remains next to a file that it does not belong to.
                 with contextlib.suppress(sqlite3.Error):
                     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
             raise
@@ -187,6 +189,6 @@ class SqliteStore:
 
 
 def from_url(url: str, options: StoreOptions) -> SqliteStore:
-    """The store of `sqlite:///...`. Raises `StoreRefusedError`."""
+    """Create the store of a URL `sqlite:///...`. Raises `StoreRefusedError`."""
     options.without_replicas()
     return SqliteStore(path_of(url), options.receipt_seconds, options.exclusive)

@@ -1,4 +1,4 @@
-"""What each call of the store protocol does to the tables of an SQLite database, inside a transaction."""
+"""The operations of the store protocol as SQL statements, to be run inside a transaction."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from batchnorm_service.store.base import (
 from batchnorm_service.store.sqlite import statements
 
 SCHEMA: Final = (
-    # The stamp stands before the data: reading it touches one page, however large the data are.
+    # The stamp's columns precede the data, so that reading them touches one page, however large the data is.
     """
     CREATE TABLE layers (
         id INTEGER PRIMARY KEY,
@@ -39,10 +39,10 @@ SCHEMA: Final = (
         data BLOB NOT NULL
     )
     """,
-    # A receipt belongs to an incarnation, not to a name: deleting a layer is O(1) however many it has, because they
-    # can never match again, and the purge takes them as they expire. `expires` is in whole seconds since the epoch.
-    # New rows stand behind all others, in the table and by expiry. In the one index where each could be anywhere, an
-    # entry is short, and the key comes first: keys that callers did not give ascend, whatever the layer.
+    # A receipt belongs to an incarnation, not to a name: deleting a layer is O(1), because its receipts can never match
+    # again and are purged when they expire. `expires` is in whole seconds since the epoch. New rows are appended to the
+    # table and to the index by expiry. In the index by key, entries are short, and the key is the first column because
+    # keys that the service generates ascend across layers.
     """
     CREATE TABLE receipts (
         id INTEGER PRIMARY KEY,
@@ -56,7 +56,7 @@ SCHEMA: Final = (
         UNIQUE (key, incarnation)
     )
     """,
-    # Shards of groups that have not closed yet; small, few, and gone when their group closes.
+    # Shards of open groups: small, few, and deleted when their group closes.
     """
     CREATE TABLE shards (
         incarnation INTEGER NOT NULL,
@@ -71,8 +71,8 @@ SCHEMA: Final = (
     """,
     "CREATE INDEX shards_by_expiry ON shards (expires)",
     "CREATE INDEX receipts_by_expiry ON receipts (expires)",
-    # How many layers there are (counting rows would take longer the more there are), and the largest version that
-    # any deleted layer had: a new layer starts above it, so versions never repeat for a name.
+    # The number of layers (counting rows is O(n)), and the largest version of any deleted layer: new layers start above
+    # it, so that versions never repeat for a name.
     "CREATE TABLE meta (id INTEGER PRIMARY KEY CHECK (id = 1), layers INTEGER NOT NULL, floor INTEGER NOT NULL)",
     "INSERT INTO meta (id, layers, floor) VALUES (1, 0, 0)",
 )
@@ -81,7 +81,7 @@ _PURGE_STEP: Final = 100
 
 
 class Commit(NamedTuple):
-    """What `Store.commit` is called with."""
+    """The arguments of `Store.commit`."""
 
     name: str
     expected: Stamp
@@ -90,11 +90,11 @@ class Commit(NamedTuple):
 
 
 class SqliteTable:
-    """The statements.
+    """The store operations on a connection.
 
     Args:
-        receipt_seconds: how long a receipt counts, rounded up to a whole second.
-        runtime: its wall clock tells when receipts expire, because they outlive the process.
+        receipt_seconds: time to live of receipts, rounded up to a whole second.
+        runtime: its wall clock determines when receipts expire, because they outlive the process.
     """
 
     def __init__(self, receipt_seconds: float, runtime: Runtime) -> None:
@@ -125,7 +125,7 @@ class SqliteTable:
     def commit(
         self, connection: sqlite3.Connection, commits: Sequence[Commit]
     ) -> list[Committed | Conflict | Missing | Duplicates]:
-        """See `Store.commit`: several, no two of one name, with a few statements for all of them together."""
+        """See `Store.commit`. Several commits, of different names, with few statements for all of them."""
         present = statements.stamps(connection, [commit.name for commit in commits])
         now = self._runtime.wall()
         keys = [
@@ -134,8 +134,8 @@ class SqliteTable:
             if commit.name in present
             for receipt in commit.receipts
         ]
-        there = statements.unexpired(connection, keys, now)
-        outcomes = [_outcome(connection, commit, present.get(commit.name), there) for commit in commits]
+        existing = statements.unexpired(connection, keys, now)
+        outcomes = [_outcome(connection, commit, present.get(commit.name), existing) for commit in commits]
         done = [commit for commit, outcome in zip(commits, outcomes, strict=True) if isinstance(outcome, Committed)]
         statements.update_records(connection, [(commit.name, commit.record) for commit in done if commit.record])
         expires = math.ceil(now + self._receipt_seconds)
@@ -175,7 +175,7 @@ class SqliteTable:
             return Missing()
         now = self._runtime.wall()
         connection.execute("DELETE FROM shards WHERE expires <= ?", (now,))
-        found = _gathering(connection, incarnation, group, now)
+        found = _group_status(connection, incarnation, group, now)
         opened, members = (size, {}) if found is None else (found.size, found.members)
         if opened == size and shard.member not in members and len(members) < size:
             expires = math.ceil(now + self._receipt_seconds)
@@ -184,17 +184,17 @@ class SqliteTable:
                 " VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (incarnation, group, shard.member, size, shard.fingerprint, shard.part, expires),
             )
-            found = _gathering(connection, incarnation, group, now, added=True)
+            found = _group_status(connection, incarnation, group, now, added=True)
         return found or GroupStatus(size, {}, ())
 
-    def joined(
+    def find_group(
         self, connection: sqlite3.Connection, name: str, incarnation: int, group: bytes, member: bytes
     ) -> GroupStatus | Missing | None:
-        """What `join` answers to a member that is there already; None to all others."""
+        """The result of `join` for a member that has joined already; None for others."""
         present = _stamp(connection, name)
         if present is None or present.incarnation != incarnation:
             return Missing()
-        found = _gathering(connection, incarnation, group, self._runtime.wall())
+        found = _group_status(connection, incarnation, group, self._runtime.wall())
         return None if found is None or member not in found.members else found
 
     def leave(self, connection: sqlite3.Connection, incarnation: int, group: bytes, member: bytes | None) -> None:
@@ -209,19 +209,19 @@ class SqliteTable:
         rows = connection.execute(
             "SELECT name, incarnation, version, commit_id, id FROM layers"
             " WHERE name >= ? AND name > ? ORDER BY name LIMIT ?",
-            (prefix, after, max(limit, 0)),  # to SQLite a negative limit is none
+            (prefix, after, max(limit, 0)),  # in SQLite, a negative limit means no limit
         )
         entries: list[Entry] = []
         for name, incarnation, version, commit_id, row in rows:
-            if not name.startswith(prefix):  # the rows are in order, so no later one does
+            if not name.startswith(prefix):  # the rows are sorted: no later name does
                 break
-            # `substr(data, 1, n)` would read the whole of each blob first.
+            # `substr(data, 1, n)` would read each blob completely.
             with connection.blobopen("layers", "data", row, readonly=True) as blob:
                 entries.append(Entry(name, Stamp(incarnation, version, commit_id), blob.read(HEAD_BYTES)))
         return entries
 
     def receipts(self, connection: sqlite3.Connection, after: int, limit: int) -> tuple[Sequence[ReceiptWithTTL], int]:
-        """Up to `limit` unexpired receipts that follow a row, and the last of their rows."""
+        """Up to `limit` unexpired receipts after the row id `after`, and the last row id."""
         now = self._runtime.wall()
         rows = connection.execute(
             "SELECT id, incarnation, expires, key, fingerprint, version, batch, payload FROM receipts"
@@ -230,27 +230,27 @@ class SqliteTable:
         ).fetchall()
         return [ReceiptWithTTL(row[1], Receipt(*row[3:]), row[2] - now) for row in rows], rows[-1][0] if rows else after
 
-    def remember(
+    def import_receipts(
         self, connection: sqlite3.Connection, name: str, incarnation: int, receipts: Sequence[ReceiptWithTTL]
     ) -> Committed | Missing:
-        """See `Store.remember`."""
+        """See `Store.import_receipts`."""
         present = _stamp(connection, name)
         if present is None or present.incarnation != incarnation:
             return Missing()
         now = self._runtime.wall()
-        there = statements.unexpired(connection, [(incarnation, each.receipt.key) for each in receipts], now)
+        existing = statements.unexpired(connection, [(incarnation, each.receipt.key) for each in receipts], now)
         statements.insert_receipts(
             connection,
             [
                 (incarnation, *receipt, math.ceil(now + seconds))
                 for _, receipt, seconds in receipts
-                if (incarnation, receipt.key) not in there
+                if (incarnation, receipt.key) not in existing
             ],
         )
         return Committed()
 
     def purge(self, connection: sqlite3.Connection, changes: int) -> None:
-        """Remove some expired receipts: more than `changes`, so that they go faster than new ones come."""
+        """Delete some expired receipts: more than `changes`, so that they are purged faster than new ones are added."""
         connection.execute(
             "DELETE FROM receipts WHERE id IN (SELECT id FROM receipts WHERE expires <= ? ORDER BY expires LIMIT ?)",
             (self._runtime.wall(), _PURGE_STEP + changes),
@@ -258,12 +258,12 @@ class SqliteTable:
 
 
 def _outcome(
-    connection: sqlite3.Connection, commit: Commit, present: Stamp | None, there: Mapping[tuple[int, bytes], Receipt]
+    connection: sqlite3.Connection, commit: Commit, present: Stamp | None, existing: Mapping[tuple[int, bytes], Receipt]
 ) -> Committed | Conflict | Missing | Duplicates:
     if present is None:
         return Missing()
     keys = dict.fromkeys((present.incarnation, receipt.key) for receipt in commit.receipts)
-    if duplicates := tuple(there[key] for key in keys if key in there):
+    if duplicates := tuple(existing[key] for key in keys if key in existing):
         return Duplicates(duplicates)
     if present != commit.expected:
         return Conflict(
@@ -272,14 +272,14 @@ def _outcome(
     return Committed()
 
 
-def _gathering(
+def _group_status(
     connection: sqlite3.Connection, incarnation: int, group: bytes, now: float, *, added: bool = False
 ) -> GroupStatus | None:
-    there = (incarnation, group, now)
+    parameters = (incarnation, group, now)
     found = connection.execute(
         "SELECT member, fingerprint, size FROM shards"
         " WHERE incarnation = ? AND grp = ? AND expires > ? ORDER BY member",
-        there,
+        parameters,
     ).fetchall()
     if not found:
         return None
@@ -288,7 +288,7 @@ def _gathering(
     parts: tuple[bytes, ...] = ()
     if len(members) == opened:
         rows = connection.execute(
-            "SELECT part FROM shards WHERE incarnation = ? AND grp = ? AND expires > ? ORDER BY member", there
+            "SELECT part FROM shards WHERE incarnation = ? AND grp = ? AND expires > ? ORDER BY member", parameters
         )
         parts = tuple(part for (part,) in rows)
     return GroupStatus(opened, members, parts, added)

@@ -1,4 +1,4 @@
-"""The one thread that talks to SQLite, and the group commit: what waits at the same moment shares one transaction."""
+"""The thread that uses SQLite, with group commit: queued writes share one transaction."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from batchnorm_service.store.sqlite.table import Commit
 
 T = TypeVar("T")
 
-_DRAIN: Final = 1024  # jobs in one round, so that a read never waits for an endless row of writes
-# What SQLite or its binding says of the values it is given. Anything else (disk, lock, I/O) concerns every waiter.
-_OWN_FAULTS: Final = (
+_MAX_JOBS: Final = 1024  # in one round, so that reads do not starve
+# Exceptions that are caused by a job's own values. All others (disk, lock, I/O) concern every queued job.
+_JOB_ERRORS: Final = (
     ValueError,
     OverflowError,
     TypeError,
@@ -33,23 +33,23 @@ _OWN_FAULTS: Final = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job(Generic[T]):
-    """Something to do with the database.
+    """A database operation and the future of its result.
 
     Attributes:
-        name: the layer that it reads or writes; None: any of them.
-        writes: whether it may write, and so waits for a COMMIT before it is answered.
-        work: what to do, inside a transaction; or a `Commit`, which is done together with others.
-        answer: what came of it: the value, or `StoreError`.
+        name: the layer that it reads or writes; None for any.
+        writes: whether it may write; then its future is completed after the COMMIT.
+        work: the operation, run inside a transaction; or a `Commit`, which is combined with others.
+        future: the result, or a `StoreError`.
     """
 
     name: str | None
     writes: bool
     work: Callable[[sqlite3.Connection], T] | Commit
-    answer: asyncio.Future[T] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    future: asyncio.Future[T] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
-class _FaultError(Exception):
-    """Some jobs of a group cannot be done whatever the state of the database: the others go on without them."""
+class _JobError(Exception):
+    """A run of jobs failed because of its own values: the other jobs of the transaction can be done without it."""
 
     def __init__(self, run: Sequence[Job[Any]], reason: Exception) -> None:
         super().__init__(run, reason)
@@ -58,16 +58,17 @@ class _FaultError(Exception):
 
 
 class SqliteThread:
-    """A connection and the only thread that uses it.
+    """A connection and the thread that uses it.
 
-    Writes are answered after their COMMIT. Reads see committed data only: a read is answered at once unless a write
-    of the same layer waits before it, so that the order in which calls were made is never turned around.
+    The thread works in rounds: it takes all queued jobs, and does reads, then writes in one transaction, then the reads
+    that were queued after a write of the same layer. So jobs on one layer take effect in order, and reads see committed
+    data only.
 
     Args:
         connect: opens the connection; runs in the thread.
-        commit: does several commits, no two of one name.
-        before_commit: called inside each transaction that wrote, with the number of rows that were changed.
-        verify: called before each round, and before the answers to writes: raises `StoreError` where none may be given.
+        commit: does several commits, of different names.
+        before_commit: called inside each transaction that wrote, with the number of changed rows.
+        verify: called before each round, and before writes are acknowledged; raises `StoreError` to fail the jobs.
         runtime: starts the thread.
 
     Attributes:
@@ -100,37 +101,37 @@ class SqliteThread:
         return self._stopped
 
     def start(self) -> Future[None]:
-        """Start the thread, for the running loop. The future is done when the connection is open, or holds why not."""
+        """Start the thread for the running event loop. The future completes when the connection is open or refused."""
         self._loop = asyncio.get_running_loop()
-        # A caller that stops waiting must not cancel what the thread is to answer.
+        # Cancelling the caller must not cancel these futures, which the thread completes.
         self._opened.set_running_or_notify_cancel()
         self._closed.set_running_or_notify_cancel()
-        # A daemon: a program that forgets to close must still be able to end, and nothing acknowledged is lost.
+        # A daemon thread: a program that forgets to close the store can end, and no acknowledged commit is lost.
         self._runtime.thread(self._run, "batchnorm-sqlite")
         return self._opened
 
     def submit(self, job: Job[T]) -> asyncio.Future[T]:
         """Queue a job. Raises `StoreError` after `stop`.
 
-        The thread hears of it after this turn of the event loop, with whatever else is submitted in it: woken by the
-        first job of many, it would begin a transaction for that one alone, and one thread would interrupt the other.
+        Jobs are passed to the thread after this iteration of the event loop, together with all others submitted in it.
+        Otherwise the first of many jobs would get a transaction of its own.
         """
         if self._stopped:
             raise StoreError("the SQLite store is closed")
         if not self._submitted:
-            self._loop.call_soon(self._hand_over)
+            self._loop.call_soon(self._flush)
         self._submitted.append(job)
-        return job.answer
+        return job.future
 
     def stop(self) -> Future[None]:
-        """Do what is queued, then close the connection. May be called again: the future is the same."""
+        """Do the queued jobs, then close the connection. Idempotent: returns the same future."""
         if not self._stopped:
             self._stopped = True
-            self._hand_over()
+            self._flush()
             self._queue.put(None)
         return self._closed
 
-    def _hand_over(self) -> None:
+    def _flush(self) -> None:
         if self._submitted:
             self._queue.put(self._submitted)
             self._submitted = []
@@ -146,7 +147,7 @@ class SqliteThread:
         try:
             while self._round(connection):
                 pass
-            # What is not copied back stays in the log, which is as durable.
+            # If the checkpoint fails, the data remains in the log, which is durable too.
             with contextlib.suppress(sqlite3.Error, StoreError):
                 self._verify(connection)
                 connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
@@ -157,16 +158,16 @@ class SqliteThread:
                 self._closed.set_result(None)
 
     def _round(self, connection: sqlite3.Connection) -> bool:
-        """Answer all that waits; False when that was the last. A method, so that no job outlives its round."""
+        """Do all queued jobs; False after the last. A method of its own, so that no local variable keeps jobs alive."""
         waiting = self._queue.get()
-        while waiting is not None and len(waiting) < _DRAIN and not self._queue.empty():
+        while waiting is not None and len(waiting) < _MAX_JOBS and not self._queue.empty():
             more = self._queue.get_nowait()
             if more is None:
-                self._queue.put(None)  # nothing comes behind it
+                self._queue.put(None)  # None is the last item: put it back for the next round
                 break
             waiting += more
-        # Those that were cancelled before they began are left out; from here on cancelling has no effect on them.
-        jobs = [job for job in waiting or () if not job.answer.cancelled()]
+        # Jobs that were cancelled while queued are skipped; from here on, cancelling has no effect.
+        jobs = [job for job in waiting or () if not job.future.cancelled()]
         try:
             self._verify(connection)
         except StoreError as error:
@@ -191,10 +192,10 @@ class SqliteThread:
         for job in jobs:
             try:
                 (value,) = _transact(connection, "BEGIN", partial(self._work, [job]))
-            except Exception as error:  # whatever it is, the caller must not wait forever
+            except Exception as error:  # any error, so that the caller does not wait forever
                 self._fail([job], error)
             else:
-                self._answer([(job.answer, value)])
+                self._complete([(job.future, value)])
 
     def _write(self, connection: sqlite3.Connection, jobs: Sequence[Job[Any]]) -> None:
         together = True
@@ -203,9 +204,9 @@ class SqliteThread:
             try:
                 values = _transact(connection, "BEGIN IMMEDIATE", partial(self._group, runs))
                 self._verify(connection)
-            except _FaultError as fault:
+            except _JobError as fault:
                 if len(fault.run) > 1:
-                    together = False  # to find out which of them it is
+                    together = False  # find out which job it is
                     continue
                 self._fail(fault.run, fault.reason)
                 jobs = [job for job in jobs if job is not fault.run[0]]
@@ -214,7 +215,7 @@ class SqliteThread:
                 return
             else:
                 self.transactions += 1
-                self._answer([(job.answer, value) for job, value in zip(jobs, values, strict=True)])
+                self._complete([(job.future, value) for job, value in zip(jobs, values, strict=True)])
                 return
 
     def _group(self, runs: Sequence[Sequence[Job[Any]]], connection: sqlite3.Connection) -> list[Any]:
@@ -223,8 +224,8 @@ class SqliteThread:
         for run in runs:
             try:
                 values += self._work(run, connection)
-            except _OWN_FAULTS as error:
-                raise _FaultError(run, error) from error
+            except _JOB_ERRORS as error:
+                raise _JobError(run, error) from error
         if changes := connection.total_changes - before:
             self._before_commit(connection, changes)
         return values
@@ -234,24 +235,24 @@ class SqliteThread:
             return self._commit(connection, commits)
         return [job.work(connection) for job in run if callable(job.work)]
 
-    def _answer(self, answers: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
-        """Hand the answers over, all at once: waking the event loop costs more than most of them did."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(_settle, answers)
+    def _complete(self, results: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
+        """Complete futures, all at once: waking the event loop costs more than most jobs."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(_set_results, results)
 
     def _fail(self, jobs: Sequence[Job[Any]], reason: Exception) -> None:
-        answers = []
-        for job in jobs:  # each its own exception: a shared one would gather the tracebacks of all who raise it
+        results = []
+        for job in jobs:  # each its own exception: a shared one would accumulate the tracebacks of all callers
             error = type(reason)(*reason.args) if isinstance(reason, StoreError) else StoreError(f"SQLite: {reason}")
             error.__cause__ = reason
-            answers.append((job.answer, error))
-        self._answer(answers)
+            results.append((job.future, error))
+        self._complete(results)
 
 
 def _transact(connection: sqlite3.Connection, begin: str, work: Callable[[sqlite3.Connection], T]) -> T:
-    """Do `work` in a transaction that is committed; when anything fails, in none at all."""
+    """Do `work` in a transaction; roll back if anything fails."""
     if connection.in_transaction:
-        connection.execute("ROLLBACK")  # the one below failed: try again before anyone sees what was never committed
+        connection.execute("ROLLBACK")  # an earlier rollback failed: retry, or reads would see uncommitted data
     try:
         connection.execute(begin)
         value = work(connection)
@@ -265,7 +266,7 @@ def _transact(connection: sqlite3.Connection, begin: str, work: Callable[[sqlite
 
 
 def _runs(jobs: Sequence[Job[Any]]) -> list[list[Job[Any]]]:
-    """The jobs in their order, those commits together that follow each other and are of different layers."""
+    """The jobs in order, with consecutive commits of different layers grouped into one run."""
     runs: list[list[Job[Any]]] = []
     names: set[str | None] = set()
     for job in jobs:
@@ -278,11 +279,11 @@ def _runs(jobs: Sequence[Job[Any]]) -> list[list[Job[Any]]]:
     return runs
 
 
-def _settle(answers: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
-    for future, answer in answers:
-        if future.done():  # cancelled: nobody waits for this one
+def _set_results(results: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
+    for future, result in results:
+        if future.done():  # cancelled
             continue
-        if isinstance(answer, Exception):
-            future.set_exception(answer)
+        if isinstance(result, Exception):
+            future.set_exception(result)
         else:
-            future.set_result(answer)
+            future.set_result(result)

@@ -1,6 +1,6 @@
-"""SQLite files of older releases: copied beside themselves first, then upgraded in one transaction.
+"""Upgrades of SQLite files of older releases: first a backup copy next to the file, then one transaction.
 
-A step upgrades from one schema version to the next. Its statements stay as they are when the schema changes again.
+A step upgrades one schema version to the next. Its statements must not be changed when the schema changes again.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _log = logging.getLogger(__name__)
 _LAYERS: Final = ("id", "name", "incarnation", "version", "commit_id", "data")
 _META: Final = ("id", "layers", "floor")
 _SHARDS: Final = ("incarnation", "grp", "member", "size", "fingerprint", "part", "expires")
-_RECEIPTS: Final = (  # of schema 1, which had three layouts: each release with another one wrote the same number
+_RECEIPTS: Final = (  # of schema 1, a version number that releases with different layouts shared
     ("incarnation", "key", "fingerprint", "version", "batch", "expires"),
     ("incarnation", "key", "fingerprint", "version", "batch", "payload", "expires"),
 )
 
 
 class Step(NamedTuple):
-    """From one schema version to the next.
+    """Upgrade from one schema version to the next.
 
     Attributes:
-        known: whether some release made a file with these tables.
-        apply: what to do.
+        known: whether the file's tables are those of a release.
+        apply: runs the upgrade's statements.
     """
 
     known: Callable[[sqlite3.Connection], bool]
@@ -49,7 +49,7 @@ def _known_1(connection: sqlite3.Connection) -> bool:
 
 
 def _from_1(connection: sqlite3.Connection) -> None:
-    """Receipts in the order in which they expire, with an index by key; payloads and shards where there are none."""
+    """Sort receipts by expiry, with an index by key; add payloads and the table of shards if missing."""
     payload = "payload" if "payload" in _columns(connection, "receipts") else "x''"
     connection.execute("ALTER TABLE receipts RENAME TO receipts_of_schema_1")
     connection.execute("""
@@ -89,22 +89,20 @@ def _from_1(connection: sqlite3.Connection) -> None:
 
 
 STEPS: Final[Mapping[int, Step]] = {1: Step(_known_1, _from_1)}
-"""What upgrades from a schema version to the next."""
+"""The step from each schema version to the next."""
 
 
 def upgrade(connection: sqlite3.Connection, path: Path, version: int, target: int) -> None:
-    """Upgrade the file to schema version `target`.
-
-    Until the one transaction is committed, the file is as it was, whatever happens.
+    """Upgrade the file to schema version `target`, in one transaction.
 
     Args:
-        connection: has the file locked for itself, and is in no transaction.
-        path: of the file; the copy is made beside it.
-        version: the file's own.
-        target: the one that it gets.
+        connection: has the file locked exclusively, and is not in a transaction.
+        path: of the file; the backup is created next to it.
+        version: the file's schema version.
+        target: its new schema version.
 
     Raises:
-        StoreRefusedError: it cannot be upgraded, with the reason in words. The file is as it was.
+        StoreRefusedError: it cannot be upgraded; the message says why. The file is unchanged.
     """
     try:
         if not STEPS[version].known(connection):
@@ -123,11 +121,11 @@ def upgrade(connection: sqlite3.Connection, path: Path, version: int, target: in
 
 
 def _copy(connection: sqlite3.Connection, path: Path, version: int) -> Path:
-    """A durable copy of the file under a name that nothing has yet."""
+    """Make a durable backup of the file under a free name."""
     partial = path.with_name(f"{path.name}.schema-{version}.partial")
-    partial.unlink(missing_ok=True)  # of an upgrade that was killed
+    partial.unlink(missing_ok=True)  # left by an interrupted upgrade
     try:
-        # As private as the file itself: SQLite would make it with the process's default permissions.
+        # With the file's permissions: SQLite would create it with the process's default permissions.
         os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, path.stat().st_mode & 0o777))
         with closing(sqlite3.connect(partial)) as target:
             connection.backup(target)
@@ -142,7 +140,7 @@ def _copy(connection: sqlite3.Connection, path: Path, version: int) -> Path:
 
 
 def _free_name(path: Path) -> Path:
-    """This name, or the first of `-2`, `-3`, ... that nothing has."""
+    """This path, or the first free one with a suffix `-2`, `-3`, ..."""
     free, number = path, 1
     while free.exists():
         number += 1
@@ -151,8 +149,8 @@ def _free_name(path: Path) -> Path:
 
 
 def flush(path: Path) -> None:
-    """Make a file or the names in a directory durable."""
-    if os.name == "nt" and path.is_dir():  # has no way to flush a directory
+    """Flush a file, or the entries of a directory, to disk (fsync)."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot flush a directory
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""The path in an SQLite URL, whose slashes count as they do in SQLAlchemy."""
+"""Parses SQLite URLs, with the slashes of SQLAlchemy's."""
 
 from __future__ import annotations
 

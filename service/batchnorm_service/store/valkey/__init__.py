@@ -1,1 +1,1 @@
-"""Layers in Valkey or Redis: one server, one with replicas, or a Cluster."""
+"""Store in Valkey or Redis: a single server, a server with replicas, or a Cluster."""

@@ -1,4 +1,4 @@
-"""Where a Valkey or Redis server is: what a URL says, without the password ever being shown."""
+"""Parses Valkey and Redis URLs; passwords are never shown."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _FORM: Final = "valkey://host:port/0 or valkey+cluster://host:port,host:port"
 
 
 class Node(NamedTuple):
-    """One server."""
+    """Host and port of a server."""
 
     host: str
     port: int
@@ -40,14 +40,15 @@ class Node(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """What a URL says.
+    """A parsed URL.
 
     Attributes:
         scheme: one of `SCHEMES`.
-        nodes: the server; of a cluster, some of its nodes: the others are learned from them.
-        database: the number of the database; a cluster has only 0.
-        prefix: what every key begins with, so that several services can share a server.
-        ca: a file of certificates to trust instead of the system's (TLS only).
+        nodes: the server; for a cluster, some of its nodes, from which the others are discovered.
+        database: the database number; a cluster has only 0.
+        prefix: prefix of all keys, so that several services can share a server.
+        ca: a file of CA certificates to trust instead of the system's (TLS only).
+        user, password: credentials, or None.
     """
 
     scheme: str
@@ -60,12 +61,12 @@ class Address:
 
     @property
     def cluster(self) -> bool:
-        """Whether it is a Cluster."""
+        """Whether the URL names a Cluster."""
         return self.scheme.endswith("+cluster")
 
     @property
     def tls(self) -> bool:
-        """Whether connections are encrypted, and the server's certificate and name checked."""
+        """Whether connections use TLS, with verification of the server's certificate and name."""
         return self.scheme.removesuffix("+cluster") in {"valkeys", "rediss"}
 
     @property
@@ -80,7 +81,7 @@ def parse_address(url: str) -> Address:
     """Read a URL: `scheme://[user[:password]@]host[:port][,host:port ...][/database][?prefix=name&ca=file]`.
 
     Raises:
-        StoreRefusedError: with the reason in words. It quotes nothing that may be a part of a password.
+        StoreRefusedError: the URL is invalid. The message quotes nothing that may be part of a password.
     """
     scheme, _, rest = url.partition(":")
     scheme = scheme.lower()

@@ -1,4 +1,4 @@
-"""Running scripts where they belong: redirections, scripts that the server has forgotten, and errors in words."""
+"""Runs scripts on the server that owns their bucket: redirections, NOSCRIPT, and retries."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from valkey.exceptions import AskError, ClusterDownError, MovedError, NoScriptEr
 from batchnorm_service.runtime import Runtime
 from batchnorm_service.store.base import StoreError
 from batchnorm_service.store.valkey.address import Node
-from batchnorm_service.store.valkey.connection import in_words
-from batchnorm_service.store.valkey.pipeline import Job, LostError, UnsentError
+from batchnorm_service.store.valkey.connection import describe_error
+from batchnorm_service.store.valkey.pipeline import LostError, ScriptCall, UnsentError
 from batchnorm_service.store.valkey.scripts import Script
 from batchnorm_service.store.valkey.topology import ClusterTopology
 
-_PAUSE: Final = 0.02  # while a bucket is in the middle of a move from one server to another
-_REDIRECTIONS: Final = 16
+_PAUSE: Final = 0.02  # seconds between retries while a bucket is being migrated to another server
+_MAX_REDIRECTIONS: Final = 16
 
 
 class CommandRunner:
-    """Runs scripts.
+    """Runner of scripts.
 
     Args:
-        topology: where the buckets are.
-        timeout: seconds that a call may be repeated because its bucket is on the move.
+        topology: the owners of the buckets, and their pipelines.
+        timeout: seconds for which a call is retried while its bucket is being migrated.
         runtime: clock.
     """
 
@@ -40,97 +40,97 @@ class CommandRunner:
     def run(
         self, script: Script, bucket: int, keys: Sequence[bytes], args: Sequence[bytes | int] = ()
     ) -> Coroutine[Any, Any, Any]:
-        """Queue a script now, whenever the answer is awaited: so calls take effect in the order they were made in.
+        """Queue a script at once, even before the result is awaited, so that calls take effect in order.
 
-        What comes back raises `StoreError`. A call is repeated here only when it is known to have had no effect, and
-        only while somebody waits for it: what was given up never takes effect later, unless it was sent before.
+        The returned coroutine raises `StoreError`. A call is repeated only if it is known to have had no effect, and
+        only while the coroutine is awaited: a cancelled call has no later effect, unless it was sent already.
         """
-        attempt = _Attempt(self._topology, Job(script, bucket, keys, args), self._runtime)
-        return self._answer(attempt, attempt.send())
+        attempt = _Attempt(self._topology, ScriptCall(script, bucket, keys, args), self._runtime)
+        return self._track(attempt, attempt.send())
 
     async def finish(self) -> None:
-        """Return when nobody waits for a call any more; one that has to be sent again still is."""
+        """Return when all calls are complete, including those that have to be sent again."""
         while self._running:
             self._ended.clear()
             await self._ended.wait()
 
-    async def _answer(self, attempt: _Attempt, answer: asyncio.Future[Any]) -> Any:
+    async def _track(self, attempt: _Attempt, future: asyncio.Future[Any]) -> Any:
         self._running += 1
         try:
-            return await self._sent(attempt, answer)
+            return await self._result(attempt, future)
         finally:
             self._running -= 1
             self._ended.set()
 
-    async def _sent(self, attempt: _Attempt, answer: asyncio.Future[Any]) -> Any:
+    async def _result(self, attempt: _Attempt, future: asyncio.Future[Any]) -> Any:
         deadline = self._runtime.now() + self._timeout
         while True:
             try:
-                return await answer
+                return await future
             except ResponseError as error:
-                if not await attempt.redirected(error, deadline):
-                    raise StoreError(in_words(error)) from error
+                if not await attempt.retry_after_reply(error, deadline):
+                    raise StoreError(describe_error(error)) from error
             except (UnsentError, LostError) as error:
-                if not await attempt.rerouted(error):
+                if not await attempt.retry_after_failure(error):
                     raise
-            answer = attempt.send()
+            future = attempt.send()
 
 
 class _Attempt:
-    """A job on its way to the server that has its bucket."""
+    """The attempts to send one call to the server that owns its bucket."""
 
-    def __init__(self, topology: ClusterTopology, job: Job, runtime: Runtime) -> None:
+    def __init__(self, topology: ClusterTopology, call: ScriptCall, runtime: Runtime) -> None:
         self._runtime = runtime
         self._topology = topology
-        self._job = job
-        self._asked: Node | None = None
-        self._node: Node | None = None  # to go to instead of the owner, once
+        self._call = call
+        self._target: Node | None = None
+        self._redirect: Node | None = None  # the target of the next attempt instead of the owner (ASK)
         self._redirections = 0
         self._repeated = False
 
     def send(self) -> asyncio.Future[Any]:
-        job = self._job
-        node = self._asked = self._node or self._topology.owner(job.bucket)
+        call = self._call
+        node = self._target = self._redirect or self._topology.owner(call.bucket)
         try:
-            pipeline = self._topology.pipeline(job.bucket, job.keys[0], reading=job.script.single, node=node)
+            pipeline = self._topology.pipeline(call.bucket, call.keys[0], reading=call.script.single, node=node)
         except UnsentError as error:
-            answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-            answer.set_exception(error)
-            return answer
-        return pipeline.submit(job)
+            future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            future.set_exception(error)
+            return future
+        return pipeline.submit(call)
 
-    async def redirected(self, error: ResponseError, deadline: float) -> bool:
-        """Whether the server refused because the job belongs elsewhere, or has to come again."""
+    async def retry_after_reply(self, error: ResponseError, deadline: float) -> bool:
+        """Whether to send the call again after an error reply: a redirection, NOSCRIPT or TRYAGAIN."""
         self._redirections += 1
-        self._node, self._job = None, replace(self._job, asking=False)
+        self._redirect, self._call = None, replace(self._call, asking=False)
         if isinstance(error, ClusterDownError):
-            self._topology.suspect()
+            self._topology.schedule_refresh()
             return False
         if isinstance(error, NoScriptError):
-            self._job = replace(self._job, whole=True)
-            return self._redirections < _REDIRECTIONS
+            self._call = replace(self._call, full_source=True)
+            return self._redirections < _MAX_REDIRECTIONS
         if isinstance(error, AskError):  # MovedError is one
-            assert self._asked is not None  # noqa: S101 - a server has answered
-            node = Node(error.host if error.host not in {"", "?"} else self._asked.host, error.port)
+            assert self._target is not None  # noqa: S101 - a server has replied
+            node = Node(error.host if error.host not in {"", "?"} else self._target.host, error.port)
             if isinstance(error, MovedError):
-                self._topology.moved(self._job.bucket, node)
+                self._topology.moved(self._call.bucket, node)
             else:
-                self._node, self._job = node, replace(self._job, asking=True)
-            return self._redirections < _REDIRECTIONS
-        # TRYAGAIN: some keys of the script have moved already and others not yet.
+                self._redirect, self._call = node, replace(self._call, asking=True)
+            return self._redirections < _MAX_REDIRECTIONS
+        # TRYAGAIN: some of the script's keys are migrated already, others are not.
         if isinstance(error, TryAgainError) and self._runtime.now() < deadline:
             self._redirections = 0
             await self._runtime.sleep(_PAUSE)
             return True
         return False
 
-    async def rerouted(self, error: StoreError) -> bool:
-        """Whether to try again after a failed connection, which is safe for what was not sent, and for reads."""
-        if self._repeated or (isinstance(error, LostError) and self._job.script.writes):
-            self._topology.suspect()
+    async def retry_after_failure(self, error: StoreError) -> bool:
+        """Whether to send the call again after a failed connection: safe for unsent calls, and for reads."""
+        if self._repeated or (isinstance(error, LostError) and self._call.script.writes):
+            self._topology.schedule_refresh()
             return False
         self._repeated = True
-        asked = self._asked
-        self._node, self._job = None, replace(self._job, asking=False)
+        failed = self._target
+        self._redirect, self._call = None, replace(self._call, asking=False)
         await self._topology.refresh()
-        return isinstance(error, LostError) or self._topology.owner(self._job.bucket) not in {asked, None}
+        return isinstance(error, LostError) or self._topology.owner(self._call.bucket) not in {failed, None}

@@ -1,4 +1,4 @@
-"""One connection to a server that was found fit for use, and what is wrong with those that are not."""
+"""Connections to servers, and the check whether a server is suitable."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from batchnorm_service.store.base import StoreRefusedError
 from batchnorm_service.store.valkey.address import Address, Node
 
 FAULTS: Final = (ValkeyError, OSError)  # a TimeoutError is an OSError
-"""What a connection may raise. `ResponseError`, one of them, is an answer: the connection goes on."""
+"""Exceptions of a connection. One of them, `ResponseError`, is a reply: the connection stays usable."""
 
 Command = Sequence[bytes | int]
 
 
 class _Connection(Protocol):
-    """What is used of valkey-py's connection, which has no types."""
+    """The used part of valkey-py's connection class, which is untyped."""
 
     async def connect(self) -> None: ...
     async def disconnect(self, nowait: bool = False) -> None: ...
@@ -36,53 +36,54 @@ class _Connection(Protocol):
 
 
 class ServerConnection:
-    """A connection. Whoever has it sends commands and reads as many answers; after anything else it is dropped.
+    """Connection to a server. Its user reads one reply per sent command; if that fails, the connection is dropped.
 
     Attributes:
-        node: the server at its other end.
-        keeps: whether the server writes what it acknowledges to a file before or soon after.
+        node: the server.
+        append_only: whether the server writes an append-only file.
     """
 
     def __init__(self, connection: _Connection, node: Node) -> None:
         self.node = node
-        self.keeps = False
+        self.append_only = False
         self._connection = connection
 
     async def send(self, commands: Iterable[Command]) -> None:
-        """Send commands in one go."""
+        """Send commands together."""
         await self._connection.send_packed_command(self._connection.pack_commands(commands), check_health=False)
 
-    async def reply(self) -> Any:
-        """The answer to the next of them. Raises what is in `FAULTS`."""
+    async def read_reply(self) -> Any:
+        """The reply to the next command. Raises one of `FAULTS`."""
         return await self._connection.read_response()
 
-    async def hung_up(self) -> bool:
-        """Whether the other side has closed the connection, as far as is known here."""
+    async def is_closed(self) -> bool:
+        """Whether the server has closed the connection, as far as is known."""
         try:
             return await self._connection.can_read_destructive()
         except FAULTS:
             return True
 
     async def close(self) -> None:
-        """Close the connection in good order."""
+        """Close the connection gracefully."""
         with contextlib.suppress(*FAULTS):
             await self._connection.disconnect()
 
     async def drop(self) -> None:
-        """Close the connection at once, whatever state it is in."""
+        """Close the connection immediately, in any state."""
         writer: asyncio.StreamWriter | None = getattr(self._connection, "_writer", None)
-        if writer is not None:  # a plain close would try to send first what is waiting, perhaps for ever
+        if writer is not None:  # a plain close would first flush its buffer, perhaps forever
             writer.transport.abort()
         with contextlib.suppress(*FAULTS):
             await self._connection.disconnect(nowait=True)
 
 
 class Connector:
-    """Makes connections.
+    """Factory of connections.
 
     Args:
-        address: with user, password and so on.
+        address: the parsed URL.
         timeout: seconds that connecting may take.
+        runtime: clock.
     """
 
     def __init__(self, address: Address, timeout: float, runtime: Runtime) -> None:
@@ -91,26 +92,26 @@ class Connector:
         self.timeout = timeout
 
     async def connect(self, node: Node) -> ServerConnection:
-        """Connect to a server and see whether it can be used.
+        """Connect to a server and check that it is suitable.
 
         Raises:
-            StoreRefusedError: it cannot, with the reason in words.
+            StoreRefusedError: it cannot be reached or is not suitable; the message says why.
         """
         connection = ServerConnection(self._connection(node), node)
         try:
             async with self.runtime.timeout(self.timeout):
                 await connection.send([(b"INFO",)])
-                info = parse_info(await connection.reply())
+                info = parse_info(await connection.read_reply())
         except FAULTS as error:
             await connection.drop()
-            raise StoreRefusedError(f"{node}: {in_words(error)}") from error
+            raise StoreRefusedError(f"{node}: {describe_error(error)}") from error
         except BaseException:
             await connection.drop()
             raise
         if fault := unfit(info, cluster=self.address.cluster):
             await connection.close()
             raise StoreRefusedError(f"{node} {fault}")
-        connection.keeps = info.get("aof_enabled") == "1"
+        connection.append_only = info.get("aof_enabled") == "1"
         return connection
 
     def _connection(self, node: Node) -> _Connection:
@@ -122,10 +123,10 @@ class Connector:
             "username": address.user,
             "password": address.password,
             "client_name": "batchnorm-service",
-            "lib_name": None,  # each would be another round trip
+            "lib_name": None,  # each would cost a round trip
             "lib_version": None,
-            "parser_class": ClusterParser,  # knows all errors that the other does, and redirections
-            "socket_timeout": None,  # time limits are those of whoever has the connection
+            "parser_class": ClusterParser,  # the default parser's errors, and redirections
+            "socket_timeout": None,  # the users of the connection set timeouts
             "socket_connect_timeout": self.timeout,
             "socket_keepalive": True,
         }
@@ -137,14 +138,14 @@ class Connector:
 
 
 def parse_info(text: bytes) -> dict[str, str]:
-    """What a server says of itself."""
+    """The fields of a server's reply to INFO."""
     pairs = (line.split(":", 1) for line in text.decode(errors="replace").splitlines())
     return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
 
 
 def unfit(info: Mapping[str, str], *, cluster: bool) -> str | None:
-    """Why a server cannot be used: the rest of a sentence that begins with its name."""
-    version = info.get("redis_version", "0")  # Valkey says here which Redis it is compatible with
+    """Why a server is not suitable, as the predicate of a sentence about it; None if it is."""
+    version = info.get("redis_version", "0")  # for Valkey, the version of Redis that it is compatible with
     policy = info.get("maxmemory_policy", "noeviction")
     clustered = info.get("cluster_enabled", "0") != "0"
     faults = {
@@ -159,8 +160,8 @@ def unfit(info: Mapping[str, str], *, cluster: bool) -> str | None:
     return next((words for words, applies in faults.items() if applies), None)
 
 
-def in_words(error: BaseException) -> str:
-    """What went wrong, in few words and without anything that the user wrote in the URL."""
+def describe_error(error: BaseException) -> str:
+    """A short description of an error, without any part of the URL."""
     if isinstance(error, AuthenticationError):
         return "a password is needed" if "required" in str(error) else "the server refuses the user or the password"
     if isinstance(error, TimeoutError | ValkeyTimeoutError):
@@ -170,6 +171,6 @@ def in_words(error: BaseException) -> str:
     if isinstance(error.__context__, OSError) and (error.__context__.errno or 0) > 0:
         return os.strerror(error.__context__.errno or 0).lower()
     words = " ".join(str(error).split())[:200] or type(error).__name__
-    if isinstance(error, ResponseError) and type(error) is not ResponseError:  # valkey-py took the first word off
+    if isinstance(error, ResponseError) and type(error) is not ResponseError:  # valkey-py strips the error code
         return f"{type(error).__name__.removesuffix('Error').upper()} {words}"
     return words

@@ -1,26 +1,26 @@
-"""How layers are laid out in Valkey: buckets, keys, and the bytes of records and receipts.
+"""Layout of the store in Valkey: buckets, keys, and the encoding of records and receipts.
 
-Every layer belongs to one of 256 buckets by a hash of its name, and every key of a bucket has the bucket's hash tag:
-a bucket is one hash slot, so that a script may touch a layer's record, its receipts and the index at once, on a
-Cluster too. 256 are few enough to be asked one by one for a listing, and enough to be spread over: each primary gets
-an even share of them, because the tags are chosen so that bucket i's slot is one of 64 i to 64 i + 63.
+A layer belongs to one of 256 buckets, by a hash of its name. All keys of a bucket have the same hash tag and thus the
+same hash slot, so that a script can use a layer's record, its receipts and the index, on a Cluster too. 256 buckets are
+few enough to query all for a listing, and enough to be spread evenly over the primaries: the tags are chosen so that
+bucket i's slot is one of 64 i to 64 i + 63.
 
-    PREFIX:{TAG}l:NAME   a record: the stamp's 24 bytes, then the data
-    PREFIX:{TAG}c:NAME   the commits that lost a race for the record and wait, by when; it expires, and is on no replica
-    PREFIX:{TAG}r:...    a receipt: the incarnation's 8 bytes and the receipt's own 16; it expires by itself
-    PREFIX:{TAG}g:...    who has come to a group: the incarnation's 8 bytes and the group's own 16; it expires, too
-    PREFIX:{TAG}p:...    and what they have brought
-    PREFIX:{TAG}j:...    and by which call: a call that is sent twice, because its reply was lost, knows its own shard
-    PREFIX:{TAG}names    the names in the bucket: a sorted set in the order of their bytes
-    PREFIX:{TAG}floor    the largest version that any deleted layer of the bucket had: a new one starts above it
+    PREFIX:{TAG}l:NAME   a record: 24 bytes of stamp, then the data
+    PREFIX:{TAG}c:NAME   the record's contenders: commits that had a conflict, by time; expires, and is not replicated
+    PREFIX:{TAG}r:...    a receipt: 8 bytes of incarnation and the receipt's key of 16 bytes; expires
+    PREFIX:{TAG}g:...    a group's members: 8 bytes of incarnation and the group's key of 16 bytes; expires
+    PREFIX:{TAG}p:...    the members' parts
+    PREFIX:{TAG}j:...    the ids of the calls that added them: a call repeated after a lost reply recognizes its shard
+    PREFIX:{TAG}names    the names in the bucket: a sorted set in byte order
+    PREFIX:{TAG}floor    the largest version of any deleted layer of the bucket: new layers start above it
     PREFIX:{TAG}schema   in bucket 0 only: the version of this layout
 
-Releases that know other keys run beside each other: a new key is an addition that older ones neither read nor need.
-`j:` is such a key; they leave it behind, and it expires.
+Releases may run side by side: a newer release may add keys that older ones neither read nor need. `j:` is such a key;
+older releases do not delete it, and it expires.
 
-Receipts of a deleted layer are never met again, because the next one has another incarnation: deleting takes as long
-however many there are. They are keys of their own, not fields of a hash, because fields that expire need Redis 7.4 or
-Valkey 9, and keys that expire work everywhere and are removed in small steps by the server.
+Receipts of a deleted layer can never match again, because the next layer of that name has another incarnation. So
+deleting is O(1). Receipts are separate keys, not fields of a hash, because expiring fields need Redis 7.4 or Valkey 9,
+while expiring keys work everywhere and are removed by the server in small steps.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ BUCKET_SLOTS: Final = tuple(map(_slot, TAGS))
 
 
 def bucket_of(name: str) -> int:
-    """The bucket that a layer belongs to, for ever."""
+    """The bucket of a layer. Must never change, since stored layers depend on it."""
     return crc32(name.encode()) % BUCKETS
 
 
 class Keys:
-    """The names of keys under one prefix."""
+    """Names of the keys under one prefix."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix.encode()
@@ -75,46 +75,46 @@ class Keys:
         self._receipts = re.compile(rb"%b:\{[0-9a-f]+\}r:(.{8})(.{16})" % re.escape(self._prefix), re.DOTALL)
 
     def record(self, name: str) -> bytes:
-        """Of a layer's record."""
+        """The key of a layer's record."""
         return self._bases[bucket_of(name)] + b"l:" + name.encode()
 
-    def losers(self, name: str) -> bytes:
-        """Of the commits that lost a race for a layer."""
+    def contenders(self, name: str) -> bytes:
+        """The key of a layer's contenders."""
         return self._bases[bucket_of(name)] + b"c:" + name.encode()
 
     def receipt(self, name: str, incarnation: int, key: bytes) -> bytes:
-        """Of a receipt."""
+        """The key of a receipt."""
         return self._bases[bucket_of(name)] + b"r:" + _NUMBER.pack(incarnation) + key
 
     def any_receipt(self) -> bytes:
-        """A pattern that every receipt's key matches, and some other keys may."""
+        """A pattern that matches all receipts' keys, and perhaps other keys."""
         return b"%b:{*}r:*" % self._prefix
 
     def receipt_of(self, key: bytes) -> tuple[int, bytes] | None:
-        """The inverse of `receipt`: the incarnation and the receipt's own key; None for other keys."""
+        """The inverse of `receipt`: the incarnation and the receipt's own key; None if it is not a receipt's key."""
         match = self._receipts.fullmatch(key)
         return None if match is None else (unpack_number(match[1]), match[2])
 
     def group(self, name: str, incarnation: int, key: bytes) -> tuple[bytes, bytes, bytes]:
-        """Of a group's members, of their parts, and of the calls that brought them."""
+        """The keys of a group's members, of their parts, and of the calls that added them."""
         base, own = self._bases[bucket_of(name)], _NUMBER.pack(incarnation) + key
         return base + b"g:" + own, base + b"p:" + own, base + b"j:" + own
 
     def names(self, bucket: int) -> bytes:
-        """Of a bucket's index."""
+        """The key of a bucket's index of names."""
         return self._bases[bucket] + b"names"
 
     def floor(self, bucket: int) -> bytes:
-        """Of a bucket's largest deleted version."""
+        """The key of a bucket's largest deleted version."""
         return self._bases[bucket] + b"floor"
 
     def schema(self) -> bytes:
-        """Of the version of the layout."""
+        """The key of the layout's version."""
         return self._bases[0] + b"schema"
 
 
 def pack_number(number: int) -> bytes:
-    """A number of a stamp."""
+    """Encode a number of a stamp in 8 bytes."""
     return _NUMBER.pack(number)
 
 
@@ -125,7 +125,7 @@ def unpack_number(data: bytes) -> int:
 
 
 def pack_stamp(stamp: Stamp) -> bytes:
-    """The bytes before a record's data."""
+    """Encode a stamp, the first 24 bytes of a record."""
     return _STAMP.pack(*stamp)
 
 
@@ -135,7 +135,7 @@ def unpack_record(data: bytes) -> Record:
 
 
 def pack_receipt(receipt: Receipt) -> bytes:
-    """All of a receipt but its key."""
+    """Encode a receipt without its key."""
     return _RECEIPT.pack(*receipt[1:4]) + receipt.payload
 
 

@@ -1,4 +1,4 @@
-"""The names of all layers: in order, from 256 indexes that each know some of them, and how many there are."""
+"""Listing of layer names, merged from the buckets' indexes, and the count of layers."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _RECOUNT_SECONDS: Final = 1.0
 
 
 class Names:
-    """Names that start with a prefix and follow another name, in the order of their bytes.
+    """Sorted listing of names that start with a prefix, merged from all buckets.
 
-    Names are spread evenly, so each bucket is asked for about its share, and only those whose share was larger are
-    asked again. The first question to every bucket is queued when this is made.
+    Names are spread evenly, so each bucket is first queried for about its share of the expected number, and queried
+    again only if it has more. The first queries are queued on construction, so that the listing takes effect in order.
 
     Args:
-        calls: runs scripts.
-        keys: of the indexes.
-        prefix: of the names.
-        after: where to start.
+        runner: runs scripts.
+        keys: the store's keys.
+        prefix: prefix of the names.
+        after: only names that sort after this.
         expected: about how many names will be taken.
     """
 
-    def __init__(self, calls: CommandRunner, keys: Keys, prefix: str, after: str, expected: int) -> None:
-        self._calls = calls
+    def __init__(self, runner: CommandRunner, keys: Keys, prefix: str, after: str, expected: int) -> None:
+        self._runner = runner
         self._keys = keys
         first, last = prefix.encode(), after.encode()
         self._from = b"[" + first if first > last else b"(" + last
@@ -42,12 +42,12 @@ class Names:
         share = expected / BUCKETS
         self._chunk = math.ceil(share + 3 * math.sqrt(share)) + 1
         self._heap: list[tuple[bytes, int]] = []  # the next name of each bucket
-        self._waiting: list[deque[bytes]] = [deque() for _ in range(BUCKETS)]  # those behind it
+        self._waiting: list[deque[bytes]] = [deque() for _ in range(BUCKETS)]  # the names after it
         self._more = [True] * BUCKETS
         self._first = [self._ask(bucket, self._from) for bucket in range(BUCKETS)]
 
     async def take(self, count: int) -> list[str]:
-        """The next names: fewer than `count` when there are no more."""
+        """The next `count` names; fewer at the end."""
         if self._first:
             first, self._first = self._first, []
             for bucket, names in enumerate(await asyncio.gather(*first)):
@@ -63,7 +63,7 @@ class Names:
         return taken
 
     def _ask(self, bucket: int, start: bytes) -> Coroutine[Any, Any, list[bytes]]:
-        return self._calls.run(NAMES, bucket, [self._keys.names(bucket)], [start, self._to, self._chunk])
+        return self._runner.run(NAMES, bucket, [self._keys.names(bucket)], [start, self._to, self._chunk])
 
     def _add(self, bucket: int, names: list[bytes]) -> None:
         self._more[bucket] = len(names) == self._chunk
@@ -73,48 +73,47 @@ class Names:
 
 
 class LayerCounter:
-    """How many layers there are: counted now and then, and reckoned in between from what this process does.
+    """Count of all layers: queried from the buckets now and then, and updated by this process's own calls in between.
 
-    Each bucket knows its own number, but no server knows the sum. With other processes at work the sum here may be a
-    second old.
+    Each bucket has its own count; there is no total in the store. Changes by other processes are seen within a second.
     """
 
-    def __init__(self, calls: CommandRunner, keys: Keys, runtime: Runtime) -> None:
+    def __init__(self, runner: CommandRunner, keys: Keys, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._calls = calls
+        self._runner = runner
         self._keys = keys
         self._layers = 0
         self._pending = 0
         self._counted = -math.inf
         self._lock = asyncio.Lock()
 
-    def begin(self, limit: int) -> bool:
-        """A layer is about to be created: whether there is room. `end` must follow."""
+    def begin_create(self, limit: int) -> bool:
+        """Start to create a layer: whether the limit allows it. `end_create` must follow."""
         room = self._layers + self._pending < limit
         self._pending += 1
         return room
 
-    def end(self, created: bool) -> None:
-        """What became of it."""
+    def end_create(self, created: bool) -> None:
+        """Finish creating a layer."""
         self._pending -= 1
         self._layers += created
 
     def deleted(self) -> None:
-        """A layer was deleted."""
+        """Count a deleted layer."""
         self._layers -= 1
 
     async def refresh(self) -> None:
-        """Count again if it was not just done. Whoever comes while others count waits for a count of its own time."""
-        asked = self._runtime.now()
+        """Count again. Concurrent calls share a count that started after they were called."""
+        called = self._runtime.now()
         async with self._lock:
-            if self._counted < asked:
+            if self._counted < called:
                 began = self._runtime.now()
-                counts = [self._calls.run(COUNT, bucket, [self._keys.names(bucket)]) for bucket in range(BUCKETS)]
+                counts = [self._runner.run(COUNT, bucket, [self._keys.names(bucket)]) for bucket in range(BUCKETS)]
                 self._layers = sum(await asyncio.gather(*counts))
                 self._counted = began
 
     async def refresh_if_old(self) -> None:
-        """Count again if that was long ago; without an answer the old number has to do."""
+        """Count again if the last count is old; if that fails, keep the old count."""
         if self._runtime.now() - self._counted > _RECOUNT_SECONDS:
             with contextlib.suppress(StoreError):
                 await self.refresh()

@@ -1,8 +1,7 @@
-"""A connection that many calls share, and the round trips they share on it.
+"""Pipelining: calls that are queued at the same time share one round trip on one connection.
 
-Calls that wait at the same moment are sent together and answered together. With `replicas` the round ends with a
-WAIT on the same connection, so one WAIT serves every call of the round. The task that does this belongs to no
-caller: a caller that is cancelled leaves the connection as it should be.
+With `replicas`, a round ends with one WAIT for all of its calls. A task of the pipeline does the rounds, so cancelling
+a caller does not disturb the connection.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from valkey.exceptions import ReadOnlyError, ResponseError
 
 from batchnorm_service.runtime import Runtime
 from batchnorm_service.store.base import StoreError, StoreRefusedError
-from batchnorm_service.store.valkey.connection import Command, ServerConnection, in_words
+from batchnorm_service.store.valkey.connection import Command, ServerConnection, describe_error
 from batchnorm_service.store.valkey.scripts import Script
 
-_MOST_JOBS: Final = 128  # in one round
-_MOST_BYTES: Final = 1 << 20  # in one round, unless a single job has more
+_MAX_CALLS: Final = 128  # in one round
+_MAX_BYTES: Final = 1 << 20  # in one round, unless a single call has more
 
 
 class UnsentError(StoreError):
@@ -29,20 +28,20 @@ class UnsentError(StoreError):
 
 
 class LostError(StoreError):
-    """The answer was lost, and with it whether the call took effect."""
+    """The reply was lost: the call's outcome is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """A script to run.
+class ScriptCall:
+    """A call of a script.
 
     Attributes:
-        script: what to run.
-        bucket: whose keys it uses.
-        keys: the first is the one it is about.
-        args: its other arguments.
-        asking: the bucket is on its way to the server that is asked.
-        whole: send the script, not only its digest.
+        script: the script.
+        bucket: the bucket of its keys.
+        keys: the script's keys; calls are ordered by the first.
+        args: the script's other arguments.
+        asking: send ASKING first: the bucket is being migrated to this server.
+        full_source: send the script's source, not only its digest.
     """
 
     script: Script
@@ -50,47 +49,47 @@ class Job:
     keys: Sequence[bytes]
     args: Sequence[bytes | int] = ()
     asking: bool = False
-    whole: bool = False
+    full_source: bool = False
 
     @property
     def command(self) -> Command:
-        """To be sent."""
-        name, script = (b"EVAL", self.script.source) if self.whole else (b"EVALSHA", self.script.digest)
+        """The command to send."""
+        name, script = (b"EVAL", self.script.source) if self.full_source else (b"EVALSHA", self.script.digest)
         return (name, script, len(self.keys), *self.keys, *self.args)
 
     @property
     def size(self) -> int:
-        """About as many bytes are sent."""
+        """The approximate size of the command in bytes."""
         return sum(len(arg) for arg in self.args if isinstance(arg, bytes)) + 64 * len(self.keys)
 
 
 @dataclass(slots=True, eq=False)
-class Waiting:
-    """A job, its caller, and whether the server has yet to say something about it."""
+class PendingCall:
+    """A queued or sent call, the future of its caller, and whether the server's reply is outstanding."""
 
-    job: Job
-    answer: asyncio.Future[Any]
-    unanswered: bool = True
+    call: ScriptCall
+    future: asyncio.Future[Any]
+    unreplied: bool = True
 
     def settle(self, reply: Any) -> None:
-        """Answer, if anybody still waits."""
-        if not self.answer.done():
-            self.answer.set_result(reply)
+        """Set the result, unless the caller was cancelled."""
+        if not self.future.done():
+            self.future.set_result(reply)
 
     def fail(self, error: Exception) -> None:
-        """Answer with an error."""
-        if not self.answer.done():
-            self.answer.set_exception(error)
+        """Set an exception, unless the caller was cancelled."""
+        if not self.future.done():
+            self.future.set_exception(error)
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long things may take, and how many replicas must have a write before it is acknowledged.
+    """Timeouts, and the number of replicas to wait for.
 
     Attributes:
         timeout: seconds for one round.
-        replicas: 0: none, and no WAIT is sent.
-        wait_timeout: seconds that a WAIT may take.
+        replicas: how many replicas must have a write before it is acknowledged; with 0, no WAIT is sent.
+        wait_timeout: seconds for a WAIT.
     """
 
     timeout: float
@@ -99,42 +98,43 @@ class Limits:
 
 
 class Pipeline:
-    """Jobs for one server, one round after the other.
+    """Queue of calls to one server, sent in rounds over one connection.
 
     Args:
-        connect: connects.
-        limits: see there.
+        connect: opens the connection.
+        limits: timeouts and replicas.
+        runtime: clock and tasks.
     """
 
     def __init__(self, connect: Callable[[], Awaitable[ServerConnection]], limits: Limits, runtime: Runtime) -> None:
         self._runtime = runtime
         self._connect = connect
         self._limits = limits
-        self._queue: deque[Waiting] = deque()
+        self._queue: deque[PendingCall] = deque()
         self._writing: Counter[bytes] = Counter()
         self._connection: ServerConnection | None = None
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
-    def submit(self, job: Job) -> asyncio.Future[Any]:
-        """Queue a job. The future holds the reply, a `ResponseError` or a `StoreError`."""
-        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    def submit(self, call: ScriptCall) -> asyncio.Future[Any]:
+        """Queue a call. The future gets the reply, or raises `ResponseError` or `StoreError`."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if self._closed:
-            answer.set_exception(UnsentError("the Valkey store is closed"))
-            return answer
-        if job.script.writes:
-            self._writing[job.keys[0]] += 1
-        self._queue.append(Waiting(job, answer))
+            future.set_exception(UnsentError("the Valkey store is closed"))
+            return future
+        if call.script.writes:
+            self._writing[call.keys[0]] += 1
+        self._queue.append(PendingCall(call, future))
         if self._task is None:
             self._task = self._runtime.create_task(self._drain())
-        return answer
+        return future
 
     def writing(self, key: bytes) -> bool:
-        """Whether a script that may change `key` has not been answered by the server yet."""
+        """Whether the reply to a script that may change `key` is outstanding."""
         return key in self._writing
 
     async def close(self) -> None:
-        """Do what is queued, then disconnect."""
+        """Finish queued calls, then disconnect."""
         self._closed = True
         while self._task is not None:
             await asyncio.wait([self._task])
@@ -144,104 +144,104 @@ class Pipeline:
 
     async def _drain(self) -> None:
         try:
-            # While nobody used it, the connection may have been closed by the server or by something on the way.
-            if self._connection is not None and await self._connection.hung_up():
+            # An idle connection may have been closed by the server or by a network device.
+            if self._connection is not None and await self._connection.is_closed():
                 await self._drop()
             while self._queue:
-                if jobs := list(self._take()):
-                    await self._round(jobs)
+                if calls := list(self._take()):
+                    await self._round(calls)
         finally:
             self._task = None
 
-    def _take(self) -> Iterator[Waiting]:
-        """What goes into the next round: not those that were cancelled before they were sent."""
+    def _take(self) -> Iterator[PendingCall]:
+        """The calls of the next round, without those that were cancelled."""
         size = 0
-        for count in range(_MOST_JOBS):
-            if not self._queue or (count and size + self._queue[0].job.size > _MOST_BYTES):
+        for count in range(_MAX_CALLS):
+            if not self._queue or (count and size + self._queue[0].call.size > _MAX_BYTES):
                 return
-            waiting = self._queue.popleft()
-            if waiting.answer.cancelled():
-                self._answered(waiting)
+            pending = self._queue.popleft()
+            if pending.future.cancelled():
+                self._finish_write(pending)
             else:
-                size += waiting.job.size
-                yield waiting
+                size += pending.call.size
+                yield pending
 
-    async def _round(self, jobs: list[Waiting]) -> None:
+    async def _round(self, calls: list[PendingCall]) -> None:
         try:
             connection = self._connection = self._connection or await self._connect()
         except Exception as error:
-            # Each try may take long: fail all that wait for this one.
-            jobs += self._queue
+            # Connecting may take long: fail all queued calls instead of retrying for each.
+            calls += self._queue
             self._queue.clear()
-            self._fail(jobs, UnsentError, error)
+            self._fail(calls, UnsentError, error)
             return
-        waits = self._limits.replicas > 0 and any(waiting.job.script.writes for waiting in jobs)
+        waits = self._limits.replicas > 0 and any(pending.call.script.writes for pending in calls)
         try:
             async with self._runtime.timeout(self._limits.timeout + (self._limits.wait_timeout if waits else 0)):
-                await connection.send(self._commands(jobs, waits=waits))
-                await self._collect(connection, jobs, waits=waits)
+                await connection.send(self._commands(calls, waits=waits))
+                await self._collect(connection, calls, waits=waits)
         except Exception as error:
             await self._drop()
-            self._fail(jobs, LostError, error)
+            self._fail(calls, LostError, error)
 
-    def _commands(self, jobs: Sequence[Waiting], *, waits: bool) -> Iterator[Command]:
-        for waiting in jobs:
-            if waiting.job.asking:
+    def _commands(self, calls: Sequence[PendingCall], *, waits: bool) -> Iterator[Command]:
+        for pending in calls:
+            if pending.call.asking:
                 yield (b"ASKING",)
-            yield waiting.job.command
+            yield pending.call.command
         if waits:
             yield (b"WAIT", self._limits.replicas, max(round(1000 * self._limits.wait_timeout), 1))
 
-    async def _collect(self, connection: ServerConnection, jobs: Sequence[Waiting], *, waits: bool) -> None:
-        held: list[tuple[Waiting, Any]] = []
+    async def _collect(self, connection: ServerConnection, calls: Sequence[PendingCall], *, waits: bool) -> None:
+        held: list[tuple[PendingCall, Any]] = []
         demoted = False
-        for waiting in jobs:
-            if waiting.job.asking:
-                await connection.reply()
+        for pending in calls:
+            if pending.call.asking:
+                await connection.read_reply()
             try:
-                reply = await connection.reply()
+                reply = await connection.read_reply()
             except ResponseError as error:
                 demoted = demoted or isinstance(error, ReadOnlyError)
-                waiting.fail(error)
+                pending.fail(error)
             else:
-                if waits and waiting.job.script.writes:
-                    held.append((waiting, reply))
+                if waits and pending.call.script.writes:
+                    held.append((pending, reply))
                 else:
-                    waiting.settle(reply)
-            self._answered(waiting)
+                    pending.settle(reply)
+            self._finish_write(pending)
         if waits:
             await self._wait(connection, held)
-        if demoted:  # the host's name may mean another server by now
+        if demoted:  # reconnect: the host name may now resolve to another server
             await self._drop()
 
-    async def _wait(self, connection: ServerConnection, held: Sequence[tuple[Waiting, Any]]) -> None:
+    async def _wait(self, connection: ServerConnection, held: Sequence[tuple[PendingCall, Any]]) -> None:
         fault = ""
         try:
-            count = await connection.reply()
+            count = await connection.read_reply()
         except ResponseError as error:
-            fault = f"WAIT: {in_words(error)}"
+            fault = f"WAIT: {describe_error(error)}"
         else:
             if count < self._limits.replicas:
                 fault = f"{count} of {self._limits.replicas} replicas have it after {self._limits.wait_timeout:g} s"
-        for waiting, reply in held:
+        for pending, reply in held:
             if fault:
-                waiting.fail(StoreError(f"written, but not acknowledged by the replicas: {fault}"))
+                pending.fail(StoreError(f"written, but not acknowledged by the replicas: {fault}"))
             else:
-                waiting.settle(reply)
+                pending.settle(reply)
 
-    def _answered(self, waiting: Waiting) -> None:
-        if waiting.unanswered and waiting.job.script.writes:
-            key = waiting.job.keys[0]
+    def _finish_write(self, pending: PendingCall) -> None:
+        if pending.unreplied and pending.call.script.writes:
+            key = pending.call.keys[0]
             self._writing[key] -= 1
             if self._writing[key] <= 0:
                 del self._writing[key]
-        waiting.unanswered = False
+        pending.unreplied = False
 
-    def _fail(self, jobs: Sequence[Waiting], kind: type[StoreError], reason: Exception) -> None:
-        words = str(reason) if isinstance(reason, StoreRefusedError) else in_words(reason)
-        for waiting in jobs:  # each its own exception: a shared one would gather the tracebacks of all who raise it
-            waiting.fail(kind(words))
-            self._answered(waiting)
+    def _fail(self, calls: Sequence[PendingCall], kind: type[StoreError], reason: Exception) -> None:
+        message = str(reason) if isinstance(reason, StoreRefusedError) else describe_error(reason)
+        for pending in calls:  # each its own exception: a shared one would accumulate the tracebacks of all callers
+            pending.fail(kind(message))
+            self._finish_write(pending)
 
     async def _drop(self) -> None:
         if self._connection is not None:

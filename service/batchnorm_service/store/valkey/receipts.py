@@ -1,4 +1,4 @@
-"""All receipts of a Valkey store at once, to move them to another store: nothing that a call of the service needs."""
+"""Reads and writes all receipts of a Valkey store, for transfers between stores."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any, Final
 from batchnorm_service.store.base import Committed, Missing, ReceiptWithTTL, StoreError, StoreRefusedError
 from batchnorm_service.store.valkey.address import Node
 from batchnorm_service.store.valkey.commands import CommandRunner
-from batchnorm_service.store.valkey.connection import FAULTS, Command, Connector, ServerConnection, in_words
+from batchnorm_service.store.valkey.connection import FAULTS, Command, Connector, ServerConnection, describe_error
 from batchnorm_service.store.valkey.keys import Keys, bucket_of, pack_number, pack_receipt, unpack_receipt
-from batchnorm_service.store.valkey.scripts import REMEMBER, Answer
+from batchnorm_service.store.valkey.scripts import IMPORT_RECEIPTS, ReplyCode
 
 _KEYS_AT_ONCE: Final = 1000
 
 
 async def scan(nodes: Sequence[Node], connector: Connector, keys: Keys) -> AsyncIterator[Sequence[ReceiptWithTTL]]:
-    """The receipts on all these servers, over connections of their own. Raises `StoreError`."""
+    """All receipts on these servers, over separate connections. Raises `StoreError`."""
     for node in nodes:
         try:
             connection = await connector.connect(node)
@@ -32,21 +32,21 @@ async def scan(nodes: Sequence[Node], connector: Connector, keys: Keys) -> Async
                 if cursor == b"0":
                     break
         except FAULTS as error:
-            raise StoreError(f"{node}: {in_words(error)}") from error
+            raise StoreError(f"{node}: {describe_error(error)}") from error
         finally:
             await connection.drop()
 
 
-async def remember(
-    calls: CommandRunner, keys: Keys, name: str, incarnation: int, receipts: Sequence[ReceiptWithTTL]
+async def import_receipts(
+    runner: CommandRunner, keys: Keys, name: str, incarnation: int, receipts: Sequence[ReceiptWithTTL]
 ) -> Committed | Missing:
-    """See `Store.remember`."""
+    """See `Store.import_receipts`."""
     names = [keys.record(name), *(keys.receipt(name, incarnation, each.receipt.key) for each in receipts)]
     args: list[bytes | int] = [pack_number(incarnation)]
     for _, receipt, seconds in receipts:
         args += [max(math.ceil(1000 * seconds), 1), pack_receipt(receipt)]
-    done = await calls.run(REMEMBER, bucket_of(name), names, args)
-    return Committed() if done == Answer.DONE else Missing()
+    done = await runner.run(IMPORT_RECEIPTS, bucket_of(name), names, args)
+    return Committed() if done == ReplyCode.DONE else Missing()
 
 
 async def _read(
@@ -68,4 +68,4 @@ async def _ask(connection: ServerConnection, commands: Sequence[Command], connec
     async with connector.runtime.timeout(connector.timeout):
         if commands:
             await connection.send(commands)
-        return [await connection.reply() for _ in commands]
+        return [await connection.read_reply() for _ in commands]

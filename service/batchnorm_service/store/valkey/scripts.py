@@ -1,18 +1,17 @@
-"""The scripts that run in the server: each reads and writes one bucket, atomically.
+"""Lua scripts that run in the server. Each reads and writes one bucket, atomically.
 
-All begin with `#!lua`, which makes the server refuse a script as a whole when it could not write (out of memory, a
-disk error, too few replicas, a replica instead of a primary) instead of stopping in its middle. Those that only read
-do not say so on purpose: a server that may not write, such as a primary that became a replica, must not answer reads
-either, for they would be stale. A stamp's numbers are compared as bytes, because Lua's have 53 bits.
+All start with `#!lua`, so that a server that cannot write (out of memory, disk error, too few replicas, being a
+replica) refuses a script as a whole instead of stopping it halfway. Read-only scripts deliberately lack the flag
+`no-writes`: a server that cannot write, such as a demoted primary, must not serve stale reads. A stamp's numbers are
+compared as bytes, because Lua's numbers have 53 bits.
 
-WAIT speaks of the last write on its own connection. What a repeat would write may be there already, by another try
-over another connection, and not be on the replicas yet. So where a WAIT follows, a script that finds it writes
-something all the same: a commit renews the receipts, the others write again what they found. (A write that leaves a
-value as it is, is replicated like any other.)
+WAIT covers the writes of its own connection only. A repeated call may find its effects in place, written by an earlier
+attempt on another connection and not replicated yet. So if a WAIT follows, such a script writes anyway: a commit renews
+its receipts, other scripts rewrite what they found. (Writing an unchanged value is replicated too.)
 
-A commit that loses a race is noted beside the record until it wins, and whoever wins is told how many wait. These
-notes go neither to replicas nor to the append-only file: they are a hint that nobody misses after a failover, and a
-commit that writes nothing must not wait for replicas or a disk.
+A commit with a conflict is recorded next to the record until it succeeds, and a successful commit returns the number of
+such contenders. They are neither replicated nor written to the append-only file: they are only a hint, and a commit
+that writes nothing must not wait for replicas or a disk.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from hashlib import sha1
 from string import Template
 from typing import Final
 
-from batchnorm_service.store.base import HEAD_BYTES, LOST_SECONDS
+from batchnorm_service.store.base import CONTENDER_SECONDS, HEAD_BYTES
 from batchnorm_service.store.valkey.keys import STAMP_BYTES
 
 
-class Answer(IntEnum):
-    """What a script says first. `OTHER`: the record has another incarnation than the receipts' keys are for."""
+class ReplyCode(IntEnum):
+    """First element of a script's reply. `OTHER`: the record's incarnation differs from that of the receipts' keys."""
 
     MISSING = 0
     CONFLICT = 1
@@ -41,13 +40,13 @@ class Answer(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A script of the server's.
+    """A Lua script.
 
     Attributes:
-        source: in Lua.
-        writes: whether it may change anything that somebody relies on.
-        single: whether it reads what belongs to one record, the first of its keys, and writes nothing.
-        digest: by which the server knows it.
+        source: the source code.
+        writes: whether its writes must be durable, so that it needs a WAIT and must not be repeated blindly.
+        single: whether it only reads, and only data of one record, the first of its keys.
+        digest: the SHA-1 of the source, for EVALSHA.
     """
 
     source: bytes
@@ -61,13 +60,13 @@ class Script:
 
 
 def _script(body: str, *, flags: str = "", writes: bool = False, single: bool = False) -> Script:
-    answers = {answer.name: answer.value for answer in Answer}
-    numbers = {"STAMP_BYTES": STAMP_BYTES, "HEAD_BYTES": HEAD_BYTES, "LOST_SECONDS": LOST_SECONDS}
-    lua = Template(body.strip()).substitute(answers, **numbers)
+    codes = {code.name: code.value for code in ReplyCode}
+    numbers = {"STAMP_BYTES": STAMP_BYTES, "HEAD_BYTES": HEAD_BYTES, "CONTENDER_SECONDS": CONTENDER_SECONDS}
+    lua = Template(body.strip()).substitute(codes, **numbers)
     return Script(f"#!lua{flags}\n{lua}\n".encode(), writes, single)
 
 
-_ALLOW_OOM: Final = " flags=allow-oom"  # what needs no more memory goes on when there is none
+_ALLOW_OOM: Final = " flags=allow-oom"  # for scripts that need no additional memory
 
 LOAD: Final = _script(
     """
@@ -130,7 +129,7 @@ return {$DONE, version}
 
 COMMIT: Final = _script(
     """
--- KEYS: record, losers, receipts. ARGV: expected stamp, the incarnation that the receipts' keys are for, their
+-- KEYS: record, contenders, receipts. ARGV: expected stamp, the incarnation that the receipts' keys are for, their
 -- milliseconds, whether a WAIT follows, the new record or nothing, the receipts.
 local function now()
     local time = redis.call('TIME')
@@ -156,7 +155,7 @@ if stamp ~= ARGV[1] then
     if #KEYS > 2 then
         redis.set_repl(redis.REPL_NONE)
         redis.call('ZADD', KEYS[2], 'NX', now(), KEYS[3])
-        redis.call('PEXPIRE', KEYS[2], 1000 * $LOST_SECONDS)
+        redis.call('PEXPIRE', KEYS[2], 1000 * $CONTENDER_SECONDS)
     end
     return {$CONFLICT, redis.call('GET', KEYS[1])}
 end
@@ -166,7 +165,7 @@ if redis.call('EXISTS', KEYS[2]) == 1 then
     for i = 3, #KEYS, 1000 do  -- Lua passes some thousands of arguments, not more
         redis.call('ZREM', KEYS[2], unpack(KEYS, i, math.min(i + 999, #KEYS)))
     end
-    redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now() - $LOST_SECONDS)
+    redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now() - $CONTENDER_SECONDS)
     contenders = redis.call('ZCARD', KEYS[2])
     redis.set_repl(redis.REPL_ALL)
 end
@@ -219,8 +218,7 @@ return {$DONE}
     writes=True,
 )
 
-# Not among those that write, the next two neither: a repeat settles what became of them, and what a group comes to is
-# in the receipt that closes it.
+# JOIN and LEAVE are not marked as writing: they are idempotent, and a group's result is durable by its receipt.
 JOIN: Final = _script(
     """
 -- KEYS: record, fingerprints by member and the group's size, parts by member, calls by member. ARGV: incarnation,
@@ -261,7 +259,7 @@ return $DONE
     flags=_ALLOW_OOM,
 )
 
-REMEMBER: Final = _script(
+IMPORT_RECEIPTS: Final = _script(
     """
 -- KEYS: record, receipts. ARGV: incarnation, then the milliseconds and the bytes of each receipt.
 if redis.call('GETRANGE', KEYS[1], 0, 7) ~= ARGV[1] then return $MISSING end
@@ -275,7 +273,7 @@ return $DONE
     writes=True,
 )
 
-# Whoever comes next notes it again, so no replica need have it.
+# Not marked as writing: if the key is lost in a failover, the next process sets it again.
 SCHEMA: Final = _script(
     """
 -- KEYS: schema. ARGV: the version to note where there is none.

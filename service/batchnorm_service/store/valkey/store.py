@@ -1,4 +1,4 @@
-"""Records in Valkey or Redis 7: one server, one with replicas, or a Cluster. See docs/durability.md."""
+"""The store in Valkey, or Redis 7 and newer. See docs/durability.md."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from batchnorm_service.store.valkey.keys import (
 )
 from batchnorm_service.store.valkey.names import LayerCounter, Names
 from batchnorm_service.store.valkey.pipeline import Limits, Pipeline
-from batchnorm_service.store.valkey.receipts import remember, scan
+from batchnorm_service.store.valkey.receipts import import_receipts, scan
 from batchnorm_service.store.valkey.scripts import (
     COMMIT,
     COUNT,
@@ -58,44 +58,43 @@ from batchnorm_service.store.valkey.scripts import (
     LEAVE,
     LOAD,
     SCHEMA,
-    Answer,
+    ReplyCode,
 )
 from batchnorm_service.store.valkey.topology import ClusterTopology
 
-_REBIRTHS = 10  # how often a layer may be deleted and created again while one commit is on its way
+_MAX_RECREATIONS = 10  # how often a layer may be deleted and created again during one commit
 
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """What there is between `open` and `close`."""
+    """The objects that exist between `open` and `close`."""
 
     topology: ClusterTopology
-    calls: CommandRunner
+    runner: CommandRunner
     counter: LayerCounter
 
 
 class ValkeyStore:
-    """A table of records in Valkey.
+    """Table of records in Valkey.
 
-    Every call is one script and one round trip, which it shares with the calls that wait at the same moment. What an
-    answer promises depends on the server's settings and on `wait_replicas`. With it, a WAIT follows every create,
-    commit and delete on its connection, and the answer is held back until that many replicas have the change.
-    `StoreError` then means that it may be written; the same call again settles it, and is no way around the replicas:
-    where it finds what it would write, it writes before it WAITs (a commit renews the receipts that it finds). Reads
-    go to primaries and do not wait: they may see what is not acknowledged yet.
+    Every call is one script, and shares its round trip with other queued calls. Durability depends on the server's
+    settings and on `wait_replicas`: with it, a WAIT follows every create, commit and delete on the same connection, and
+    the call returns when that many replicas have the write. If too few confirm, it raises `StoreError`: the outcome is
+    unknown, and repeating the call determines it. The repeat waits for the replicas too, since it writes again what it
+    finds (a commit renews its receipts). Reads go to primaries without WAIT: they may see unacknowledged writes.
 
     Args:
-        url: see `valkey_address`. `valkey://user:password@host:port/0`, `valkeys://`, `valkey+cluster://host,host`.
-        receipt_seconds: how long a receipt counts, by the clock of the server.
-        connections: how many connections each server gets from this process.
-        timeout: seconds for a round trip, for connecting, and for a slot that is on its way to another server.
-        wait_replicas: how many replicas must have a change before it is acknowledged. Only all the replicas that a
-            primary has are enough for a failover to lose nothing.
-        wait_timeout: seconds that a call waits for them.
-        runtime: clock, chance, tasks.
+        url: see `address`: `valkey://user:password@host:port/0`, `valkeys://`, `valkey+cluster://host,host`.
+        receipt_seconds: time to live of receipts, by the server's clock.
+        connections: number of connections to each server.
+        timeout: seconds for a round trip, for connecting, and for retries while a slot is being migrated.
+        wait_replicas: how many replicas must have a write before it is acknowledged. A failover is certain to lose
+            nothing only if these are all replicas of a primary.
+        wait_timeout: seconds to wait for them.
+        runtime: clock, random numbers, tasks.
 
     Raises:
-        StoreRefusedError: the URL or a number means nothing, with the reason in words.
+        StoreRefusedError: the URL or a number is invalid.
     """
 
     exclusive = False
@@ -123,20 +122,20 @@ class ValkeyStore:
         self._receipt_milliseconds = math.ceil(1000 * receipt_seconds)
         self._connections = connections
         self._limits = Limits(timeout, wait_replicas, wait_timeout)
-        self._waits = int(wait_replicas > 0)  # as the scripts are told
+        self._waits = int(wait_replicas > 0)  # an argument of the scripts
         self._opened: _Opened | None = None
 
     async def open(self) -> None:
-        """Connect, and see that every server can be used. Raises `StoreRefusedError` with the reason in words."""
+        """Connect, and check that every server is suitable. Raises `StoreRefusedError`."""
         if self._opened is not None:
             raise StoreError(f"{self.url} is open already")
         topology = ClusterTopology(self._connector, self._pipeline, self._connections, split=self._limits.replicas > 0)
-        calls = CommandRunner(topology, self._limits.timeout, self._runtime)
-        counter = LayerCounter(calls, self._keys, self._runtime)
-        self._opened = _Opened(topology, calls, counter)
+        runner = CommandRunner(topology, self._limits.timeout, self._runtime)
+        counter = LayerCounter(runner, self._keys, self._runtime)
+        self._opened = _Opened(topology, runner, counter)
         try:
             await topology.open()
-            schema = await calls.run(SCHEMA, 0, [self._keys.schema()], [SCHEMA_VERSION])
+            schema = await runner.run(SCHEMA, 0, [self._keys.schema()], [SCHEMA_VERSION])
             if schema != b"%d" % SCHEMA_VERSION:
                 raise StoreRefusedError(
                     f"it has schema version {schema.decode(errors='replace')[:20]}, and this release knows"
@@ -152,45 +151,45 @@ class ValkeyStore:
             raise
 
     async def close(self) -> None:
-        """Finish what was begun, then disconnect."""
+        """Finish running calls, then disconnect."""
         if self._opened is not None:
             opened, self._opened = self._opened, None
-            await opened.calls.finish()
+            await opened.runner.finish()
             await opened.topology.close()
 
     async def ping(self) -> None:
-        """Return when a server answers: as long as one does, its layers can be used.
+        """Return if any server responds: its layers can be used.
 
         Raises:
-            StoreError: none does.
+            StoreError: no server responds.
         """
-        opened = self._use()
-        calls = [opened.calls.run(COUNT, bucket, [self._keys.names(bucket)]) for bucket in opened.topology.sample()]
-        answers = await asyncio.gather(*calls, return_exceptions=True)
-        failures = [answer for answer in answers if isinstance(answer, BaseException)]
-        if len(failures) == len(answers):
+        opened = self._require_open()
+        calls = [opened.runner.run(COUNT, bucket, [self._keys.names(bucket)]) for bucket in opened.topology.sample()]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        failures = [result for result in results if isinstance(result, BaseException)]
+        if len(failures) == len(results):
             raise failures[0]
 
     async def load(self, name: str, unless: Stamp | None = None) -> Record | Unchanged | Missing:
         """See `Store.load`."""
         known = pack_stamp(unless) if unless else b""
-        reply = await self._use().calls.run(LOAD, bucket_of(name), [self._keys.record(name)], [known])
+        reply = await self._require_open().runner.run(LOAD, bucket_of(name), [self._keys.record(name)], [known])
         if isinstance(reply, bytes):
             return unpack_record(reply)
-        return Missing() if reply == Answer.MISSING else Unchanged()
+        return Missing() if reply == ReplyCode.MISSING else Unchanged()
 
     async def create(self, name: str, data: bytes, limit: int) -> Record | Exists | Full:
-        """See `Store.create`. Processes that create at the same time may pass the limit by what they do in a second."""
-        opened = self._use()
+        """See `Store.create`. Concurrent processes may exceed the limit by what they create within a second."""
+        opened = self._require_open()
         incarnation, commit_id = self._runtime.bits(63), self._runtime.bits(63)
         create = partial(self._create, opened, name, (pack_number(incarnation), pack_number(commit_id), data))
         reply = await create(limit)
-        if reply[0] == Answer.FULL:  # unless others have deleted some since they were counted
+        if reply[0] == ReplyCode.FULL:  # other processes may have deleted layers since the last count
             await opened.counter.refresh()
             reply = await create(limit)
-        if reply[0] == Answer.FULL:
+        if reply[0] == ReplyCode.FULL:
             return Full()
-        if reply[0] == Answer.EXISTS:
+        if reply[0] == ReplyCode.EXISTS:
             return Exists(unpack_record(reply[1]))
         await opened.counter.refresh_if_old()
         return Record(Stamp(incarnation, unpack_number(reply[1]), commit_id), data)
@@ -199,35 +198,35 @@ class ValkeyStore:
         self, name: str, expected: Stamp, record: Record | None, receipts: Sequence[Receipt]
     ) -> Committed | Conflict | Missing | Duplicates:
         """See `Store.commit`."""
-        calls = self._use().calls
+        runner = self._require_open().runner
         by_key = {receipt.key: receipt for receipt in receipts}
         data = b"" if record is None else pack_stamp(record.stamp) + record.data
         values = [pack_receipt(receipt) for receipt in by_key.values()]
         incarnation = expected.incarnation
-        for _ in range(_REBIRTHS):
+        for _ in range(_MAX_RECREATIONS):
             own = (self._keys.receipt(name, incarnation, key) for key in by_key)
-            keys = [self._keys.record(name), self._keys.losers(name), *own]
+            keys = [self._keys.record(name), self._keys.contenders(name), *own]
             args: list[bytes | int] = [pack_stamp(expected), pack_number(incarnation), self._receipt_milliseconds]
-            reply = await calls.run(COMMIT, bucket_of(name), keys, [*args, self._waits, data, *values])
-            if reply[0] != Answer.OTHER:
+            reply = await runner.run(COMMIT, bucket_of(name), keys, [*args, self._waits, data, *values])
+            if reply[0] != ReplyCode.OTHER:
                 return _outcome(reply, list(by_key))
-            incarnation = unpack_number(reply[1])  # of a layer that the caller does not know: it has receipts too
+            incarnation = unpack_number(reply[1])  # look for receipts in the incarnation that replaced the expected one
         raise StoreError("the layer is deleted and created again and again")
 
     async def find_receipts(self, name: str, incarnation: int, keys: Sequence[bytes]) -> tuple[Receipt, ...] | Missing:
-        """See `Store.find_receipts`. One round trip; another for what is found where replicas are to be waited for."""
-        calls, own = self._use().calls, list(dict.fromkeys(keys))
+        """See `Store.find_receipts`. With `wait_replicas`, found receipts cost a second round trip, with a WAIT."""
+        runner, own = self._require_open().runner, list(dict.fromkeys(keys))
         names = [self._keys.record(name), *(self._keys.receipt(name, incarnation, key) for key in own)]
-        reply = await calls.run(FIND, bucket_of(name), names, [pack_number(incarnation), 0])
+        reply = await runner.run(FIND, bucket_of(name), names, [pack_number(incarnation), 0])
         if self._waits and len(reply) > 1:
-            reply = await calls.run(FIND_AND_WAIT, bucket_of(name), names, [pack_number(incarnation), 1])
-        return Missing() if reply[0] == Answer.MISSING else _receipts(reply, own)
+            reply = await runner.run(FIND_AND_WAIT, bucket_of(name), names, [pack_number(incarnation), 1])
+        return Missing() if reply[0] == ReplyCode.MISSING else _receipts(reply, own)
 
     async def delete(self, name: str, expected: Stamp) -> Committed | Conflict | Missing:
         """See `Store.delete`."""
-        opened = self._use()
+        opened = self._require_open()
         args: list[bytes | int] = [pack_stamp(expected), name.encode(), self._waits]
-        outcome = _outcome(await opened.calls.run(DELETE, bucket_of(name), self._bucket_keys(name), args), [])
+        outcome = _outcome(await opened.runner.run(DELETE, bucket_of(name), self._bucket_keys(name), args), [])
         if isinstance(outcome, Committed):
             opened.counter.deleted()
         assert not isinstance(outcome, Duplicates)  # noqa: S101 - there were no receipts
@@ -238,8 +237,10 @@ class ValkeyStore:
         keys = [self._keys.record(name), *self._keys.group(name, incarnation, group)]
         args: Sequence[bytes | int] = (pack_number(incarnation), shard.member, size, shard.fingerprint, shard.part)
         call = self._runtime.bytes(8)
-        reply = await self._use().calls.run(JOIN, bucket_of(name), keys, (*args, self._receipt_milliseconds, call))
-        if reply[0] == Answer.MISSING:
+        reply = await self._require_open().runner.run(
+            JOIN, bucket_of(name), keys, (*args, self._receipt_milliseconds, call)
+        )
+        if reply[0] == ReplyCode.MISSING:
             return Missing()
         _, added, fields, parts = reply
         members = dict(sorted(zip(fields[::2], fields[1::2], strict=True)))
@@ -250,17 +251,17 @@ class ValkeyStore:
     async def leave(self, name: str, incarnation: int, group: bytes, member: bytes | None) -> None:
         """See `Store.leave`."""
         keys = self._keys.group(name, incarnation, group)
-        await self._use().calls.run(LEAVE, bucket_of(name), keys, [member or b""])
+        await self._require_open().runner.run(LEAVE, bucket_of(name), keys, [member or b""])
 
     async def list(self, prefix: str, after: str, limit: int) -> list[Entry]:
-        """See `Store.list`. What changes meanwhile may be in it or not."""
-        calls = self._use().calls
+        """See `Store.list`. Concurrent changes may be included or not."""
+        runner = self._require_open().runner
         entries: list[Entry] = []
         if limit <= 0:
             return entries
-        names = Names(calls, self._keys, prefix, after, limit)
+        names = Names(runner, self._keys, prefix, after, limit)
         while (missing := limit - len(entries)) > 0 and (page := await names.take(missing)):
-            heads = (calls.run(HEAD, bucket_of(name), [self._keys.record(name)]) for name in page)
+            heads = (runner.run(HEAD, bucket_of(name), [self._keys.record(name)]) for name in page)
             for name, head in zip(page, await asyncio.gather(*heads), strict=True):
                 if head:  # not deleted since its name was read
                     entry = unpack_record(head)
@@ -268,22 +269,24 @@ class ValkeyStore:
         return entries
 
     def receipts(self) -> AsyncIterator[Sequence[ReceiptWithTTL]]:
-        """See `Store.receipts`. A walk over all keys: for a migration. Hash slots must not move meanwhile."""
-        return scan(self._use().topology.owners(), self._connector, self._keys)
+        """See `Store.receipts`. Scans all keys, for transfers. Hash slots must not be migrated meanwhile."""
+        return scan(self._require_open().topology.owners(), self._connector, self._keys)
 
-    async def remember(self, name: str, incarnation: int, receipts: Sequence[ReceiptWithTTL]) -> Committed | Missing:
-        """See `Store.remember`."""
-        return await remember(self._use().calls, self._keys, name, incarnation, receipts)
+    async def import_receipts(
+        self, name: str, incarnation: int, receipts: Sequence[ReceiptWithTTL]
+    ) -> Committed | Missing:
+        """See `Store.import_receipts`."""
+        return await import_receipts(self._require_open().runner, self._keys, name, incarnation, receipts)
 
     async def _create(self, opened: _Opened, name: str, parts: Sequence[bytes], limit: int) -> Any:
         created = False
-        room = opened.counter.begin(limit)
+        room = opened.counter.begin_create(limit)
         try:
             args: list[bytes | int] = [*parts, name.encode(), int(room), self._waits]
-            reply = await opened.calls.run(CREATE, bucket_of(name), self._bucket_keys(name), args)
-            created = reply[0] == Answer.DONE
+            reply = await opened.runner.run(CREATE, bucket_of(name), self._bucket_keys(name), args)
+            created = reply[0] == ReplyCode.DONE
         finally:
-            opened.counter.end(created)
+            opened.counter.end_create(created)
         return reply
 
     def _bucket_keys(self, name: str) -> Sequence[bytes]:
@@ -293,14 +296,14 @@ class ValkeyStore:
     def _pipeline(self, node: Node) -> Pipeline:
         return Pipeline(partial(self._connector.connect, node), self._limits, self._runtime)
 
-    def _use(self) -> _Opened:
+    def _require_open(self) -> _Opened:
         if self._opened is None:
             raise StoreError("the Valkey store is not open")
         return self._opened
 
 
 def from_url(url: str, options: StoreOptions) -> ValkeyStore:
-    """The store of `valkey://...` and its like. Raises `StoreRefusedError`."""
+    """Create the store of a URL with one of `address.SCHEMES`. Raises `StoreRefusedError`."""
     return ValkeyStore(
         url,
         options.receipt_seconds,
@@ -313,11 +316,11 @@ def from_url(url: str, options: StoreOptions) -> ValkeyStore:
 
 def _outcome(reply: Sequence[Any], keys: Sequence[bytes]) -> Committed | Conflict | Missing | Duplicates:
     match reply[0]:
-        case Answer.DONE:
+        case ReplyCode.DONE:
             return Committed(reply[1] if len(reply) > 1 else None)
-        case Answer.CONFLICT:
+        case ReplyCode.CONFLICT:
             return Conflict(unpack_record(reply[1]) if len(reply) > 1 else None)
-        case Answer.MISSING:
+        case ReplyCode.MISSING:
             return Missing()
         case _:
             return Duplicates(_receipts(reply, keys))
