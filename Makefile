@@ -8,7 +8,7 @@ CONSTRAINTS := -c constraints.txt
 GENERATORS := .venv-generators
 LOWEST := .venv-lowest
 
-.PHONY: help run test test-quick test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak clean
+.PHONY: help run test test-quick test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak simulate mutants clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -92,6 +92,16 @@ $(LOWEST)/lowest.stamp: pyproject.toml tests/install/lowest.py
 
 soak: $(VENV)/dev.stamp ## 2,000 train calls against workers and replicas that are killed and restarted
 	BATCHNORM_TEST_CALLS=2000 $(BIN)/pytest tests/service/test_workers.py $(ARGS)
+
+SEEDS := 1000
+FIRST := 0
+SIMULATION = PYTHONPATH=tests $(BIN)/python -m simulation.run
+
+simulate: $(VENV)/dev.stamp ## run SEEDS simulated worlds from FIRST on, or replay one and shorten it: SEED=7
+	@$(SIMULATION) $(if $(SEED),--seed $(SEED),--seeds $(SEEDS) --first $(FIRST))
+
+mutants: $(VENV)/dev.stamp ## plant faults, and print after how many simulated worlds each is found
+	@$(SIMULATION) --mutants
 
 # The benchmarks have their own environment; benchmarks/peers makes one for each of the other servers.
 .venv-bench/bench.stamp: pyproject.toml constraints.txt

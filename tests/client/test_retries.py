@@ -1,5 +1,6 @@
 """When a call is sent again, and how long the client waits first: as a value, without a clock."""
 
+import orjson
 import pytest
 
 from batchnorm_client import (
@@ -12,7 +13,7 @@ from batchnorm_client import (
     TimedOut,
     UnexpectedAnswer,
 )
-from batchnorm_client.core import Attempts, Request, Response
+from batchnorm_client.core import Attempts, Request, Response, calls
 from batchnorm_client.wire.errors import PROBLEMS
 from client.harness import StoppedClock
 
@@ -207,3 +208,35 @@ def test_what_is_tried_again_without_a_deadline_is_told(clock, caplog):
 def test_a_first_try_that_is_answered_says_nothing(clock, caplog):
     Attempts(READ, Retry(), clock).receive(Response(200, {}, b""))
     assert not caplog.records
+
+
+MANY = calls.fold_many({"a": (2, [0.0], [1.0]), "b": (2, [0.0], [1.0])}, key="k")[0]
+
+
+def of_many(a, b):
+    return Response(200, {"content-type": "application/json"}, orjson.dumps({"layers": {"a": a, "b": b}}))
+
+
+def folded():
+    return {"version": 2, "num_batches_tracked": 1}
+
+
+def problem(name):
+    return {"type": f"/problems/{name}", "detail": name}
+
+
+@pytest.mark.parametrize(
+    ("name", "unknown"),
+    [("store-unavailable", True), ("internal-error", True), ("overloaded", False), ("too-few-values", False)],
+)
+def test_a_layer_of_many_whose_store_did_not_answer_may_have_been_folded(clock, name, unknown):
+    """Simulated world, seed 10: `outcome_unknown` was False, and the batch was in the statistics."""
+    results = Attempts(MANY, Retry(), clock).receive(of_many(problem(name), folded()))
+    assert results["a"].outcome_unknown is unknown
+    assert results["b"].version == 2
+
+
+def test_a_layer_of_many_that_is_refused_after_a_cut_may_have_been_folded_before(clock):
+    attempts = Attempts(MANY, Retry(), clock)
+    attempts.pause(cut())
+    assert attempts.receive(of_many(problem("layer-not-found"), folded()))["a"].outcome_unknown

@@ -258,6 +258,31 @@ async def test_what_waited_for_a_layer_that_was_replaced_goes_to_the_one_that_ha
         assert (await layers.get("a")).samples_tracked == len(batch(2)) + 4
 
 
+async def test_a_call_behind_a_delete_whose_reply_is_late_finds_the_layer_that_was_created_again() -> None:
+    """Simulated world, seed 2379: it was told 404, after another process had acknowledged the new layer."""
+
+    class LateReply(MemoryStore):
+        async def delete(self, *args, **kwargs):
+            outcome = await super().delete(*args, **kwargs)
+            await reply.wait()
+            return outcome
+
+    reply, store = asyncio.Event(), LateReply(exclusive=False)
+    async with serving(store) as layers, serving(store) as elsewhere:
+        await layers.create("a", CONFIG)
+        await train(layers, "a", batch(1))
+        gone = asyncio.create_task(layers.delete("a", None))
+        await settle()
+        await elsewhere.create("a", CONFIG)
+        calls = train(layers, "a", batch(2)), layers.reset("a", "parameters", None, None)
+        waiting = [asyncio.create_task(call) for call in calls]
+        await settle()
+        reply.set()
+        await gone
+        trained, _ = await asyncio.gather(*waiting)
+        assert trained.num_batches_tracked == 1
+
+
 async def test_versions_do_not_repeat_after_delete_and_receipts_go_with_the_layer() -> None:
     async with serving(MemoryStore()) as layers:
         await layers.create("a", CONFIG)

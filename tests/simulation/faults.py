@@ -11,10 +11,13 @@ class Faults:
     """Probabilities of each message, and mean seconds between what happens to processes.
 
     Attributes:
-        latency: mean seconds of a message's way between client and replica; a store is a fifth as far.
+        latency: mean seconds of a message's way between client and replica.
+        store_distance: how much farther the store is from a replica.
         request_lost, response_lost, request_twice: of a request between client and replica.
         store_request_lost, store_reply_lost, store_late: of a call of the store; a late one arrives after its caller
             has given up.
+        slow: of messages that take thirty times as long.
+        crash_after_write: of writes, after which the store crashes before they are durable.
         disk_full: a write fails.
         gives_up: a caller cancels its call.
         kill: between kills of a replica; 0 for none.
@@ -25,12 +28,15 @@ class Faults:
     """
 
     latency: float
+    store_distance: float
     request_lost: float
     response_lost: float
     request_twice: float
     store_request_lost: float
     store_reply_lost: float
     store_late: float
+    slow: float
+    crash_after_write: float
     disk_full: float
     gives_up: float
     kill: float
@@ -38,6 +44,14 @@ class Faults:
     store_away: float
     clock_jump: float
     sync: float
+
+    def way(self, random: Random) -> float:
+        """Seconds of a message's way between client and replica."""
+        return random.expovariate(1 / self.latency) * (30 if random.random() < self.slow else 1)
+
+    def store_way(self, random: Random) -> float:
+        """Seconds of a message's way between replica and store."""
+        return self.store_distance * self.way(random)
 
     @classmethod
     def draw(cls, random: Random) -> Faults:
@@ -51,17 +65,20 @@ class Faults:
 
         return cls(
             latency=random.choice((0.0005, 0.005, 0.05)),
+            store_distance=random.choice((0.2, 5.0)),
             request_lost=chance(0.1),
             response_lost=chance(0.2),
             request_twice=chance(0.2),
             store_request_lost=chance(0.1),
             store_reply_lost=chance(0.2),
             store_late=chance(0.1),
+            slow=chance(0.4),
+            crash_after_write=chance(0.3),
             disk_full=chance(0.1),
             gives_up=chance(0.15),
             kill=every(0.3, 5),
             failover=every(0.3, 5),
             store_away=every(1, 10),
             clock_jump=every(1, 5),
-            sync=random.choice((0.0, 0.001, 0.02)),
+            sync=random.choice((0.0, 0.001, 0.02, 0.3, 0.3)),
         )

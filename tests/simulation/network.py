@@ -34,7 +34,7 @@ class Connections:
         """Send a call once. Raises as `AsyncConnections.send`."""
         faults, random = self._faults, self._random
         replica = random.choice(self._replicas)
-        await asyncio.sleep(random.expovariate(1 / faults.latency))
+        await asyncio.sleep(faults.way(random))
         if not replica.serving:
             raise ConnectionFailed("connection refused")
         reply: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
@@ -52,7 +52,7 @@ class Connections:
         body = b"".join(request.pieces)
         for number in range(1 + (random.random() < faults.request_twice)):
             if random.random() >= faults.request_lost:
-                way = random.expovariate(1 / faults.latency) * (1 + 20 * number)
+                way = faults.way(random) * (1 + 20 * number)
                 replica.process.spawn(self._deliver(replica, scope, body, way, reply))
         replica.connections.append(reply)
         try:
@@ -88,7 +88,7 @@ class Connections:
         if not answered or self._random.random() < self._faults.response_lost:
             return
         response = Response(answered["status"], answered["headers"], bytearray(b"".join(pieces)))
-        await asyncio.sleep(self._random.expovariate(1 / self._faults.latency))
+        await asyncio.sleep(self._faults.way(self._random))
         if not reply.done():
             reply.set_result(response)
 

@@ -76,14 +76,21 @@ def receipt_key(key: str) -> bytes:
     return blake2b(key.encode(), digest_size=16).digest()
 
 
-def check(configs: Mapping[str, Any], operations: list[Operation], server: Server) -> list[str]:
-    """What broke a promise; empty if nothing did."""
-    return list(_Checker(operations, server).findings())
+def check(operations: list[Operation], server: Server, *, requests_come_twice: bool = False) -> list[str]:
+    """What broke a promise; empty if nothing did.
+
+    Args:
+        operations: what clients saw.
+        server: with its log.
+        requests_come_twice: something on the way repeats requests, so that a refusal says nothing of the other copy.
+    """
+    return list(_Checker(operations, server, requests_come_twice).findings())
 
 
 class _Checker:
-    def __init__(self, operations: list[Operation], server: Server) -> None:
+    def __init__(self, operations: list[Operation], server: Server, requests_come_twice: bool) -> None:
         self._operations = operations
+        self._requests_come_twice = requests_come_twice
         self._server = server
         self._by_key: dict[tuple[str, bytes], list[Operation]] = {}
         self._groups: dict[tuple[str, bytes], list[Operation]] = {}
@@ -101,6 +108,7 @@ class _Checker:
         """All faults."""
         yield from self._chains()
         yield from self._once()
+        yield from self._one_batch()
         for applied in self._server.log:
             if why := self._explains_nothing(applied):
                 yield f"at {applied.at:.4f} {applied.name}: {why}"
@@ -133,6 +141,15 @@ class _Checker:
                 asked = self._by_key.get((name, key)) or self._groups.get((name, key))
                 yield f"{name}: folded twice: {asked[0] if asked else key.hex()}"
 
+    def _one_batch(self) -> Iterator[str]:
+        """No two batches are told of one fold."""
+        told: dict[tuple[str, str, int, int], Vector] = {}
+        for one in self._operations:
+            if one.kind == "train" and one.acknowledged:
+                place = (one.layer, one.arguments["key"], one.result.version, one.result.num_batches_tracked)
+                if told.setdefault(place, one.arguments["batch"]) is not one.arguments["batch"]:
+                    yield f"{one}: another batch was folded under this key"
+
     def _explains_nothing(self, applied: Applied) -> str | None:
         """Why a change is not one that somebody asked for; None if it is."""
         if applied.after is None:
@@ -154,11 +171,12 @@ class _Checker:
         return (name, key) in self._groups or any(one.kind in FOLDS for one in operations)
 
     def _asked(self, applied: Applied, kind: str) -> str | None:
-        found = any(one.kind == kind and one.layer == applied.name and one.began <= applied.at for one in self._operations)
-        return None if found else f"nobody asked to {kind} it"
+        asked = (one for one in self._operations if one.kind == kind and one.layer == applied.name)
+        return None if any(one.began <= applied.at for one in asked) else f"nobody asked to {kind} it"
 
     def _folds_differ(self, applied: Applied, before: State, after: State, folds: list[Receipt]) -> str | None:
-        name, number, state, members = applied.name, before.batches, before, set()
+        name, number, members = applied.name, before.batches, set()
+        possible = [before]  # several where one key was used for several batches
         for receipt in folds:
             if receipt.key in members:
                 continue  # a group's member: folded with its group
@@ -171,16 +189,18 @@ class _Checker:
                 members |= {receipt_key(key) for key in batches}
                 choices = [np.concatenate(list(batches.values()))]
             else:
-                choices = [one.arguments["batch"] for one in candidates if "group" not in one.arguments]
+                sent = (one.arguments["batch"] for one in candidates if "group" not in one.arguments)
+                choices = list({id(batch): batch for batch in sent}.values())
             if not any(one.began <= applied.at for one in candidates):
                 return "a batch was folded before anybody sent it"
             number += before.tracks
             if (receipt.version, receipt.batch) != (applied.after.stamp.version, number):
                 return f"a receipt says version {receipt.version}, batch {receipt.batch}, not {number}"
-            state = _nearest(state, choices, after if receipt is folds[-1] else None)
+            possible = [_folded(state, batch) for state in possible for batch in choices]
         if not before.tracks:
             return None if applied.after is applied.before else "a batch changed a layer whose tracking is off"
-        return _difference(state, after)
+        differences = [_difference(state, after) for state in possible]
+        return None if None in differences else differences[0]
 
     def _change_differs(self, applied: Applied, before: State, after: State) -> str | None:
         kinds = ("reset", "update", "load_state_dict")
@@ -204,6 +224,8 @@ class _Checker:
             return self._unmade(one) if one.acknowledged else None
         places = self._places.get((one.layer, receipt_key(key)), [])
         if one.refused:
+            if self._requests_come_twice:
+                return None
             alone = len(self._by_key[one.layer, receipt_key(key)]) == 1 and "group" not in one.arguments
             return "refused, and yet it took effect" if places and alone else None
         return self._misplaced(one, places) if one.acknowledged else None
@@ -224,7 +246,8 @@ class _Checker:
         if one.kind == "train":
             batch = one.arguments["batch"]
             if group:
-                members = {each.arguments["key"]: each.arguments["batch"] for each in self._groups[one.layer, receipt_key(f"group fold {group}")]}
+                shards = self._groups[one.layer, receipt_key(f"group fold {group}")]
+                members = {each.arguments["key"]: each.arguments["batch"] for each in shards}
                 batch = np.concatenate(list(members.values()))
             return self._wrong_output(one, batch, mine[0])
         return None
@@ -258,14 +281,8 @@ class _Checker:
         if one.kind == "create":
             return None if any(self._between(one)) else "there was no such layer"
         for applied in self._server.log:
-            if applied.name != one.layer or not one.began <= applied.at <= one.ended:
-                continue
-            if one.kind == "delete":
-                if applied.after is None:
-                    return None
-            elif applied.before is not None and applied.after is not None:
-                if _difference(_changed(read(applied.before.data), one), read(applied.after.data)) is None:
-                    return None
+            if applied.name == one.layer and one.began <= applied.at <= one.ended and _made(applied, one):
+                return None
         gone = one.kind == "delete" and any(record is None for record in self._between(one))
         return None if gone or self._confirmed(one) else "acknowledged, and yet it is not in the log"
 
@@ -284,10 +301,13 @@ class _Checker:
         return [each.record for each in known if each.since <= one.ended and one.began <= each.until]
 
 
-def _nearest(state: State, choices: list[Vector], after: State | None) -> State:
-    """The state after one more batch. Of several under one key, the one that leads to what came after."""
-    made = [_folded(state, batch) for batch in choices]
-    return next((one for one in made if after is not None and _difference(one, after) is None), made[0])
+def _made(applied: Applied, one: Operation) -> bool:
+    """Whether a write is what a change without a key asked for."""
+    if one.kind == "delete" or applied.after is None:
+        return one.kind == "delete" and applied.after is None
+    if applied.before is None:
+        return False
+    return _difference(_changed(read(applied.before.data), one), read(applied.after.data)) is None
 
 
 def _folded(state: State, batch: Vector) -> State:

@@ -47,7 +47,7 @@ class Replica:
         self._faults = faults
         self._exclusive = exclusive
         self._options = LayersOptions(
-            resident_layers=random.choice((1, 2, 3, 100)),
+            resident_layers=random.choice((1, 1, 2, 100)),
             queue_length=random.choice((2, 1024)),
             store_timeout=random.choice((1.0, 10.0)),
             inline_bytes=random.choice((0, 1 << 20)),
@@ -70,7 +70,7 @@ class Replica:
         self.serving = True
 
     def kill(self) -> None:
-        """As SIGKILL does. An embedded store dies with it; with the machine's power, it may lose what is not durable."""
+        """As SIGKILL does. An embedded store dies, too; without power, it may lose unsynced writes."""
         self.serving = False
         self.process.kill()
         self._graveyard.append((self.process, self.gateway))

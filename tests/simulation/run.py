@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -23,6 +24,7 @@ _MOST_SEEDS = 200
 
 def _prepare() -> None:
     logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")  # killed processes leave coroutines that were never awaited to their end
     torch.set_num_threads(1)
 
 

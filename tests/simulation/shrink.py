@@ -39,7 +39,9 @@ def _smaller(plan: Plan) -> Iterator[Plan]:
         for number, script in enumerate(plan.scripts):
             for start in range(0, len(script.steps), size):
                 steps = script.steps[:start] + script.steps[start + size :]
-                yield replace(plan, scripts=[Script(steps) if n == number else one for n, one in enumerate(plan.scripts)])
+                yield replace(
+                    plan, scripts=[Script(steps) if n == number else one for n, one in enumerate(plan.scripts)]
+                )
     for fault in fields(plan.faults):
         if getattr(plan.faults, fault.name) and fault.name not in ("latency", "sync"):
             yield replace(plan, faults=replace(plan.faults, **{fault.name: 0.0}))

@@ -1,8 +1,8 @@
 """The simulated store: a server whose writes become durable with time, and replicas' connections to it.
 
-The server's table is the service's `MemoryStore`, which passes the conformance suite; `SimulatedStore` passes it, too.
-What is added is distance and trouble: calls and replies take time, are lost, or come late; writes are answered once they
-are durable; a crash (a power failure, or a failover to a server that lags) loses a suffix of those that are not.
+The server's table is the service's `MemoryStore`, which passes the conformance suite; so does `SimulatedStore`. What is
+added is distance and trouble: calls and replies take time, are lost, or come late; writes are answered once they are
+durable; a crash (a power failure, or a failover to a server that lags) loses a suffix of those that are not.
 """
 
 from __future__ import annotations
@@ -132,11 +132,13 @@ class Server:
         if after is not before or written:
             self.log.append(Applied(self._clock(), name, before, after, written))
             overtaken = self._note(name)
-            if not self._embedded:
+            if not self._embedded and overtaken.record is not None:
                 overtaken.until = self._clock()
         self._writes += 1
         self._snapshots.append(self._snapshot())
         number, crashes = self._writes, self._crashes
+        if self._random.random() < self._faults.crash_after_write:
+            self.process.spawn(self._crash_soon())
         if self._faults.sync:
             await asyncio.sleep(self._random.expovariate(1 / self._faults.sync))
         if crashes != self._crashes:
@@ -146,6 +148,10 @@ class Server:
         while self._snapshots[0].number < number:
             self._snapshots.popleft()
         return reply
+
+    async def _crash_soon(self) -> None:
+        await asyncio.sleep(self._random.uniform(0, self._faults.sync))
+        self.crash()
 
     def _note(self, name: str) -> Newest:
         """Another record is the newest; returns the one before."""
@@ -196,11 +202,11 @@ class SimulatedStore:
         if not self._open:
             raise StoreError("the store is not open")
         if self.exclusive:
-            await asyncio.sleep(self._random.expovariate(2000))
+            await asyncio.sleep(self._faults.store_way(self._random))
             self._maybe_full()
             return await work()
         loop, faults, random = asyncio.get_running_loop(), self._faults, self._random
-        self._arrival = max(self._arrival, loop.time()) + random.expovariate(5 / faults.latency)
+        self._arrival = max(self._arrival, loop.time()) + faults.store_way(random)
         if random.random() < faults.store_late:
             self._arrival += CALL_TIMEOUT + random.uniform(0, 2 * CALL_TIMEOUT)
         reply: asyncio.Future[Any] = loop.create_future()
@@ -224,7 +230,7 @@ class SimulatedStore:
                 answer = error
         if self._random.random() < self._faults.store_reply_lost:
             return
-        await asyncio.sleep(self._random.expovariate(5 / self._faults.latency))
+        await asyncio.sleep(self._faults.store_way(self._random))
         if not reply.done():
             reply.set_exception(answer) if isinstance(answer, StoreError) else reply.set_result(answer)
 

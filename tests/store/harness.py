@@ -12,7 +12,9 @@ import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from batchnorm_service.runtime import RUNTIME, Runtime
@@ -20,6 +22,9 @@ from batchnorm_service.store.base import Exists, Full, Receipt, Record, Store
 from batchnorm_service.store.memory import MemoryStore
 from batchnorm_service.store.sqlite.store import SqliteStore
 from batchnorm_service.store.valkey.store import ValkeyStore
+from simulation.faults import Faults
+from simulation.store import Server as SimulatedServer
+from simulation.store import SimulatedStore
 from store.valkey_servers import Cluster, Server, flush, let_pass
 
 RECEIPT_SECONDS = 3600.0
@@ -94,6 +99,22 @@ class MemoryTable(Table):
 
     def store(self) -> Store:
         return self._store
+
+    def forward(self, seconds: float) -> None:
+        self._clock.now += seconds
+
+
+class SimulatedTable(Table):
+    """The store of the simulated world, without its faults."""
+
+    def __init__(self) -> None:
+        self._clock = Clock()
+        calm = {field.name: 0.0 for field in fields(Faults)} | {"latency": 1e-5}
+        self._random, self._faults = Random(0), Faults(**calm)
+        self._server = SimulatedServer(self._random, self._faults, RECEIPT_SECONDS, Clocks(wall=self._clock))
+
+    def store(self) -> Store:
+        return SimulatedStore(self._server, self._random, self._faults)
 
     def forward(self, seconds: float) -> None:
         self._clock.now += seconds

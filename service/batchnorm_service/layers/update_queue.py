@@ -270,9 +270,8 @@ class UpdateQueue:
                 case Committed():
                     self._cached.set(None)
                     settle(deletion, Done(layer, layer.stamp.version, layer.state.num_batches_tracked, replayed=False))
-                    # The updates behind it in the queue were meant for the deleted layer.
-                    _settle_all(self._waiting, layer_not_found(self._cached.name))
-                    self._waiting.clear()
+                    # Updates behind it in the queue look for the layer again: another process may have created it
+                    # anew before they were called, while this process waited for the store's reply.
                     return
                 case Conflict():
                     self._lost_race(deadline)

@@ -1,0 +1,276 @@
+"""Faults that are planted to prove that the checker finds them: each takes the place of a function of the product.
+
+Every one is a mistake that was made once, here or elsewhere: see the names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from batchnorm_client.core import retries
+from batchnorm_service.layers import group_commit, groups, moments_source, update_queue, updates
+from batchnorm_service.layers.cache import LayerCache
+from batchnorm_service.layers.cached_state import CachedState
+from batchnorm_service.layers.group_commit import Plan
+from batchnorm_service.layers.update_queue import UpdateQueue
+from batchnorm_service.store.base import Committed, Conflict, Duplicates, Record, StoreError
+from batchnorm_service.store.memory import MemoryStore
+from simulation import world
+
+Patch = pytest.MonkeyPatch
+
+
+def receipts_are_not_written(patch: Patch) -> None:
+    patch.setattr(Plan, "receipts", property(lambda _: []))
+
+
+def answered_before_the_commit(patch: Patch) -> None:
+    make_plan = update_queue.make_plan
+
+    async def early(*arguments: Any) -> Plan:
+        plan = await make_plan(*arguments)
+        plan.settle()
+        return plan
+
+    patch.setattr(update_queue, "make_plan", early)
+
+
+def stamps_are_compared_by_version_alone(patch: Patch) -> None:
+    commit = MemoryStore.commit
+
+    async def careless(self: MemoryStore, name: str, expected: Any, record: Any, receipts: Any) -> Any:
+        present = self._records.get(name)
+        if present is not None and present.stamp.version == expected.version:
+            expected = present.stamp
+        return await commit(self, name, expected, record, receipts)
+
+    async def load(self: MemoryStore, name: str, unless: Any = None) -> Any:
+        present = self._records.get(name)
+        if present is not None and unless is not None and present.stamp.version == unless.version:
+            unless = present.stamp
+        return await loaded(self, name, unless)
+
+    loaded = MemoryStore.load
+    patch.setattr(MemoryStore, "commit", careless)
+    patch.setattr(MemoryStore, "load", load)
+
+
+def the_cache_is_believed_without_a_check(patch: Patch) -> None:
+    patch.setattr(CachedState, "trusted", property(lambda self: self.layer))
+
+
+def a_layer_in_use_is_evicted(patch: Patch) -> None:
+    def evict(self: LayerCache, new: Any) -> None:
+        while len(self._entries) > self._options.resident_layers:
+            name = next(name for name in self._entries if self._entries[name] is not new)
+            del self._entries[name]
+
+    patch.setattr(LayerCache, "_evict", evict)
+
+
+def a_duplicate_is_folded_again(patch: Patch) -> None:
+    commit = MemoryStore.commit
+
+    async def forgetful(self: MemoryStore, *arguments: Any) -> Any:
+        outcome = await commit(self, *arguments)
+        if isinstance(outcome, Duplicates):
+            patched, self._unexpired = self._unexpired, lambda *_: ()  # type: ignore[method-assign]
+            outcome = await commit(self, *arguments)
+            self._unexpired = patched  # type: ignore[method-assign]
+        return outcome
+
+    patch.setattr(MemoryStore, "commit", forgetful)
+
+
+def receipts_expire_early(patch: Patch) -> None:
+    patch.setattr(world, "RECEIPT_SECONDS", 0.05)
+
+
+def a_retry_has_a_new_key(patch: Patch) -> None:
+    pause = retries.Attempts.pause
+
+    def renamed(self: Any, error: Any) -> float:
+        wait = pause(self, error)
+        headers = dict(self.request.headers)
+        if "Idempotency-Key" in headers:
+            headers["Idempotency-Key"] += "x"
+            self.request = replace(self.request, headers=headers)
+        return wait
+
+    patch.setattr(retries.Attempts, "pause", renamed)
+
+
+def an_unknown_outcome_is_taken_for_success(patch: Patch) -> None:
+    async def hopeful(self: UpdateQueue, expected: Any, new: Any, receipts: Any, deadline: float) -> Any:
+        try:
+            return await self._store.commit(self._cached.name, expected, new, receipts)
+        except StoreError:
+            return Committed()
+
+    patch.setattr(UpdateQueue, "_commit", hopeful)
+
+
+def an_unknown_outcome_is_folded_anew(patch: Patch) -> None:
+    make_plan = update_queue.make_plan
+
+    async def renamed(runtime: Any, layer: Any, waiting: Any) -> Plan:
+        for one in waiting:
+            one.token = one.token._replace(key=runtime.bytes(16)) if one.incarnation < 0 else one.token
+        return await make_plan(runtime, layer, waiting)
+
+    async def commit(self: UpdateQueue, expected: Any, new: Any, receipts: Any, deadline: float) -> Any:
+        tries = 0
+        while True:
+            try:
+                renewed = [one._replace(key=bytes([tries]) + one.key[1:]) for one in receipts] if tries else receipts
+                found = await self._store.load(self._cached.name)
+                expected = found.stamp if tries and isinstance(found, Record) else expected
+                return await self._store.commit(self._cached.name, expected, new, renewed)
+            except StoreError as error:
+                tries += 1
+                await self._pause(0.01, deadline, error)
+
+    patch.setattr(update_queue, "make_plan", renamed)
+    patch.setattr(UpdateQueue, "_commit", commit)
+
+
+def a_lost_race_overwrites_the_winner(patch: Patch) -> None:
+    commit = MemoryStore.commit
+
+    async def forced(self: MemoryStore, name: str, expected: Any, record: Any, receipts: Any) -> Any:
+        outcome = await commit(self, name, expected, record, receipts)
+        present = self._records.get(name)
+        if isinstance(outcome, Conflict) and present and present.stamp.incarnation == expected.incarnation:
+            return await commit(self, name, present.stamp, record, receipts)
+        return outcome
+
+    patch.setattr(MemoryStore, "commit", forced)
+
+
+async def _nothing(*_: Any) -> None: ...
+
+
+def a_new_weight_is_not_noticed(patch: Patch) -> None:
+    patch.setattr(group_commit, "_compute", _nothing)
+
+    async def stale(self: Any, _state: Any) -> Any:
+        return self._step if self._step is not None else await output(self, _state)
+
+    output = moments_source.BatchSource.output
+    patch.setattr(moments_source.BatchSource, "output", stale)
+
+
+def a_group_is_folded_once_by_each_member(patch: Patch) -> None:
+    def own(operation: str, group: str) -> Any:
+        token = name(operation, group)
+        return token._replace(key=token.key) if counter["n"] % 2 else token._replace(from_caller=False)
+
+    counter = {"n": 0}
+    name = groups.group_token
+
+    async def close(self: Any, token: Any, status: Any, operation: Any) -> None:
+        counter["n"] += 1
+        members = dict(status.members)
+        whole = operation.merge([operation.unpack(part) for part in status.parts])
+        renamed = token._replace(key=counter["n"].to_bytes(16, "big"))
+        for one in (renamed, token):
+            await operation.close(
+                one, whole, {}, lambda totals: groups.GroupResult(status.size, members, totals).pack()
+            )
+        await self._leave(token, operation, None)
+
+    patch.setattr(groups, "group_token", own)
+    patch.setattr(groups.Groups, "_close", close)
+
+
+def keys_are_not_compared_with_their_batches(patch: Patch) -> None:
+    patch.setattr(updates, "refuse_reuse", lambda *_: None)
+
+
+def waiting_folds_are_written_in_another_order(patch: Patch) -> None:
+    together = group_commit._plan_together
+
+    async def reversed_order(runtime: Any, layer: Any, waiting: Any) -> Plan:
+        plan = await together(runtime, layer, waiting)
+        batches = [batch for _, batch in plan.folds]
+        return replace(plan, folds=tuple(zip([one for one, _ in reversed(plan.folds)], batches, strict=True)))
+
+    patch.setattr(group_commit, "_plan_together", reversed_order)
+
+
+def an_eval_shares_a_check_that_was_sent_before(patch: Patch) -> None:
+    from batchnorm_service.layers.shared_check import SharedCheck  # noqa: PLC0415
+
+    async def share(self: Any) -> Any:
+        if self._running is None or self._running.done():
+            self._running = self._runtime.create_task(self._check())
+        import asyncio  # noqa: PLC0415
+
+        return await asyncio.shield(self._running)
+
+    patch.setattr(SharedCheck, "__call__", share)
+
+
+def a_store_answers_before_it_is_durable(patch: Patch) -> None:
+    from simulation.store import Server  # noqa: PLC0415
+
+    apply = Server.apply
+
+    async def hasty(self: Any, name: str, work: Any, receipts: Any = ()) -> Any:
+        import asyncio  # noqa: PLC0415
+
+        reply: Any = asyncio.get_running_loop().create_future()
+
+        async def note(table: Any) -> Any:
+            answer = await work(table)
+            reply.set_result(answer)
+            return answer
+
+        task = self.process.spawn(apply(self, name, note, receipts))
+        await asyncio.wait([task, reply], return_when=asyncio.FIRST_COMPLETED)
+        return await reply
+
+    patch.setattr(Server, "apply", hasty)
+
+
+def an_error_is_said_to_have_had_no_effect(patch: Patch) -> None:
+    patch.setattr(retries, "may_have_taken_effect", lambda _: False)
+
+
+MUTANTS: dict[str, Callable[[Patch], None]] = {
+    plant.__name__.replace("_", " "): plant
+    for plant in (
+        receipts_are_not_written,
+        answered_before_the_commit,
+        stamps_are_compared_by_version_alone,
+        the_cache_is_believed_without_a_check,
+        a_layer_in_use_is_evicted,
+        a_duplicate_is_folded_again,
+        receipts_expire_early,
+        a_retry_has_a_new_key,
+        an_unknown_outcome_is_taken_for_success,
+        an_unknown_outcome_is_folded_anew,
+        a_lost_race_overwrites_the_winner,
+        a_new_weight_is_not_noticed,
+        a_group_is_folded_once_by_each_member,
+        keys_are_not_compared_with_their_batches,
+        waiting_folds_are_written_in_another_order,
+        an_eval_shares_a_check_that_was_sent_before,
+        a_store_answers_before_it_is_durable,
+        an_error_is_said_to_have_had_no_effect,
+    )
+}
+"""By what goes wrong."""
+
+
+@contextmanager
+def planted(name: str) -> Iterator[None]:
+    """The mutant of that name, as long as the context is open."""
+    with pytest.MonkeyPatch.context() as patch:
+        MUTANTS[name](patch)
+        yield

@@ -1,0 +1,54 @@
+"""The simulated world in short: `make simulate` runs as many seeds as wanted, `make mutants` all mutants to the end."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from simulation.mutants import MUTANTS, planted
+from simulation.shrink import shrunk
+from simulation.world import Plan, World
+
+SEEDS, CHUNK = 500, 25
+
+
+@pytest.fixture(autouse=True)
+def _quiet(caplog: pytest.LogCaptureFixture) -> None:
+    """Stores that do not answer are logged, thousands of times."""
+    caplog.set_level(logging.CRITICAL)
+
+
+@pytest.mark.filterwarnings("ignore")  # killed processes leave coroutines that were never awaited to their end
+@pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
+def test_no_promise_is_broken(first: int) -> None:
+    for seed in range(first, first + CHUNK):
+        assert World(Plan.draw(seed)).run().findings == [], f"make simulate SEED={seed}"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seed", [3, 5, 8])
+def test_a_seed_is_always_the_same_world(seed: int) -> None:
+    first, second = (World(Plan.draw(seed)).run() for _ in range(2))
+    assert [str(one) for one in first.operations] == [str(one) for one in second.operations]
+    assert [(one.at, one.name, one.receipts) for one in first.server.log] == [
+        (one.at, one.name, one.receipts) for one in second.server.log
+    ]
+    assert first.events == second.events
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_planted_fault_is_found(mutant: str) -> None:
+    with planted(mutant):
+        assert any(World(Plan.draw(seed)).run().findings for seed in range(200))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_failing_world_is_made_shorter() -> None:
+    with planted("a duplicate is folded again"):
+        failing = next(world for seed in range(200) if (world := World(Plan.draw(seed)).run()).findings)
+        shortest = shrunk(failing.plan)
+    assert shortest.findings
+    steps = [sum(len(script.steps) for script in world.plan.scripts) for world in (failing, shortest)]
+    assert steps[1] <= 4 < steps[0]
