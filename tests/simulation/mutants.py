@@ -40,26 +40,6 @@ def answered_before_the_commit(patch: Patch) -> None:
     patch.setattr(update_queue, "make_plan", early)
 
 
-def stamps_are_compared_by_version_alone(patch: Patch) -> None:
-    commit = MemoryStore.commit
-
-    async def careless(self: MemoryStore, name: str, expected: Any, record: Any, receipts: Any) -> Any:
-        present = self._records.get(name)
-        if present is not None and present.stamp.version == expected.version:
-            expected = present.stamp
-        return await commit(self, name, expected, record, receipts)
-
-    async def load(self: MemoryStore, name: str, unless: Any = None) -> Any:
-        present = self._records.get(name)
-        if present is not None and unless is not None and present.stamp.version == unless.version:
-            unless = present.stamp
-        return await loaded(self, name, unless)
-
-    loaded = MemoryStore.load
-    patch.setattr(MemoryStore, "commit", careless)
-    patch.setattr(MemoryStore, "load", load)
-
-
 def the_cache_is_believed_without_a_check(patch: Patch) -> None:
     patch.setattr(CachedState, "trusted", property(lambda self: self.layer))
 
@@ -247,7 +227,6 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     for plant in (
         receipts_are_not_written,
         answered_before_the_commit,
-        stamps_are_compared_by_version_alone,
         the_cache_is_believed_without_a_check,
         a_layer_in_use_is_evicted,
         a_duplicate_is_folded_again,

@@ -217,6 +217,8 @@ class _Checker:
         """Why what a caller was told is not true; None if it is."""
         if isinstance(one.error, LayerNotFound):
             return None if any(record is None for record in self._between(one)) else "there was a layer all the time"
+        if one.kind in ("backward", "inverse", "names"):
+            return None
         if one.kind in ("eval", "inspect"):
             return self._misread(one) if one.acknowledged else None
         key = one.arguments.get("key")

@@ -27,6 +27,10 @@ _KINDS = {
     "load_state_dict": 3,
     "delete": 3,
     "create": 4,
+    "refused": 3,
+    "backward": 3,
+    "inverse": 2,
+    "names": 2,
 }
 
 
@@ -61,6 +65,8 @@ def draw_scripts(random: Random, layers: list[str], length: int) -> list[Script]
                 keyed.append((layer, arguments))
             case "fold_moments":
                 arguments = {"batch": batch, "key": f"moments-{number}"}
+            case "refused":
+                kind, arguments = "train", {"batch": batch * np.float32("nan"), "key": f"refused-{number}"}
             case "many":
                 batches = {name: _batch(random, numpy) for name in layers}
                 arguments = {"batches": batches, "key": f"many-{number}"}
@@ -80,11 +86,11 @@ def draw_scripts(random: Random, layers: list[str], length: int) -> list[Script]
                 what = random.choice(("running_stats", "parameters", "all"))
                 arguments = {"what": what, "key": f"reset-{number}"}
             case "update":
-                arguments = {"changes": _changes(random, numpy)}
+                arguments = {"changes": _changes(random, numpy), "if_match": random.choice((None, None, 3, 5))}
             case "load_state_dict":
                 arguments = {"tensors": {"weight": _vector(numpy), "bias": _vector(numpy)}}
             case _:
-                arguments = {"batch": batch} if kind == "eval" else {}
+                arguments = {"batch": batch} if kind in ("eval", "backward", "inverse") else {}
         first.steps.append((pause, kind, layer, arguments))
     return scripts
 
@@ -181,10 +187,16 @@ class Caller:
                 return await layer.eval(batch)
             case "inspect":
                 return await layer.inspect()
+            case "backward":
+                return await layer.backward(batch, batch, mode="train")
+            case "inverse":
+                return await layer.inverse(batch)
+            case "names":
+                return [each.name async for each in self._client.layers()]
             case "reset":
                 return await layer.reset(arguments["what"], key=key)
             case "update":
-                return await layer.update(**arguments["changes"])
+                return await layer.update(if_match=arguments["if_match"], **arguments["changes"])
             case "load_state_dict":
                 return await layer.load_state_dict(arguments["tensors"])
             case "delete":
