@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 Vector = np.ndarray[Any, Any]
 FOLDS = ("train", "fold_moments")
+UNKEYED = ("create", "delete", "update", "load_state_dict")
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 
 
@@ -217,13 +218,11 @@ class _Checker:
         """Why what a caller was told is not true; None if it is."""
         if isinstance(one.error, LayerNotFound):
             return None if any(record is None for record in self._between(one)) else "there was a layer all the time"
-        if one.kind in ("backward", "inverse", "names"):
-            return None
         if one.kind in ("eval", "inspect"):
             return self._misread(one) if one.acknowledged else None
         key = one.arguments.get("key")
         if key is None:
-            return self._unmade(one) if one.acknowledged else None
+            return self._unmade(one) if one.acknowledged and one.kind in UNKEYED else None
         places = self._places.get((one.layer, receipt_key(key)), [])
         if one.refused:
             if self._requests_come_twice:
