@@ -47,7 +47,7 @@ def test_the_page_has_each_kind_of_extension() -> None:
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_an_extension_works_as_the_page_says(section: str, tmp_path: Path) -> None:
-    for part in ("client", "service", "tests/store", "tests/conftest.py", "pyproject.toml"):
+    for part in ("client", "service", "tests/store", "tests/simulation", "tests/conftest.py", "pyproject.toml"):
         source, target = ROOT / part, tmp_path / part
         if source.is_dir():
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))

@@ -109,6 +109,7 @@ class Server:
         self.process = Process("server")
         self._writes = 0
         self._crashes = 0
+        self._synced_at = 0.0
         self._snapshots = deque([self._snapshot()])  # of the newest durable write, and of each after it
 
     def _snapshot(self) -> _Snapshot:
@@ -140,7 +141,9 @@ class Server:
         if self._random.random() < self._faults.crash_after_write:
             self.process.spawn(self._crash_soon())
         if self._faults.sync:
-            await asyncio.sleep(self._random.expovariate(1 / self._faults.sync))
+            synced = self._clock() + self._random.expovariate(1 / self._faults.sync)
+            self._synced_at = max(self._synced_at, synced)  # what is durable takes along what came before
+            await asyncio.sleep(self._synced_at - self._clock())
         if crashes != self._crashes:
             raise StoreError("the server crashed")
         if overtaken is not None:
