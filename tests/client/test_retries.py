@@ -230,7 +230,7 @@ def problem(name):
     [("store-unavailable", True), ("internal-error", True), ("overloaded", False), ("too-few-values", False)],
 )
 def test_a_layer_of_many_whose_store_did_not_answer_may_have_been_folded(clock, name, unknown):
-    """Simulated world, seed 10: `outcome_unknown` was False, and the batch was in the statistics."""
+    """Found by simulation: `outcome_unknown` was False, and the batch was in the statistics."""
     results = Attempts(MANY, Retry(), clock).receive(of_many(problem(name), folded()))
     assert results["a"].outcome_unknown is unknown
     assert results["b"].version == 2

@@ -259,7 +259,7 @@ async def test_what_waited_for_a_layer_that_was_replaced_goes_to_the_one_that_ha
 
 
 async def test_a_call_behind_a_delete_whose_reply_is_late_finds_the_layer_that_was_created_again() -> None:
-    """Simulated world, seed 2379: it was told 404, after another process had acknowledged the new layer."""
+    """Found by simulation: it was told 404, after another process had acknowledged the new layer."""
 
     class LateReply(MemoryStore):
         async def delete(self, *args, **kwargs):
