@@ -278,5 +278,7 @@ class SimulatedStore:
         async for some in self._server.table.receipts():
             yield some
 
-    async def remember(self, name: str, incarnation: int, receipts: Sequence[ReceiptWithTTL]) -> Committed | Missing:
-        return await self._write(name, lambda table: table.remember(name, incarnation, receipts))
+    async def import_receipts(
+        self, name: str, incarnation: int, receipts: Sequence[ReceiptWithTTL]
+    ) -> Committed | Missing:
+        return await self._write(name, lambda table: table.import_receipts(name, incarnation, receipts))
