@@ -9,6 +9,7 @@ from safetensors.numpy import save
 
 from batchnorm_client.wire.media_types import JSON, SAFETENSORS
 from batchnorm_client.wire.tensors import json as json_codec
+from batchnorm_client.wire.tensors import json_writer
 from batchnorm_client.wire.tensors import safetensors as safetensors_codec
 from batchnorm_service.rest import routes
 
@@ -41,7 +42,7 @@ READERS = [
     (safetensors_codec, "check_known"),
     (routes, "parse_document"),
 ]
-WRITERS = [(json_codec, "widened")]
+WRITERS = [(json_writer, "widened")]
 
 
 @pytest.fixture

@@ -70,13 +70,12 @@ class DocumentRoute(APIRoute):
 class _DocumentRequest(Request):
     """A request whose body was parsed and validated; FastAPI gets the model from `json()`."""
 
-    def __init__(self, request: Request, size: int, document: BaseModel | None) -> None:
+    def __init__(self, request: Request, document: BaseModel | None) -> None:
         super().__init__(request.scope, request.receive)
-        self._size = size
         self._document = document
 
     async def body(self) -> bytes:
-        return b"{}" if self._size else b""
+        return b"" if self._document is None else b"{}"
 
     async def json(self) -> BaseModel | None:
         return self._document
@@ -90,10 +89,10 @@ async def _read_document(
         content_type(headers, types)  # before the body is read
     body = await read_body(headers, request.receive, request.app.state.options.max_body_bytes)
     if not (body or required):
-        return _DocumentRequest(request, 0, None)
+        return _DocumentRequest(request, None)
     content_type(headers, types)
     document = await request.app.state.layers.run_codec(len(body), parse_document, model, body)
-    return _DocumentRequest(request, max(1, len(body)), document)
+    return _DocumentRequest(request, document)
 
 
 _bearer = HTTPBearer(auto_error=False, scheme_name="token", description="BATCHNORM_TOKEN, or for reads a read token")

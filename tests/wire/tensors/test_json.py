@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as arrays
 
 from batchnorm_client.wire.errors import InvalidRequest, MalformedBody, ProblemError, ShapeMismatch
 from batchnorm_client.wire.media_types import JSON
-from batchnorm_client.wire.tensors import Tensor, decode, encode, json_pieces, widened
+from batchnorm_client.wire.tensors import Tensor, decode, encode, json_pieces, json_writer, regular_json, widened
 from batchnorm_client.wire.tensors import json as codec
 
 Read = Callable[..., np.ndarray]
@@ -30,10 +30,10 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Small bodies take the fast way as big ones do, or simdjson is not installed, as with the light client."""
     monkeypatch.setattr(codec, "_FAST_FROM", 0)
     if "orjson" in request.param:
-        monkeypatch.setattr(codec, "simdjson", None)
+        monkeypatch.setattr(regular_json, "simdjson", None)
     if "pieces" in request.param:
-        monkeypatch.setattr(codec, "_PIECE_BYTES", 5)
-        monkeypatch.setattr(codec, "_PIECE_ELEMENTS", 3)
+        monkeypatch.setattr(regular_json, "PIECE_BYTES", 5)
+        monkeypatch.setattr(json_writer, "_PIECE_ELEMENTS", 3)
     return request.param
 
 
@@ -387,7 +387,7 @@ def test_text_is_the_same_in_pieces(shape: tuple[int, ...], finite: bool) -> Non
 
 def test_no_call_reads_or_writes_more_than_a_piece(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such calls hold Python's lock: an event loop waits for them, in whichever thread they are."""
-    read_one, write_one = codec._parse_numbers, codec._list_text
+    read_one, write_one = regular_json._parse_numbers, json_writer._list_text
     sizes: list[int] = []
 
     def parse(text: bytes) -> np.ndarray:
@@ -398,8 +398,8 @@ def test_no_call_reads_or_writes_more_than_a_piece(way: str, monkeypatch: pytest
         sizes.append(array.size)
         return write_one(array)
 
-    monkeypatch.setattr(codec, "_parse_numbers", parse)
-    monkeypatch.setattr(codec, "_list_text", write)
+    monkeypatch.setattr(regular_json, "_parse_numbers", parse)
+    monkeypatch.setattr(json_writer, "_list_text", write)
     array = np.arange(60.0).reshape(3, 20)
     np.testing.assert_array_equal(read(written(array), "float64"), array)
     if "pieces" in way:
@@ -416,8 +416,8 @@ NESTED = st.recursive(
 def _both_ways(raw: bytes, dtypes: dict[str, str]) -> tuple[Any, Any]:
     """What the fast way reads, None if it does not take the body; and then what the other reads."""
     try:
-        fast = codec._read_regular(raw, dtypes)
-    except codec._UnusualError:
+        fast = regular_json.read_regular(raw, dtypes)
+    except regular_json.UnusualError:
         return None, None
     return fast, codec._read_document(codec.load_json(raw), dtypes)
 
@@ -478,7 +478,8 @@ def test_what_is_wrong_in_many_values_is_refused_without_reading_them_at_once(
     """60 MiB of `[],` took 2 GiB and the event loop for five seconds, before they were refused."""
     monkeypatch.setattr(codec, "_MOST_VALUES", 4)
     monkeypatch.setattr(codec, "orjson", None)
-    monkeypatch.setattr(codec, "_parse_numbers", lambda text: np.array(re.findall(rb"[0-9]+", text), np.float64))
+    monkeypatch.setattr(regular_json, "orjson", None)
+    monkeypatch.setattr(regular_json, "_parse_numbers", lambda text: np.array(re.findall(rb"[0-9]+", text), np.float64))
     with pytest.raises(error):
         read_input(text, "float64")
 

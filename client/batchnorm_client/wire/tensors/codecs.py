@@ -9,7 +9,8 @@ from typing import Any, Final
 
 from batchnorm_client.wire.errors import InvalidRequest, NotAcceptable, UnsupportedMediaType
 from batchnorm_client.wire.media_types import JSON, NPY, SAFETENSORS
-from batchnorm_client.wire.tensors.json import JSON_DTYPES, decode_json, encode_json
+from batchnorm_client.wire.tensors.json import decode_json, encode_json
+from batchnorm_client.wire.tensors.json_writer import JSON_DTYPES
 from batchnorm_client.wire.tensors.npy import NPY_DTYPES, decode_npy, encode_npy, npy_data_start
 from batchnorm_client.wire.tensors.safetensors import (
     SAFETENSORS_DTYPES,
