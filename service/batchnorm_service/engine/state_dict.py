@@ -24,7 +24,7 @@ def state_dict(state: LayerState) -> dict[str, WireTensor]:
 
 def dtypes(state: LayerState) -> dict[str, str]:
     """The dtype of each tensor that the layer can have, by name."""
-    return {name: dtype for name, (dtype, _) in _layout(state).items()}
+    return {name: dtype for name, (dtype, _) in layout(state).items()}
 
 
 def replace_tensors(state: LayerState, tensors: Mapping[str, WireTensor]) -> LayerState:
@@ -34,7 +34,7 @@ def replace_tensors(state: LayerState, tensors: Mapping[str, WireTensor]) -> Lay
         InvalidRequest: there is no tensor, one that the layer does not have, or an invalid value.
         ShapeMismatch, DtypeMismatch: a tensor has another shape or dtype than the layer's own.
     """
-    known = _layout(state)
+    known = layout(state)
     if not tensors:
         raise InvalidRequest("the state has no tensor", field="state", expected=list(known), got=[])
     new: dict[str, Any] = {}
@@ -55,7 +55,7 @@ def scalar(tensors: Mapping[str, WireTensor], name: str) -> int:
     return int(to_torch(tensors[name])) if name in tensors else 0
 
 
-def _layout(state: LayerState) -> dict[str, tuple[str, tuple[int, ...]]]:
+def layout(state: LayerState) -> dict[str, tuple[str, tuple[int, ...]]]:
     """dtype and shape of each tensor that the layer can have, by name."""
     channels = state.config.num_features
     known: dict[str, tuple[str, tuple[int, ...]]] = {}

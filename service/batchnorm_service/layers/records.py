@@ -10,18 +10,20 @@ from functools import lru_cache
 from typing import Final
 
 from batchnorm_client.wire.documents import LayerConfig, LayerSummary
-from batchnorm_client.wire.tensors import decode_safetensors, decode_safetensors_header, encode_safetensors
+from batchnorm_client.wire.errors import ProblemError
+from batchnorm_client.wire.tensors import Tensor, decode_safetensors, decode_safetensors_header, encode_safetensors
 
 from ..engine.accumulators import ACCUMULATORS
 from ..engine.accumulators.base import BATCHES, SAMPLES
 from ..engine.state import LayerState
-from ..engine.state_dict import scalar, state_dict
+from ..engine.state_dict import layout, scalar, state_dict
 from ..engine.tensors import to_torch
 from ..runtime import Runtime
 from ..store.base import HEAD_BYTES, Entry, Record, Stamp
 
 FORMAT: Final = "batchnorm-layer/1"
-_VECTORS: Final = ("weight", "bias", "running_mean", "running_var")
+_UNREADABLE: Final = (ProblemError, LookupError, TypeError, ValueError)
+"""Raised by bytes that are no record of this version. A `ProblemError` would be reported as the client's error."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,12 +74,19 @@ def record(layer: CommittedLayer) -> Record:
 
 
 def decode(stored: Record) -> CommittedLayer:
-    """The layer of a record. Raises `ValueError` if its format is unknown."""
+    """The layer of a record. Raises `ValueError` when it is damaged, or another version of this software wrote it."""
+    try:
+        return _decode(stored)
+    except _UNREADABLE as error:
+        raise ValueError(f"the record cannot be read: {error!r}") from error
+
+
+def _decode(stored: Record) -> CommittedLayer:
     tensors, metadata = decode_safetensors(bytearray(stored.data))
     _check_format(metadata)
-    config, samples = _load(metadata["config"]), int(metadata[SAMPLES])
-    vectors = {name: to_torch(tensors[name]) for name in _VECTORS if name in tensors}
-    tracked = "running_mean" in vectors
+    config, created_config = _load(metadata["config"]), _load(metadata["created_config"])
+    samples, tracked = int(metadata[SAMPLES]), created_config.track_running_stats
+    vectors = {name: to_torch(tensors[name]) for name in _vector_names(config, created_config)}
     state = LayerState(
         config=config,
         weight=vectors.get("weight"),
@@ -88,17 +97,25 @@ def decode(stored: Record) -> CommittedLayer:
         samples_tracked=samples,
         accumulated=ACCUMULATORS[config.statistics].read(tensors, samples) if tracked else None,
     )
+    _check_layout(state, tensors)
     return CommittedLayer(
         stamp=stored.stamp,
         state=state,
-        created_config=_load(metadata["created_config"]),
+        created_config=created_config,
         created_at=datetime.fromisoformat(metadata["created_at"]),
         updated_at=datetime.fromisoformat(metadata["updated_at"]),
     )
 
 
 def summary(entry: Entry) -> LayerSummary:
-    """An entry of a listing, decoded from the first `HEAD_BYTES` bytes of a record."""
+    """An entry of a listing, from the first `HEAD_BYTES` bytes of a record. Raises `ValueError` as `decode` does."""
+    try:
+        return _summary(entry)
+    except _UNREADABLE as error:
+        raise ValueError(f"the record of {entry.name} cannot be read: {error!r}") from error
+
+
+def _summary(entry: Entry) -> LayerSummary:
     header, start = decode_safetensors_header(entry.head)
     metadata = header["__metadata__"]
     _check_format(metadata)
@@ -118,6 +135,18 @@ def summary(entry: Entry) -> LayerSummary:
 def _check_format(metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
         raise ValueError(f"the record's format is {metadata.get('format')!r}, this version reads {FORMAT!r}")
+
+
+def _vector_names(config: LayerConfig, created_config: LayerConfig) -> tuple[str, ...]:
+    parameters = ("weight", "bias") if config.affine else ()
+    return (*parameters, "running_mean", "running_var") if created_config.track_running_stats else parameters
+
+
+def _check_layout(state: LayerState, tensors: Mapping[str, Tensor]) -> None:
+    """A damaged record must not become a layer whose tensors do not fit its config."""
+    for name, (dtype, shape) in layout(state).items():
+        if name in tensors and (tensors[name].dtype, tensors[name].shape) != (dtype, shape):
+            raise ValueError(f"{name} is {tensors[name].dtype} of shape {tensors[name].shape}, not {dtype} of {shape}")
 
 
 @lru_cache(maxsize=4096)
