@@ -5,9 +5,11 @@ Every one is a mistake that was made once, here or elsewhere: see the names.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import pytest
@@ -17,10 +19,12 @@ from batchnorm_service.layers import group_commit, groups, moments_source, updat
 from batchnorm_service.layers.cache import LayerCache
 from batchnorm_service.layers.cached_state import CachedState
 from batchnorm_service.layers.group_commit import Plan
+from batchnorm_service.layers.shared_check import SharedCheck
 from batchnorm_service.layers.update_queue import UpdateQueue
 from batchnorm_service.store.base import Committed, Conflict, Duplicates, Record, StoreError
 from batchnorm_service.store.memory import MemoryStore
 from simulation import world
+from simulation.store import Server
 
 Patch = pytest.MonkeyPatch
 
@@ -96,13 +100,6 @@ def an_unknown_outcome_is_taken_for_success(patch: Patch) -> None:
 
 
 def an_unknown_outcome_is_folded_anew(patch: Patch) -> None:
-    make_plan = update_queue.make_plan
-
-    async def renamed(runtime: Any, layer: Any, waiting: Any) -> Plan:
-        for one in waiting:
-            one.token = one.token._replace(key=runtime.bytes(16)) if one.incarnation < 0 else one.token
-        return await make_plan(runtime, layer, waiting)
-
     async def commit(self: UpdateQueue, expected: Any, new: Any, receipts: Any, deadline: float) -> Any:
         tries = 0
         while True:
@@ -115,7 +112,6 @@ def an_unknown_outcome_is_folded_anew(patch: Patch) -> None:
                 tries += 1
                 await self._pause(0.01, deadline, error)
 
-    patch.setattr(update_queue, "make_plan", renamed)
     patch.setattr(UpdateQueue, "_commit", commit)
 
 
@@ -146,25 +142,18 @@ def a_new_weight_is_not_noticed(patch: Patch) -> None:
 
 
 def a_group_is_folded_once_by_each_member(patch: Patch) -> None:
-    def own(operation: str, group: str) -> Any:
-        token = name(operation, group)
-        return token._replace(key=token.key) if counter["n"] % 2 else token._replace(from_caller=False)
-
-    counter = {"n": 0}
-    name = groups.group_token
+    closed = count(1)
 
     async def close(self: Any, token: Any, status: Any, operation: Any) -> None:
-        counter["n"] += 1
         members = dict(status.members)
         whole = operation.merge([operation.unpack(part) for part in status.parts])
-        renamed = token._replace(key=counter["n"].to_bytes(16, "big"))
+        renamed = token._replace(key=next(closed).to_bytes(16, "big"))
         for one in (renamed, token):
             await operation.close(
                 one, whole, {}, lambda totals: groups.GroupResult(status.size, members, totals).pack()
             )
         await self._leave(token, operation, None)
 
-    patch.setattr(groups, "group_token", own)
     patch.setattr(groups.Groups, "_close", close)
 
 
@@ -184,26 +173,18 @@ def waiting_folds_are_written_in_another_order(patch: Patch) -> None:
 
 
 def an_eval_shares_a_check_that_was_sent_before(patch: Patch) -> None:
-    from batchnorm_service.layers.shared_check import SharedCheck  # noqa: PLC0415
-
     async def share(self: Any) -> Any:
         if self._running is None or self._running.done():
             self._running = self._runtime.create_task(self._check())
-        import asyncio  # noqa: PLC0415
-
         return await asyncio.shield(self._running)
 
     patch.setattr(SharedCheck, "__call__", share)
 
 
 def a_store_answers_before_it_is_durable(patch: Patch) -> None:
-    from simulation.store import Server  # noqa: PLC0415
-
     apply = Server.apply
 
     async def hasty(self: Any, name: str, work: Any, receipts: Any = ()) -> Any:
-        import asyncio  # noqa: PLC0415
-
         reply: Any = asyncio.get_running_loop().create_future()
 
         async def note(table: Any) -> Any:
