@@ -10,6 +10,7 @@ from simulation.mutants import MUTANTS, planted
 from simulation.shrink import shrunk
 from simulation.world import Plan, World
 
+pytestmark = pytest.mark.slow
 SEEDS, CHUNK = 500, 25
 
 
