@@ -76,16 +76,23 @@ class DeadlockError(Exception):
     """No callback is ready and no timer is set."""
 
 
-class SeededLoop(asyncio.SelectorEventLoop):
-    """Virtual time, and an order of callbacks that follows from the seed."""
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Virtual time: it passes only while nothing can run."""
 
-    def __init__(self, random: Random) -> None:
+    def __init__(self) -> None:
         self._virtual = _Selector()
         super().__init__(self._virtual)
-        self._ready = _Ready(random)
 
     def time(self) -> float:
         return self._virtual.now
+
+
+class SeededLoop(VirtualLoop):
+    """Virtual time, and an order of callbacks that follows from the seed."""
+
+    def __init__(self, random: Random) -> None:
+        super().__init__()
+        self._ready = _Ready(random)
 
 
 def run(random: Random, work: Callable[[], Coroutine[Any, Any, Any]]) -> None:

@@ -32,9 +32,13 @@ class GroupResult:
 
     @staticmethod
     def unpack(payload: bytes) -> GroupResult:
-        """The inverse of `pack`."""
+        """The inverse of `pack`. Raises `ValueError` when it is damaged."""
+        if len(payload) < _HEAD.size:
+            raise ValueError(f"the result of a group has {len(payload)} bytes, at least {_HEAD.size} are needed")
         size, count = _HEAD.unpack_from(payload)
         step = 2 * KEY_BYTES
         end = _HEAD.size + count * step
+        if len(payload) < end:
+            raise ValueError(f"the result of a group has {len(payload)} bytes, not {end} for its {count} members")
         pairs = [payload[at : at + step] for at in range(_HEAD.size, end, step)]
         return GroupResult(size, {pair[:KEY_BYTES]: pair[KEY_BYTES:] for pair in pairs}, payload[end:])

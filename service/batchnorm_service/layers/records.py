@@ -22,8 +22,8 @@ from ..runtime import Runtime
 from ..store.base import HEAD_BYTES, Entry, Record, Stamp
 
 FORMAT: Final = "batchnorm-layer/1"
-_UNREADABLE: Final = (ProblemError, LookupError, TypeError, ValueError)
-"""Raised by bytes that are no record of this version. A `ProblemError` would be reported as the client's error."""
+UNREADABLE: Final = (ProblemError, LookupError, TypeError, ValueError)
+"""Raised by bytes in the store that are damaged, or of another version. A `ProblemError` would be reported as the client's error."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,7 +77,7 @@ def decode(stored: Record) -> CommittedLayer:
     """The layer of a record. Raises `ValueError` when it is damaged, or another version of this software wrote it."""
     try:
         return _decode(stored)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ValueError(f"the record cannot be read: {error!r}") from error
 
 
@@ -111,7 +111,7 @@ def summary(entry: Entry) -> LayerSummary:
     """An entry of a listing, from the first `HEAD_BYTES` bytes of a record. Raises `ValueError` as `decode` does."""
     try:
         return _summary(entry)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ValueError(f"the record of {entry.name} cannot be read: {error!r}") from error
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from ..engine.normalize import OutputParameters
 from ..engine.tensors import to_torch, to_wire
 from .idempotency import NO_FINGERPRINT, IdempotencyToken
 from .moments_source import GroupSource
-from .records import CommittedLayer
+from .records import UNREADABLE, CommittedLayer
 from .update_queue import UpdateQueue
 from .updates import Fold
 
@@ -79,14 +80,15 @@ class FoldGroup:
         return _pack(part.moments, tensors, metadata)
 
     def unpack(self, data: bytes) -> Part:
-        """The inverse of `pack`."""
-        moments, tensors, metadata = _unpack(data)
-        extremes = Extremes(tensors["low"], tensors["high"], float(metadata["limit"]))
-        parameters = None
-        if "eps" in metadata:
-            clip = None if metadata["clip"] == "None" else float(metadata["clip"])
-            parameters = OutputParameters(tensors.get("weight"), tensors.get("bias"), float(metadata["eps"]), clip)
-        return Part(moments, extremes, parameters)
+        """The inverse of `pack`. Raises `ValueError` when it is damaged."""
+        with _reading():
+            moments, tensors, metadata = _unpack(data)
+            extremes = Extremes(tensors["low"], tensors["high"], float(metadata["limit"]))
+            parameters = None
+            if "eps" in metadata:
+                clip = None if metadata["clip"] == "None" else float(metadata["clip"])
+                parameters = OutputParameters(tensors.get("weight"), tensors.get("bias"), float(metadata["eps"]), clip)
+            return Part(moments, extremes, parameters)
 
 
 class GradientGroup:
@@ -119,9 +121,19 @@ class GradientGroup:
         return _pack(part.moments, {"grad": part.grad, "grad_centered": part.grad_centered}, {})
 
     def unpack(self, data: bytes) -> GradientSums:
-        """The inverse of `pack`."""
-        moments, sums, _ = _unpack(data)
-        return GradientSums(moments, sums["grad"], sums["grad_centered"])
+        """The inverse of `pack`. Raises `ValueError` when it is damaged."""
+        with _reading():
+            moments, sums, _ = _unpack(data)
+            return GradientSums(moments, sums["grad"], sums["grad_centered"])
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Damaged bytes are the store's fault: a `ProblemError` would be reported as the client's error."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise ValueError(f"a part of a group cannot be read: {error!r}") from error
 
 
 def _pack(moments: Moments, others: Mapping[str, torch.Tensor | None], metadata: Mapping[str, str]) -> bytes:

@@ -94,7 +94,7 @@ def widened(tensor: Tensor) -> Array:
     """An array of a tensor's numbers, exactly; float16 and bfloat16 become float32."""
     if tensor.dtype == "bfloat16":  # the upper half of a float32
         halves = np.ndarray(tensor.shape, "<u2", buffer=tensor.buffer)
-        wide: Array = np.left_shift(halves, 16, dtype=np.uint32)
+        wide = np.asarray(np.left_shift(halves, 16, dtype=np.uint32))  # numpy makes a number of an array without axes
         return wide.view(np.float32)
     array = tensor.numpy()
     return array.astype(np.float32) if tensor.dtype == "float16" else array
