@@ -20,7 +20,7 @@ from batchnorm_client.wire.tensors import CODECS
 from batchnorm_service.engine.posted import posted_moments
 from batchnorm_service.engine.state import initial_state, update
 from batchnorm_service.layers import MOMENT_DTYPES
-from batchnorm_service.rest import documents, headers, many, moments, negotiation, queries
+from batchnorm_service.rest import documents, headers, moments, negotiation, queries
 from batchnorm_service.rest.preconditions import if_match, matches_none
 from batchnorm_service.rest.security import Guard, is_public
 from batchnorm_service.rest.target import read_target, target_of
@@ -83,7 +83,7 @@ def read_moments(data: bytes) -> None:
 
 
 def _many(body: bytes, large: int) -> Any:
-    with replaced(many, _LARGE=large):
+    with replaced(moments, _LARGE=large):
         return attempt(moments._many_from_json, body, refusals=(MalformedBody, InvalidRequest))
 
 
@@ -118,7 +118,9 @@ def read_head(data: bytes) -> None:
         same(matches_none(match, next(iter(versions))), False, "If-None-Match of a version that If-Match names")
     found = attempt(headers.idempotency_key, {b"idempotency-key": key}, refusals=(InvalidRequest,))
     same(isinstance(found, str), KEY_PATTERN.fullmatch(key.decode("latin-1")) is not None, "whether the key is valid")
-    same(bool(KEY_PATTERN.fullmatch(headers.request_id({b"x-request-id": name}))), True, "a request id that can be sent")
+    same(
+        bool(KEY_PATTERN.fullmatch(headers.request_id({b"x-request-id": name}))), True, "a request id that can be sent"
+    )
     _check_guard(token, url)
 
 

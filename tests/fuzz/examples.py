@@ -45,10 +45,8 @@ def json_bodies() -> list[bytes]:
 
 def npy_files() -> list[bytes]:
     """Files that numpy writes, in each of its versions."""
-    files = []
-    for dtype in ("<f4", "<f8", "<f2", ">f4", "|b1", "<c8", "<i8"):
-        for shape in ((), (3,), (2, 3), (2, 0, 4)):
-            files.append(_saved(np.zeros(shape, dtype), (1, 0)))
+    dtypes, shapes = ("<f4", "<f8", "<f2", ">f4", "|b1", "<c8", "<i8"), ((), (3,), (2, 3), (2, 0, 4))
+    files = [_saved(np.zeros(shape, dtype), (1, 0)) for dtype in dtypes for shape in shapes]
     files += [_saved(np.ones((2, 3), np.float32), version) for version in ((2, 0), (3, 0))]
     return [*files, _saved(np.asfortranarray(np.ones((2, 3))), (1, 0))]
 
@@ -139,11 +137,7 @@ def records() -> list[bytes]:
     results = [GroupResult(2, {b"k" * 16: b"f" * 16, b"l" * 16: b"g" * 16}, rest).pack() for rest in (totals, b"")]
     receipt = keys.pack_receipt(Receipt(b"k" * 16, b"f" * 16, 7, 8, b"payload"))
     valkey = [receipt, keys.pack_stamp(Stamp(1, 2, 3)) + found[0], keys.Keys("bn").receipt("layer", 7, b"k" * 16)]
-    return [
-        bytes([kind]) + data
-        for kind, several in enumerate((found, found, results, valkey))
-        for data in several
-    ]
+    return [bytes([kind]) + data for kind, several in enumerate((found, found, results, valkey)) for data in several]
 
 
 def urls() -> list[bytes]:
@@ -176,7 +170,6 @@ def _chunked(call: str, *chunks: bytes) -> bytes:
 
 def streams() -> list[bytes]:
     """A byte for the number of cuts, two for each, and requests."""
-    create = _json("PUT /v1/layers/bn", {"num_features": 2})
     batch = _safetensors({"input": np.float32([[1, 2], [3, 4]])})
     calls = [
         [_json("POST /v1/layers/bn/train", {"input": [[1, 2], [3, 5]]}, "Idempotency-Key: k\r\n")] * 2,
@@ -192,7 +185,8 @@ def streams() -> list[bytes]:
         [_json("POST /v1/layers/none/eval", {"input": []}, "Expect: 100-continue\r\n")],
         [_json("POST /v1/layers/bn/eval", {"input": [[1, 2]]}, "Upgrade: h2c\r\nConnection: Upgrade\r\n")],
         [_json("POST /v1/layers/bn/eval", {"input": [[1, 2]]}, "Connection: close\r\n"), _request("GET /healthz")],
+        [_json("PUT /v1/layers/bm", {"num_features": 3}), _json("PUT /v1/layers/bm", {"num_features": 4})],
         [_request("GET /nothing"), b"GARBAGE\r\n\r\n"],
         [b"POST /v1/layers/bn/eval HTTP/1.0\r\nContent-Length: 100\r\n\r\nnot all of it"],
     ]
-    return [b"\2\x00\x40\x01\x00" + END.join([create, *requests]) for requests in calls]
+    return [b"\2\x00\x40\x01\x00" + END.join(requests) for requests in calls]

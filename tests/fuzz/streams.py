@@ -1,7 +1,8 @@
 """Target for HTTP: bytes by the fast path, in pieces, get the answers that the plain ASGI way gives them.
 
 An input is a byte that counts the cuts, two bytes for the place of each, and the bytes of a connection: requests that
-end at `END`, so that `Content-Length: *` can stand for the length of the body, which is hard to hit by chance.
+end at `END`, so that `Content-Length: *` can stand for the length of the body, which is hard to hit by chance. There is
+a layer `bn` with two channels.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ import random
 import re
 from collections.abc import AsyncIterator, Iterable
 from functools import cache
+from itertools import pairwise
 from random import Random
 from typing import Any
 
 from uvicorn.server import ServerState
 
+from batchnorm_client.wire.documents import LayerConfig
 from batchnorm_service.engine.state_dict import state_dict
 from batchnorm_service.fast_path.protocol import Protocol
 from batchnorm_service.layers import Layers, LayersOptions, records
-from batchnorm_service.rest import ApiOptions, Gateway
+from batchnorm_service.rest import ApiOptions
 from batchnorm_service.rest.application import build_app, build_gateway
 from batchnorm_service.server import uvicorn_config
 from batchnorm_service.settings import Settings
@@ -107,7 +110,12 @@ def answer_stream(data: bytes) -> None:
     stream = whole_stream(data[1 + 2 * count :])
     pieces = cut(stream, places)
     plain = serve(pieces, fast_path=False)
-    same(serve(pieces, fast_path=True), plain, "the answers by the fast path")
+    fast = serve(pieces, fast_path=True)
+    before, late, _ = fast[0].rpartition(b"HTTP/1.1 408 ")
+    if late and plain[0].startswith(before):  # a body that is not complete may be refused for something else, earlier
+        same(fast[1], plain[1], "the layers by the fast path")
+    else:
+        same(fast, plain, "the answers by the fast path")
     if len(pieces) > 1 and _OF_PARSER not in plain[0]:
         # Of a request that turns out not to be HTTP, more is answered the later that is seen.
         at_once = serve([stream], fast_path=False)
@@ -127,7 +135,7 @@ def whole_stream(parts: bytes) -> bytes:
 def cut(stream: bytes, places: Iterable[int]) -> list[bytes]:
     """The stream in pieces that begin at these places, none of them empty."""
     ends = sorted({0, len(stream), *(place % (len(stream) + 1) for place in places)})
-    return [stream[begin:end] for begin, end in zip(ends, ends[1:], strict=False)]
+    return [stream[begin:end] for begin, end in pairwise(ends)]
 
 
 def serve(pieces: list[bytes], *, fast_path: bool) -> tuple[bytes, Any]:
@@ -153,6 +161,7 @@ async def _serve(pieces: list[bytes], fast_path: bool) -> tuple[bytes, Any]:
     store = MemoryStore(runtime=runtime)
     await store.open()
     layers = Layers(store, LayersOptions(), runtime)
+    await layers.create("bn", LayerConfig(num_features=2))
     gateway = build_gateway(_app(fast_path), layers, ApiOptions(fast_path=fast_path, **LIMITS))
     state = ServerState()
     state.default_headers = [(b"date", b"today")]
@@ -164,15 +173,17 @@ async def _serve(pieces: list[bytes], fast_path: bool) -> tuple[bytes, Any]:
         await asyncio.sleep(0.001)  # time passes only while nothing can run
         if transport.closing:
             break
-        while transport.paused and not transport.closing:
-            await asyncio.sleep(1.0)
+        if transport.paused:  # a real transport then reads no further
+            await asyncio.sleep(SECONDS)
         protocol.data_received(piece)
     await asyncio.sleep(SECONDS)
     same(transport.closing, True, "whether an idle connection is closed")
     protocol.connection_lost(None)
     await asyncio.sleep(SECONDS)
     await layers.close()
-    same((len(state.tasks), gateway.running, gateway.transfers.buffered), (0, 0, 0), "what is left: tasks, calls, bytes")
+    same(
+        (len(state.tasks), gateway.running, gateway.transfers.buffered), (0, 0, 0), "what is left: tasks, calls, bytes"
+    )
     entries = await store.list("", "", 1000)
     kept = [await store.load(entry.name) for entry in entries]
     states = [(entry.name, record.stamp.version, _tensors(record)) for entry, record in zip(entries, kept, strict=True)]

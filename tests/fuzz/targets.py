@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -53,8 +52,3 @@ def inputs(name: str) -> Iterator[bytes]:
     """A target's examples, and its corpus in the repository."""
     yield from TARGETS[name].examples()
     yield from (path.read_bytes() for path in sorted((CORPUS / name).iterdir()))
-
-
-def file_name(data: bytes) -> str:
-    """The name of an input's file, which libFuzzer gives it too."""
-    return hashlib.sha1(data, usedforsecurity=False).hexdigest()

@@ -19,11 +19,6 @@ BODY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _large(monkeypatch):
-    monkeypatch.setattr(many, "_LARGE", 0)
-
-
 def all_at_once(body):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moments, "read_each_layer", lambda *_: None)
@@ -81,6 +76,15 @@ def test_what_is_wrong_with_one_layer_is_told_of_it(wrong):
     each = many.read_each_layer(b'{"layers":{"a":{%b},"b":{"count":1}}}' % wrong, 10)
     assert isinstance(each["a"], ProblemError)
     assert each["b"]["count"].numpy() == 1
+
+
+def test_a_number_too_large_is_the_fault_of_one_layer_however_small_the_body():
+    """It was that of all layers, in bodies below 64 KiB."""
+    read = moments._many_from_json(b'{"layers":{"a":{"mean":[1e400]},"b":{"count":1}}}')
+    assert isinstance(read["a"], InvalidRequest)
+    assert read["b"]["count"].numpy() == 1
+    with pytest.raises(InvalidRequest, match="float64"):
+        moments._many_from_json(b'{"layers":{"a":[1e400]}}')
 
 
 def test_no_more_layers_are_read_than_may_be():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import orjson
@@ -13,13 +13,11 @@ from batchnorm_client.wire.media_types import JSON
 from batchnorm_client.wire.tensors import Tensor, decode
 from batchnorm_service.layers import MOMENT_DTYPES
 
-_LARGE: Final = 1 << 16
-
 
 def read_each_layer(
     body: bytes | bytearray | memoryview, max_layers: int
 ) -> dict[str, Mapping[str, Tensor] | ProblemError] | None:
-    """Moments (or the problem with them) by layer, for a large body of the usual structure.
+    """Moments (or the problem with them) by layer, for a body of the usual structure.
 
     The text is `{"layers": {name: {...}, ...}}`. Each innermost object is replaced by its index, with blanks around it
     so that it cannot merge with the adjacent text. The rest is then parsed: if its values are exactly these indexes,
@@ -30,10 +28,8 @@ def read_each_layer(
         max_layers: bodies with more layers are not parsed here.
 
     Returns:
-        None if the body is small or structured differently: the caller then parses it as a whole.
+        None if the body is structured differently: the caller then parses it as a whole.
     """
-    if len(body) < _LARGE:
-        return None
     raw = np.frombuffer(body, np.uint8)
     is_brace = (raw == ord("{")) | (raw == ord("}"))
     if not 6 <= np.count_nonzero(is_brace) <= 2 * max_layers + 4:

@@ -33,6 +33,9 @@ from .routes import IdempotencyKey, LayerName, LayersDependency, call_endpoint, 
 _FORMS: Final = (JSON, SAFETENSORS)
 _MOMENTS: Final = ("count", "mean", "var")
 _MAX_LAYERS: Final = 10_000
+_LARGE: Final = 1 << 16
+"""Bytes. Larger JSON is parsed layer by layer: one call of the parser would hold the GIL long."""
+
 _PROBLEMS: Final = ("malformed-body", "payload-too-large", "unsupported-media-type")
 
 Moments = Mapping[str, Tensor] | ProblemError
@@ -83,9 +86,14 @@ def _result_document(name: str, result: Folded | Exception, request_id: str) -> 
 
 
 def _many_from_json(body: bytes | bytearray | memoryview) -> Mapping[str, Moments]:
-    if (each := read_each_layer(body, _MAX_LAYERS)) is not None:
+    if len(body) >= _LARGE and (each := read_each_layer(body, _MAX_LAYERS)) is not None:
         return each
-    document = load_json(body)
+    try:
+        document = load_json(body)
+    except InvalidRequest:  # a number that does not fit is the fault of one layer
+        if (each := read_each_layer(body, _MAX_LAYERS)) is not None:
+            return each
+        raise
     if not isinstance(document, dict):
         raise MalformedBody('the body must be an object {"layers": {name: {"count", "mean", "var"}}}')
     for field in document:

@@ -141,6 +141,8 @@ def read_lists(text: memoryview, dtype: str) -> Array:
         structure.append(marks := piece.translate(None, _NUMBERS))
         begun, ended = marks.count(b"["), marks.count(b"]")
         opened, depth = depth, depth + begun - ended
+        if depth < 1:  # the next piece would be parsed on its own, and may not be a list
+            raise UnusualError
         flat = _parse_numbers(b"[" * opened + piece + b"]" * depth)
         # Where the marks are not all brackets and commas, no shape fits.
         if flat.size not in {0, len(marks) - begun - ended + 1}:
