@@ -25,8 +25,8 @@ _COMPARE = (operator.lt, operator.le, operator.eq, operator.ne, operator.gt, ope
 def _release_arrays() -> None:
     """Compare arrays without atheris.
 
-    Its hook of comparisons (3.0.0) never releases their results. That of an array is an array: 64 KiB are lost each time
-    that 64 KiB are compared with a number, and a target that does so would grow until it is over its limit.
+    Its hook of comparisons (3.0.0) never releases their results. That of an array is an array: 64 KiB are lost each
+    time that 64 KiB are compared with a number, and a target that does so would grow until it is over its limit.
     """
     traced = atheris._trace_cmp
 

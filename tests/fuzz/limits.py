@@ -12,7 +12,7 @@ SECONDS: Final = 10
 """That an input may take; a longer one is a hang."""
 
 GROWTH: Final = 256
-"""MiB by which an input may raise the peak of resident memory: the largest layer has 4 MiB, in several forms at once."""
+"""MiB by which an input may raise the peak of resident memory: the largest layer takes 4 MiB for each tensor."""
 
 MEBIBYTES: Final = 1024
 """Resident memory of the process; importing takes some 250."""
@@ -51,7 +51,7 @@ def limited(promise: Callable[[bytes], None], faults: Path | None = None) -> Cal
                 promise(data)
             if (grown := peak() - before) > GROWTH:
                 raise TooMuchMemoryError(f"{len(data)} bytes raised the memory by {grown} MiB")
-        except BaseException as error:
+        except (Exception, HangError) as error:
             kind = {HangError: "timeout", TooMuchMemoryError: "oom"}.get(type(error), "crash")
             if faults is not None:
                 (faults / f"{kind}-{file_name(data)}").write_bytes(data)

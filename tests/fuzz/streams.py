@@ -171,10 +171,10 @@ async def _serve(pieces: list[bytes], fast_path: bool) -> tuple[bytes, Any]:
     protocol.connection_made(transport)
     for piece in pieces:
         await asyncio.sleep(0.001)  # time passes only while nothing can run
+        if transport.paused:  # a real transport reads no further until then
+            await asyncio.sleep(SECONDS)
         if transport.closing:
             break
-        if transport.paused:  # a real transport then reads no further
-            await asyncio.sleep(SECONDS)
         protocol.data_received(piece)
     await asyncio.sleep(SECONDS)
     same(transport.closing, True, "whether an idle connection is closed")

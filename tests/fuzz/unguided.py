@@ -34,7 +34,7 @@ def fuzz(name: str, seconds: float, found: Path, random: Random) -> int:
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         try:
             run(data)
-        except BaseException:
+        except (Exception, HangError):
             traceback.print_exc()
             broken = True
         finally:

@@ -23,7 +23,7 @@ from ..store.base import HEAD_BYTES, Entry, Record, Stamp
 
 FORMAT: Final = "batchnorm-layer/1"
 UNREADABLE: Final = (ProblemError, LookupError, TypeError, ValueError)
-"""Raised by bytes in the store that are damaged, or of another version. A `ProblemError` would be reported as the client's error."""
+"""Raised by damaged bytes, or those of another version. A `ProblemError` would be reported as the client's error."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

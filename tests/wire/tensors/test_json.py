@@ -542,3 +542,22 @@ def test_problems_carry_fields_that_json_can_write() -> None:
         with pytest.raises(ProblemError) as caught:
             read_input(text)
         orjson.dumps(caught.value.fields)
+
+
+@pytest.mark.parametrize("numbers", [2, 1 << 17])
+def test_numbers_after_the_end_of_their_lists(numbers: int) -> None:
+    """A piece that began after that was parsed as a number of its own, which gave 500."""
+    with pytest.raises(MalformedBody):
+        read_input(", ".join(["1"] * numbers) + "], 2")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_a_single_nan_is_written_as_its_name(dtype: str) -> None:
+    """That of bfloat16 was written as null."""
+    bits = {
+        "float16": b"\x00\x7e",
+        "bfloat16": b"\xc0\x7f",
+        "float32": b"\0\0\xc0\x7f",
+        "float64": b"\0" * 6 + b"\xf8\x7f",
+    }
+    assert b"".join(encode(JSON, {"output": Tensor(dtype, (), bits[dtype])})) == b'{"output":"NaN"}'
