@@ -8,7 +8,7 @@ CONSTRAINTS := -c constraints.txt
 GENERATORS := .venv-generators
 LOWEST := .venv-lowest
 
-.PHONY: help run test test-quick test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak simulate mutants clean
+.PHONY: help run test test-quick test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak simulate mutants fuzz fuzz-keep clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -103,6 +103,20 @@ simulate: $(VENV)/dev.stamp ## run SEEDS simulated worlds from FIRST on, or repl
 mutants: $(VENV)/dev.stamp ## plant faults, and print after how many simulated worlds each is found
 	@$(SIMULATION) --mutants
 
+MINUTES := 10
+FUZZ = PYTHONPATH=tests $(BIN)/python -m fuzz
+
+fuzz: $(VENV)/fuzz.stamp ## feed the parsers bytes for MINUTES=10, only one TARGET=json, or replay an INPUT=file of it
+	@$(FUZZ).run --minutes $(MINUTES) $(if $(TARGET),--target $(TARGET)) $(if $(INPUT),--input $(INPUT))
+
+fuzz-keep: $(VENV)/dev.stamp ## copy found inputs that reach new lines to the corpus in the repository
+	@$(FUZZ).keep $(TARGET)
+
+# Where there is no atheris for this Python, fuzzing is not guided by coverage.
+$(VENV)/fuzz.stamp: $(VENV)/dev.stamp
+	@$(PIP) install $(CONSTRAINTS) --only-binary atheris --editable '.[fuzz]' || true
+	@touch $@
+
 # The benchmarks have their own environment; benchmarks/peers makes one for each of the other servers.
 .venv-bench/bench.stamp: pyproject.toml constraints.txt
 	@echo "Setting up .venv-bench (once) ..."
@@ -112,4 +126,4 @@ mutants: $(VENV)/dev.stamp ## plant faults, and print after how many simulated w
 	@touch $@
 
 clean: ## remove everything that the targets created
-	rm -rf $(VENV) $(GENERATORS) $(LOWEST) .venv-bench .venv-bench-* .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(GENERATORS) $(LOWEST) .venv-bench .venv-bench-* .coverage .coverage.* .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -115,6 +115,8 @@ def main() -> int:
     parser.add_argument("--unguided", action="store_true", help="as if atheris were not installed")
     asked = parser.parse_args()
     if asked.input:
+        if not asked.target:
+            parser.error("--input needs --target")
         return subprocess.call([sys.executable, "-m", "fuzz.unguided", asked.target, str(asked.input)])
     guided = not asked.unguided and importlib.util.find_spec("atheris") is not None
     return fuzz([asked.target] if asked.target else list(NAMES), asked.minutes, guided)
