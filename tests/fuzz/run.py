@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -22,7 +21,7 @@ FOUND: Final = ROOT / ".fuzz"
 NAMES: Final = ("json", "npy", "safetensors", "written", "documents", "moments", "heads", "records", "urls", "http")
 """The targets; importing them here would import torch, in a process that only waits."""
 
-GRACE: Final = 60
+GRACE: Final = 120
 """Seconds after its time at which a process that does not end is killed; it imports torch and ends its last input."""
 
 
@@ -32,7 +31,7 @@ class Outcome(NamedTuple):
     Attributes:
         name: the target's.
         inputs: how many were tried.
-        seconds: for how long.
+        rate: how many a second.
         new: how many entries its corpus has gained.
         peak: its process's largest resident memory in MiB.
         faults: the files of inputs that broke a promise.
@@ -41,7 +40,7 @@ class Outcome(NamedTuple):
 
     name: str
     inputs: int
-    seconds: float
+    rate: int
     new: int
     peak: int
     faults: list[Path]
@@ -66,9 +65,8 @@ def fuzz(names: list[str], minutes: float, guided: bool, found: Path = FOUND) ->
 
 
 def _line(outcome: Outcome) -> str:
-    rate = outcome.inputs / max(outcome.seconds, 1e-3)
     return (
-        f"{outcome.name:12}{outcome.inputs:9} inputs {rate:7.0f}/s {outcome.new:5} new {outcome.peak:5} MiB"
+        f"{outcome.name:12}{outcome.inputs:9} inputs {outcome.rate:7}/s {outcome.new:5} new {outcome.peak:5} MiB"
         f" {len(outcome.faults):2} faults"
     )
 
@@ -85,8 +83,7 @@ def _fuzz_one(name: str, seconds: float, guided: bool, found: Path) -> Outcome:
     corpus, faults = found / "corpus" / name, found / "faults" / name
     for folder in (corpus, faults):
         folder.mkdir(parents=True, exist_ok=True)
-    before, known = len(list(corpus.iterdir())), set(faults.iterdir())
-    began = time.monotonic()
+    before, known = len(list(corpus.iterdir())), _written(faults)
     module = "fuzz.guided" if guided else "fuzz.unguided"
     command = [sys.executable, "-m", module, name, str(seconds), str(found)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -97,13 +94,19 @@ def _fuzz_one(name: str, seconds: float, guided: bool, found: Path) -> Outcome:
             child.kill()
             log, _ = child.communicate()
     text = log.decode(errors="replace")
-    broken = sorted(set(faults.iterdir()) - known)
+    broken = sorted(path for path, _ in _written(faults) - known)
     if child.returncode and not broken:
         broken = [faults / f"process-ended-with-{child.returncode}"]
         broken[0].write_text(text)
     stats = dict(re.findall(r"^stat::(\w+):\s+(\d+)", text, re.MULTILINE))
-    inputs, peak = int(stats.get("number_of_executed_units", 0)), int(stats.get("peak_rss_mb", 0))
-    return Outcome(name, inputs, time.monotonic() - began, len(list(corpus.iterdir())) - before, peak, broken, text)
+    keys = ("number_of_executed_units", "average_exec_per_sec", "peak_rss_mb")
+    inputs, rate, peak = (int(stats.get(key, 0)) for key in keys)
+    return Outcome(name, inputs, rate, len(list(corpus.iterdir())) - before, peak, broken, text)
+
+
+def _written(folder: Path) -> set[tuple[Path, int]]:
+    """Files, and when they were written: a fault that is found again is written again."""
+    return {(path, path.stat().st_mtime_ns) for path in folder.iterdir()}
 
 
 def main() -> int:

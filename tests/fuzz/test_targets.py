@@ -143,7 +143,7 @@ def test_the_command_prints_a_line_for_each_target_and_how_to_replay(
     assert (line.split()[0], int(line.split()[1]) > 0) == ("urls", True)
     assert last == "1 targets, 0 faults"
     fault = tmp_path / "faults" / "npy" / "crash-0"
-    outcome = run.Outcome("npy", 7, 1.0, 0, 250, [fault], "Traceback\nKeyError")
+    outcome = run.Outcome("npy", 7, 100, 0, 250, [fault], "Traceback\nKeyError")
     monkeypatch.setattr(run, "_fuzz_one", lambda *_: outcome)
     assert run.fuzz(["npy"], 0.01, guided=True, found=tmp_path) == 1
     assert f"crash: make fuzz TARGET=npy INPUT={fault}" in capsys.readouterr().out

@@ -27,8 +27,8 @@ def fuzz(name: str, seconds: float, found: Path, random: Random) -> int:
     run = limited(TARGETS[name].promise, found / "faults" / name)
     corpus = [*inputs(name), *(path.read_bytes() for path in sorted((found / "corpus" / name).iterdir()))]
     signal.signal(signal.SIGALRM, _too_long)
-    count, end, broken = 0, time.monotonic() + seconds, False
-    while not broken and time.monotonic() < end and peak() < MEBIBYTES:
+    count, began, broken = 0, time.monotonic(), False
+    while not broken and time.monotonic() < began + seconds and peak() < MEBIBYTES:
         data = corpus[count] if count < len(corpus) else mutated(random, corpus, TARGETS[name].longest)
         count += 1
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
@@ -39,7 +39,10 @@ def fuzz(name: str, seconds: float, found: Path, random: Random) -> int:
             broken = True
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-    print(f"stat::number_of_executed_units: {count}\nstat::peak_rss_mb: {peak()}", flush=True)
+    rate = count / (time.monotonic() - began)
+    print(
+        f"stat::number_of_executed_units: {count}\nstat::average_exec_per_sec: {rate:.0f}\nstat::peak_rss_mb: {peak()}"
+    )
     return int(broken or peak() >= MEBIBYTES)
 
 
