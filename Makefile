@@ -8,7 +8,7 @@ CONSTRAINTS := -c constraints.txt
 GENERATORS := .venv-generators
 LOWEST := .venv-lowest
 
-.PHONY: help run test test-quick test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak simulate mutants clean
+.PHONY: help run test test-quick test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak simulate mutants machines clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -102,6 +102,11 @@ simulate: $(VENV)/dev.stamp ## run SEEDS simulated worlds from FIRST on, or repl
 
 mutants: $(VENV)/dev.stamp ## plant faults, and print after how many simulated worlds each is found
 	@$(SIMULATION) --mutants
+
+EXAMPLES := 1000
+
+machines: $(VENV)/dev.stamp ## run EXAMPLES random sequences of calls against each kind of service, with torch beside it
+	BATCHNORM_TEST_MACHINES=$(EXAMPLES) $(BIN)/pytest tests/machines $(ARGS)
 
 # The benchmarks have their own environment; benchmarks/peers makes one for each of the other servers.
 .venv-bench/bench.stamp: pyproject.toml constraints.txt

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from batchnorm_client.wire.documents import LayerConfig, LayerUpdate
-from batchnorm_client.wire.errors import PROBLEMS, LayerNotFound, ProblemError
+from batchnorm_client.wire.errors import PROBLEMS, LayerNotFound, RequestError
 from batchnorm_client.wire.media_types import JSON, NPY, PROBLEM_JSON, SAFETENSORS
 from batchnorm_client.wire.tensors import decode, encode
 from batchnorm_service.engine.tensors import to_torch, to_wire
@@ -116,7 +116,7 @@ class DirectCalls:
         each = {}
         for name, result in (await self._layers.batches.fold_many(sent, key)).items():
             if isinstance(result, Exception):
-                assert isinstance(result, ProblemError)
+                assert isinstance(result, RequestError)
                 each[name] = Reply(result.name)
             else:
                 each[name] = Reply(None, result.version, result.num_batches_tracked, result.replayed)
@@ -289,8 +289,7 @@ def _reads(tensors: Mapping[str, Tensor]) -> Callable[[Mapping[str, str]], Any]:
 async def _replied(call: Awaitable[Reply]) -> Reply:
     try:
         return await call
-    except ProblemError as error:
-        assert 400 <= error.status < 500, repr(error)
+    except RequestError as error:
         return Reply(error.name)
 
 

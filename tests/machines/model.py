@@ -1,4 +1,4 @@
-"""What a layer must be: torch's own module beside it, fed the same batches, and the rules of refusal of the contract."""
+"""What a layer must be: torch's own module, fed the same batches, and the contract's rules of refusal."""
 
 from __future__ import annotations
 
