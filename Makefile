@@ -8,7 +8,7 @@ CONSTRAINTS := -c constraints.txt
 GENERATORS := .venv-generators
 LOWEST := .venv-lowest
 
-.PHONY: help run test test-quick test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak simulate mutants machines clean
+.PHONY: help run test test-quick test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak simulate mutants machines schemathesis clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -107,6 +107,11 @@ EXAMPLES := 1000
 
 machines: $(VENV)/dev.stamp ## run EXAMPLES random sequences of calls against each kind of service, with torch beside it
 	BATCHNORM_TEST_MACHINES=$(EXAMPLES) $(BIN)/pytest tests/machines $(ARGS)
+
+CASES := 20000
+
+schemathesis: $(VENV)/dev.stamp ## send about CASES requests that schemathesis makes from the OpenAPI document
+	BATCHNORM_TEST_CASES=$(CASES) $(BIN)/pytest tests/openapi $(ARGS)
 
 # The benchmarks have their own environment; benchmarks/peers makes one for each of the other servers.
 .venv-bench/bench.stamp: pyproject.toml constraints.txt

@@ -40,8 +40,26 @@ class Document(BaseModel):
 _RANKS: Final[dict[int | None, tuple[int, ...]]] = {1: (2, 3), 2: (4,), 3: (5,)}
 
 
+def _dependent_fields(schema: dict[str, Any]) -> None:
+    """Add what a field may be that depends on another: what the validators of `LayerConfig` check."""
+    rules: list[dict[str, Any]] = []
+    for name, kind in STATISTICS.items():
+        given = {"properties": {"statistics": {"const": name}}}
+        required = {} if name == schema["properties"]["statistics"]["default"] else {"required": ["statistics"]}
+        rules.append(
+            {"if": given | required, "then": {"properties": dict.fromkeys(kind.must_be_null, {"type": "null"})}}
+        )
+    for dimensions, ranks in _RANKS.items():
+        given = {"properties": {"dimensions": {"const": dimensions}}, "required": ["dimensions"]}
+        axis = {"minimum": 1 - max(ranks), "maximum": max(ranks) - 1}
+        rules.append({"if": given, "then": {"properties": {"channel_axis": axis}}})
+    schema["allOf"] = rules
+
+
 class LayerConfig(Document):
     """What a layer is: BatchNorm's constructor arguments in torch's names, and what a service needs beside them."""
+
+    model_config = ConfigDict(json_schema_extra=_dependent_fields)
 
     num_features: int = Field(ge=1, le=MAX_FEATURES, description="C, the number of channels")
     eps: float = Field(1e-5, gt=0, allow_inf_nan=False, description="added to the variance before the square root")
@@ -62,7 +80,13 @@ class LayerConfig(Document):
     dimensions: Literal[1, 2, 3] | None = Field(
         None, description="input ranks as BatchNorm1d/2d/3d take them; null = any rank >= 2"
     )
-    channel_axis: int = Field(1, ge=-63, le=63, description="the axis of the channels; -1 = channels last; never 0")
+    channel_axis: int = Field(
+        1,
+        ge=-63,
+        le=63,
+        description="the axis of the channels; -1 = channels last; never 0",
+        json_schema_extra={"not": {"const": 0}},
+    )
     dtype: Literal["float32", "float64"] = Field("float32", description="of the state")
     device: str | None = Field(
         None, pattern=r"^(cpu|cuda(:(0|[1-9][0-9]{0,2}))?)$", description="null = the service's default"
