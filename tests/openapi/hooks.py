@@ -13,7 +13,7 @@ STATE = {
     *("shape-mismatch", "dtype-mismatch", "too-few-values", "non-finite", "device-unavailable"),
     *("version-mismatch", "idempotency-key-reused", "group-mismatch", "not-acceptable"),
 }
-"""Problems that a valid request can have, because of the layer's state, of other calls, or of this machine's devices."""
+"""Problems that a valid request can have, because of the layer's state, of other calls, or this machine's devices."""
 
 MAX_FEATURES = 8
 STATE_OF_FIELDS = {
@@ -81,8 +81,7 @@ def _depends(case: Any, problem: dict[str, Any]) -> bool:
     return (
         name in STATE
         or (case.operation.definition.raw["operationId"], field) in STATE_OF_FIELDS
-        or field == "size"  # goes with `group`
-        or field == "If-Match"  # schemathesis sends an empty one, whatever the pattern
+        or field in ("size", "If-Match")  # goes with `group`; schemathesis sends an empty one, whatever the pattern
         or expected in ("float32", "float64")  # a number that does not fit the layer's dtype
         or expected == "a valid integer"  # 1.0 is one in JSON Schema
     )

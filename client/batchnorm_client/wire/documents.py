@@ -42,18 +42,20 @@ _RANKS: Final[dict[int | None, tuple[int, ...]]] = {1: (2, 3), 2: (4,), 3: (5,)}
 
 def _dependent_fields(schema: dict[str, Any]) -> None:
     """Add what a field may be that depends on another: what the validators of `LayerConfig` check."""
-    rules: list[dict[str, Any]] = []
+    rules: list[Any] = []
     for name, kind in STATISTICS.items():
-        given = {"properties": {"statistics": {"const": name}}}
-        required = {} if name == schema["properties"]["statistics"]["default"] else {"required": ["statistics"]}
-        rules.append(
-            {"if": given | required, "then": {"properties": dict.fromkeys(kind.must_be_null, {"type": "null"})}}
-        )
+        nulls = {field: {"type": "null"} for field in kind.must_be_null}
+        rules.append(_rule("statistics", name, nulls, implied=name == schema["properties"]["statistics"]["default"]))
     for dimensions, ranks in _RANKS.items():
-        given = {"properties": {"dimensions": {"const": dimensions}}, "required": ["dimensions"]}
         axis = {"minimum": 1 - max(ranks), "maximum": max(ranks) - 1}
-        rules.append({"if": given, "then": {"properties": {"channel_axis": axis}}})
+        rules.append(_rule("dimensions", dimensions, {"channel_axis": axis}))
     schema["allOf"] = rules
+
+
+def _rule(field: str, value: Any, properties: dict[str, Any], *, implied: bool = False) -> dict[str, Any]:
+    """JSON Schema: if `field` has this value, also by its absence if that implies it, then these are the properties."""
+    given = {"properties": {field: {"const": value}}, "required": [] if implied else [field]}
+    return {"if": given, "then": {"properties": properties}}
 
 
 class LayerConfig(Document):
