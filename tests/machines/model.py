@@ -73,8 +73,8 @@ class Model:
         samples: values per channel that were folded.
         values: of a population layer, all of them, (C, n) float64.
         receipts: by key.
-        folds: since running_var was bit-equal.
-        inexact: whether moments were folded since then, which a caller rounded to float64.
+        slack: how far running_var may be from torch's, (C,): one unit in the last place per fold.
+        inexact: whether moments were folded that a caller rounded to float64.
     """
 
     config: dict[str, Any]
@@ -84,7 +84,7 @@ class Model:
     samples: int = 0
     values: list[np.ndarray] = field(default_factory=list)
     receipts: dict[str, Receipt] = field(default_factory=dict)
-    folds: int = 0
+    slack: Any = 0.0
     inexact: bool = False
 
     def __post_init__(self) -> None:
@@ -247,13 +247,15 @@ class Model:
                 self.module.num_batches_tracked += 1
         else:
             output = self._clipped(self.module.train()(moved)).movedim(1, self.axis)
+            if self.tracks and self.dtype == torch.float32:
+                momentum = 1 / self.batches if self.module.momentum is None else self.module.momentum
+                self.slack = (1 - momentum) * self.slack + _ulp(self.module.running_var)
         self._count(moved.transpose(0, 1).reshape(self.channels, -1).double().numpy())
         return output
 
     def _count(self, values: np.ndarray) -> None:
         if self.tracks:
             self.samples += values.shape[1]
-            self.folds += 1
             self.values.append(values)
 
     def _fold_moments(self, count: Tensor, mean: Tensor, var: Tensor) -> None:
@@ -272,7 +274,7 @@ class Model:
         if what in ("running_stats", "all"):
             self.module.reset_running_stats()  # nothing while tracking is off
             if self.tracks:
-                self.samples, self.folds, self.values, self.inexact = 0, 0, [], False
+                self.samples, self.slack, self.values, self.inexact = 0, 0.0, [], False
         if what in ("parameters", "all") and self.config["affine"]:
             nn.init.ones_(self.module.weight)
             nn.init.zeros_(self.module.bias)
@@ -294,7 +296,7 @@ class Model:
         for name in tensors.keys() & self.module.state_dict().keys():
             getattr(self.module, name).copy_(tensors[name])
         if "running_var" in tensors:
-            self.folds = 0
+            self.slack = 0.0
 
 
 def samples_of(count: int, mean: np.ndarray, var: np.ndarray) -> np.ndarray:
@@ -303,6 +305,11 @@ def samples_of(count: int, mean: np.ndarray, var: np.ndarray) -> np.ndarray:
     if count > 1:
         pattern[:2] = 1, -1  # of mean 0 and variance 2 / count
     return mean[:, None] + np.sqrt(var * count / 2)[:, None] * pattern
+
+
+def _ulp(vector: Tensor) -> np.ndarray:
+    """A unit in the last place; below a power of two, that above it."""
+    return np.spacing(np.nextafter(vector.nan_to_num(0, 0).numpy(), np.float32(np.inf)))
 
 
 def raw(tensor: Tensor) -> bytes:
