@@ -21,6 +21,7 @@ STATE_OF_FIELDS = {
     *(("replace_state", field) for field in ("weight", "bias", "running_mean", "running_var")),
     *(("replace_state", field) for field in ("population_mean", "population_m2", "population_weights")),
     *(("replace_state", field) for field in ("num_batches_tracked", "samples_tracked")),
+    ("inverse", "track_running_stats"),
     ("replace_state", "state"),  # no tensor: only GET may have that
 }
 """Operation and field of an `invalid-request` that depends on the layer's config or on other fields."""

@@ -254,7 +254,7 @@ class ProblemDocument(BaseModel):
 class MomentsDocument(Document):
     """The moments of a batch: what a layer's running statistics need of it."""
 
-    count: int = Field(ge=0, description="values per channel, N*H*W")
+    count: int = Field(ge=0, le=2**63 - 1, description="values per channel, N*H*W")
     mean: Vector
     var: Vector = Field(description="biased: divided by count")
 

@@ -87,7 +87,7 @@ CONFIG_EXAMPLES: Final[Json] = {
         "value": {"num_features": 3, "statistics": "population", "momentum": None},
     },
 }
-_COUNT: Final[Json] = {"type": "integer", "minimum": 0}
+_COUNT: Final[Json] = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}
 
 
 def describe_responses(
