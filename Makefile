@@ -8,7 +8,7 @@ CONSTRAINTS := -c constraints.txt
 GENERATORS := .venv-generators
 LOWEST := .venv-lowest
 
-.PHONY: help run test test-quick test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak simulate mutants fuzz fuzz-keep clean
+.PHONY: help run test test-quick test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak simulate mutants machines schemathesis fuzz fuzz-keep clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -102,6 +102,16 @@ simulate: $(VENV)/dev.stamp ## run SEEDS simulated worlds from FIRST on, or repl
 
 mutants: $(VENV)/dev.stamp ## plant faults, and print after how many simulated worlds each is found
 	@$(SIMULATION) --mutants
+
+EXAMPLES := 1000
+
+machines: $(VENV)/dev.stamp ## run EXAMPLES random sequences of calls against each kind of service, with torch beside it
+	BATCHNORM_TEST_MACHINES=$(EXAMPLES) $(BIN)/pytest tests/machines $(ARGS)
+
+CASES := 20000
+
+schemathesis: $(VENV)/dev.stamp ## send about CASES requests that schemathesis makes from the OpenAPI document
+	BATCHNORM_TEST_CASES=$(CASES) $(BIN)/pytest tests/openapi $(ARGS)
 
 MINUTES := 10
 FUZZ = PYTHONPATH=tests $(BIN)/python -m fuzz

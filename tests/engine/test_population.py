@@ -336,3 +336,13 @@ def test_accumulators_that_no_samples_have_are_refused(tensors: dict, field: str
         1,
         1,
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_statistics_of_one_value_in_half_precision(dtype: torch.dtype) -> None:
+    """Where torch's kernel gives no variance, an unbiased one was computed, which is NaN, and so was batch_invstd."""
+    config = LayerConfig(num_features=2, statistics="population", affine=False, track_running_stats=False, eps=0.25)
+    step = train_step(initial_state(config), torch.tensor([[1.0, -3.0]], dtype=dtype))
+    assert step.output.tolist() == [[0.0, 0.0]]
+    assert step.mean.tolist() == [1.0, -3.0]
+    assert step.invstd.tolist() == [2.0, 2.0]

@@ -1,13 +1,18 @@
 """The OpenAPI document has every call of the contract, and says what an answer can be."""
 
 import json
+import re
+from contextlib import nullcontext
+from itertools import product
 
+import jsonschema_rs
 import pytest
 from pydantic import ValidationError
 
 from batchnorm_client.wire.documents import LayerConfig, LayerUpdate
-from batchnorm_client.wire.errors import PROBLEMS
+from batchnorm_client.wire.errors import PROBLEMS, InvalidRequest
 from batchnorm_client.wire.media_types import JSON, NPY, PROBLEM_JSON, SAFETENSORS
+from batchnorm_service.rest.preconditions import if_match
 
 pytestmark = pytest.mark.anyio
 
@@ -161,3 +166,54 @@ async def test_a_call_with_tensors_lists_the_form_that_it_answers_in_by_default_
     method = "get" if call == "state" else "post"
     content = document["paths"][f"/v1/layers/{{name}}/{call}"][method]["responses"]["200"]["content"]
     assert next(iter(content)) == (SAFETENSORS if call == "state" else JSON)
+
+
+async def test_a_created_layer_links_to_every_call_on_it(document):
+    on_layers = [one for path, one in document["paths"].items() if path.startswith("/v1/layers/{name}")]
+    expected = {operation["operationId"] for each in on_layers for operation in each.values()}
+    assert len(expected) == 12
+    for status in ("200", "201"):
+        links = document["paths"]["/v1/layers/{name}"]["put"]["responses"][status]["links"]
+        assert {link["operationId"] for link in links.values()} == expected
+        assert all(link["parameters"] == {"name": "$request.path.name"} for link in links.values())
+
+
+async def test_the_schema_of_a_config_accepts_what_the_service_does():
+    valid = jsonschema_rs.Draft202012Validator(LayerConfig.model_json_schema()).is_valid
+    axes = [-63, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 63]
+    for statistics, field, dimensions, axis in product(
+        [{}, {"statistics": "moving"}, {"statistics": "population"}],
+        [{}, {"momentum": 0.5}, {"half_life": 0.5}],
+        [None, 1, 2, 3],
+        axes,
+    ):
+        config = {"num_features": 2, "channel_axis": axis, "dimensions": dimensions, **statistics, **field}
+        with nullcontext() if valid(config) else pytest.raises(ValidationError):
+            LayerConfig.model_validate(config)
+
+
+@pytest.mark.parametrize(
+    ("header", "valid"),
+    [
+        ("*", True),
+        ('"7"', True),
+        ('"7", W/"8"', True),
+        ("", False),
+        ("7", False),
+        ('"7" "8"', False),
+        ('*, "7"', False),
+    ],
+)
+async def test_the_pattern_of_if_match_is_what_the_service_takes(document, header, valid):
+    parameters = document["paths"]["/v1/layers/{name}"]["delete"]["parameters"]
+    (pattern,) = (one["schema"]["pattern"] for one in parameters if one["name"] == "If-Match")
+    assert bool(re.search(pattern, header)) == valid
+    with nullcontext() if valid else pytest.raises(InvalidRequest):
+        if_match(header)
+
+
+async def test_any_request_id_is_accepted(document):
+    """The service replaces those that it cannot write to its log."""
+    for operation in operations(document):
+        (schema,) = (one["schema"] for one in operation["parameters"] if one["name"] == "X-Request-ID")
+        assert schema == {"type": "string"}

@@ -24,7 +24,7 @@ def train_kernel(
     With momentum 1, the scratch buffers contain the batch's mean and unbiased variance afterwards.
 
     Args:
-        batch: (N, C, *), at least two values per channel.
+        batch: (N, C, *), at least one value per channel; the variance of one has no meaning.
         weight: gamma, (C,), on the batch's device; or None.
         bias: beta, (C,), on the batch's device; or None.
         eps: added to the biased variance.
@@ -37,8 +37,8 @@ def train_kernel(
     """
     if narrow:
         output, _, _ = torch.native_batch_norm(batch, None, None, None, None, True, 0.0, eps)
-        var, mean = torch.var_mean(batch.to(dtype), _axes(batch), correction=1)
         count = batch.numel() // batch.shape[1]
+        var, mean = torch.var_mean(batch.to(dtype), _axes(batch), correction=min(1, count - 1))
         return output, mean, var, torch.rsqrt(var * ((count - 1) / count) + eps)
     mean = torch.zeros(batch.shape[1], dtype=dtype, device=batch.device)
     var = torch.zeros(batch.shape[1], dtype=dtype, device=batch.device)

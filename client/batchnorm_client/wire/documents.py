@@ -40,8 +40,28 @@ class Document(BaseModel):
 _RANKS: Final[dict[int | None, tuple[int, ...]]] = {1: (2, 3), 2: (4,), 3: (5,)}
 
 
+def _dependent_fields(schema: dict[str, Any]) -> None:
+    """Add what a field may be that depends on another: what the validators of `LayerConfig` check."""
+    rules: list[Any] = []
+    for name, kind in STATISTICS.items():
+        nulls = {field: {"type": "null"} for field in kind.must_be_null}
+        rules.append(_rule("statistics", name, nulls, implied=name == schema["properties"]["statistics"]["default"]))
+    for dimensions, ranks in _RANKS.items():
+        axis = {"minimum": 1 - max(ranks), "maximum": max(ranks) - 1}
+        rules.append(_rule("dimensions", dimensions, {"channel_axis": axis}))
+    schema["allOf"] = rules
+
+
+def _rule(field: str, value: Any, properties: dict[str, Any], *, implied: bool = False) -> dict[str, Any]:
+    """JSON Schema: if `field` has this value, also by its absence if that implies it, then these are the properties."""
+    given = {"properties": {field: {"const": value}}, "required": [] if implied else [field]}
+    return {"if": given, "then": {"properties": properties}}
+
+
 class LayerConfig(Document):
     """What a layer is: BatchNorm's constructor arguments in torch's names, and what a service needs beside them."""
+
+    model_config = ConfigDict(json_schema_extra=_dependent_fields)
 
     num_features: int = Field(ge=1, le=MAX_FEATURES, description="C, the number of channels")
     eps: float = Field(1e-5, gt=0, allow_inf_nan=False, description="added to the variance before the square root")
@@ -62,7 +82,13 @@ class LayerConfig(Document):
     dimensions: Literal[1, 2, 3] | None = Field(
         None, description="input ranks as BatchNorm1d/2d/3d take them; null = any rank >= 2"
     )
-    channel_axis: int = Field(1, ge=-63, le=63, description="the axis of the channels; -1 = channels last; never 0")
+    channel_axis: int = Field(
+        1,
+        ge=-63,
+        le=63,
+        description="the axis of the channels; -1 = channels last; never 0",
+        json_schema_extra={"not": {"const": 0}},
+    )
     dtype: Literal["float32", "float64"] = Field("float32", description="of the state")
     device: str | None = Field(
         None, pattern=r"^(cpu|cuda(:(0|[1-9][0-9]{0,2}))?)$", description="null = the service's default"
@@ -228,7 +254,7 @@ class ProblemDocument(BaseModel):
 class MomentsDocument(Document):
     """The moments of a batch: what a layer's running statistics need of it."""
 
-    count: int = Field(ge=0, description="values per channel, N*H*W")
+    count: int = Field(ge=0, le=2**63 - 1, description="values per channel, N*H*W")
     mean: Vector
     var: Vector = Field(description="biased: divided by count")
 

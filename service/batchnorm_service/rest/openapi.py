@@ -45,8 +45,9 @@ _REQUEST_ID: Final[Json] = {
     "name": wire_headers.REQUEST_ID,
     "in": "header",
     "required": False,
-    "description": "returned in the response and written to the service's log",
-    "schema": {"type": "string", "pattern": f"^{wire_headers.KEY_PATTERN.pattern}$"},
+    "description": "returned in the response and written to the service's log; one that does not match "
+    f"`{wire_headers.KEY_PATTERN.pattern}` is replaced by a new one",
+    "schema": _TEXT,
 }
 _RESPONSE_HEADERS: Final[dict[str, Json]] = {
     wire_headers.REQUEST_ID: {"description": "the caller's, or a new one", "schema": _TEXT},
@@ -86,7 +87,7 @@ CONFIG_EXAMPLES: Final[Json] = {
         "value": {"num_features": 3, "statistics": "population", "momentum": None},
     },
 }
-_COUNT: Final[Json] = {"type": "integer", "minimum": 0}
+_COUNT: Final[Json] = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}
 
 
 def describe_responses(
@@ -213,6 +214,7 @@ def openapi_document(app: FastAPI) -> Json:
     schemas |= {**models["$defs"], **_tensor_documents()}
     schemas["ProblemDocument"]["properties"]["type"]["enum"] = [f"/problems/{name}" for name in PROBLEMS]
     components["examples"] = CONFIG_EXAMPLES
+    _add_links(document["paths"])
     for operations in document["paths"].values():
         for operation in operations.values():
             if "security" in operation:
@@ -227,6 +229,16 @@ def openapi_document(app: FastAPI) -> Json:
                 "content": {forms.PROBLEM_JSON: {"schema": ref("ProblemDocument")}},
             }
     return document
+
+
+def _add_links(paths: Json) -> None:
+    """Links from a created layer to every operation on it."""
+    layer = "/v1/layers/{name}"
+    named = [operations for path, operations in paths.items() if f"{path}/".startswith(f"{layer}/")]
+    targets = [operation["operationId"] for operations in named for operation in operations.values()]
+    links = {name: {"operationId": name, "parameters": {"name": "$request.path.name"}} for name in targets}
+    for status in ("200", "201"):
+        paths[layer]["put"]["responses"][status]["links"] = links
 
 
 def _with_headers(response: Json, names: Sequence[str]) -> Json:

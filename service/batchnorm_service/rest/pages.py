@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 from importlib.resources import files
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
+from fastapi import Path as PathParameter
 from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse
 
@@ -80,7 +81,7 @@ async def list_problems() -> str:
     responses=describe_responses("Text", problems=("not-found",), guarded=False),
     response_class=PlainTextResponse,
 )
-async def explain_problem(problem: str) -> str:
+async def explain_problem(problem: Annotated[str, PathParameter(json_schema_extra={"enum": [*PROBLEMS]})]) -> str:
     """The page that the `type` of a problem document links to."""
     if problem not in PROBLEMS:
         raise NotFound(f"there is no problem type {problem[:200]!r}; /problems lists them", expected=list(PROBLEMS))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import Final
 
 from batchnorm_client.wire.errors import InvalidRequest
 
 _TAG = r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"'
+IF_MATCH_PATTERN: Final = r'^(\*|(W/)?"[!#-~]*"(, *(W/)?"[!#-~]*")*)$'
+"""For the OpenAPI document: `*` or a list of tags, without rarities of the grammar that `if_match` also takes."""
 _TAGS = re.compile(rf"[ \t,]*{_TAG}(?:[ \t]*,[ \t,]*{_TAG})*[ \t,]*")
 _STRONG_VERSION = re.compile(r'(?<!W/)"(0|[1-9][0-9]{0,18})"')
 _ANY_VERSION = re.compile(r'"(0|[1-9][0-9]{0,18})"')

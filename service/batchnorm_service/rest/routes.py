@@ -31,7 +31,7 @@ from .documents import parse_document
 from .headers import idempotency_key, read_headers
 from .layer_request import Endpoint, LayerRequest
 from .negotiation import content_type
-from .preconditions import if_match
+from .preconditions import IF_MATCH_PATTERN, if_match
 from .queries import split_query
 from .responses import Response
 
@@ -130,7 +130,14 @@ async def _layers(request: Request) -> Layers:
 
 
 async def _if_match(
-    given: Annotated[str | None, Header(alias="If-Match", description='only at these versions, such as `"7"`')] = None,
+    given: Annotated[
+        str | None,
+        Header(
+            alias="If-Match",
+            description='only at these versions, such as `"7"`',
+            json_schema_extra={"pattern": IF_MATCH_PATTERN},
+        ),
+    ] = None,
 ) -> frozenset[int] | None:
     return if_match(given)
 
