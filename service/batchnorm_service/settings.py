@@ -64,6 +64,17 @@ class Settings(BaseSettings):
     queue_length: int = Field(1024, ge=1)
     """Maximum queued updates per layer; beyond it calls get 503."""
 
+    history_length: int = Field(20, ge=0, le=1000)
+    """How many states of a layer are kept, besides pinned ones; 0 keeps none. A layer takes at most
+    (1 + history_length + max_pins) times the size of its state."""
+
+    history_seconds: float = Field(60, ge=0, allow_inf_nan=False)
+    """Seconds between two kept states while batches come. The state before a reset, PATCH, PUT state or rollback is
+    always kept; setting only weight and bias counts as a batch."""
+
+    max_pins: int = Field(100, ge=0, le=10_000)
+    """Maximum number of pins of a layer; more get 409."""
+
     receipt_seconds: float = Field(3600, gt=0, allow_inf_nan=False)
     """How long an Idempotency-Key is remembered, at least twice `store_timeout_seconds`. Each train call stores a
     receipt of about 120 bytes for this time."""

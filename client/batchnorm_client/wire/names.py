@@ -1,4 +1,4 @@
-"""Names of layers."""
+"""Names of layers, and tags of pins."""
 
 import re
 from typing import Final
@@ -7,6 +7,12 @@ from batchnorm_client.wire.errors import InvalidRequest, shown
 
 LAYER_NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 """The valid layer names. torch's module paths, such as `layer1.0.bn1`, are among them."""
+
+TAG_PATTERN: Final = re.compile(r"([A-Za-z]|[0-9]+[A-Za-z._-])[A-Za-z0-9._-]*")
+"""The valid tags, of at most 200 characters: as layer names, but not only digits, which are versions."""
+
+STATE_PATTERN: Final = re.compile(rf"[0-9]{{1,19}}|{TAG_PATTERN.pattern}")
+"""A version or a tag."""
 
 
 def check_layer_name(name: str) -> None:
