@@ -90,9 +90,9 @@ def a_retry_has_a_new_key(patch: Patch) -> None:
 
 
 def an_unknown_outcome_is_taken_for_success(patch: Patch) -> None:
-    async def hopeful(self: UpdateQueue, expected: Any, new: Any, receipts: Any, deadline: float) -> Any:
+    async def hopeful(self: UpdateQueue, expected: Any, new: Any, receipts: Any, deadline: float, keep: int = 0) -> Any:
         try:
-            return await self._store.commit(self._cached.name, expected, new, receipts)
+            return await self._store.commit(self._cached.name, expected, new, receipts, keep)
         except StoreError:
             return Committed()
 
@@ -100,14 +100,14 @@ def an_unknown_outcome_is_taken_for_success(patch: Patch) -> None:
 
 
 def an_unknown_outcome_is_folded_anew(patch: Patch) -> None:
-    async def commit(self: UpdateQueue, expected: Any, new: Any, receipts: Any, deadline: float) -> Any:
+    async def commit(self: UpdateQueue, expected: Any, new: Any, receipts: Any, deadline: float, keep: int = 0) -> Any:
         tries = 0
         while True:
             try:
                 renewed = [one._replace(key=bytes([tries]) + one.key[1:]) for one in receipts] if tries else receipts
                 found = await self._store.load(self._cached.name)
                 expected = found.stamp if tries and isinstance(found, Record) else expected
-                return await self._store.commit(self._cached.name, expected, new, renewed)
+                return await self._store.commit(self._cached.name, expected, new, renewed, keep)
             except StoreError as error:
                 tries += 1
                 await self._pause(0.01, deadline, error)
@@ -118,11 +118,11 @@ def an_unknown_outcome_is_folded_anew(patch: Patch) -> None:
 def a_lost_race_overwrites_the_winner(patch: Patch) -> None:
     commit = MemoryStore.commit
 
-    async def forced(self: MemoryStore, name: str, expected: Any, record: Any, receipts: Any) -> Any:
-        outcome = await commit(self, name, expected, record, receipts)
+    async def forced(self: MemoryStore, name: str, expected: Any, record: Any, receipts: Any, keep: int) -> Any:
+        outcome = await commit(self, name, expected, record, receipts, keep)
         present = self._records.get(name)
         if isinstance(outcome, Conflict) and present and present.stamp.incarnation == expected.incarnation:
-            return await commit(self, name, present.stamp, record, receipts)
+            return await commit(self, name, present.stamp, record, receipts, keep)
         return outcome
 
     patch.setattr(MemoryStore, "commit", forced)
@@ -164,8 +164,8 @@ def keys_are_not_compared_with_their_batches(patch: Patch) -> None:
 def waiting_folds_are_written_in_another_order(patch: Patch) -> None:
     together = group_commit._plan_together
 
-    async def reversed_order(runtime: Any, layer: Any, waiting: Any) -> Plan:
-        plan = await together(runtime, layer, waiting)
+    async def reversed_order(*arguments: Any) -> Plan:
+        plan = await together(*arguments)
         batches = [batch for _, batch in plan.folds]
         return replace(plan, folds=tuple(zip([one for one, _ in reversed(plan.folds)], batches, strict=True)))
 

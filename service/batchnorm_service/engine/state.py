@@ -65,11 +65,6 @@ class LayerState(NamedTuple):
             and _same(self.bias, other.bias)
         )
 
-    @property
-    def nbytes(self) -> int:
-        """The size of the (C,) tensors that the layer has."""
-        return sum(vector.nbytes for vector in self.vectors().values())
-
     def vectors(self) -> dict[str, Channels]:
         """The (C,) tensors that the layer has, by their names in torch's state_dict."""
         named = {

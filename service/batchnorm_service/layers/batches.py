@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from operator import attrgetter
 from typing import TypeVar
 
 import torch
@@ -231,7 +230,7 @@ class Batches:
         if layer is None:
             with self._cache.use(name) as entry:
                 layer = await (entry.cached.fresh() if at is None else entry.kept.get(at))
-        digest = await self._executor.run_codec(layer.state.nbytes, attrgetter("digest"), layer)
+        digest = await self._executor.digest(layer)
         if expect not in (None, digest):
             raise DigestMismatch(
                 f"version {layer.stamp.version} of layer {name!r} has another digest",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
-from operator import attrgetter
 from typing import Any
 
 from batchnorm_client.wire.documents import HistoryEntry, HistoryPage, Pin, Pins
@@ -69,7 +68,7 @@ class History:
             at = now(self._runtime)
             while True:
                 layer = await (entry.cached.fresh() if version is None else entry.kept.get(version))
-                data = _pack(await self._digest(layer), at, token)
+                data = _pack(await self._executor.digest(layer), at, token)
                 outcome, _ = await entry.queue.retry(
                     lambda layer=layer, data=data: self._store.pin(name, layer.stamp, tag, data, limit)  # type: ignore[misc]
                 )
@@ -125,11 +124,8 @@ class History:
             samples_tracked=layer.state.samples_tracked,
             operation=layer.operation,
             at=layer.updated_at,
-            digest=await self._digest(layer),
+            digest=await self._executor.digest(layer),
         )
-
-    async def _digest(self, layer: CommittedLayer) -> str:
-        return await self._executor.run_codec(layer.state.nbytes, attrgetter("digest"), layer)
 
     async def _pins(self, entry: CacheEntry) -> tuple[base.Pin, ...]:
         name = entry.cached.name

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from operator import attrgetter
 from typing import Final, ParamSpec, TypeVar
 
 from batchnorm_client.wire.documents import LayerConfig, LayerPage, LayerUpdate
@@ -178,7 +177,7 @@ class Layers:
             num_batches_tracked=layer.state.num_batches_tracked,
             samples_tracked=layer.state.samples_tracked,
             tensors=state_dict.state_dict(layer.state),
-            digest=await self._executor.run_codec(layer.state.nbytes, attrgetter("digest"), layer),
+            digest=await self._executor.digest(layer),
         )
 
 
