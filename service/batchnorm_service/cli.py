@@ -87,7 +87,7 @@ def _migrate(
     target: Annotated[str, typer.Option("--to", help="The store to copy to.", envvar=f"{PREFIX}MIGRATE_TO")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace layers that differ in the target.")] = False,
 ) -> None:
-    """Copy all layers and unexpired receipts to another store, and verify them. Stop all services first.
+    """Copy all layers, their history and unexpired receipts to another store, and verify them. Stop all services first.
 
     Repeat it after an interruption. Exit status: 0 if the copy is complete, 1 if it is not, 2 for invalid options.
     Give URLs with passwords as BATCHNORM_MIGRATE_FROM and BATCHNORM_MIGRATE_TO instead of flags.
@@ -118,7 +118,7 @@ def _migrate(
 def _summary(report: Report) -> str:
     lines = [
         f"{report.copied} layers copied, {report.present} were there and equal,"
-        f" {report.receipts} receipts; all read back"
+        f" {report.kept} earlier states, {report.pins} pins, {report.receipts} receipts; all read back"
     ]
     if report.differing:
         lines.append(f"left alone, the target has them otherwise (--overwrite): {_join_names(report.differing)}")

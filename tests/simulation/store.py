@@ -114,11 +114,11 @@ class Server:
         self._snapshots = deque([self._snapshot()])  # of the newest durable write, and of each after it
 
     def _snapshot(self) -> _Snapshot:
-        """Records and receipts are immutable, groups are not."""
+        """Records, receipts and pins are immutable, groups are not."""
         state = vars(self.table)
         content = {name: copy.copy(value) for name, value in state.items() if isinstance(value, dict | list)}
-        content |= {name: {key: dict(value) for key, value in state[name].items()} for name in ("_kept", "_pins")}
         content |= {"_groups": copy.deepcopy(state["_groups"]), "_floor": state["_floor"]}
+        content |= {each: {key: dict(value) for key, value in state[each].items()} for each in ("_kept", "_pins")}
         return _Snapshot(self._writes, content, len(self.log))
 
     async def apply(self, name: str, work: Callable[[MemoryStore], Any], receipts: Sequence[Receipt] = ()) -> Any:
@@ -269,7 +269,7 @@ class SimulatedStore:
     async def delete(self, name: str, expected: Stamp, *, with_pins: bool = False) -> Any:
         return await self._write(name, lambda table: table.delete(name, expected, with_pins=with_pins))
 
-    async def kept(self, name: str) -> tuple[Stamp, ...] | Missing:
+    async def kept(self, name: str) -> Any:
         return await self._read(lambda table: table.kept(name))
 
     async def load_kept(self, name: str, at: int | str, unless: Stamp | None = None) -> Any:
@@ -278,15 +278,13 @@ class SimulatedStore:
     async def pin(self, name: str, stamp: Stamp, tag: str, data: bytes, limit: int) -> Any:
         return await self._write(name, lambda table: table.pin(name, stamp, tag, data, limit))
 
-    async def pins(self, name: str) -> tuple[Pin, ...] | Missing:
+    async def pins(self, name: str) -> Any:
         return await self._read(lambda table: table.pins(name))
 
     async def unpin(self, name: str, incarnation: int, tag: str, keep: int) -> Any:
         return await self._write(name, lambda table: table.unpin(name, incarnation, tag, keep))
 
-    async def import_history(
-        self, name: str, incarnation: int, kept: Sequence[Record], pins: Sequence[Pin]
-    ) -> Committed | Missing:
+    async def import_history(self, name: str, incarnation: int, kept: Sequence[Record], pins: Sequence[Pin]) -> Any:
         return await self._write(name, lambda table: table.import_history(name, incarnation, kept, pins))
 
     async def join(self, name: str, incarnation: int, group: bytes, size: int, shard: Shard) -> GroupStatus | Missing:

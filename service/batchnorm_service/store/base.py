@@ -314,7 +314,7 @@ class Store(Protocol):
         ...
 
     async def kept(self, name: str) -> tuple[Stamp, ...] | Missing:
-        """The stamps of the kept records, by descending version; of the newest record only if it is pinned."""
+        """The stamps of the kept records, by descending version. The newest is one of them if it is or was pinned."""
         ...
 
     async def load_kept(

@@ -14,7 +14,7 @@ from batchnorm_service.store.sqlite.table import SCHEMA
 from batchnorm_service.store.sqlite.upgrades import STEPS, flush, upgrade
 
 APPLICATION_ID: Final = 0x424E5356  # "BNSV"; `file` and others read it from the header
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 
 _PERMISSION: Final = "the service needs permission to read and write the file and its directory"
 

@@ -21,6 +21,9 @@ from batchnorm_service.store.base import (
     Full,
     GroupStatus,
     Missing,
+    NotKept,
+    Pin,
+    Pinned,
     Receipt,
     ReceiptWithTTL,
     Record,
@@ -31,6 +34,7 @@ from batchnorm_service.store.base import (
     StoreOptions,
     Unchanged,
 )
+from batchnorm_service.store.sqlite import history
 from batchnorm_service.store.sqlite.file import open_file
 from batchnorm_service.store.sqlite.identity import SqliteFiles
 from batchnorm_service.store.sqlite.table import Commit, SqliteTable
@@ -121,18 +125,50 @@ class SqliteStore:
         return await self._do(name, lambda c: self._table.create(c, name, data, limit), writes=True)
 
     async def commit(
-        self, name: str, expected: Stamp, record: Record | None, receipts: Sequence[Receipt]
+        self, name: str, expected: Stamp, record: Record | None, receipts: Sequence[Receipt], keep: int = 0
     ) -> Committed | Conflict | Missing | Duplicates:
         """See `Store.commit`."""
-        return await self._do(name, Commit(name, expected, record, receipts), writes=True)
+        return await self._do(name, Commit(name, expected, record, receipts, keep), writes=True)
 
     async def find_receipts(self, name: str, incarnation: int, keys: Sequence[bytes]) -> tuple[Receipt, ...] | Missing:
         """See `Store.find_receipts`."""
         return await self._do(name, lambda c: self._table.find_receipts(c, name, incarnation, keys))
 
-    async def delete(self, name: str, expected: Stamp) -> Committed | Conflict | Missing:
+    async def delete(
+        self, name: str, expected: Stamp, *, with_pins: bool = False
+    ) -> Committed | Conflict | Missing | Pinned:
         """See `Store.delete`."""
-        return await self._do(name, lambda c: self._table.delete(c, name, expected), writes=True)
+        return await self._do(name, lambda c: self._table.delete(c, name, expected, with_pins), writes=True)
+
+    async def kept(self, name: str) -> tuple[Stamp, ...] | Missing:
+        """See `Store.kept`."""
+        return await self._do(name, lambda c: history.kept(c, name))
+
+    async def load_kept(
+        self, name: str, at: int | str, unless: Stamp | None = None
+    ) -> Record | Unchanged | NotKept | Missing:
+        """See `Store.load_kept`."""
+        return await self._do(name, lambda c: history.load_kept(c, name, at, unless))
+
+    async def pin(
+        self, name: str, stamp: Stamp, tag: str, data: bytes, limit: int
+    ) -> Committed | Pinned | Full | NotKept | Missing:
+        """See `Store.pin`."""
+        return await self._do(name, lambda c: history.pin(c, name, stamp, tag, data, limit), writes=True)
+
+    async def pins(self, name: str) -> tuple[Pin, ...] | Missing:
+        """See `Store.pins`."""
+        return await self._do(name, lambda c: history.pins(c, name))
+
+    async def unpin(self, name: str, incarnation: int, tag: str, keep: int) -> Committed | NotKept | Missing:
+        """See `Store.unpin`."""
+        return await self._do(name, lambda c: history.unpin(c, name, incarnation, tag, keep), writes=True)
+
+    async def import_history(
+        self, name: str, incarnation: int, kept: Sequence[Record], pins: Sequence[Pin]
+    ) -> Committed | Missing:
+        """See `Store.import_history`."""
+        return await self._do(name, lambda c: history.import_history(c, name, incarnation, kept, pins), writes=True)
 
     async def join(self, name: str, incarnation: int, group: bytes, size: int, shard: Shard) -> GroupStatus | Missing:
         """See `Store.join`. If the member has joined already, this only reads."""

@@ -21,10 +21,11 @@ _log = logging.getLogger(__name__)
 _LAYERS: Final = ("id", "name", "incarnation", "version", "commit_id", "data")
 _META: Final = ("id", "layers", "floor")
 _SHARDS: Final = ("incarnation", "grp", "member", "size", "fingerprint", "part", "expires")
-_RECEIPTS: Final = (  # of schema 1, a version number that releases with different layouts shared
+_RECEIPTS_1: Final = (  # of schema 1, a version number that releases with different layouts shared
     ("incarnation", "key", "fingerprint", "version", "batch", "expires"),
     ("incarnation", "key", "fingerprint", "version", "batch", "payload", "expires"),
 )
+_RECEIPTS_2: Final = ("id", "incarnation", "key", "fingerprint", "version", "batch", "payload", "expires")
 
 
 class Step(NamedTuple):
@@ -43,7 +44,7 @@ def _known_1(connection: sqlite3.Connection) -> bool:
     return (
         _columns(connection, "layers") == _LAYERS
         and _columns(connection, "meta") == _META
-        and _columns(connection, "receipts") in _RECEIPTS
+        and _columns(connection, "receipts") in _RECEIPTS_1
         and _columns(connection, "shards") in {(), _SHARDS}
     )
 
@@ -88,7 +89,39 @@ def _from_1(connection: sqlite3.Connection) -> None:
     connection.execute("CREATE INDEX receipts_by_expiry ON receipts (expires)")
 
 
-STEPS: Final[Mapping[int, Step]] = {1: Step(_known_1, _from_1)}
+def _known_2(connection: sqlite3.Connection) -> bool:
+    return (
+        _columns(connection, "layers") == _LAYERS
+        and _columns(connection, "meta") == _META
+        and _columns(connection, "receipts") == _RECEIPTS_2
+        and _columns(connection, "shards") == _SHARDS
+        and _columns(connection, "kept") == _columns(connection, "pins") == ()
+    )
+
+
+def _from_2(connection: sqlite3.Connection) -> None:
+    """Add the tables of kept records and pins."""
+    connection.execute("""
+    CREATE TABLE kept (
+        incarnation INTEGER NOT NULL,
+        version INTEGER NOT NULL,
+        commit_id INTEGER NOT NULL,
+        data BLOB NOT NULL,
+        PRIMARY KEY (incarnation, version)
+    )
+    """)
+    connection.execute("""
+    CREATE TABLE pins (
+        incarnation INTEGER NOT NULL,
+        tag TEXT NOT NULL COLLATE BINARY,
+        version INTEGER NOT NULL,
+        data BLOB NOT NULL,
+        PRIMARY KEY (incarnation, tag)
+    )
+    """)
+
+
+STEPS: Final[Mapping[int, Step]] = {1: Step(_known_1, _from_1), 2: Step(_known_2, _from_2)}
 """The step from each schema version to the next."""
 
 
