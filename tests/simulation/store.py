@@ -275,7 +275,7 @@ class SimulatedStore:
     async def load_kept(self, name: str, at: int | str, unless: Stamp | None = None) -> Any:
         return await self._read(lambda table: table.load_kept(name, at, unless))
 
-    async def pin(self, name: str, stamp: Stamp, tag: str, data: bytes, limit: int) -> Any:
+    async def pin(self, name: str, stamp: Stamp | None, tag: str, data: bytes, limit: int) -> Any:
         return await self._write(name, lambda table: table.pin(name, stamp, tag, data, limit))
 
     async def pins(self, name: str) -> Any:

@@ -449,3 +449,19 @@ async def test_an_imported_history_replaces_what_is_there(store: Store) -> None:
     assert await store.pins("a") == (pin,)
     assert await store.load_kept("a", "tag") == theirs
     assert await store.load("a") == await loaded(store, "a") == third
+
+
+async def test_the_newest_record_is_pinned_whatever_its_stamp_is(store: Store) -> None:
+    """A pin of the newest record must not wait until nobody commits."""
+    assert await store.pin("a", None, "tag", b"", MANY) == Missing()
+    first = await created(store, "a", b"first")
+    second = after(first, b"second")
+    assert await store.commit("a", first.stamp, second, []) == Committed()
+    assert await store.pin("a", None, "tag", b"data", MANY) == Committed()
+    assert await store.pin("a", None, "tag", b"other", MANY) == Pinned(Pin("tag", second.stamp.version, b"data"))
+    assert await store.pin("a", None, "full", b"", 1) == Full()
+    third = after(second, b"third")
+    assert await store.commit("a", second.stamp, third, []) == Committed()
+    assert await store.load_kept("a", "tag") == second
+    assert await store.pin("a", None, "newer", b"", MANY) == Committed()
+    assert await store.load_kept("a", "newer") == third

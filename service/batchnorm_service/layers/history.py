@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -63,44 +64,44 @@ class History:
             key: the call's Idempotency-Key. A repeat with it returns the pin that the first call made.
         """
         token = make_token(self._runtime, key, f"pin {tag} {version}")
-        limit = self._options.max_pins
+        data, limit = _pack(now(self._runtime), token), self._options.max_pins
         with self._cache.use(name) as entry:
-            at = now(self._runtime)
-            while True:
-                layer = await (entry.cached.fresh() if version is None else entry.kept.get(version))
-                data = _pack(await self._executor.digest(layer), at, token)
-                outcome, _ = await entry.queue.retry(
-                    lambda layer=layer, data=data: self._store.pin(name, layer.stamp, tag, data, limit)  # type: ignore[misc]
-                )
-                match outcome:
-                    case NotKept():
-                        continue  # replaced by a newer state since it was read
-                    case Full():
-                        raise TooManyPins(
-                            f"layer {name!r} has {limit} pins, as many as BATCHNORM_MAX_PINS allows",
-                            field="tag",
-                            expected=limit,
-                        )
-                    case Missing():
-                        continue  # `fresh` finds the layer that has this name now, or raises
-                    case Pinned(pin) if pin is not None:
-                        if pin.data == data:  # by this call, whose reply was lost
-                            return _document(pin), True
-                        return _same(name, pin, token, layer), False
-                    case _:
-                        return _document(base.Pin(tag, layer.stamp.version, data)), True
+            stamp = None if version is None else (await entry.kept.get(version)).stamp
+            outcome, _ = await entry.queue.retry(lambda: self._store.pin(name, stamp, tag, data, limit))
+            match outcome:
+                case Missing():
+                    raise layer_not_found(name)
+                case NotKept():
+                    raise version_not_found(name, version or tag)
+                case Full():
+                    raise TooManyPins(
+                        f"layer {name!r} has {limit} pins, as many as BATCHNORM_MAX_PINS allows",
+                        field="tag",
+                        expected=limit,
+                    )
+                case Pinned(found) if found is not None and found.data != data:
+                    newest = version or (await entry.cached.fresh()).stamp.version
+                    _check_same(name, found, token, newest)
+                    return await self._document(entry, found), False
+                case _:  # done; or found done, after its reply was lost
+                    layer = await entry.kept.get(tag)
+                    return await self._document(entry, base.Pin(tag, layer.stamp.version, data)), True
 
     async def pins(self, name: str) -> Pins:
         """All pins, by tag."""
         with self._cache.use(name) as entry:
-            return Pins(pins=[_document(pin) for pin in await self._pins(entry)])
+            found: list[Pin] = []
+            for pin in await self._pins(entry):
+                with suppress(VersionNotFound):  # deleted since the pins were listed
+                    found.append(await self._document(entry, pin))
+            return Pins(pins=found)
 
     async def get_pin(self, name: str, tag: str) -> Pin:
         """The pin of a tag. Raises `VersionNotFound` if there is none."""
         with self._cache.use(name) as entry:
             for pin in await self._pins(entry):
                 if pin.tag == tag:
-                    return _document(pin)
+                    return await self._document(entry, pin)
         raise version_not_found(name, tag)
 
     async def unpin(self, name: str, tag: str) -> None:
@@ -127,6 +128,11 @@ class History:
             digest=await self._executor.digest(layer),
         )
 
+    async def _document(self, entry: CacheEntry, pin: base.Pin) -> Pin:
+        data: dict[str, Any] = json.loads(pin.data)
+        digest = await self._executor.digest(await entry.kept.get(pin.tag))
+        return Pin(tag=pin.tag, version=pin.version, digest=digest, at=datetime.fromisoformat(data["at"]))
+
     async def _pins(self, entry: CacheEntry) -> tuple[base.Pin, ...]:
         name = entry.cached.name
         found, _ = await entry.queue.retry(lambda: self._store.pins(name))
@@ -135,33 +141,27 @@ class History:
         return found
 
 
-def _pack(digest: str, at: datetime, token: IdempotencyToken) -> bytes:
+def _pack(at: datetime, token: IdempotencyToken) -> bytes:
     """A pin's data in the store."""
-    document = {"digest": digest, "at": at.isoformat(), "key": token.key.hex(), "fingerprint": token.fingerprint.hex()}
+    document = {"at": at.isoformat(), "key": token.key.hex(), "fingerprint": token.fingerprint.hex()}
     return json.dumps(document).encode()
 
 
-def _document(pin: base.Pin) -> Pin:
-    data: dict[str, Any] = json.loads(pin.data)
-    return Pin(tag=pin.tag, version=pin.version, digest=data["digest"], at=datetime.fromisoformat(data["at"]))
-
-
-def _same(name: str, pin: base.Pin, token: IdempotencyToken, layer: CommittedLayer) -> Pin:
-    """The pin that has this tag already, if it is the one that was asked for.
+def _check_same(name: str, pin: base.Pin, token: IdempotencyToken, version: int) -> None:
+    """Check that the pin that has this tag already is the one that was asked for.
 
     Raises:
         IdempotencyKeyReused: another call with this key made it.
-        PinExists: it is of another state.
+        PinExists: it is of another state than `version`.
     """
     data: dict[str, Any] = json.loads(pin.data)
     made_by = Receipt(bytes.fromhex(data["key"]), bytes.fromhex(data["fingerprint"]), pin.version, 0)
     if token.from_caller and made_by.key == token.key:
         refuse_reuse(token, made_by)
-    elif pin.version != layer.stamp.version:
+    elif pin.version != version:
         raise PinExists(
             f"the tag {pin.tag!r} of layer {name!r} stands for version {pin.version}; delete its pin first",
             field="tag",
             expected=pin.version,
-            got=layer.stamp.version,
+            got=version,
         )
-    return _document(pin)

@@ -324,12 +324,13 @@ class Store(Protocol):
         ...
 
     async def pin(
-        self, name: str, stamp: Stamp, tag: str, data: bytes, limit: int
+        self, name: str, stamp: Stamp | None, tag: str, data: bytes, limit: int
     ) -> Committed | Pinned | Full | NotKept | Missing:
         """Durably pin the newest record, which is then kept too, or a kept one: that with this stamp.
 
-        If several outcomes apply: `Missing` if there is no record of that name and incarnation, `Pinned` with the pin
-        that has this tag already (which a repeat of a call returns), `NotKept`, `Full` if the record has `limit` pins.
+        With None, the newest, whatever its stamp is. If several outcomes apply: `Missing` if there is no record of that
+        name and incarnation, `Pinned` with the pin that has this tag already (which a repeat of a call returns),
+        `NotKept`, `Full` if the record has `limit` pins.
         """
         ...
 

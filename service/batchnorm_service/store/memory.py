@@ -189,12 +189,15 @@ class MemoryStore:
         return Unchanged() if record.stamp == unless else record
 
     async def pin(
-        self, name: str, stamp: Stamp, tag: str, data: bytes, limit: int
+        self, name: str, stamp: Stamp | None, tag: str, data: bytes, limit: int
     ) -> Committed | Pinned | Full | NotKept | Missing:
         """See `Store.pin`."""
         await self.ping()
         present = self._records.get(name)
-        if present is None or present.stamp.incarnation != stamp.incarnation:
+        if present is None:
+            return Missing()
+        stamp = stamp or present.stamp
+        if present.stamp.incarnation != stamp.incarnation:
             return Missing()
         pins = self._pins.get(stamp.incarnation, {})
         if tag in pins:

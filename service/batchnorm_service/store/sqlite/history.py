@@ -97,11 +97,12 @@ def load_kept(
 
 
 def pin(
-    connection: sqlite3.Connection, name: str, stamp: Stamp, tag: str, data: bytes, limit: int
+    connection: sqlite3.Connection, name: str, stamp: Stamp | None, tag: str, data: bytes, limit: int
 ) -> Committed | Pinned | Full | NotKept | Missing:
     """See `Store.pin`."""
     present = load_stamp(connection, name)
-    if present is None or present.incarnation != stamp.incarnation:
+    stamp = stamp or present
+    if present is None or stamp is None or present.incarnation != stamp.incarnation:
         return Missing()
     if (taken := _pin(connection, stamp.incarnation, tag)) is not None:
         return Pinned(taken)

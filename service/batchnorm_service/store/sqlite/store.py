@@ -151,7 +151,7 @@ class SqliteStore:
         return await self._do(name, lambda c: history.load_kept(c, name, at, unless))
 
     async def pin(
-        self, name: str, stamp: Stamp, tag: str, data: bytes, limit: int
+        self, name: str, stamp: Stamp | None, tag: str, data: bytes, limit: int
     ) -> Committed | Pinned | Full | NotKept | Missing:
         """See `Store.pin`."""
         return await self._do(name, lambda c: history.pin(c, name, stamp, tag, data, limit), writes=True)

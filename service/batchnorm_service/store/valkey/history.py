@@ -81,18 +81,22 @@ return stamp .. read(newest, stamp)
 PIN: Final = make_script(
     _FIND
     + """
--- KEYS: record, kept records, pins. ARGV: stamp, tag, data, how many pins are allowed, whether a WAIT follows.
+-- KEYS: record, kept records, pins. ARGV: stamp or nothing, tag, data, how many pins are allowed, whether a WAIT
+-- follows.
 local newest = redis.call('GETRANGE', KEYS[1], 0, $STAMP_BYTES - 1)
-local incarnation, version = string.sub(ARGV[1], 1, 8), string.sub(ARGV[1], 9, 16)
+if newest == '' then return {$MISSING} end
+local wanted = ARGV[1]
+if wanted == '' then wanted = newest end
+local incarnation, version = string.sub(wanted, 1, 8), string.sub(wanted, 9, 16)
 if string.sub(newest, 1, 8) ~= incarnation then return {$MISSING} end
 local pin = redis.call('HGET', KEYS[3], incarnation .. ARGV[2])
 if pin then
     if ARGV[5] == '1' then redis.call('HSET', KEYS[3], incarnation .. ARGV[2], pin) end
     return {$PINNED, pin}
 end
-if find(newest, version) ~= ARGV[1] then return {$NOT_KEPT} end
+if find(newest, version) ~= wanted then return {$NOT_KEPT} end
 if #own(KEYS[3], incarnation) >= tonumber(ARGV[4]) then return {$FULL} end
-if newest == ARGV[1] then redis.call('HSET', KEYS[2], newest, read(newest, newest)) end
+if newest == wanted then redis.call('HSET', KEYS[2], newest, read(newest, newest)) end
 redis.call('HSET', KEYS[3], incarnation .. ARGV[2], version .. ARGV[3])
 return {$DONE}
 """,
@@ -188,10 +192,12 @@ class History:
         return Unchanged() if reply == ReplyCode.DONE else _none(reply)
 
     async def pin(
-        self, name: str, stamp: Stamp, tag: str, data: bytes, limit: int
+        self, name: str, stamp: Stamp | None, tag: str, data: bytes, limit: int
     ) -> Committed | Pinned | Full | NotKept | Missing:
         """See `Store.pin`."""
-        reply = await self._run(PIN, name, [pack_stamp(stamp), tag.encode(), data, limit, self._waits])
+        reply = await self._run(
+            PIN, name, [pack_stamp(stamp) if stamp else b"", tag.encode(), data, limit, self._waits]
+        )
         match reply[0]:
             case ReplyCode.DONE:
                 return Committed()

@@ -257,7 +257,7 @@ class ValkeyStore:
         return await self._require_open().history.load_kept(name, at, unless)
 
     async def pin(
-        self, name: str, stamp: Stamp, tag: str, data: bytes, limit: int
+        self, name: str, stamp: Stamp | None, tag: str, data: bytes, limit: int
     ) -> Committed | Pinned | Full | NotKept | Missing:
         """See `Store.pin`."""
         return await self._require_open().history.pin(name, stamp, tag, data, limit)
