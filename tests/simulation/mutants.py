@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count
+from itertools import chain, count
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from batchnorm_service.layers.shared_check import SharedCheck
 from batchnorm_service.layers.update_queue import UpdateQueue
 from batchnorm_service.store.base import Committed, Conflict, Duplicates, Record, StoreError
 from batchnorm_service.store.memory import MemoryStore
+from batchnorm_service.store.sqlite.thread import SqliteThread
 from simulation import world
 from simulation.store import Server
 
@@ -199,6 +200,24 @@ def a_store_answers_before_it_is_durable(patch: Patch) -> None:
     patch.setattr(Server, "apply", hasty)
 
 
+def a_thread_answers_before_its_transaction_is_durable(patch: Patch) -> None:
+    group = SqliteThread._group
+
+    def hasty(self: Any, runs: Any, connection: Any) -> Any:
+        values = group(self, runs, connection)
+        self._complete([(job.future, value) for job, value in zip(chain(*runs), values, strict=True)])
+        return values
+
+    patch.setattr(SqliteThread, "_group", hasty)
+
+
+def a_failed_transaction_is_acknowledged(patch: Patch) -> None:
+    def hopeful(self: Any, jobs: Any, _reason: Exception) -> None:
+        self._complete([(job.future, Committed()) for job in jobs])
+
+    patch.setattr(SqliteThread, "_fail", hopeful)
+
+
 def an_error_is_said_to_have_had_no_effect(patch: Patch) -> None:
     patch.setattr(retries, "may_have_taken_effect", lambda _: False)
 
@@ -222,6 +241,8 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
         waiting_folds_are_written_in_another_order,
         an_eval_shares_a_check_that_was_sent_before,
         a_store_answers_before_it_is_durable,
+        a_thread_answers_before_its_transaction_is_durable,
+        a_failed_transaction_is_acknowledged,
         an_error_is_said_to_have_had_no_effect,
     )
 }

@@ -102,7 +102,7 @@ class Server:
         self._random = random
         self._embedded = embedded
         self._faults = faults
-        self._clock = runtime.now
+        self.now = runtime.now
         self.table = MemoryStore(receipt_seconds, exclusive=False, runtime=runtime)
         self.log: list[Applied] = []
         self.history: dict[str, list[Newest]] = {}
@@ -114,12 +114,19 @@ class Server:
         self._snapshots = deque([self._snapshot()])  # of the newest durable write, and of each after it
 
     def _snapshot(self) -> _Snapshot:
-        """Records, receipts and pins are immutable, groups are not."""
+        return _Snapshot(self._writes, self.content(), len(self.log))
+
+    def content(self) -> dict[str, Any]:
+        """A copy of the table. Records, receipts and pins are immutable, groups are not."""
         state = vars(self.table)
         content = {name: copy.copy(value) for name, value in state.items() if isinstance(value, dict | list)}
         content |= {"_groups": copy.deepcopy(state["_groups"]), "_floor": state["_floor"]}
         content |= {each: {key: dict(value) for key, value in state[each].items()} for each in ("_kept", "_pins")}
-        return _Snapshot(self._writes, content, len(self.log))
+        return content
+
+    def restore(self, content: dict[str, Any]) -> None:
+        """Undo what was written since the copy."""
+        vars(self.table).update(content)
 
     async def apply(self, name: str, work: Callable[[MemoryStore], Any], receipts: Sequence[Receipt] = ()) -> Any:
         """Do a write. Returns its reply, once it and all that it rests on are durable.
@@ -133,23 +140,23 @@ class Server:
         overtaken: Newest | None = None
         written = tuple(receipts) if isinstance(reply, Committed) else ()
         if after is not before or written:
-            self.log.append(Applied(self._clock(), name, before, after, written))
-            overtaken = self._note(name)
+            self.log.append(Applied(self.now(), name, before, after, written))
+            overtaken = self.note(name, after)
             if not self._embedded and overtaken.record is not None:
-                overtaken.until = self._clock()
+                overtaken.until = self.now()
         self._writes += 1
         self._snapshots.append(self._snapshot())
         number, crashes = self._writes, self._crashes
         if self._random.random() < self._faults.crash_after_write:
             self.process.spawn(self._crash_soon())
         if self._faults.sync:
-            synced = self._clock() + self._random.expovariate(1 / self._faults.sync)
+            synced = self.now() + self._random.expovariate(1 / self._faults.sync)
             self._synced_at = max(self._synced_at, synced)  # what is durable takes along what came before
-            await asyncio.sleep(self._synced_at - self._clock())
+            await asyncio.sleep(self._synced_at - self.now())
         if crashes != self._crashes:
             raise StoreError("the server crashed")
         if overtaken is not None:
-            overtaken.until = min(overtaken.until, self._clock())
+            overtaken.until = min(overtaken.until, self.now())
         while self._snapshots[0].number < number:
             self._snapshots.popleft()
         return reply
@@ -158,20 +165,20 @@ class Server:
         await asyncio.sleep(self._random.uniform(0, self._faults.sync))
         self.crash()
 
-    def _note(self, name: str) -> Newest:
+    def note(self, name: str, record: Record | None) -> Newest:
         """Another record is the newest; returns the one before."""
         known = self.history.setdefault(name, [Newest(None, 0.0)])
-        known.append(Newest(self.table._records.get(name), self._clock()))
+        known.append(Newest(record, self.now()))
         return known[-2]
 
     def crash(self) -> None:
         """Lose some of the newest writes that are not durable, and answer none of them."""
         kept = self._snapshots[self._random.randrange(len(self._snapshots))]
-        vars(self.table).update(kept.content)
+        self.restore(kept.content)
         for name in {applied.name: None for applied in self.log[kept.applied :]}:
             for one in self.history[name]:
-                one.until = min(one.until, self._clock())
-            self._note(name)
+                one.until = min(one.until, self.now())
+            self.note(name, self.table._records.get(name))
         del self.log[kept.applied :]
         self._crashes += 1
         self._snapshots = deque([self._snapshot()])

@@ -45,6 +45,7 @@ class Plan:
         configs: of the layers.
         scripts: of the clients.
         replicas: how many; 1 has an embedded store.
+        threaded: whether that store works in a thread, as SQLite's does.
     """
 
     seed: int
@@ -52,6 +53,7 @@ class Plan:
     configs: dict[str, dict[str, Any]]
     scripts: list[Script]
     replicas: int
+    threaded: bool
 
     @classmethod
     def draw(cls, seed: int, length: int = LENGTH) -> Plan:
@@ -60,7 +62,8 @@ class Plan:
         configs = draw_configs(random)
         faults = Faults.draw(random)
         replicas = random.choice((1, 1, 2, 3))
-        return cls(seed, faults, configs, draw_scripts(random, list(configs), length), replicas)
+        scripts = draw_scripts(random, list(configs), length)
+        return cls(seed, faults, configs, scripts, replicas, replicas == 1 and random.random() < 0.5)
 
 
 @dataclass
@@ -101,7 +104,8 @@ class World:
         faults = calm if exclusive else plan.faults  # an embedded store dies with its process
         self.server = Server(random, faults, RECEIPT_SECONDS, ServiceRuntime(random), embedded=exclusive)
         replicas = [
-            Replica(f"replica {n}", self.server, random, faults, exclusive=exclusive) for n in range(plan.replicas)
+            Replica(f"replica {n}", self.server, random, faults, exclusive=exclusive, threaded=plan.threaded)
+            for n in range(plan.replicas)
         ]
         for one in replicas:
             await one.start()

@@ -90,7 +90,7 @@ class SqliteThread:
         self._before_commit = before_commit
         self._verify = verify
         self._submitted: list[Job[Any]] = []
-        self._queue: SimpleQueue[list[Job[Any]] | None] = SimpleQueue()
+        self._queue: SimpleQueue[list[Job[Any]] | None] = runtime.queue()
         self._opened: Future[None] = Future()
         self._closed: Future[None] = Future()
         self._stopped = False
