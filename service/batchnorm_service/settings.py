@@ -94,6 +94,9 @@ class Settings(BaseSettings):
     store_wait_timeout_seconds: float = Field(1, gt=0, allow_inf_nan=False)
     """How long a call waits for these replicas, before it gets 503."""
 
+    integrity_check_bytes: int = Field(64 << 20, ge=0)
+    """An SQLite file up to this size is checked for damage at start; 0 turns the check off."""
+
     max_staleness_ms: float = Field(0, ge=0, allow_inf_nan=False)
     """How long a check of a shared store stays valid for later calls; 0: every call checks."""
 
@@ -140,6 +143,7 @@ class Settings(BaseSettings):
             timeout=self.store_call_timeout_seconds,
             wait_replicas=self.store_wait_replicas,
             wait_timeout=self.store_wait_timeout_seconds,
+            check_bytes=self.integrity_check_bytes,
         )
 
     @model_validator(mode="after")

@@ -32,7 +32,7 @@ _CONCURRENT_LAYERS: Final = 16  # two records of each are in memory
 _NO_LIMIT: Final = 1 << 62
 
 ProgressCallback = Callable[[str, int, int | None], None]
-"""Called with the current step ("listing", "layers" or "receipts"), how many are done, and the total or None."""
+"""Called with the current step, such as "layers", how many are done, and the total or None."""
 
 
 class SameStoreError(Exception):

@@ -217,6 +217,10 @@ class StoreRefusedError(Exception):
     """A store cannot be opened; the message says why, such as an invalid URL, a file in use or a newer schema."""
 
 
+class StoreDamagedError(StoreRefusedError):
+    """A store is damaged, and has to be restored from a backup."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoreOptions:
     """Options for creating a store; each kind of store uses those that concern it.
@@ -228,6 +232,7 @@ class StoreOptions:
         timeout: seconds for a round trip to a Valkey server.
         wait_replicas: how many replicas must have a write before it is acknowledged.
         wait_timeout: seconds to wait for them.
+        check_bytes: an SQLite file up to this size is checked for damage when it is opened.
     """
 
     receipt_seconds: float
@@ -236,6 +241,7 @@ class StoreOptions:
     timeout: float = 5.0
     wait_replicas: int = 0
     wait_timeout: float = 1.0
+    check_bytes: int = 0
 
     def without_replicas(self) -> StoreOptions:
         """These options, for a store without replicas. Raises `StoreRefusedError` if `wait_replicas` is set."""

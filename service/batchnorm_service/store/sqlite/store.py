@@ -35,10 +35,12 @@ from batchnorm_service.store.base import (
     Unchanged,
 )
 from batchnorm_service.store.sqlite import history
+from batchnorm_service.store.sqlite.backup_socket import BackupSocket
+from batchnorm_service.store.sqlite.copies import CopyProgress
 from batchnorm_service.store.sqlite.file import open_file
 from batchnorm_service.store.sqlite.identity import SqliteFiles
 from batchnorm_service.store.sqlite.table import Commit, SqliteTable
-from batchnorm_service.store.sqlite.thread import Job, SqliteThread
+from batchnorm_service.store.sqlite.thread import Copy, Job, SqliteThread
 from batchnorm_service.store.sqlite.url import path_of
 
 T = TypeVar("T")
@@ -59,6 +61,7 @@ class SqliteStore:
         exclusive: lock the file until `close`, so that no other process can open it. False allows several processes
             to use the file; their commits are ordered by the stamps.
         busy_seconds: how long a call waits for another process's transaction (`exclusive=False`).
+        check_bytes: a file up to this size is checked for damage at `open`.
         runtime: clocks and random numbers.
 
     Attributes:
@@ -75,6 +78,7 @@ class SqliteStore:
         exclusive: bool = True,
         *,
         busy_seconds: float = 5.0,
+        check_bytes: int = 0,
         runtime: Runtime = RUNTIME,
     ) -> None:
         self.exclusive = self._locks = exclusive
@@ -82,6 +86,8 @@ class SqliteStore:
         self.url = f"sqlite:///{quote(self.path.as_posix(), safe='/:')}"
         self.files = SqliteFiles(self.path, Path(path).absolute(), shared=not exclusive, runtime=runtime)
         self._table = SqliteTable(receipt_seconds, runtime)
+        self._check_bytes = check_bytes
+        self._backups = BackupSocket(self.path, self.copy)
         self._busy_seconds = 0.0 if exclusive else busy_seconds
         self._runtime = runtime
         self._thread: SqliteThread | None = None
@@ -92,7 +98,7 @@ class SqliteStore:
         return 0 if self._thread is None else self._thread.transactions
 
     async def open(self) -> None:
-        """Open or create the file. Raises `StoreRefusedError`."""
+        """Open or create the file. If it is locked, offer backups to other processes. Raises `StoreRefusedError`."""
         if self._thread is not None and not self._thread.stopped:
             raise StoreError(f"{self.path} is open already")
         await self.close()  # a thread that is still closing the file has it locked
@@ -105,9 +111,12 @@ class SqliteStore:
         except BaseException:
             thread.stop()  # not awaited: after a refusal it has ended, and a cancelled call must not wait
             raise
+        if self._locks:
+            await self._backups.open()
 
     async def close(self) -> None:
         """Finish queued calls, checkpoint the write-ahead log, and close the file."""
+        await self._backups.close()
         if self._thread is not None:
             await asyncio.wrap_future(self._thread.stop())
 
@@ -200,8 +209,17 @@ class SqliteStore:
         """See `Store.import_receipts`."""
         return await self._do(name, lambda c: self._table.import_receipts(c, name, incarnation, receipts), writes=True)
 
+    async def copy(self, partial: Path, progress: CopyProgress) -> None:
+        """Write a consistent, durable copy to a new file, while other calls go on. See `copy_database`.
+
+        `progress` is called in another thread. Raises `StoreError`.
+        """
+        await self._do(None, Copy(partial, self.path.stat().st_mode, progress))
+
     def _connect(self) -> sqlite3.Connection:
-        return open_file(self.files, exclusive=self._locks, busy_seconds=self._busy_seconds)
+        return open_file(
+            self.files, exclusive=self._locks, busy_seconds=self._busy_seconds, check_bytes=self._check_bytes
+        )
 
     def _verify(self, connection: sqlite3.Connection) -> None:
         was_lost = self.files.lost
@@ -217,7 +235,7 @@ class SqliteStore:
             raise
 
     async def _do(
-        self, name: str | None, work: Callable[[sqlite3.Connection], T] | Commit, *, writes: bool = False
+        self, name: str | None, work: Callable[[sqlite3.Connection], T] | Commit | Copy, *, writes: bool = False
     ) -> T:
         if self._thread is None:
             raise StoreError("the SQLite store is not open")
@@ -227,4 +245,4 @@ class SqliteStore:
 def from_url(url: str, options: StoreOptions) -> SqliteStore:
     """Create the store of a URL `sqlite:///...`. Raises `StoreRefusedError`."""
     options.without_replicas()
-    return SqliteStore(path_of(url), options.receipt_seconds, options.exclusive)
+    return SqliteStore(path_of(url), options.receipt_seconds, options.exclusive, check_bytes=options.check_bytes)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sqlite3
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from batchnorm_service.store.base import StoreRefusedError
+from batchnorm_service.store.sqlite.copies import copy_database, flush
 
 _log = logging.getLogger(__name__)
 
@@ -157,12 +156,8 @@ def _copy(connection: sqlite3.Connection, path: Path, version: int) -> Path:
     """Make a durable backup of the file under a free name."""
     partial = path.with_name(f"{path.name}.schema-{version}.partial")
     partial.unlink(missing_ok=True)  # left by an interrupted upgrade
+    copy_database(connection, partial, path.stat().st_mode, lambda *_: None)
     try:
-        # With the file's permissions: SQLite would create it with the process's default permissions.
-        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, path.stat().st_mode & 0o777))
-        with closing(sqlite3.connect(partial)) as target:
-            connection.backup(target)
-        flush(partial)
         copy = _free_name(path.with_name(f"{path.name}.schema-{version}.backup"))
         partial.rename(copy)
     except BaseException:
@@ -179,17 +174,6 @@ def _free_name(path: Path) -> Path:
         number += 1
         free = path.with_name(f"{path.name}-{number}")
     return free
-
-
-def flush(path: Path) -> None:
-    """Flush a file, or the entries of a directory, to disk (fsync)."""
-    if os.name == "nt" and path.is_dir():  # Windows cannot flush a directory
-        return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _columns(connection: sqlite3.Connection, table: str) -> tuple[str, ...]:
