@@ -22,10 +22,32 @@ def check_layer_name(name: str) -> None:
         InvalidRequest: the name is not valid.
     """
     if not LAYER_NAME_PATTERN.fullmatch(name):
-        raise InvalidRequest(
-            f"{shown(name)} is no layer name: 1 to 200 letters, digits, dots, underscores and hyphens, "
-            "the first a letter or digit",
-            field="name",
-            expected=LAYER_NAME_PATTERN.pattern,
-            got=name[:200],
-        )
+        raise _invalid("name", name, f"layer name: {_RULE}", LAYER_NAME_PATTERN)
+
+
+def check_tag(tag: str) -> None:
+    """Check a tag.
+
+    Raises:
+        InvalidRequest: the tag is not valid.
+    """
+    if len(tag) > _LONGEST or not TAG_PATTERN.fullmatch(tag):
+        raise _invalid("tag", tag, f"tag: {_RULE}, and not only digits", TAG_PATTERN)
+
+
+def check_state_name(at: str) -> None:
+    """Check what names a state of a layer.
+
+    Raises:
+        InvalidRequest: it is neither a version in decimal nor a tag.
+    """
+    if len(at) > _LONGEST or not STATE_PATTERN.fullmatch(at):
+        raise _invalid("at", at, f"version or tag: a tag is {_RULE}", STATE_PATTERN)
+
+
+_LONGEST: Final = 200
+_RULE: Final = f"1 to {_LONGEST} letters, digits, dots, underscores and hyphens, the first a letter or digit"
+
+
+def _invalid(field: str, got: str, what: str, pattern: re.Pattern[str]) -> InvalidRequest:
+    return InvalidRequest(f"{shown(got)} is no {what}", field=field, expected=pattern.pattern, got=got[:_LONGEST])
