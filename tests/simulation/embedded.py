@@ -139,6 +139,7 @@ class _Connection:
             if after is not before or written:
                 self._server.log.append(Applied(at, name, before, after, written))
                 self._noted.append(self._server.note(name, after))
+            self._server.note_pins(name)
         self._done = []
 
     def _settle(self) -> None:

@@ -19,6 +19,8 @@ from batchnorm_service.layers import group_commit, groups, moments_source, updat
 from batchnorm_service.layers.cache import LayerCache
 from batchnorm_service.layers.cached_state import CachedState
 from batchnorm_service.layers.group_commit import Plan
+from batchnorm_service.layers.kept_states import KeptStates
+from batchnorm_service.layers.retention import Retention
 from batchnorm_service.layers.shared_check import SharedCheck
 from batchnorm_service.layers.update_queue import UpdateQueue
 from batchnorm_service.store.base import Committed, Conflict, Duplicates, Record, StoreError
@@ -218,6 +220,52 @@ def a_failed_transaction_is_acknowledged(patch: Patch) -> None:
     patch.setattr(SqliteThread, "_fail", hopeful)
 
 
+def a_pin_does_not_keep_its_state(patch: Patch) -> None:
+    pin = MemoryStore.pin
+
+    async def unkept(self: MemoryStore, *arguments: Any) -> Any:
+        with pytest.MonkeyPatch.context() as meanwhile:
+            meanwhile.setattr(MemoryStore, "_keep", lambda *_: None)
+            return await pin(self, *arguments)
+
+    patch.setattr(MemoryStore, "pin", unkept)
+
+
+def the_history_drops_pinned_states(patch: Patch) -> None:
+    def trim(self: MemoryStore, incarnation: int, keep: int) -> None:
+        kept = self._kept.get(incarnation, {})
+        for version in sorted(kept, reverse=True)[keep:]:
+            del kept[version]
+
+    patch.setattr(MemoryStore, "_trim", trim)
+
+
+def a_deleted_pin_is_served_from_memory(patch: Patch) -> None:
+    patch.setattr(KeptStates, "forget", lambda _: None)
+
+
+def the_state_before_a_reset_is_not_kept(patch: Patch) -> None:
+    proceed = Retention.next
+
+    def forgetful(self: Retention, *arguments: Any, **options: Any) -> Any:
+        after, keep = proceed(self, *arguments, **options)
+        return after, 0 if after.operation == "reset" else keep
+
+    patch.setattr(Retention, "next", forgetful)
+
+
+def a_rollback_leaves_the_counters(patch: Patch) -> None:
+    submit = UpdateQueue.submit
+
+    async def partly(self: UpdateQueue, queued: Any) -> Any:
+        if getattr(queued, "operation", "") == "rollback":
+            apply = queued.apply
+            queued.apply = lambda old: apply(old)._replace(num_batches_tracked=old.num_batches_tracked)
+        return await submit(self, queued)
+
+    patch.setattr(UpdateQueue, "submit", partly)
+
+
 def an_error_is_said_to_have_had_no_effect(patch: Patch) -> None:
     patch.setattr(retries, "may_have_taken_effect", lambda _: False)
 
@@ -243,6 +291,11 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
         a_store_answers_before_it_is_durable,
         a_thread_answers_before_its_transaction_is_durable,
         a_failed_transaction_is_acknowledged,
+        a_pin_does_not_keep_its_state,
+        the_history_drops_pinned_states,
+        a_deleted_pin_is_served_from_memory,
+        the_state_before_a_reset_is_not_kept,
+        a_rollback_leaves_the_counters,
         an_error_is_said_to_have_had_no_effect,
     )
 }

@@ -42,7 +42,15 @@ class Replica:
     """
 
     def __init__(
-        self, name: str, server: Server, random: Random, faults: Faults, *, exclusive: bool, threaded: bool = False
+        self,
+        name: str,
+        server: Server,
+        random: Random,
+        faults: Faults,
+        *,
+        exclusive: bool,
+        threaded: bool,
+        **keeping: Any,
     ) -> None:
         self.name = name
         self._server = server
@@ -51,10 +59,11 @@ class Replica:
         self._exclusive = exclusive
         self._threaded = threaded
         self._options = LayersOptions(
-            resident_layers=random.choice((1, 1, 2, 100)),
+            resident_layers=random.choice((1, 1, 1, 2, 100)),
             queue_length=random.choice((2, 1024)),
             store_timeout=random.choice((1.0, 10.0)),
             inline_bytes=random.choice((0, 1 << 20)),
+            **keeping,
         )
         self._graveyard: list[Any] = []  # what killed processes had is not collected: that would run their code
         self.runtime = ServiceRuntime(random)

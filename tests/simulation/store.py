@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any, NamedTuple
@@ -71,6 +71,19 @@ class Newest:
     until: float = float("inf")
 
 
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """A time in which a layer had these pins.
+
+    Attributes:
+        since: when it began; it lasts until that of the next one.
+        versions: by tag.
+    """
+
+    since: float
+    versions: Mapping[str, int]
+
+
 class _Snapshot(NamedTuple):
     """The table after a write.
 
@@ -92,6 +105,7 @@ class Server:
         table: the records.
         log: the writes that were applied and not undone, in order.
         history: by name, when each record was the newest: also what a crash undid.
+        pinned: by name, when it had which pins: also what a crash undid.
         away: whether it refuses connections.
         process: where it works.
     """
@@ -106,6 +120,7 @@ class Server:
         self.table = MemoryStore(receipt_seconds, exclusive=False, runtime=runtime)
         self.log: list[Applied] = []
         self.history: dict[str, list[Newest]] = {}
+        self.pinned: dict[str, list[Pinned]] = {}
         self.away = False
         self.process = Process("server")
         self._writes = 0
@@ -137,6 +152,7 @@ class Server:
         before = self.table._records.get(name)
         reply = await work(self.table)
         after = self.table._records.get(name)
+        self.note_pins(name)
         overtaken: Newest | None = None
         written = tuple(receipts) if isinstance(reply, Committed) else ()
         if after is not before or written:
@@ -171,6 +187,18 @@ class Server:
         known.append(Newest(record, self.now()))
         return known[-2]
 
+    def pins(self, name: str) -> dict[str, int]:
+        """The versions of the layer's pins, by tag."""
+        record = self.table._records.get(name)
+        found = {} if record is None else self.table._pins.get(record.stamp.incarnation, {})
+        return {tag: pin.version for tag, pin in found.items()}
+
+    def note_pins(self, name: str) -> None:
+        """The layer may have other pins now."""
+        known, versions = self.pinned.setdefault(name, [Pinned(0.0, {})]), self.pins(name)
+        if known[-1].versions != versions:
+            known.append(Pinned(self.now(), versions))
+
     def crash(self) -> None:
         """Lose some of the newest writes that are not durable, and answer none of them."""
         kept = self._snapshots[self._random.randrange(len(self._snapshots))]
@@ -179,6 +207,8 @@ class Server:
             for one in self.history[name]:
                 one.until = min(one.until, self.now())
             self.note(name, self.table._records.get(name))
+        for name in self.pinned:
+            self.note_pins(name)
         del self.log[kept.applied :]
         self._crashes += 1
         self._snapshots = deque([self._snapshot()])

@@ -74,6 +74,7 @@ class World:
         plan: what it was made from.
         operations: what clients saw, in the order in which calls began.
         server: with all that was written.
+        history_length: how many states of a layer the replicas keep without a pin.
         findings: what broke a promise; empty if nothing did.
         events: what went wrong, for the trace.
     """
@@ -83,6 +84,7 @@ class World:
     findings: list[str] = field(default_factory=list)
     events: list[tuple[float, str]] = field(default_factory=list)
     server: Server = field(init=False)
+    history_length: int = field(init=False)
 
     def run(self) -> World:
         """Run it to its end and check its history."""
@@ -93,7 +95,10 @@ class World:
         except loop.DeadlockError as error:
             self.findings.append(str(error))
         self.findings += oracle.check(
-            self.operations, self.server, requests_come_twice=self.plan.faults.request_twice > 0
+            self.operations,
+            self.server,
+            self.history_length,
+            requests_come_twice=self.plan.faults.request_twice > 0,
         )
         return self
 
@@ -102,9 +107,11 @@ class World:
         exclusive = plan.replicas == 1
         calm = replace(plan.faults, failover=0.0, crash_after_write=0.0, store_away=0.0)
         faults = calm if exclusive else plan.faults  # an embedded store dies with its process
+        keeping = {"history_length": random.choice((0, 1, 3, 20)), "history_seconds": random.choice((0.0, 0.1, 60.0))}
+        self.history_length = keeping["history_length"]
         self.server = Server(random, faults, RECEIPT_SECONDS, ServiceRuntime(random), embedded=exclusive)
         replicas = [
-            Replica(f"replica {n}", self.server, random, faults, exclusive=exclusive, threaded=plan.threaded)
+            Replica(f"replica {n}", self.server, random, faults, exclusive=exclusive, threaded=plan.threaded, **keeping)
             for n in range(plan.replicas)
         ]
         for one in replicas:
