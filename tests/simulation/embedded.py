@@ -139,7 +139,8 @@ class _Connection:
             if after is not before or written:
                 self._server.log.append(Applied(at, name, before, after, written))
                 self._noted.append(self._server.note(name, after))
-            self._server.note_pins(name)
+            if (unpinned := self._server.note_pins(name)) is not None:
+                self._noted.append(unpinned)
         self._done = []
 
     def _settle(self) -> None:

@@ -118,10 +118,7 @@ def _misread(one: Operation, server: Server) -> str | None:
 def _between(one: Operation, server: Server) -> list[Mapping[str, int]]:
     """The pins that the layer had at some time while an operation ran."""
     known = server.pinned.get(one.layer, [])
-    ends = [each.since for each in known[1:]] + [float("inf")]
-    found = [
-        each.versions for each, until in zip(known, ends, strict=True) if each.since <= one.ended and one.began <= until
-    ]
+    found = [each.versions for each in known if each.since <= one.ended and one.began <= each.until]
     return found or [{}]
 
 

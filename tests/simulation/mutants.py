@@ -23,7 +23,7 @@ from batchnorm_service.layers.kept_states import KeptStates
 from batchnorm_service.layers.retention import Retention
 from batchnorm_service.layers.shared_check import SharedCheck
 from batchnorm_service.layers.update_queue import UpdateQueue
-from batchnorm_service.store.base import Committed, Conflict, Duplicates, Record, StoreError
+from batchnorm_service.store.base import Committed, Conflict, Duplicates, Record, Stamp, StoreError
 from batchnorm_service.store.memory import MemoryStore
 from batchnorm_service.store.sqlite.thread import SqliteThread
 from simulation import world
@@ -132,6 +132,30 @@ def a_lost_race_overwrites_the_winner(patch: Patch) -> None:
 
 
 async def _nothing(*_: Any) -> None: ...
+
+
+class _VersionOnly(Stamp):
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stamp) and self[:2] == other[:2]
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = Stamp.__hash__
+
+
+def a_stamp_is_compared_by_its_version_alone(patch: Patch) -> None:
+    """A failover may cause a version to be given a second time."""
+    load, commit = MemoryStore.load, MemoryStore.commit
+
+    async def loaded(self: MemoryStore, name: str, unless: Any = None) -> Any:
+        return await load(self, name, None if unless is None else _VersionOnly(*unless))
+
+    async def committed(self: MemoryStore, name: str, expected: Any, *arguments: Any) -> Any:
+        return await commit(self, name, _VersionOnly(*expected), *arguments)
+
+    patch.setattr(MemoryStore, "load", loaded)
+    patch.setattr(MemoryStore, "commit", committed)
 
 
 def a_new_weight_is_not_noticed(patch: Patch) -> None:
@@ -283,6 +307,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
         an_unknown_outcome_is_taken_for_success,
         an_unknown_outcome_is_folded_anew,
         a_lost_race_overwrites_the_winner,
+        a_stamp_is_compared_by_its_version_alone,
         a_new_weight_is_not_noticed,
         a_group_is_folded_once_by_each_member,
         keys_are_not_compared_with_their_batches,

@@ -71,17 +71,18 @@ class Newest:
     until: float = float("inf")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Pinned:
     """A time in which a layer had these pins.
 
     Attributes:
-        since: when it began; it lasts until that of the next one.
         versions: by tag.
+        since, until: as of `Newest`.
     """
 
-    since: float
     versions: Mapping[str, int]
+    since: float
+    until: float = float("inf")
 
 
 class _Snapshot(NamedTuple):
@@ -152,7 +153,7 @@ class Server:
         before = self.table._records.get(name)
         reply = await work(self.table)
         after = self.table._records.get(name)
-        self.note_pins(name)
+        unpinned = self.note_pins(name)
         overtaken: Newest | None = None
         written = tuple(receipts) if isinstance(reply, Committed) else ()
         if after is not before or written:
@@ -160,6 +161,8 @@ class Server:
             overtaken = self.note(name, after)
             if not self._embedded and overtaken.record is not None:
                 overtaken.until = self.now()
+        if unpinned is not None and not self._embedded:
+            unpinned.until = self.now()
         self._writes += 1
         self._snapshots.append(self._snapshot())
         number, crashes = self._writes, self._crashes
@@ -171,8 +174,9 @@ class Server:
             await asyncio.sleep(self._synced_at - self.now())
         if crashes != self._crashes:
             raise StoreError("the server crashed")
-        if overtaken is not None:
-            overtaken.until = min(overtaken.until, self.now())
+        for each in (overtaken, unpinned):
+            if each is not None:
+                each.until = min(each.until, self.now())
         while self._snapshots[0].number < number:
             self._snapshots.popleft()
         return reply
@@ -193,11 +197,13 @@ class Server:
         found = {} if record is None else self.table._pins.get(record.stamp.incarnation, {})
         return {tag: pin.version for tag, pin in found.items()}
 
-    def note_pins(self, name: str) -> None:
-        """The layer may have other pins now."""
-        known, versions = self.pinned.setdefault(name, [Pinned(0.0, {})]), self.pins(name)
-        if known[-1].versions != versions:
-            known.append(Pinned(self.now(), versions))
+    def note_pins(self, name: str) -> Pinned | None:
+        """The layer may have other pins now; returns those before, if they are others."""
+        known, versions = self.pinned.setdefault(name, [Pinned({}, 0.0)]), self.pins(name)
+        if known[-1].versions == versions:
+            return None
+        known.append(Pinned(versions, self.now()))
+        return known[-2]
 
     def crash(self) -> None:
         """Lose some of the newest writes that are not durable, and answer none of them."""
@@ -208,7 +214,8 @@ class Server:
                 one.until = min(one.until, self.now())
             self.note(name, self.table._records.get(name))
         for name in self.pinned:
-            self.note_pins(name)
+            if (lost := self.note_pins(name)) is not None:
+                lost.until = min(lost.until, self.now())
         del self.log[kept.applied :]
         self._crashes += 1
         self._snapshots = deque([self._snapshot()])

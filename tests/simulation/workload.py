@@ -39,6 +39,9 @@ _KINDS = {
     "history": 2,
 }
 
+TRAIN_AND_READ = {"train": 40, "eval": 30, "inspect": 10}
+"""What finds a state that is taken for another."""
+
 
 def draw_configs(random: Random) -> dict[str, dict[str, Any]]:
     """One to three layers."""
@@ -53,15 +56,16 @@ def draw_configs(random: Random) -> dict[str, dict[str, Any]]:
     return configs
 
 
-def draw_scripts(random: Random, layers: list[str], length: int) -> list[Script]:  # noqa: C901, PLR0912 - a case for each kind
+def draw_scripts(  # noqa: C901, PLR0912 - a case for each kind
+    random: Random, layers: list[str], length: int, weights: dict[str, int] = _KINDS, *, busy: bool = False
+) -> list[Script]:
     """Two to ten clients. A group's members are steps of different clients with the same group."""
     scripts = [Script() for _ in range(random.randint(2, 10))]
     numpy = np.random.default_rng(random.getrandbits(32))
     keyed: list[tuple[str, dict[str, Any]]] = []
-    kinds, weights = list(_KINDS), list(_KINDS.values())
-    busy = random.random() < 0.5
+    busy = busy or random.random() < 0.5
     for number in range(length):
-        kind, layer = random.choices(kinds, weights)[0], random.choice(layers)
+        kind, layer = random.choices(list(weights), list(weights.values()))[0], random.choice(layers)
         first, second = random.sample(scripts, 2)
         pause = random.expovariate(500 if busy else random.choice((1, 10, 100)))
         batch = _batch(random, numpy)

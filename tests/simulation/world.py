@@ -20,7 +20,7 @@ from simulation.operations import Operation, Script
 from simulation.replica import Replica
 from simulation.runtimes import ClientRuntime, ServiceRuntime
 from simulation.store import Server
-from simulation.workload import RETRY, Caller, draw_configs, draw_scripts
+from simulation.workload import RETRY, TRAIN_AND_READ, Caller, draw_configs, draw_scripts
 
 LENGTH = 40
 """Steps of all clients together."""
@@ -57,9 +57,22 @@ class Plan:
 
     @classmethod
     def draw(cls, seed: int, length: int = LENGTH) -> Plan:
-        """The plan of a seed."""
+        """The plan of a seed.
+
+        In most worlds everything may happen. In some, clients do nothing but train and read: one layer while the store
+        crashes, or two layers, of which one fits in the cache, while nothing goes wrong.
+        """
         random = Random(seed)
         configs = draw_configs(random)
+        match random.random():
+            case chance if chance < 0.2:
+                configs = {"a": configs["a"]}
+                scripts = draw_scripts(random, ["a"], length, TRAIN_AND_READ)
+                return cls(seed, Faults.crashes(random), configs, scripts, random.choice((2, 3)), threaded=False)
+            case chance if chance < 0.3:
+                configs = dict.fromkeys("ab", configs["a"])
+                scripts = draw_scripts(random, list("ab"), 2 * length, TRAIN_AND_READ, busy=True)
+                return cls(seed, Faults.none(random), configs, scripts, replicas=1, threaded=random.random() < 0.5)
         faults = Faults.draw(random)
         replicas = random.choice((1, 1, 2, 3))
         scripts = draw_scripts(random, list(configs), length)
