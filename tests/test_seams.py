@@ -20,6 +20,8 @@ CALLS = {
     "datetime.now",
     "datetime.utcnow",
     "os.urandom",
+    "queue.SimpleQueue",
+    "SimpleQueue",
     "threading.Thread",
     "threading.Timer",
 }

@@ -17,12 +17,13 @@ from batchnorm_client.core import Retry
 from batchnorm_client.layer import RemoteLayer
 from batchnorm_client.options import LayerChanges, LayerOptions
 from batchnorm_client.results import BatchStatistics, EvalResult, FoldResult, Gradients, TrainResult
-from batchnorm_client.wire.documents import Layer, LayerConfig, LayerSummary
+from batchnorm_client.wire.documents import HistoryEntry, Layer, LayerConfig, LayerSummary, Pin
 from batchnorm_client.wire.errors import (
     PROBLEMS,
     BatchNormError,
     ConnectionFailed,
     DeviceUnavailable,
+    DigestMismatch,
     DtypeMismatch,
     Forbidden,
     GroupClosed,
@@ -33,6 +34,7 @@ from batchnorm_client.wire.errors import (
     InvalidRequest,
     LayerExists,
     LayerNotFound,
+    LayerPinned,
     MalformedBody,
     MethodNotAllowed,
     NoAnswer,
@@ -42,6 +44,7 @@ from batchnorm_client.wire.errors import (
     NotImplementedProblem,
     Overloaded,
     PayloadTooLarge,
+    PinExists,
     ProblemError,
     RequestError,
     RequestTimeout,
@@ -51,10 +54,12 @@ from batchnorm_client.wire.errors import (
     TimedOut,
     TooFewValues,
     TooManyLayers,
+    TooManyPins,
     Unauthenticated,
     UnexpectedAnswer,
     UnsupportedMediaType,
     VersionMismatch,
+    VersionNotFound,
 )
 
 __all__ = [
@@ -66,6 +71,7 @@ __all__ = [
     "Client",
     "ConnectionFailed",
     "DeviceUnavailable",
+    "DigestMismatch",
     "DtypeMismatch",
     "EvalResult",
     "FoldResult",
@@ -74,6 +80,7 @@ __all__ = [
     "GroupClosed",
     "GroupIncomplete",
     "GroupMismatch",
+    "HistoryEntry",
     "IdempotencyKeyReused",
     "InternalError",
     "InvalidRequest",
@@ -83,6 +90,7 @@ __all__ = [
     "LayerExists",
     "LayerNotFound",
     "LayerOptions",
+    "LayerPinned",
     "LayerSummary",
     "MalformedBody",
     "MethodNotAllowed",
@@ -93,6 +101,8 @@ __all__ = [
     "NotImplementedProblem",
     "Overloaded",
     "PayloadTooLarge",
+    "Pin",
+    "PinExists",
     "ProblemError",
     "RemoteLayer",
     "RequestError",
@@ -104,9 +114,11 @@ __all__ = [
     "TimedOut",
     "TooFewValues",
     "TooManyLayers",
+    "TooManyPins",
     "TrainResult",
     "Unauthenticated",
     "UnexpectedAnswer",
     "UnsupportedMediaType",
     "VersionMismatch",
+    "VersionNotFound",
 ]

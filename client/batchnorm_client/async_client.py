@@ -32,13 +32,18 @@ class AsyncClient:
             output = (await layer.train(batch)).output
 
     Calls that fail temporarily are retried until they succeed or the deadline is reached. No batch is counted twice:
-    calls that fold a batch, and reset, carry an idempotency key, by which the service recognizes a repeat. Retried are:
+    calls that fold a batch, reset and rollback carry an idempotency key, by which the service recognizes a repeat.
+    Retried are:
 
         inspect, state_dict, layers, eval,
-        eval_local, inverse, backward       always: they change nothing
+        eval_local, inverse, backward,
+        history, pins                       always: they change nothing
         create_layer, train, reset,
-        train_local, fold_moments           always: the service recognizes the repeat
+        train_local, fold_moments,
+        rollback, pin                       always: the service recognizes the repeat
         update                              always: it sets values; `if_match` also protects the updates of others
+        unpin                               only while no attempt can have taken effect; then it asks whether the pin
+                                            is gone
         load_state_dict, delete             with `if_match` always; without it only while no attempt can have taken
                                             effect. After that they raise, with `outcome_unknown` set
 
@@ -112,13 +117,20 @@ class AsyncClient:
         await self._call(calls.create(name, num_features, options))
         return self.layer(name)
 
-    def layer(self, name: str) -> AsyncRemoteLayer:
+    def layer(self, name: str, *, at: int | str | None = None, expect: str | None = None) -> AsyncRemoteLayer:
         """A handle for a layer. Makes no call: a layer that does not exist is noticed when the handle is used.
 
+        With `at` or `expect` the handle only reads: it evaluates with exactly this state, or raises.
+
+        Args:
+            name: of the layer.
+            at: a kept version, or the tag of a pin, instead of the newest state.
+            expect: the digest that this state, or the newest one, must have, as `AsyncRemoteLayer.pin` returned it.
+
         Raises:
-            InvalidRequest: not a valid layer name.
+            InvalidRequest: not a valid layer name, version, tag or digest.
         """
-        return AsyncRemoteLayer(self, name)
+        return AsyncRemoteLayer(self, name, at=at, expect=expect)
 
     async def layers(self, prefix: str = "") -> AsyncIterator[LayerSummary]:
         """All layers whose names start with `prefix`, by name: `async for layer in client.layers()`.

@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import numpy.typing as npt
 
 from batchnorm_client.arrays import A, to_numpy, to_torch
-from batchnorm_client.core import calls, local
+from batchnorm_client.core import calls, history_calls, local
 from batchnorm_client.core.group_member import GroupMember
+from batchnorm_client.core.state_choice import StateChoice
 from batchnorm_client.kernels.state import LocalState
 from batchnorm_client.options import LayerChanges, Mode, What
 from batchnorm_client.results import EvalResult, FoldResult, Gradients, TrainResult
-from batchnorm_client.wire.documents import Layer
+from batchnorm_client.wire.documents import HistoryEntry, Layer, Pin
 
 if TYPE_CHECKING:
     import torch
@@ -26,16 +28,26 @@ if TYPE_CHECKING:
 class RemoteLayer:
     """A handle for a layer of the service. Made by `Client.layer` and `create_layer`.
 
+    A handle that was made with `at` or `expect` only reads the state that they name: `eval`, `eval_local`, `inverse`,
+    `inspect` and `state_dict` use this state, or raise `VersionNotFound` if it is not kept any more, and
+    `DigestMismatch` if it has another digest. `history` and `pins` list those of the layer. All other methods raise
+    ValueError before anything is sent.
+
     Every method may also raise `LayerNotFound`; `Unauthenticated` and `Forbidden`; `Overloaded`, `StoreUnavailable`,
     `ConnectionFailed` and `TimedOut` after all attempts; `UnexpectedAnswer`.
 
     Attributes:
         name: of the layer.
+        at: the version or tag that is read; None for the newest state.
+        expect: the digest that the state must have; None for any.
     """
 
-    def __init__(self, client: Client, name: str) -> None:
+    def __init__(self, client: Client, name: str, *, at: int | str | None = None, expect: str | None = None) -> None:
         calls.layer_path(name)
         self.name = name
+        self.at = at
+        self.expect = expect
+        self._choice = StateChoice.of(at, expect)
         self._client = client
         self._cached_state: LocalState | None = None  # of eval_local and train_local; revalidated before each use
 
@@ -75,6 +87,7 @@ class RemoteLayer:
             PayloadTooLarge: the batch is larger than the service takes.
             TypeError: `x` is no array, or has a dtype that cannot be sent.
         """
+        self._choice.check_writable(self.name, "train")
         member = GroupMember.of(group, size, timeout)
         return self._client._call(
             calls.train(self.name, x, key=self._client._key(key), statistics=statistics, member=member)
@@ -108,6 +121,7 @@ class RemoteLayer:
         Raises:
             As `train`. In a group, an output that overflows is only detected after the group was folded.
         """
+        self._choice.check_writable(self.name, "train_local")
         state, member = self._state(), GroupMember.of(group, size, timeout)
         run = self._client._runtime.run
         step = run(partial(local.train_step, state, x)) if member is None else None
@@ -140,6 +154,7 @@ class RemoteLayer:
         Raises:
             As `train`.
         """
+        self._choice.check_writable(self.name, "fold_moments")
         member = GroupMember.of(group, size, timeout)
         return self._client._call(
             calls.fold_moments(self.name, (count, mean, var), key=self._client._key(key), member=member)
@@ -156,10 +171,15 @@ class RemoteLayer:
             ShapeMismatch, DtypeMismatch, PayloadTooLarge, TypeError: as for `train`.
             TooFewValues: one value per channel, and the layer has no running statistics.
         """
-        return self._client._call(calls.evaluate(self.name, x, statistics=statistics))
+        return self._client._call(calls.evaluate(self.name, x, statistics=statistics, choice=self._choice))
 
     def eval_local(self, x: A, *, statistics: bool = False) -> EvalResult[A]:
         """As `eval`, but the batch is not sent. The layer's state is cached, and read again only if it has changed.
+
+        With `expect`, the digest is computed here from the numbers that were read. A handle with `at` and `expect`
+        reads them once and makes no further calls, because another state would have another digest; so it also works
+        after the pin was deleted. A handle with `at` alone asks before each use whether the tag stands for another
+        state now.
 
         Args:
             x: as for `eval`.
@@ -181,7 +201,7 @@ class RemoteLayer:
             InvalidRequest: the layer has no running statistics, or a weight is 0.
             ShapeMismatch, DtypeMismatch, PayloadTooLarge, TypeError: as for `train`.
         """
-        return self._client._call(calls.inverse(self.name, y))
+        return self._client._call(calls.inverse(self.name, y, self._choice))
 
     def backward(
         self,
@@ -211,14 +231,15 @@ class RemoteLayer:
             GroupIncomplete, GroupClosed, GroupMismatch: as for `train`.
             InvalidRequest: a group in eval mode, or of a layer that clips.
         """
+        self._choice.check_writable(self.name, "backward")
         member = GroupMember.of(group, size, timeout)
         return self._client._call(
             calls.backward(self.name, x, grad_output, mode=mode, key=self._client._key(key), member=member)
         )
 
     def inspect(self) -> Layer:
-        """The layer's config, counters and state, as of its newest commit."""
-        return self._client._call(calls.inspect(self.name))
+        """The layer's config, counters, state and digest, as of its newest commit, or of the state that is read."""
+        return self._client._call(calls.inspect(self.name, self._choice))
 
     def update(self, *, if_match: int | None = None, **changes: Unpack[LayerChanges]) -> Layer:
         """Set `eps`, `momentum`, `track_running_stats`, `non_finite`, `half_life`, `clip`, `weight` or `bias`.
@@ -231,6 +252,7 @@ class RemoteLayer:
             VersionMismatch: the layer has another version than `if_match`.
             InvalidRequest, ShapeMismatch, NonFinite: a value does not fit; nothing was set.
         """
+        self._choice.check_writable(self.name, "update")
         return self._client._call(calls.update(self.name, changes, if_match))
 
     def reset(self, what: What = "running_stats", *, key: str | None = None, if_match: int | None = None) -> Layer:
@@ -245,6 +267,7 @@ class RemoteLayer:
             VersionMismatch: the layer has another version than `if_match`.
             IdempotencyKeyReused: the key belongs to another call.
         """
+        self._choice.check_writable(self.name, "reset")
         return self._client._call(calls.reset(self.name, what, self._client._key(key), if_match))
 
     @overload
@@ -261,7 +284,7 @@ class RemoteLayer:
         Args:
             as_torch: torch tensors, on the CPU, for `module.load_state_dict`; numpy arrays otherwise.
         """
-        tensors = self._client._call(calls.state(self.name))
+        tensors = self._client._call(calls.state(self.name, self._choice))
         if as_torch:
             return {name: to_torch(tensor) for name, tensor in tensors.items()}
         return {name: to_numpy(tensor) for name, tensor in tensors.items()}
@@ -279,24 +302,99 @@ class RemoteLayer:
             VersionMismatch: the layer has another version than `if_match`.
             InvalidRequest, ShapeMismatch, DtypeMismatch, NonFinite: a tensor does not fit; nothing was replaced.
         """
+        self._choice.check_writable(self.name, "load_state_dict")
         return self._client._call(calls.replace_state(self.name, state_dict, if_match))
 
-    def delete(self, *, if_match: int | None = None) -> None:
-        """Delete the layer and its receipts.
+    def history(self, *, limit: int | None = None, before: int | None = None) -> Iterator[HistoryEntry]:
+        """The newest state and those that the service keeps, newest first: `for state in layer.history()`.
+
+        Pages are requested as they are needed.
+
+        Args:
+            limit: at most so many states.
+            before: only states with versions below this.
+        """
+        while limit is None or limit > 0:
+            page = self._client._call(history_calls.page(self.name, limit, before))
+            yield from page.history
+            before = page.next
+            if before is None:
+                return
+            if limit is not None:
+                limit -= len(page.history)
+
+    def rollback(self, to: int | str, *, key: str | None = None, if_match: int | None = None) -> Layer:
+        """Go back to a kept state: its tensors, counters and options get a new version. The state before is kept, too.
+
+        Args:
+            to: a version, or the tag of a pin.
+            key: an idempotency key, as in `train`.
+            if_match: do it only if the layer has this version.
+
+        Raises:
+            VersionNotFound: this state is not kept.
+            VersionMismatch: the layer has another version than `if_match`.
+            IdempotencyKeyReused: the key belongs to another call.
+        """
+        self._choice.check_writable(self.name, "rollback")
+        return self._client._call(history_calls.rollback(self.name, to, self._client._key(key), if_match))
+
+    def pin(self, tag: str, *, version: int | None = None, key: str | None = None) -> Pin:
+        """Keep a state under a tag, unchanged, until `unpin`. Repeating the call for the same state changes nothing.
+
+        Args:
+            tag: as a layer name, with at least one character that is no digit.
+            version: of the newest or a kept state; by default the newest.
+            key: an idempotency key: a repeat with it returns the same pin, even if the layer was changed meanwhile.
+
+        Returns:
+            The pin, whose `tag` and `digest` name the state: `client.layer(name, at=tag, expect=digest)` reads it.
+
+        Raises:
+            PinExists: the tag stands for another state.
+            VersionNotFound: this version is not kept.
+            TooManyPins: the layer has as many pins as the service allows.
+            IdempotencyKeyReused: the key belongs to another call.
+        """
+        self._choice.check_writable(self.name, "pin")
+        return self._client._call(history_calls.pin(self.name, tag, version, self._client._key(key)))
+
+    def pins(self) -> list[Pin]:
+        """All pins of the layer, by tag."""
+        return self._client._call(history_calls.pins(self.name))
+
+    def unpin(self, tag: str) -> None:
+        """Delete a pin. Its state is then kept as long as others without a pin.
+
+        A call whose response was lost is not repeated, because the tag may stand for another state by then; if there
+        still is a pin, it raises, with `outcome_unknown` set.
+
+        Raises:
+            VersionNotFound: there is no such pin.
+        """
+        self._choice.check_writable(self.name, "unpin")
+        self._client._call(history_calls.unpin(self.name, tag))
+
+    def delete(self, *, if_match: int | None = None, with_pins: bool = False) -> None:
+        """Delete the layer, its receipts and its history.
 
         Args:
             if_match: do it only if the layer has this version. Without it, a call whose response was lost is not
                 repeated, because another layer may have the name by then; if the layer still exists, it raises, with
                 `outcome_unknown` set.
+            with_pins: also if the layer has pins, which are deleted, too.
 
         Raises:
+            LayerPinned: the layer has pins.
             VersionMismatch: the layer has another version than `if_match`.
         """
-        self._client._call(calls.delete(self.name, if_match))
+        self._choice.check_writable(self.name, "delete")
+        self._client._call(calls.delete(self.name, if_match, with_pins=with_pins))
 
     def _state(self) -> LocalState:
-        self._cached_state = self._client._call(calls.revalidate(self.name, self._cached_state))
+        if self._cached_state is None or not self._choice.is_constant:
+            self._cached_state = self._client._call(calls.revalidate(self.name, self._cached_state, self._choice))
         return self._cached_state
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name!r} at {self._client.base_url})"
+        return f"{type(self).__name__}({self.name!r}{self._choice.arguments} at {self._client.base_url})"

@@ -35,12 +35,14 @@ class EvalResult(Generic[A]):
         output: of the input's type, shape, dtype and device; numpy arrays are writable.
         version: of the layer's state that was used.
         num_batches_tracked: of that state.
+        digest: of that state; equal digests mean that the same input gives the same output.
         statistics: when they were asked for; None for an empty batch.
     """
 
     output: A
     version: int
     num_batches_tracked: int
+    digest: str
     statistics: BatchStatistics[A] | None = None
 
 

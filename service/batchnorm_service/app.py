@@ -40,6 +40,9 @@ def create_app(settings: Settings | None = None, store: Store | None = None) -> 
             store_timeout=settings.store_timeout_seconds,
             inline_bytes=settings.inline_bytes,
             max_staleness=settings.max_staleness_ms / 1000,
+            history_length=settings.history_length,
+            history_seconds=settings.history_seconds,
+            max_pins=settings.max_pins,
         ),
     )
 

@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,8 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from batchnorm_client.wire.errors import DeviceUnavailable
 from batchnorm_service import __version__
+from batchnorm_service.backup import backup, restore
 from batchnorm_service.settings import PREFIX, Settings, export, unknown_variables
-from batchnorm_service.store.base import StoreError, StoreRefusedError
+from batchnorm_service.store.base import StoreDamagedError, StoreError, StoreRefusedError
 from batchnorm_service.transfer import ProgressCallback, Report, SameStoreError, migrate, store_to_move
 
 log = logging.getLogger(__name__)
@@ -77,6 +79,8 @@ def serve(
         else:
             export(flags)
             run_workers(settings, _announce)
+    except StoreDamagedError as error:
+        _fail(f"{error}; restore a backup: batchnorm-service restore FILE --overwrite", code=2)
     except (StoreRefusedError, PortUnavailableError, DeviceUnavailable, WorkersFailedError) as error:
         _fail(str(error), code=1)
 
@@ -87,7 +91,7 @@ def _migrate(
     target: Annotated[str, typer.Option("--to", help="The store to copy to.", envvar=f"{PREFIX}MIGRATE_TO")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace layers that differ in the target.")] = False,
 ) -> None:
-    """Copy all layers and unexpired receipts to another store, and verify them. Stop all services first.
+    """Copy all layers, their history and unexpired receipts to another store, and verify them. Stop all services first.
 
     Repeat it after an interruption. Exit status: 0 if the copy is complete, 1 if it is not, 2 for invalid options.
     Give URLs with passwords as BATCHNORM_MIGRATE_FROM and BATCHNORM_MIGRATE_TO instead of flags.
@@ -115,16 +119,79 @@ def _migrate(
         raise typer.Exit(1)
 
 
+_BackupFile = Annotated[Path, typer.Argument(help="The backup, an SQLite file.", metavar="FILE", dir_okay=False)]
+_StoreUrl = Annotated[str | None, typer.Option("--store", help="The store; by default BATCHNORM_STORE.")]
+
+
+@app.command("backup")
+def _backup(file: _BackupFile, store: _StoreUrl = None) -> None:
+    """Write a backup of the store to FILE, also while the service runs. An earlier backup of that name is replaced.
+
+    Exit status: 0 if FILE is complete and checked, 1 if it could not be written, 2 for invalid arguments.
+    """
+    with _failing():
+        settings = _store_settings(store)
+        with _progress_bar() as progress:
+            report = backup(settings, file, progress)
+    typer.echo(f"{file}: backup complete and checked" + (f"; {_counts(report)}" if report else ""))
+    if report is not None and report.changed:
+        typer.echo(f"changed during the backup, which has them as they were before: {_join_names(report.changed)}")
+
+
+@app.command("restore")
+def _restore(
+    file: _BackupFile,
+    store: _StoreUrl = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the SQLite file, or layers in Valkey that differ.")
+    ] = False,
+) -> None:
+    """Check the backup FILE, and restore it to the store. Stop all services first.
+
+    Exit status: 0 if everything was restored, 1 if not, 2 for invalid arguments and damaged files.
+    """
+    with _failing():
+        settings = _store_settings(store)
+        with _progress_bar() as progress:
+            report = restore(settings, file, progress, overwrite=overwrite)
+    typer.echo(f"{file}: restored" + (f"; {_summary(report)}" if report else ""))
+    if report is not None and not report.complete:
+        raise typer.Exit(1)
+
+
+def _store_settings(store: str | None) -> Settings:
+    return Settings() if store is None else Settings(store=store)
+
+
+@contextmanager
+def _failing() -> Iterator[None]:
+    """Turn the errors of a backup into exit statuses."""
+    try:
+        yield
+    except ValidationError as error:
+        _fail("; ".join(_describe_error(details["loc"], details["msg"], {}) for details in error.errors()), code=2)
+    except (StoreDamagedError, SameStoreError) as error:
+        _fail(str(error), code=2)
+    except (StoreRefusedError, StoreError) as error:
+        _fail(str(error), code=1)
+    except KeyboardInterrupt:
+        _fail("stopped", code=130)
+
+
 def _summary(report: Report) -> str:
-    lines = [
-        f"{report.copied} layers copied, {report.present} were there and equal,"
-        f" {report.receipts} receipts; all read back"
-    ]
+    lines = [f"{_counts(report)}; all read back"]
     if report.differing:
         lines.append(f"left alone, the target has them otherwise (--overwrite): {_join_names(report.differing)}")
     if report.changed:
         lines.append(f"changed meanwhile; stop all services and repeat the command: {_join_names(report.changed)}")
     return "\n".join(lines)
+
+
+def _counts(report: Report) -> str:
+    return (
+        f"{report.copied} layers copied, {report.present} were there and equal, {report.kept} earlier states,"
+        f" {report.pins} pins, {report.receipts} receipts"
+    )
 
 
 def _join_names(names: list[str]) -> str:
@@ -138,7 +205,9 @@ def _progress_bar() -> Iterator[ProgressCallback]:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        tasks = {name: bar.add_task(name, total=None, visible=False) for name in ("listing", "layers", "receipts")}
+        tasks = {
+            name: bar.add_task(name, total=None, visible=False) for name in ("pages", "listing", "layers", "receipts")
+        }
         yield lambda what, done, total: bar.update(tasks[what], completed=done, total=total, visible=True)
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from functools import partial
+from queue import SimpleQueue
 from typing import Any, Final, ParamSpec, TypeVar
 
 T = TypeVar("T")
@@ -60,6 +61,10 @@ class Runtime:
     def thread(self, target: Callable[[], object], name: str) -> None:
         """Start a daemon thread."""
         threading.Thread(target=target, name=name, daemon=True).start()
+
+    def queue(self) -> SimpleQueue[Any]:
+        """A queue for a thread that `thread` starts."""
+        return SimpleQueue()
 
     def pause_thread(self, seconds: float) -> None:
         """Block the calling thread, which has no event loop."""

@@ -64,6 +64,17 @@ class Settings(BaseSettings):
     queue_length: int = Field(1024, ge=1)
     """Maximum queued updates per layer; beyond it calls get 503."""
 
+    history_length: int = Field(20, ge=0, le=1000)
+    """How many states of a layer are kept, besides pinned ones; 0 keeps none. A layer takes at most
+    (1 + history_length + max_pins) times the size of its state."""
+
+    history_seconds: float = Field(60, ge=0, allow_inf_nan=False)
+    """Seconds between two kept states while batches come. The state before a reset, PATCH, PUT state or rollback is
+    always kept; setting only weight and bias counts as a batch."""
+
+    max_pins: int = Field(100, ge=0, le=10_000)
+    """Maximum number of pins of a layer; more get 409."""
+
     receipt_seconds: float = Field(3600, gt=0, allow_inf_nan=False)
     """How long an Idempotency-Key is remembered, at least twice `store_timeout_seconds`. Each train call stores a
     receipt of about 120 bytes for this time."""
@@ -82,6 +93,9 @@ class Settings(BaseSettings):
 
     store_wait_timeout_seconds: float = Field(1, gt=0, allow_inf_nan=False)
     """How long a call waits for these replicas, before it gets 503."""
+
+    integrity_check_bytes: int = Field(64 << 20, ge=0)
+    """An SQLite file up to this size is checked for damage at start; 0 turns the check off."""
 
     max_staleness_ms: float = Field(0, ge=0, allow_inf_nan=False)
     """How long a check of a shared store stays valid for later calls; 0: every call checks."""
@@ -129,6 +143,7 @@ class Settings(BaseSettings):
             timeout=self.store_call_timeout_seconds,
             wait_replicas=self.store_wait_replicas,
             wait_timeout=self.store_wait_timeout_seconds,
+            check_bytes=self.integrity_check_bytes,
         )
 
     @model_validator(mode="after")

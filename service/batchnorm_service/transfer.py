@@ -1,4 +1,4 @@
-"""Transfer of all layers and receipts from one store to another: verified, and repeatable after an interruption."""
+"""Transfer of all layers, their history and receipts from one store to another: verified, and repeatable."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, NamedTuple
 
 from batchnorm_service.settings import Settings
 from batchnorm_service.store.base import (
@@ -32,7 +32,7 @@ _CONCURRENT_LAYERS: Final = 16  # two records of each are in memory
 _NO_LIMIT: Final = 1 << 62
 
 ProgressCallback = Callable[[str, int, int | None], None]
-"""Called with the current step ("listing", "layers" or "receipts"), how many are done, and the total or None."""
+"""Called with the current step, such as "layers", how many are done, and the total or None."""
 
 
 class SameStoreError(Exception):
@@ -46,13 +46,17 @@ class Report:
     Attributes:
         copied: how many layers were written, and verified by reading them back.
         present: how many layers were in the target already, equal.
+        kept: how many kept records are in the target.
+        pins: how many pins are in the target.
         receipts: how many unexpired receipts are in the target.
-        differing: layers that differ in the target; they and their receipts were not copied.
+        differing: layers that differ in the target; they, their history and their receipts were not copied.
         changed: layers that changed in the source or the target during the transfer.
     """
 
     copied: int = 0
     present: int = 0
+    kept: int = 0
+    pins: int = 0
     receipts: int = 0
     differing: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
@@ -75,17 +79,22 @@ def store_to_move(url: str, settings: Settings, *, target: bool) -> Store:
     return store
 
 
-async def migrate(source: Store, target: Store, progress: ProgressCallback, *, overwrite: bool = False) -> Report:
-    """Copy all layers and unexpired receipts, and verify them by reading them back.
+async def migrate(
+    source: Store, target: Store, progress: ProgressCallback, *, overwrite: bool = False, online: bool = False
+) -> Report:
+    """Copy all layers, their kept records, pins and unexpired receipts, and verify them by reading them back.
 
     Each layer gets a new incarnation. It keeps its version, unless the target has had that version or a larger one:
-    then it gets a larger one. Other layers of the target remain. No service may write to either store meanwhile.
+    then it gets a larger one. Kept records keep their versions. Other layers of the target remain. No service may write
+    to the target meanwhile, nor to the source, unless `online`.
 
     Args:
         source: not open yet; unchanged, except that an SQLite file of an older release is upgraded.
         target: not open yet.
         progress: called with the progress.
         overwrite: replace layers that differ in the target, instead of skipping them.
+        online: whether services may write to the source: each layer is copied as of one moment, with the receipts of
+            that moment. `Report.changed` then has those that changed later.
 
     Raises:
         SameStoreError: both are the same store.
@@ -97,7 +106,7 @@ async def migrate(source: Store, target: Store, progress: ProgressCallback, *, o
     async with AsyncExitStack() as stack:
         for store in (source, target):
             await stack.enter_async_context(_opened(store))
-        return await _Migration(source, target, progress, overwrite=overwrite).run()
+        return await _Migration(source, target, progress, overwrite=overwrite, online=online).run()
 
 
 @asynccontextmanager
@@ -109,14 +118,25 @@ async def _opened(store: Store) -> AsyncIterator[None]:
         await store.close()
 
 
+class _Target(NamedTuple):
+    """A copied layer: its name, its incarnation in the target, and its version in the source."""
+
+    name: str
+    incarnation: int
+    version: int
+
+
 class _Migration:
-    def __init__(self, source: Store, target: Store, progress: ProgressCallback, *, overwrite: bool) -> None:
+    def __init__(
+        self, source: Store, target: Store, progress: ProgressCallback, *, overwrite: bool, online: bool
+    ) -> None:
         self._source = source
         self._target = target
         self._progress = progress
         self._overwrite = overwrite
+        self._online = online
         self._report = Report()
-        self._targets: dict[int, tuple[str, int]] = {}  # by the source's incarnation: the name and the target's
+        self._targets: dict[int, _Target] = {}  # by the source's incarnation
 
     async def run(self) -> Report:
         report = self._report
@@ -160,7 +180,7 @@ class _Migration:
             if not self._overwrite:
                 self._report.differing.append(name)
                 return
-            await self._target.delete(name, present.stamp)  # its receipts go with it
+            await self._target.delete(name, present.stamp, with_pins=True)  # its receipts and history go with it
             present = Missing()
         equal = isinstance(present, Record) and present.stamp.version >= record.stamp.version
         # Write even if it is present: an interrupted run may not have waited for the replicas; a create does.
@@ -170,7 +190,32 @@ class _Migration:
             return
         self._report.present += equal
         self._report.copied += not equal
-        self._targets[record.stamp.incarnation] = (name, written.stamp.incarnation)
+        self._targets[record.stamp.incarnation] = _Target(name, written.stamp.incarnation, record.stamp.version)
+        if not await self._history(name, record.stamp, written.stamp):
+            self._report.changed.append(name)
+
+    async def _history(self, name: str, source: Stamp, target: Stamp) -> bool:
+        """Copy the kept records and pins that belong to the record with the stamp `source`; False if they changed."""
+        # Pins first: with these, no kept record can be missing, unless its pin is deleted meanwhile.
+        pins, stamps = await self._source.pins(name), await self._source.kept(name)
+        if isinstance(pins, Missing) or isinstance(stamps, Missing):
+            return False
+        wanted = {stamp.version for stamp in stamps if stamp.version <= source.version}
+        pins = tuple(pin for pin in pins if pin.version <= source.version)
+        copied = {target.version}  # whose pins make the target keep it
+        for version in wanted - copied:
+            record = await self._source.load_kept(name, version)
+            if isinstance(record, Record) and record.stamp.incarnation == source.incarnation:
+                await self._target.import_history(name, target.incarnation, [record], [])
+                found = await self._target.load_kept(name, version)
+                if isinstance(found, Record) and found.data == record.data:
+                    copied.add(version)
+                    self._report.kept += 1
+        await self._target.import_history(name, target.incarnation, [], [pin for pin in pins if pin.version in copied])
+        told = await self._target.pins(name)
+        there = set() if isinstance(told, Missing) else set(pins).intersection(told)
+        self._report.pins += len(there)
+        return copied >= wanted and len(there) == len(pins)
 
     async def _write(self, name: str, record: Record) -> Record | None:
         """Create the layer, then raise its version; repeatable after an interruption in between. None if it failed."""
@@ -191,12 +236,15 @@ class _Migration:
         async for page in self._source.receipts():
             for incarnation, receipts in _by_incarnation(page).items():
                 if incarnation in self._targets:  # otherwise the layer was deleted or not copied
-                    await self._import_receipts(*self._targets[incarnation], receipts)
+                    await self._import_receipts(self._targets[incarnation], receipts)
                     done += len(receipts)
             self._progress("receipts", done, None)
         self._progress("receipts", done, done)
 
-    async def _import_receipts(self, name: str, incarnation: int, receipts: Sequence[ReceiptWithTTL]) -> None:
+    async def _import_receipts(self, target: _Target, receipts: Sequence[ReceiptWithTTL]) -> None:
+        name, incarnation, version = target
+        if self._online:  # without those of updates that the copied record does not have
+            receipts = [each for each in receipts if each.receipt.version <= version]
         began = asyncio.get_running_loop().time()
         await self._target.import_receipts(name, incarnation, receipts)
         told = await self._target.find_receipts(name, incarnation, [each.receipt.key for each in receipts])

@@ -18,9 +18,11 @@ RESULTS = {
     "EvalResult",
     "FoldResult",
     "Gradients",
+    "HistoryEntry",
     "Layer",
     "LayerConfig",
     "LayerSummary",
+    "Pin",
     "TrainResult",
 }
 OPTIONS = {"LayerChanges", "LayerOptions"}

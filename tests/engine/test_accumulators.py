@@ -44,7 +44,7 @@ def _batches(layer: LayerState, count: int) -> list[Moments]:
 
 
 def _bytes(state: LayerState) -> bytes:
-    return records.encode(state, state.config, MADE, MADE)
+    return records.encode_new(state, MADE)
 
 
 def test_a_new_layer_is_as_torch_makes_it(kind: str, dtype: str) -> None:

@@ -407,9 +407,9 @@ async def test_receipts_are_small() -> None:
     seen: list[Receipt] = []
 
     class Watching(MemoryStore):
-        async def commit(self, name, expected, record, receipts):
+        async def commit(self, name, expected, record, receipts, keep=0):
             seen.extend(receipts)
-            return await super().commit(name, expected, record, receipts)
+            return await super().commit(name, expected, record, receipts, keep)
 
     async with serving(Watching()) as layers:
         await layers.create("a", CONFIG)

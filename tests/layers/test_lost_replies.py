@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,8 +40,8 @@ class Flaky(MemoryStore):
     async def commit(self, *args: Any) -> Any:
         return await self._call(super().commit, *args)
 
-    async def delete(self, *args: Any) -> Any:
-        return await self._call(super().delete, *args)
+    async def delete(self, *args: Any, **options: Any) -> Any:
+        return await self._call(partial(super().delete, **options), *args)
 
 
 async def _assert_equals_torch(layers: Any, seeds: list[int]) -> None:

@@ -17,7 +17,7 @@ from batchnorm_service.store.base import Entry, Record, Stamp
 STAMP = Stamp(1, 2, 3)
 MADE = datetime(2026, 1, 1, tzinfo=UTC)
 CONFIG = LayerConfig(num_features=2)
-WHOLE = records.encode(initial_state(CONFIG), CONFIG, MADE, MADE)
+WHOLE = records.encode_new(initial_state(CONFIG), MADE)
 
 
 @pytest.mark.parametrize(

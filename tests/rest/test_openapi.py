@@ -20,6 +20,10 @@ CALLS = {
     "/v1/layers": {"get"},
     "/v1/layers/{name}": {"put", "get", "patch", "delete"},
     "/v1/layers/{name}/reset": {"post"},
+    "/v1/layers/{name}/history": {"get"},
+    "/v1/layers/{name}/rollback": {"post"},
+    "/v1/layers/{name}/pins": {"get"},
+    "/v1/layers/{name}/pins/{tag}": {"get", "put", "delete"},
     "/v1/layers/{name}/state": {"get", "put"},
     "/v1/layers/{name}/train": {"post"},
     "/v1/layers/{name}/eval": {"post"},
@@ -85,10 +89,10 @@ async def test_the_hot_calls_have_all_three_forms(document, call):
     assert set(answer["content"]) == {JSON, NPY, SAFETENSORS}
     assert all(form["schema"] for form in answer["content"].values())
     headers = {"X-Request-ID", "ETag", "Batchnorm-Version", "Num-Batches-Tracked"}
-    assert set(answer["headers"]) == headers | ({"Idempotent-Replay"} if call == "train" else set())
+    assert set(answer["headers"]) == headers | {"Idempotent-Replay" if call == "train" else "Batchnorm-Digest"}
     parameters = {parameter["name"] for parameter in operation["parameters"]}
-    of_train = {"Idempotency-Key", "group", "size", "timeout"} if call == "train" else set()
-    assert parameters == {"name", "statistics", "X-Request-ID"} | of_train
+    own = {"Idempotency-Key", "group", "size", "timeout"} if call == "train" else {"at", "expect"}
+    assert parameters == {"name", "statistics", "X-Request-ID"} | own
 
 
 async def test_every_reference_leads_somewhere(document):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from random import Random
 
 
@@ -52,6 +52,28 @@ class Faults:
     def store_way(self, random: Random) -> float:
         """Seconds of a message's way between replica and store."""
         return self.store_distance * self.way(random)
+
+    @classmethod
+    def crashes(cls, random: Random) -> Faults:
+        """The store crashes again and again before its newest writes are durable; little else goes wrong."""
+        calm = dict.fromkeys((field.name for field in fields(cls)), 0.0)
+        return cls(
+            **calm
+            | {
+                "latency": random.choice((0.005, 0.05)),
+                "store_distance": random.choice((0.2, 5.0)),
+                "crash_after_write": random.uniform(0.1, 0.5),
+                "kill": random.choice((0.3, 1.0)),
+                "sync": random.choice((0.05, 0.3)),
+            }
+        )
+
+    @classmethod
+    def none(cls, random: Random) -> Faults:
+        """Nothing goes wrong; messages and disks take their time."""
+        calm = dict.fromkeys((field.name for field in fields(cls)), 0.0)
+        times = {"latency": random.choice((0.0005, 0.005)), "store_distance": 0.2, "sync": random.choice((0.001, 0.02))}
+        return cls(**calm | times)
 
     @classmethod
     def draw(cls, random: Random) -> Faults:

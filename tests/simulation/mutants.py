@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count
+from itertools import chain, count
 from typing import Any
 
 import pytest
@@ -19,10 +19,13 @@ from batchnorm_service.layers import group_commit, groups, moments_source, updat
 from batchnorm_service.layers.cache import LayerCache
 from batchnorm_service.layers.cached_state import CachedState
 from batchnorm_service.layers.group_commit import Plan
+from batchnorm_service.layers.kept_states import KeptStates
+from batchnorm_service.layers.retention import Retention
 from batchnorm_service.layers.shared_check import SharedCheck
 from batchnorm_service.layers.update_queue import UpdateQueue
-from batchnorm_service.store.base import Committed, Conflict, Duplicates, Record, StoreError
+from batchnorm_service.store.base import Committed, Conflict, Duplicates, Record, Stamp, StoreError
 from batchnorm_service.store.memory import MemoryStore
+from batchnorm_service.store.sqlite.thread import SqliteThread
 from simulation import world
 from simulation.store import Server
 
@@ -90,9 +93,9 @@ def a_retry_has_a_new_key(patch: Patch) -> None:
 
 
 def an_unknown_outcome_is_taken_for_success(patch: Patch) -> None:
-    async def hopeful(self: UpdateQueue, expected: Any, new: Any, receipts: Any, deadline: float) -> Any:
+    async def hopeful(self: UpdateQueue, expected: Any, new: Any, receipts: Any, deadline: float, keep: int = 0) -> Any:
         try:
-            return await self._store.commit(self._cached.name, expected, new, receipts)
+            return await self._store.commit(self._cached.name, expected, new, receipts, keep)
         except StoreError:
             return Committed()
 
@@ -100,14 +103,14 @@ def an_unknown_outcome_is_taken_for_success(patch: Patch) -> None:
 
 
 def an_unknown_outcome_is_folded_anew(patch: Patch) -> None:
-    async def commit(self: UpdateQueue, expected: Any, new: Any, receipts: Any, deadline: float) -> Any:
+    async def commit(self: UpdateQueue, expected: Any, new: Any, receipts: Any, deadline: float, keep: int = 0) -> Any:
         tries = 0
         while True:
             try:
                 renewed = [one._replace(key=bytes([tries]) + one.key[1:]) for one in receipts] if tries else receipts
                 found = await self._store.load(self._cached.name)
                 expected = found.stamp if tries and isinstance(found, Record) else expected
-                return await self._store.commit(self._cached.name, expected, new, renewed)
+                return await self._store.commit(self._cached.name, expected, new, renewed, keep)
             except StoreError as error:
                 tries += 1
                 await self._pause(0.01, deadline, error)
@@ -118,17 +121,41 @@ def an_unknown_outcome_is_folded_anew(patch: Patch) -> None:
 def a_lost_race_overwrites_the_winner(patch: Patch) -> None:
     commit = MemoryStore.commit
 
-    async def forced(self: MemoryStore, name: str, expected: Any, record: Any, receipts: Any) -> Any:
-        outcome = await commit(self, name, expected, record, receipts)
+    async def forced(self: MemoryStore, name: str, expected: Any, record: Any, receipts: Any, keep: int) -> Any:
+        outcome = await commit(self, name, expected, record, receipts, keep)
         present = self._records.get(name)
         if isinstance(outcome, Conflict) and present and present.stamp.incarnation == expected.incarnation:
-            return await commit(self, name, present.stamp, record, receipts)
+            return await commit(self, name, present.stamp, record, receipts, keep)
         return outcome
 
     patch.setattr(MemoryStore, "commit", forced)
 
 
 async def _nothing(*_: Any) -> None: ...
+
+
+class _VersionOnly(Stamp):
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stamp) and self[:2] == other[:2]
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = Stamp.__hash__
+
+
+def a_stamp_is_compared_by_its_version_alone(patch: Patch) -> None:
+    """A failover may cause a version to be given a second time."""
+    load, commit = MemoryStore.load, MemoryStore.commit
+
+    async def loaded(self: MemoryStore, name: str, unless: Any = None) -> Any:
+        return await load(self, name, None if unless is None else _VersionOnly(*unless))
+
+    async def committed(self: MemoryStore, name: str, expected: Any, *arguments: Any) -> Any:
+        return await commit(self, name, _VersionOnly(*expected), *arguments)
+
+    patch.setattr(MemoryStore, "load", loaded)
+    patch.setattr(MemoryStore, "commit", committed)
 
 
 def a_new_weight_is_not_noticed(patch: Patch) -> None:
@@ -164,8 +191,8 @@ def keys_are_not_compared_with_their_batches(patch: Patch) -> None:
 def waiting_folds_are_written_in_another_order(patch: Patch) -> None:
     together = group_commit._plan_together
 
-    async def reversed_order(runtime: Any, layer: Any, waiting: Any) -> Plan:
-        plan = await together(runtime, layer, waiting)
+    async def reversed_order(*arguments: Any) -> Plan:
+        plan = await together(*arguments)
         batches = [batch for _, batch in plan.folds]
         return replace(plan, folds=tuple(zip([one for one, _ in reversed(plan.folds)], batches, strict=True)))
 
@@ -199,6 +226,70 @@ def a_store_answers_before_it_is_durable(patch: Patch) -> None:
     patch.setattr(Server, "apply", hasty)
 
 
+def a_thread_answers_before_its_transaction_is_durable(patch: Patch) -> None:
+    group = SqliteThread._group
+
+    def hasty(self: Any, runs: Any, connection: Any) -> Any:
+        values = group(self, runs, connection)
+        self._complete([(job.future, value) for job, value in zip(chain(*runs), values, strict=True)])
+        return values
+
+    patch.setattr(SqliteThread, "_group", hasty)
+
+
+def a_failed_transaction_is_acknowledged(patch: Patch) -> None:
+    def hopeful(self: Any, jobs: Any, _reason: Exception) -> None:
+        self._complete([(job.future, Committed()) for job in jobs])
+
+    patch.setattr(SqliteThread, "_fail", hopeful)
+
+
+def a_pin_does_not_keep_its_state(patch: Patch) -> None:
+    pin = MemoryStore.pin
+
+    async def unkept(self: MemoryStore, *arguments: Any) -> Any:
+        with pytest.MonkeyPatch.context() as meanwhile:
+            meanwhile.setattr(MemoryStore, "_keep", lambda *_: None)
+            return await pin(self, *arguments)
+
+    patch.setattr(MemoryStore, "pin", unkept)
+
+
+def the_history_drops_pinned_states(patch: Patch) -> None:
+    def trim(self: MemoryStore, incarnation: int, keep: int) -> None:
+        kept = self._kept.get(incarnation, {})
+        for version in sorted(kept, reverse=True)[keep:]:
+            del kept[version]
+
+    patch.setattr(MemoryStore, "_trim", trim)
+
+
+def a_deleted_pin_is_served_from_memory(patch: Patch) -> None:
+    patch.setattr(KeptStates, "forget", lambda _: None)
+
+
+def the_state_before_a_reset_is_not_kept(patch: Patch) -> None:
+    proceed = Retention.next
+
+    def forgetful(self: Retention, *arguments: Any, **options: Any) -> Any:
+        after, keep = proceed(self, *arguments, **options)
+        return after, 0 if after.operation == "reset" else keep
+
+    patch.setattr(Retention, "next", forgetful)
+
+
+def a_rollback_leaves_the_counters(patch: Patch) -> None:
+    submit = UpdateQueue.submit
+
+    async def partly(self: UpdateQueue, queued: Any) -> Any:
+        if getattr(queued, "operation", "") == "rollback":
+            apply = queued.apply
+            queued.apply = lambda old: apply(old)._replace(num_batches_tracked=old.num_batches_tracked)
+        return await submit(self, queued)
+
+    patch.setattr(UpdateQueue, "submit", partly)
+
+
 def an_error_is_said_to_have_had_no_effect(patch: Patch) -> None:
     patch.setattr(retries, "may_have_taken_effect", lambda _: False)
 
@@ -216,12 +307,20 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
         an_unknown_outcome_is_taken_for_success,
         an_unknown_outcome_is_folded_anew,
         a_lost_race_overwrites_the_winner,
+        a_stamp_is_compared_by_its_version_alone,
         a_new_weight_is_not_noticed,
         a_group_is_folded_once_by_each_member,
         keys_are_not_compared_with_their_batches,
         waiting_folds_are_written_in_another_order,
         an_eval_shares_a_check_that_was_sent_before,
         a_store_answers_before_it_is_durable,
+        a_thread_answers_before_its_transaction_is_durable,
+        a_failed_transaction_is_acknowledged,
+        a_pin_does_not_keep_its_state,
+        the_history_drops_pinned_states,
+        a_deleted_pin_is_served_from_memory,
+        the_state_before_a_reset_is_not_kept,
+        a_rollback_leaves_the_counters,
         an_error_is_said_to_have_had_no_effect,
     )
 }

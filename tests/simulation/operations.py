@@ -7,13 +7,15 @@ from typing import Any
 
 from batchnorm_client.wire.errors import BatchNormError
 
+_SHOWN = ("key", "group", "what", "changes", "tag", "at", "to", "with_pins")
+
 
 @dataclass(slots=True, eq=False)
 class Operation:
     """A call of a client.
 
     Attributes:
-        kind: the client's method: train, fold_moments, eval, inspect, reset, update, load_state_dict, delete, create.
+        kind: the client's method, such as train or reset; eval_at is eval of a kept state.
         layer: its name.
         arguments: batch, key, changes and so on.
         began, ended: seconds; `ended` is infinite as long as the call is under way.
@@ -43,7 +45,7 @@ class Operation:
 
     def __str__(self) -> str:
         what = "gave up" if self.gave_up else "returned" if self.acknowledged else f"{type(self.error).__name__}"
-        shown = {name: value for name, value in self.arguments.items() if name in ("key", "group", "what", "changes")}
+        shown = {name: value for name, value in self.arguments.items() if name in _SHOWN}
         return f"{self.began:9.4f} to {self.ended:9.4f}  {self.kind} {self.layer} {shown or ''} {what}"
 
 

@@ -8,27 +8,27 @@ linearizable if
 2. no key is folded twice into one incarnation of a layer;
 3. each acknowledged operation is in the log, between its beginning and its end, with the version and batch number that
    its caller was told, and each that was refused is not;
-4. each read returned a state that was the newest at some time between its beginning and its end, with its numbers.
+4. each read returned a state that was the newest at some time between its beginning and its end, with its numbers;
+5. what is kept is what was committed; a pin stands from its acknowledgement until somebody asks to delete it, and a
+   read of a tag returns the state that is pinned (`history.py`).
 
 A write that a crash undid is not in the log: nobody may have been told that it took effect. A read may have seen it.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load
 
 from batchnorm_client.wire.errors import LayerNotFound
 from batchnorm_service.store.base import Receipt, Record
+from simulation import history
 from simulation.operations import Operation
+from simulation.state import State, read, shows
 
 if TYPE_CHECKING:
     from simulation.store import Applied, Server
@@ -39,53 +39,24 @@ UNKEYED = ("create", "delete", "update", "load_state_dict")
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 
 
-@dataclass(frozen=True)
-class State:
-    """A record, read without the service's code: a safetensors file with torch's names.
-
-    Attributes:
-        config: as JSON.
-        tensors: by name.
-        samples: values per channel that were folded.
-    """
-
-    config: Mapping[str, Any]
-    tensors: Mapping[str, Vector]
-    samples: int
-
-    @property
-    def tracks(self) -> bool:
-        """Whether batches are folded."""
-        return bool(self.config["track_running_stats"])
-
-    @property
-    def batches(self) -> int:
-        """num_batches_tracked; 0 where the layer keeps none."""
-        return int(self.tensors.get("num_batches_tracked", 0))
-
-
-@lru_cache(maxsize=512)
-def read(data: bytes) -> State:
-    """The state in a record."""
-    size = int.from_bytes(data[:8], "little")
-    metadata = json.loads(data[8 : 8 + size])["__metadata__"]
-    return State(json.loads(metadata["config"]), load(data), int(metadata["samples_tracked"]))
-
-
 def receipt_key(key: str) -> bytes:
     """What a receipt is filed under: the digest of a caller's key, or of a group's name."""
     return blake2b(key.encode(), digest_size=16).digest()
 
 
-def check(operations: list[Operation], server: Server, *, requests_come_twice: bool = False) -> list[str]:
+def check(
+    operations: list[Operation], server: Server, history_length: int, *, requests_come_twice: bool = False
+) -> list[str]:
     """What broke a promise; empty if nothing did.
 
     Args:
         operations: what clients saw.
         server: with its log.
+        history_length: how many states of a layer are kept without a pin.
         requests_come_twice: something on the way repeats requests, so that a refusal says nothing of the other copy.
     """
-    return list(_Checker(operations, server, requests_come_twice).findings())
+    checker = _Checker(operations, server, requests_come_twice)
+    return [*checker.findings(), *history.findings(operations, server, history_length)]
 
 
 class _Checker:
@@ -204,23 +175,39 @@ class _Checker:
         return None if None in differences else differences[0]
 
     def _change_differs(self, applied: Applied, before: State, after: State) -> str | None:
-        kinds = ("reset", "update", "load_state_dict")
+        kinds = ("reset", "update", "load_state_dict", "rollback")
         keyed = [one for receipt in applied.receipts for one in self._by_key.get((applied.name, receipt.key), [])]
         asked = [one for one in keyed or self._operations if one.kind in kinds and one.layer == applied.name]
         for one in asked:
-            if one.began <= applied.at and _difference(_changed(before, one), after) is None:
+            if one.began <= applied.at and any(
+                _difference(state, after) is None for state in self._results(applied, before, one)
+            ):
                 return None
         return f"no call asked for this change, of {len(asked)}"
 
+    def _results(self, applied: Applied, before: State, one: Operation) -> Iterator[State]:
+        """What a change may make of a state. A rollback to a tag may find any of the states that had it."""
+        if one.kind != "rollback":
+            yield _changed(before, one)
+            return
+        assert applied.before is not None
+        to = one.arguments["to"]
+        versions = {to} if isinstance(to, int) else history.versions(self._server, one.layer, to)
+        for record in history.records(self._server, one.layer, applied.before):
+            if record.stamp.version in versions:
+                yield read(record.data)
+
     # ----------------------------------------------------------------------------------------- the operations
 
-    def _contradicts(self, one: Operation) -> str | None:
+    def _contradicts(self, one: Operation) -> str | None:  # noqa: PLR0911 - a case for each kind
         """Why what a caller was told is not true; None if it is."""
         if isinstance(one.error, LayerNotFound):
             return None if any(record is None for record in self._between(one)) else "there was a layer all the time"
         if one.kind in ("eval", "inspect"):
             return self._misread(one) if one.acknowledged else None
         key = one.arguments.get("key")
+        if one.kind == "pin":
+            return None  # see `history.py`
         if key is None:
             return self._unmade(one) if one.acknowledged and one.kind in UNKEYED else None
         places = self._places.get((one.layer, receipt_key(key)), [])
@@ -273,7 +260,7 @@ class _Checker:
         for record in self._between(one):
             if record is not None and record.stamp.version == told[0]:
                 state = read(record.data)
-                if state.batches == told[1] and _shows(one, state):
+                if state.batches == told[1] and shows(one, state):
                     return None
         return f"no state that was the newest meanwhile is what it returned: version and batch {told}"
 
@@ -364,19 +351,3 @@ def _difference(expected: State, found: State) -> str | None:
         if not np.allclose(value, found.tensors[name], **TOLERANCE):
             return f"{name} is {found.tensors[name]}, not {value}"
     return None if expected.samples == found.samples else f"samples are {found.samples}, not {expected.samples}"
-
-
-def _shows(one: Operation, state: State) -> bool:
-    """Whether a read shows this state's numbers."""
-    if one.kind == "inspect":
-        names = ("running_mean", "running_var", "weight", "bias")
-        return all(np.allclose(getattr(one.result, name), state.tensors[name], **TOLERANCE) for name in names)
-    batch = one.arguments["batch"].astype(np.float64)
-    mean, var = state.tensors["running_mean"], state.tensors["running_var"]  # also where tracking is off, as in torch
-    return np.allclose(one.result.output, _normalized(batch, mean, var, state), **TOLERANCE)
-
-
-def _normalized(batch: Vector, mean: Vector, var: Vector, state: State) -> Vector:
-    wide = batch.astype(np.float64)
-    scaled = (wide - mean) / np.sqrt(np.asarray(var, np.float64) + state.config["eps"])
-    return scaled * state.tensors["weight"] + state.tensors["bias"]

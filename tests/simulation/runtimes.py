@@ -10,6 +10,7 @@ from typing import Any
 
 from batchnorm_client.core.runtime import AsyncRuntime
 from batchnorm_service.runtime import Runtime
+from simulation.threads import VirtualQueue, VirtualThread
 
 EPOCH = 1_700_000_000.0
 """The wall clock when a world begins."""
@@ -30,6 +31,34 @@ class ServiceRuntime(Runtime):
         self.wall = lambda: EPOCH + self.skew + asyncio.get_running_loop().time()
         self.bits = random.getrandbits
         self.bytes = random.randbytes
+        self._queue: VirtualQueue | None = None
+        self._thread: VirtualThread | None = None
+
+    @property
+    def thread_is_killed(self) -> bool:
+        """Whether its thread only unwinds."""
+        return self._thread is not None and self._thread.killed
+
+    def queue(self) -> Any:
+        """A queue for the thread that is started next."""
+        self._queue = VirtualQueue()
+        return self._queue
+
+    def thread(self, target: Callable[[], object], name: str) -> None:
+        """Start the process's thread; of the simulated processes, each has at most one."""
+        self._thread = VirtualThread(target, self._random, 0.0005)
+        if self._queue is not None:
+            self._queue.thread = self._thread
+
+    def pause_thread(self, seconds: float) -> None:
+        """Called in the thread."""
+        assert self._thread is not None
+        self._thread.pause(seconds)
+
+    def kill_thread(self) -> None:
+        """With its process."""
+        if self._thread is not None:
+            self._thread.kill()
 
     async def in_thread(self, executor: Executor | None, function: Any, *args: Any, **kwargs: Any) -> Any:
         """A thread takes time, before and after."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from batchnorm_service.store.base import (
     Entry,
     GroupStatus,
     Missing,
+    Pin,
     Receipt,
     ReceiptWithTTL,
     Record,
@@ -70,6 +71,20 @@ class Newest:
     until: float = float("inf")
 
 
+@dataclass(slots=True)
+class Pinned:
+    """A time in which a layer had these pins.
+
+    Attributes:
+        versions: by tag.
+        since, until: as of `Newest`.
+    """
+
+    versions: Mapping[str, int]
+    since: float
+    until: float = float("inf")
+
+
 class _Snapshot(NamedTuple):
     """The table after a write.
 
@@ -91,6 +106,7 @@ class Server:
         table: the records.
         log: the writes that were applied and not undone, in order.
         history: by name, when each record was the newest: also what a crash undid.
+        pinned: by name, when it had which pins: also what a crash undid.
         away: whether it refuses connections.
         process: where it works.
     """
@@ -101,10 +117,11 @@ class Server:
         self._random = random
         self._embedded = embedded
         self._faults = faults
-        self._clock = runtime.now
+        self.now = runtime.now
         self.table = MemoryStore(receipt_seconds, exclusive=False, runtime=runtime)
         self.log: list[Applied] = []
         self.history: dict[str, list[Newest]] = {}
+        self.pinned: dict[str, list[Pinned]] = {}
         self.away = False
         self.process = Process("server")
         self._writes = 0
@@ -113,11 +130,19 @@ class Server:
         self._snapshots = deque([self._snapshot()])  # of the newest durable write, and of each after it
 
     def _snapshot(self) -> _Snapshot:
-        """Records and receipts are immutable, groups are not."""
+        return _Snapshot(self._writes, self.content(), len(self.log))
+
+    def content(self) -> dict[str, Any]:
+        """A copy of the table. Records, receipts and pins are immutable, groups are not."""
         state = vars(self.table)
         content = {name: copy.copy(value) for name, value in state.items() if isinstance(value, dict | list)}
         content |= {"_groups": copy.deepcopy(state["_groups"]), "_floor": state["_floor"]}
-        return _Snapshot(self._writes, content, len(self.log))
+        content |= {each: {key: dict(value) for key, value in state[each].items()} for each in ("_kept", "_pins")}
+        return content
+
+    def restore(self, content: dict[str, Any]) -> None:
+        """Undo what was written since the copy."""
+        vars(self.table).update(content)
 
     async def apply(self, name: str, work: Callable[[MemoryStore], Any], receipts: Sequence[Receipt] = ()) -> Any:
         """Do a write. Returns its reply, once it and all that it rests on are durable.
@@ -128,26 +153,30 @@ class Server:
         before = self.table._records.get(name)
         reply = await work(self.table)
         after = self.table._records.get(name)
+        unpinned = self.note_pins(name)
         overtaken: Newest | None = None
         written = tuple(receipts) if isinstance(reply, Committed) else ()
         if after is not before or written:
-            self.log.append(Applied(self._clock(), name, before, after, written))
-            overtaken = self._note(name)
+            self.log.append(Applied(self.now(), name, before, after, written))
+            overtaken = self.note(name, after)
             if not self._embedded and overtaken.record is not None:
-                overtaken.until = self._clock()
+                overtaken.until = self.now()
+        if unpinned is not None and not self._embedded:
+            unpinned.until = self.now()
         self._writes += 1
         self._snapshots.append(self._snapshot())
         number, crashes = self._writes, self._crashes
         if self._random.random() < self._faults.crash_after_write:
             self.process.spawn(self._crash_soon())
         if self._faults.sync:
-            synced = self._clock() + self._random.expovariate(1 / self._faults.sync)
+            synced = self.now() + self._random.expovariate(1 / self._faults.sync)
             self._synced_at = max(self._synced_at, synced)  # what is durable takes along what came before
-            await asyncio.sleep(self._synced_at - self._clock())
+            await asyncio.sleep(self._synced_at - self.now())
         if crashes != self._crashes:
             raise StoreError("the server crashed")
-        if overtaken is not None:
-            overtaken.until = min(overtaken.until, self._clock())
+        for each in (overtaken, unpinned):
+            if each is not None:
+                each.until = min(each.until, self.now())
         while self._snapshots[0].number < number:
             self._snapshots.popleft()
         return reply
@@ -156,20 +185,37 @@ class Server:
         await asyncio.sleep(self._random.uniform(0, self._faults.sync))
         self.crash()
 
-    def _note(self, name: str) -> Newest:
+    def note(self, name: str, record: Record | None) -> Newest:
         """Another record is the newest; returns the one before."""
         known = self.history.setdefault(name, [Newest(None, 0.0)])
-        known.append(Newest(self.table._records.get(name), self._clock()))
+        known.append(Newest(record, self.now()))
+        return known[-2]
+
+    def pins(self, name: str) -> dict[str, int]:
+        """The versions of the layer's pins, by tag."""
+        record = self.table._records.get(name)
+        found = {} if record is None else self.table._pins.get(record.stamp.incarnation, {})
+        return {tag: pin.version for tag, pin in found.items()}
+
+    def note_pins(self, name: str) -> Pinned | None:
+        """The layer may have other pins now; returns those before, if they are others."""
+        known, versions = self.pinned.setdefault(name, [Pinned({}, 0.0)]), self.pins(name)
+        if known[-1].versions == versions:
+            return None
+        known.append(Pinned(versions, self.now()))
         return known[-2]
 
     def crash(self) -> None:
         """Lose some of the newest writes that are not durable, and answer none of them."""
         kept = self._snapshots[self._random.randrange(len(self._snapshots))]
-        vars(self.table).update(kept.content)
+        self.restore(kept.content)
         for name in {applied.name: None for applied in self.log[kept.applied :]}:
             for one in self.history[name]:
-                one.until = min(one.until, self._clock())
-            self._note(name)
+                one.until = min(one.until, self.now())
+            self.note(name, self.table._records.get(name))
+        for name in self.pinned:
+            if (lost := self.note_pins(name)) is not None:
+                lost.until = min(lost.until, self.now())
         del self.log[kept.applied :]
         self._crashes += 1
         self._snapshots = deque([self._snapshot()])
@@ -256,14 +302,34 @@ class SimulatedStore:
     async def create(self, name: str, data: bytes, limit: int) -> Any:
         return await self._write(name, lambda table: table.create(name, data, limit))
 
-    async def commit(self, name: str, expected: Stamp, record: Record | None, receipts: Sequence[Receipt]) -> Any:
-        return await self._write(name, lambda table: table.commit(name, expected, record, receipts), receipts)
+    async def commit(
+        self, name: str, expected: Stamp, record: Record | None, receipts: Sequence[Receipt], keep: int = 0
+    ) -> Any:
+        return await self._write(name, lambda table: table.commit(name, expected, record, receipts, keep), receipts)
 
     async def find_receipts(self, name: str, incarnation: int, keys: Sequence[bytes]) -> Any:
         return await self._write(name, lambda table: table.find_receipts(name, incarnation, keys))
 
-    async def delete(self, name: str, expected: Stamp) -> Any:
-        return await self._write(name, lambda table: table.delete(name, expected))
+    async def delete(self, name: str, expected: Stamp, *, with_pins: bool = False) -> Any:
+        return await self._write(name, lambda table: table.delete(name, expected, with_pins=with_pins))
+
+    async def kept(self, name: str) -> Any:
+        return await self._read(lambda table: table.kept(name))
+
+    async def load_kept(self, name: str, at: int | str, unless: Stamp | None = None) -> Any:
+        return await self._read(lambda table: table.load_kept(name, at, unless))
+
+    async def pin(self, name: str, stamp: Stamp | None, tag: str, data: bytes, limit: int) -> Any:
+        return await self._write(name, lambda table: table.pin(name, stamp, tag, data, limit))
+
+    async def pins(self, name: str) -> Any:
+        return await self._read(lambda table: table.pins(name))
+
+    async def unpin(self, name: str, incarnation: int, tag: str, keep: int) -> Any:
+        return await self._write(name, lambda table: table.unpin(name, incarnation, tag, keep))
+
+    async def import_history(self, name: str, incarnation: int, kept: Sequence[Record], pins: Sequence[Pin]) -> Any:
+        return await self._write(name, lambda table: table.import_history(name, incarnation, kept, pins))
 
     async def join(self, name: str, incarnation: int, group: bytes, size: int, shard: Shard) -> GroupStatus | Missing:
         return await self._write(name, lambda table: table.join(name, incarnation, group, size, shard))

@@ -28,7 +28,18 @@ def test_no_promise_is_broken(first: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("seed", [3, 5, 8])
+@pytest.mark.parametrize(("replicas", "threaded"), [(1, False), (1, True), (2, False), (3, False)])
+def test_most_calls_succeed(replicas: int, threaded: bool) -> None:
+    """A world in which nothing succeeds breaks no promise: its checker would check nothing."""
+    plans = (Plan.draw(seed) for seed in range(200))
+    worlds = [World(plan).run() for plan in plans if (plan.replicas, plan.threaded) == (replicas, threaded)][:20]
+    operations = [one for world in worlds for one in world.operations if one.kind in ("train", "eval", "inspect")]
+    assert len(operations) > 200
+    assert sum(one.acknowledged for one in operations) > len(operations) / 2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seed", [3, 5, 8, 27])
 def test_a_seed_is_always_the_same_world(seed: int) -> None:
     first, second = (World(Plan.draw(seed)).run() for _ in range(2))
     assert [str(one) for one in first.operations] == [str(one) for one in second.operations]

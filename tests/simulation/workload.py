@@ -14,6 +14,7 @@ from simulation.faults import Faults
 from simulation.operations import Operation, Script
 
 CHANNELS = 3
+_TAGS = ("best", "ckpt-1")
 _KINDS = {
     "train": 40,
     "eval": 22,
@@ -31,13 +32,21 @@ _KINDS = {
     "backward": 3,
     "inverse": 2,
     "names": 2,
+    "pin": 6,
+    "unpin": 2,
+    "eval_at": 4,
+    "rollback": 4,
+    "history": 2,
 }
+
+TRAIN_AND_READ = {"train": 40, "eval": 30, "inspect": 10}
+"""What finds a state that is taken for another."""
 
 
 def draw_configs(random: Random) -> dict[str, dict[str, Any]]:
     """One to three layers."""
     configs = {}
-    for name in ["a", "b", "c"][: random.choice((1, 1, 2, 3))]:
+    for name in ["a", "b", "c"][: random.choice((1, 2, 3))]:
         population = random.random() < 0.3
         configs[name] = (
             {"statistics": "population", "momentum": None}
@@ -47,15 +56,16 @@ def draw_configs(random: Random) -> dict[str, dict[str, Any]]:
     return configs
 
 
-def draw_scripts(random: Random, layers: list[str], length: int) -> list[Script]:  # noqa: C901, PLR0912 - a case for each kind
+def draw_scripts(  # noqa: C901, PLR0912 - a case for each kind
+    random: Random, layers: list[str], length: int, weights: dict[str, int] = _KINDS, *, busy: bool = False
+) -> list[Script]:
     """Two to ten clients. A group's members are steps of different clients with the same group."""
     scripts = [Script() for _ in range(random.randint(2, 10))]
     numpy = np.random.default_rng(random.getrandbits(32))
     keyed: list[tuple[str, dict[str, Any]]] = []
-    kinds, weights = list(_KINDS), list(_KINDS.values())
-    busy = random.random() < 0.5
+    busy = busy or random.random() < 0.5
     for number in range(length):
-        kind, layer = random.choices(kinds, weights)[0], random.choice(layers)
+        kind, layer = random.choices(list(weights), list(weights.values()))[0], random.choice(layers)
         first, second = random.sample(scripts, 2)
         pause = random.expovariate(500 if busy else random.choice((1, 10, 100)))
         batch = _batch(random, numpy)
@@ -87,6 +97,17 @@ def draw_scripts(random: Random, layers: list[str], length: int) -> list[Script]
                 arguments = {"what": what, "key": f"reset-{number}"}
             case "update":
                 arguments = {"changes": _changes(random, numpy), "if_match": random.choice((None, None, 3, 5))}
+            case "pin" | "unpin":
+                tag = random.choice(_TAGS)
+                step = {"tag": tag} | ({"key": f"pin-{number}"} if kind == "pin" else {})
+                first.steps.append((pause, kind, layer, step))
+                kind, arguments = "eval_at", {"batch": batch, "at": tag}
+            case "eval_at":
+                arguments = {"batch": batch, "at": _state(random)}
+            case "rollback":
+                arguments = {"to": _state(random), "key": f"rollback-{number}"}
+            case "delete":
+                arguments = {"with_pins": random.random() < 0.5}
             case "load_state_dict":
                 arguments = {"tensors": {"weight": _vector(numpy), "bias": _vector(numpy)}}
             case _:
@@ -101,6 +122,11 @@ def _batch(random: Random, numpy: np.random.Generator) -> np.ndarray:
 
 def _vector(numpy: np.random.Generator) -> np.ndarray:
     return numpy.normal(1, 0.5, CHANNELS).astype(np.float32)
+
+
+def _state(random: Random) -> int | str:
+    """A tag, or one of the versions that a layer has at first."""
+    return random.choice(_TAGS) if random.random() < 0.75 else random.randint(1, 20)
 
 
 def _changes(random: Random, numpy: np.random.Generator) -> dict[str, Any]:
@@ -200,7 +226,17 @@ class Caller:
             case "load_state_dict":
                 return await layer.load_state_dict(arguments["tensors"])
             case "delete":
-                return await layer.delete()
+                return await layer.delete(with_pins=arguments["with_pins"])
+            case "pin":
+                return await layer.pin(arguments["tag"], key=key)
+            case "unpin":
+                return await layer.unpin(arguments["tag"])
+            case "eval_at":
+                return await self._client.layer(name, at=arguments["at"]).eval(batch)
+            case "rollback":
+                return await layer.rollback(arguments["to"], key=key)
+            case "history":
+                return [state async for state in layer.history()]
             case "create":
                 return await self._client.create_layer(name, CHANNELS, **self._configs[name])
         raise AssertionError(kind)

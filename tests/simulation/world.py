@@ -20,7 +20,7 @@ from simulation.operations import Operation, Script
 from simulation.replica import Replica
 from simulation.runtimes import ClientRuntime, ServiceRuntime
 from simulation.store import Server
-from simulation.workload import RETRY, Caller, draw_configs, draw_scripts
+from simulation.workload import RETRY, TRAIN_AND_READ, Caller, draw_configs, draw_scripts
 
 LENGTH = 40
 """Steps of all clients together."""
@@ -45,6 +45,7 @@ class Plan:
         configs: of the layers.
         scripts: of the clients.
         replicas: how many; 1 has an embedded store.
+        threaded: whether that store works in a thread, as SQLite's does.
     """
 
     seed: int
@@ -52,15 +53,30 @@ class Plan:
     configs: dict[str, dict[str, Any]]
     scripts: list[Script]
     replicas: int
+    threaded: bool
 
     @classmethod
     def draw(cls, seed: int, length: int = LENGTH) -> Plan:
-        """The plan of a seed."""
+        """The plan of a seed.
+
+        In most worlds everything may happen. In some, clients do nothing but train and read: one layer while the store
+        crashes, or two layers, of which one fits in the cache, while nothing goes wrong.
+        """
         random = Random(seed)
         configs = draw_configs(random)
+        match random.random():
+            case chance if chance < 0.2:
+                configs = {"a": configs["a"]}
+                scripts = draw_scripts(random, ["a"], length, TRAIN_AND_READ)
+                return cls(seed, Faults.crashes(random), configs, scripts, random.choice((2, 3)), threaded=False)
+            case chance if chance < 0.3:
+                configs = dict.fromkeys("ab", configs["a"])
+                scripts = draw_scripts(random, list("ab"), 2 * length, TRAIN_AND_READ, busy=True)
+                return cls(seed, Faults.none(random), configs, scripts, replicas=1, threaded=random.random() < 0.5)
         faults = Faults.draw(random)
         replicas = random.choice((1, 1, 2, 3))
-        return cls(seed, faults, configs, draw_scripts(random, list(configs), length), replicas)
+        scripts = draw_scripts(random, list(configs), length)
+        return cls(seed, faults, configs, scripts, replicas, replicas == 1 and random.random() < 0.5)
 
 
 @dataclass
@@ -71,6 +87,7 @@ class World:
         plan: what it was made from.
         operations: what clients saw, in the order in which calls began.
         server: with all that was written.
+        history_length: how many states of a layer the replicas keep without a pin.
         findings: what broke a promise; empty if nothing did.
         events: what went wrong, for the trace.
     """
@@ -80,6 +97,7 @@ class World:
     findings: list[str] = field(default_factory=list)
     events: list[tuple[float, str]] = field(default_factory=list)
     server: Server = field(init=False)
+    history_length: int = field(init=False)
 
     def run(self) -> World:
         """Run it to its end and check its history."""
@@ -90,7 +108,10 @@ class World:
         except loop.DeadlockError as error:
             self.findings.append(str(error))
         self.findings += oracle.check(
-            self.operations, self.server, requests_come_twice=self.plan.faults.request_twice > 0
+            self.operations,
+            self.server,
+            self.history_length,
+            requests_come_twice=self.plan.faults.request_twice > 0,
         )
         return self
 
@@ -99,9 +120,12 @@ class World:
         exclusive = plan.replicas == 1
         calm = replace(plan.faults, failover=0.0, crash_after_write=0.0, store_away=0.0)
         faults = calm if exclusive else plan.faults  # an embedded store dies with its process
+        keeping = {"history_length": random.choice((0, 1, 3, 20)), "history_seconds": random.choice((0.0, 0.1, 60.0))}
+        self.history_length = keeping["history_length"]
         self.server = Server(random, faults, RECEIPT_SECONDS, ServiceRuntime(random), embedded=exclusive)
         replicas = [
-            Replica(f"replica {n}", self.server, random, faults, exclusive=exclusive) for n in range(plan.replicas)
+            Replica(f"replica {n}", self.server, random, faults, exclusive=exclusive, threaded=plan.threaded, **keeping)
+            for n in range(plan.replicas)
         ]
         for one in replicas:
             await one.start()

@@ -289,6 +289,38 @@ async def test_the_file_is_flushed_at_every_commit(sqlite: SqliteStore) -> None:
     assert await pragma("locking_mode") == "exclusive"
 
 
+async def test_only_commits_that_keep_pay_for_the_history(sqlite: SqliteStore, sabotage: type[Sabotaged]) -> None:
+    """And the record that is kept never leaves the database."""
+    record = await created(sqlite, "a", secrets.token_bytes(500_000))
+    statements: list[str] = []
+    sabotage.before = lambda _, sql: statements.append(sql)
+    new = after(record, b"new")
+    assert await sqlite.commit("a", record.stamp, new, [receipt()]) == Committed()
+    assert not [sql for sql in statements if "kept" in sql or "pins" in sql]
+    plain, newer = len(statements), after(new, b"newer")
+    statements.clear()
+    assert await sqlite.commit("a", new.stamp, newer, [receipt()], 1) == Committed()
+    assert len(statements) == plain + 2
+    assert [sql.split()[0] for sql in statements if "kept" in sql] == ["INSERT", "DELETE"]
+    assert not [sql for sql in statements if sql.startswith("SELECT") and "data" in sql]
+
+
+async def test_searches_in_the_history_read_no_record(sqlite: SqliteStore, path: Path) -> None:
+    searches = (
+        "SELECT incarnation, version, commit_id FROM kept WHERE incarnation = 1 ORDER BY version DESC",
+        "SELECT version FROM kept WHERE incarnation = 1 AND version NOT IN (SELECT version FROM pins WHERE"
+        " incarnation = 1) ORDER BY version DESC LIMIT -1 OFFSET 2",
+        "SELECT tag, version, data FROM pins WHERE incarnation = 1 ORDER BY tag",
+    )
+    await sqlite.close()
+    with closing(sqlite3.connect(path)) as connection:
+        for search in searches:
+            plan = " ".join(row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {search}"))
+            assert "SCAN" not in plan, search
+            assert "TEMP B-TREE" not in plan, search
+            assert "INDEX" in plan, search
+
+
 async def test_reading_a_stamp_or_a_list_scans_no_table(sqlite: SqliteStore) -> None:
     def plan(statement: str, connection: sqlite3.Connection) -> str:
         return " ".join(row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}"))

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from batchnorm_service.store.base import (
     Committed,
     Duplicates,
     Missing,
+    NotKept,
+    Pin,
     ReceiptWithTTL,
     Record,
     Stamp,
@@ -48,6 +51,37 @@ async def filled(store: Store, count: int = 3) -> dict[str, Record]:
             record = new
         records[name] = record
     return records
+
+
+async def with_history(store: Store, name: str = "kept") -> tuple[Record, list[Record]]:
+    """A layer with two kept records and three pins: the newest record, and the kept ones."""
+    records = [await created(store, name, b"0")]
+    for step in range(1, 6):
+        records.append(after(records[-1], b"%d" % step * 1000))
+        assert await store.commit(name, records[-2].stamp, records[-1], [receipt(version=step)], 2) == Committed()
+    for tag, record in (("newest", records[-1]), ("older", records[-3]), ("again", records[-3])):
+        assert await store.pin(name, record.stamp, tag, tag.encode(), 9) == Committed()
+    newer = after(records[-1], b"newer")
+    assert await store.commit(name, records[-1].stamp, newer, [], 1) == Committed()
+    assert await store.pin(name, newer.stamp, "very newest", b"", 9) == Committed()
+    kept = await store.kept(name)
+    assert isinstance(kept, tuple)
+    assert [stamp.version for stamp in kept] == [7, 6, 5, 4]
+    return newer, records[3:]
+
+
+async def expect_history(store: Store, newest: Record, kept: list[Record], name: str = "kept") -> None:
+    """What `with_history` made."""
+    for record in (newest, *kept):
+        found = await store.load_kept(name, record.stamp.version)
+        assert isinstance(found, Record)
+        assert (found.data, found.stamp.version) == (record.data, record.stamp.version)
+    pins = [("again", 4, b"again"), ("newest", 6, b"newest"), ("older", 4, b"older"), ("very newest", 7, b"")]
+    assert await store.pins(name) == tuple(Pin(*pin) for pin in pins)
+    for tag, version, _ in pins:
+        found = await store.load_kept(name, tag)
+        assert isinstance(found, Record)
+        assert found.stamp.version == version
 
 
 def silent(what: str, done: int, total: int | None) -> None:
@@ -153,6 +187,109 @@ async def test_layers_and_receipts_move_to_another_store_and_back(table: Table, 
         assert back_again == receipts
     finally:
         await source.close()
+
+
+async def test_history_and_pins_move_to_another_store_and_back(table: Table, tmp_path: Path) -> None:
+    source = table.store()
+    await source.open()
+    newest, kept = await with_history(source)
+    await source.close()
+    middle = SqliteTable(tmp_path / "middle.db", exclusive=True)
+    if isinstance(table, SqliteTable):
+        middle._clock = table._clock
+    moved = Report(copied=1, kept=3, pins=4, receipts=5)
+    assert await migrate(source, middle.store(), silent) == moved
+    assert await migrate(source, middle.store(), silent) == replace(moved, copied=0, present=1)
+    store = middle.store()
+    await store.open()
+    await expect_history(store, newest, kept)
+    (record,) = [await loaded(store, "kept")]
+    assert record.stamp.version == newest.stamp.version
+    assert record.stamp.incarnation != newest.stamp.incarnation
+    assert await store.kept("kept") == tuple(
+        Stamp(record.stamp.incarnation, version, commit_id)
+        for version, commit_id in [
+            (7, record.stamp.commit_id),
+            *((k.stamp.version, k.stamp.commit_id) for k in kept[::-1]),
+        ]
+    )
+    await store.close()
+
+    await source.open()
+    assert await source.delete("kept", newest.stamp, with_pins=True) == Committed()
+    await source.close()
+    assert await migrate(middle.store(), source, silent) == replace(moved, kept=4), (
+        "the newest has a larger version now"
+    )
+    await source.open()
+    try:
+        assert (await loaded(source, "kept")).stamp.version == 8
+        await expect_history(source, newest, kept)
+    finally:
+        await source.close()
+
+
+async def test_an_overwritten_layer_keeps_nothing_of_its_own(tmp_path: Path) -> None:
+    source, target = SqliteStore(tmp_path / "source.db"), SqliteStore(tmp_path / "target.db")
+    await source.open()
+    newest, kept = await with_history(source)
+    await source.close()
+    await target.open()
+    mine = await created(target, "kept", b"mine")
+    assert await target.pin("kept", mine.stamp, "mine", b"", 9) == Committed()
+    await target.close()
+    assert await migrate(source, target, silent) == Report(differing=["kept"])
+    await target.open()
+    assert await target.load_kept("kept", "mine") == mine
+    await target.close()
+    assert (await migrate(source, target, silent, overwrite=True)).complete
+    await target.open()
+    await expect_history(target, newest, kept)
+    assert await target.load_kept("kept", "mine") == await target.load_kept("kept", 1) == NotKept()
+    await target.close()
+
+
+async def test_a_history_that_the_target_lost_is_told(tmp_path: Path) -> None:
+    class Forgetful(SqliteStore):
+        lost = 5
+
+        async def load_kept(self, name, at, unless=None):  # type: ignore[no-untyped-def]
+            return NotKept() if at == self.lost else await super().load_kept(name, at, unless)
+
+    source = SqliteStore(tmp_path / "source.db")
+    await source.open()
+    await with_history(source)
+    await source.close()
+    report = await migrate(source, Forgetful(tmp_path / "target.db"), silent)
+    assert (report.changed, report.kept, report.pins) == (["kept"], 2, 4)
+    Forgetful.lost = 4
+    report = await migrate(source, Forgetful(tmp_path / "target.db"), silent)
+    assert (report.changed, report.kept) == (["kept"], 2)
+
+
+async def test_what_an_online_source_gets_meanwhile_is_left_out_whole(tmp_path: Path) -> None:
+    """A receipt without its batch would turn the caller's retry into a batch that is lost."""
+    source = SqliteStore(tmp_path / "source.db", exclusive=False)
+    await source.open()
+    newest, kept = await with_history(source)
+    late, used = after(newest, b"late"), receipt(version=8)
+
+    class Meddling(SqliteStore):
+        async def create(self, name: str, data: bytes, limit: int):  # type: ignore[no-untyped-def]
+            assert await writer.commit("kept", newest.stamp, late, [used], 9) == Committed()
+            assert await writer.pin("kept", late.stamp, "late", b"", 9) == Committed()
+            return await super().create(name, data, limit)
+
+    writer, target = source, Meddling(tmp_path / "target.db")
+    report = await migrate(SqliteStore(tmp_path / "source.db", exclusive=False), target, silent, online=True)
+    await writer.close()
+    assert (report.changed, report.copied, report.pins) == (["kept"], 1, 4)
+    await target.open()
+    await expect_history(target, newest, kept)
+    assert await target.load_kept("kept", "late") == NotKept()
+    assert used.key not in await all_receipts(target)
+    assert len(await all_receipts(target)) == 5
+    await target.close()
 
 
 @pytest.fixture
@@ -341,7 +478,8 @@ async def test_the_command_moves_a_file_to_a_server(
     done = command("--from", source, "--to", url)
     assert done.returncode == 0, done.stderr
     assert done.stdout == (
-        f"{source} -> {guarded.url}: 3 layers copied, 0 were there and equal, 9 receipts; all read back\n"
+        f"{source} -> {guarded.url}: 3 layers copied, 0 were there and equal, 0 earlier states, 0 pins, 9 receipts;"
+        " all read back\n"
     )
     assert done.stderr == "", "no bar where nobody looks"
     await pair[0].open()

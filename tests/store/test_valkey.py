@@ -65,7 +65,8 @@ async def test_all_that_belongs_to_a_layer_is_in_one_hash_slot(opened: ValkeySto
     names = ["a", "net.{x}bn1", "}{", "é" * 50]
     for name in names:
         record = await created(opened, name)
-        await opened.commit(name, record.stamp, None, [receipt(), receipt()])
+        await opened.commit(name, record.stamp, after(record, b"new"), [receipt(), receipt()], 1)
+        assert await opened.pin(name, record.stamp, "tag", b"", 1) == Committed()
     slots: dict[int, list[bytes]] = {}
     for key in valkey_server.command("KEYS", "*"):
         slots.setdefault(key_slot(key), []).append(key)
@@ -74,6 +75,7 @@ async def test_all_that_belongs_to_a_layer_is_in_one_hash_slot(opened: ValkeySto
         slot = slots[BUCKET_SLOTS[bucket_of(name)]]
         assert keys.record(name) in slot
         assert keys.names(bucket_of(name)) in slot
+        assert set(keys.history(name)) <= set(slot)
         assert sum(b"}r:" in key for key in slot) == 2
 
 
@@ -81,7 +83,9 @@ async def test_nothing_of_a_deleted_layer_stays_but_what_expires(opened: ValkeyS
     for _ in range(3):
         records = {name: await created(opened, name) for name in map(str, range(600))}
         await asyncio.gather(*(opened.commit(name, each.stamp, None, [receipt()]) for name, each in records.items()))
-        await asyncio.gather(*(opened.delete(name, each.stamp) for name, each in records.items()))
+        await asyncio.gather(*(opened.pin(name, each.stamp, "tag", b"", 1) for name, each in records.items()))
+        await asyncio.gather(*(opened.delete(name, each.stamp, with_pins=True) for name, each in records.items()))
+        assert await opened.list("", "", 1) == []
     lasting = [key for key in valkey_server.command("KEYS", "*") if valkey_server.admin.ttl(key) < 0]
     assert len(lasting) <= BUCKETS + 1, "a floor for each bucket, and the schema version"
 

@@ -13,7 +13,16 @@ from pathlib import Path
 import pytest
 import valkey
 
-from batchnorm_service.store.base import Committed, Duplicates, Exists, Record, StoreError, StoreRefusedError
+from batchnorm_service.store.base import (
+    Committed,
+    Duplicates,
+    Exists,
+    Pin,
+    Pinned,
+    Record,
+    StoreError,
+    StoreRefusedError,
+)
 from batchnorm_service.store.valkey.keys import BUCKET_SLOTS, bucket_of
 from batchnorm_service.store.valkey.store import ValkeyStore
 from store.harness import LIMIT, RECEIPT_SECONDS, after, created, loaded, receipt
@@ -29,11 +38,13 @@ class Trainer:
     Attributes:
         acknowledged: how many commits.
         errors: how often the outcome was not known.
+        pinned: the records whose pins were acknowledged, by tag: every fifth.
     """
 
     def __init__(self, store: ValkeyStore, name: str) -> None:
         self.acknowledged = 0
         self.errors: list[str] = []
+        self.pinned: dict[str, Record] = {}
         self._store = store
         self._name = name
         self._stop = False
@@ -46,10 +57,17 @@ class Trainer:
         record = await self._created()
         while not self._stop:
             new, key = after(record, b"%d" % (self.acknowledged + 1)), receipt()
-            outcome = await self._insist(lambda: self._store.commit(self._name, record.stamp, new, [key]))  # noqa: B023
+            outcome = await self._insist(lambda: self._store.commit(self._name, record.stamp, new, [key], 2))  # noqa: B023
             assert outcome in (Committed(), Duplicates((key,)))
             record = new
             self.acknowledged += 1
+            if self.acknowledged % 5 == 0:
+                pin = Pin(f"t{self.acknowledged}", record.stamp.version, b"data")
+                outcome = await self._insist(
+                    lambda: self._store.pin(self._name, record.stamp, pin.tag, pin.data, 1 << 30)  # noqa: B023
+                )
+                assert outcome in (Committed(), Pinned(pin))
+                self.pinned[pin.tag] = record
         return record
 
     async def _created(self) -> Record:
@@ -95,6 +113,14 @@ class Training:
         for trainer, name, record in zip(self.trainers, self._names, await asyncio.gather(*self._tasks), strict=True):
             assert record.data == b"%d" % trainer.acknowledged
             assert await loaded(store, name) == record
+            assert trainer.pinned
+            pins = await store.pins(name)
+            assert isinstance(pins, tuple)
+            assert {pin.tag: pin.version for pin in pins} == {
+                tag: pinned.stamp.version for tag, pinned in trainer.pinned.items()
+            }
+            for tag, pinned in trainer.pinned.items():
+                assert await store.load_kept(name, tag) == pinned
 
     @property
     def errors(self) -> list[str]:

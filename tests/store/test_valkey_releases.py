@@ -7,10 +7,10 @@ from typing import Any, Final
 
 import pytest
 
-from batchnorm_service.store.base import GroupStatus, Shard
-from batchnorm_service.store.valkey.keys import Keys, pack_number
+from batchnorm_service.store.base import Committed, GroupStatus, Missing, NotKept, Pinned, Record, Shard, Stamp
+from batchnorm_service.store.valkey.keys import Keys, bucket_of, pack_number, pack_stamp
 from batchnorm_service.store.valkey.store import ValkeyStore
-from store.harness import RECEIPT_SECONDS, created
+from store.harness import RECEIPT_SECONDS, after, created
 from store.valkey_servers import Server, flush
 
 pytestmark = pytest.mark.anyio
@@ -79,6 +79,48 @@ async def new(anyio_backend: str, valkey_server: Server) -> AsyncIterator[Valkey
     await store.open()
     yield store
     await store.close()
+
+
+OLD_DELETE: Final = """#!lua flags=allow-oom
+redis.call('SET', KEYS[3], string.sub(redis.call('GET', KEYS[1]), 9, 16))
+redis.call('UNLINK', KEYS[1])
+redis.call('ZREM', KEYS[2], ARGV[1])
+return {3}
+"""
+OLD_CREATE: Final = """#!lua
+redis.call('SET', KEYS[1], ARGV[1])
+redis.call('ZADD', KEYS[2], 0, ARGV[2])
+return {3}
+"""
+
+
+@pytest.mark.parametrize("creator", ["an older release", "this one"])
+async def test_a_layer_that_an_older_release_deleted_leaves_no_history_to_the_next(
+    new: ValkeyStore, valkey_server: Server, creator: str
+) -> None:
+    first = await created(new, "a")
+    assert await new.pin("a", first.stamp, "tag", b"", 1) == Committed()
+    assert await new.commit("a", first.stamp, after(first, b"second"), [], 3) == Committed()
+    keys, bucket = Keys("bn"), bucket_of("a")
+    names = [keys.record("a"), keys.names(bucket), keys.floor(bucket)]
+    valkey_server.command("EVAL", OLD_DELETE, 3, *names, "a")
+    assert await new.kept("a") == await new.pins("a") == Missing()
+    if creator == "this one":
+        record = await created(new, "a")
+        assert not valkey_server.admin.exists(*keys.history("a"))
+    else:
+        record = Record(Stamp(first.stamp.incarnation ^ 1, 3, 1), b"new")
+        valkey_server.command("EVAL", OLD_CREATE, 2, *names[:2], pack_stamp(record.stamp) + record.data, "a")
+    assert await new.load("a") == record
+    assert await new.kept("a") == await new.pins("a") == ()
+    assert await new.load_kept("a", "tag") == await new.load_kept("a", 1) == NotKept()
+    assert await new.pin("a", record.stamp, "other", b"", 1) == Committed(), "old pins are not counted"
+    newest = after(record, b"newest")
+    assert await new.commit("a", record.stamp, newest, [], 1) == Committed()
+    assert await new.kept("a") == (record.stamp,)
+    assert await new.delete("a", newest.stamp) == Pinned()
+    assert await new.delete("a", newest.stamp, with_pins=True) == Committed()
+    assert not valkey_server.admin.exists(*keys.history("a"))
 
 
 @pytest.mark.parametrize("order", ["old first", "new first"])

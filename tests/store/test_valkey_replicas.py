@@ -17,12 +17,15 @@ from batchnorm_service.store.base import (
     Duplicates,
     Exists,
     Missing,
+    NotKept,
+    Pin,
+    Pinned,
     ReceiptWithTTL,
     StoreError,
     StoreRefusedError,
 )
 from batchnorm_service.store.sqlite.store import SqliteStore
-from batchnorm_service.store.valkey.keys import Keys
+from batchnorm_service.store.valkey.keys import Keys, pack_stamp
 from batchnorm_service.store.valkey.store import ValkeyStore
 from batchnorm_service.transfer import Report, migrate
 from store.harness import LIMIT, RECEIPT_SECONDS, after, created, receipt
@@ -83,8 +86,13 @@ async def test_what_is_acknowledged_is_on_the_replica(patient: ValkeyStore, repl
         record, old = after(record, b"%d" % n), record
         assert await patient.commit("a", old.stamp, record, [receipt()]) == Committed()
         assert replica.admin.get(key)[24:] == record.data
-    assert await patient.delete("a", record.stamp) == Committed()
-    assert replica.admin.get(key) is None
+    assert replica.admin.hlen(Keys("bn").history("a")[0]) == 0
+    assert await patient.pin("a", record.stamp, "tag", b"data", 1) == Committed()
+    assert [replica.admin.hlen(each) for each in Keys("bn").history("a")] == [1, 1]
+    assert await patient.commit("a", record.stamp, newest := after(record, b"kept"), [], 5) == Committed()
+    assert replica.admin.hgetall(Keys("bn").history("a")[0]) == {pack_stamp(record.stamp): record.data}
+    assert await patient.delete("a", newest.stamp, with_pins=True) == Committed()
+    assert [replica.admin.exists(each) for each in (key, *Keys("bn").history("a"))] == [0, 0, 0]
 
 
 async def test_nothing_is_acknowledged_without_the_replica_and_no_replay_either(
@@ -95,13 +103,20 @@ async def test_nothing_is_acknowledged_without_the_replica_and_no_replay_either(
     gone, reborn = await created(patient, "gone"), await created(patient, "reborn")
     second, key = after(first, b"second"), receipt()
     lasting = ReceiptWithTTL(0, receipt(), 100.0)
+    pinned, made = await created(patient, "pinned"), first.stamp.incarnation
+    pin = Pin("tag", pinned.stamp.version, b"data")
+    own = pinned.stamp.incarnation
+    assert await patient.pin("pinned", pinned.stamp, "old", b"", 9) == Committed()
     calls: list[tuple[str, Callable[[ValkeyStore], Awaitable[object]], object]] = [
         ("a batch", lambda store: store.commit("a", first.stamp, second, [key]), Duplicates((key,))),
-        ("its receipt", lambda store: store.find_receipts("a", first.stamp.incarnation, [key.key]), (key,)),
+        ("its receipt", lambda store: store.find_receipts("a", made, [key.key]), (key,)),
         ("a layer", lambda store: store.create("new", b"new", LIMIT), Exists),
         ("no layer", lambda store: store.delete("gone", gone.stamp), Missing()),
         ("another layer", lambda store: store.delete("reborn", reborn.stamp), Conflict()),
-        ("a receipt", lambda store: store.import_receipts("a", first.stamp.incarnation, [lasting]), Committed()),
+        ("a receipt", lambda store: store.import_receipts("a", made, [lasting]), Committed()),
+        ("a pin", lambda store: store.pin("pinned", pinned.stamp, "tag", b"data", 9), Pinned(pin)),
+        ("no pin", lambda store: store.unpin("pinned", own, "old", 3), NotKept()),
+        ("a history", lambda store: store.import_history("a", made, [first], [Pin("tag", 1, b"")]), Committed()),
     ]
     replica.signal(signal.SIGSTOP)
     with pytest.raises(StoreError):
@@ -116,7 +131,8 @@ async def test_nothing_is_acknowledged_without_the_replica_and_no_replay_either(
                 with pytest.raises(StoreError, match="0 of 1 replicas"):
                     assert await call(another) == "no answer", what
     assert await hasty.load("a") == second, "reads go on, and see what is not acknowledged"
-    assert await hasty.find_receipts("a", first.stamp.incarnation, [receipt().key]) == (), "nothing to wait for"
+    assert await hasty.find_receipts("a", made, [receipt().key]) == (), "nothing to wait for"
+    assert await hasty.load_kept("pinned", "tag") == pinned
 
     waiting = [asyncio.ensure_future(call(patient)) for _, call, _ in calls]
     await asyncio.to_thread(wait_for, "a call waits for the replica", lambda: primary.info("blocked_clients") != "0")
@@ -196,7 +212,7 @@ async def test_reads_do_not_stand_behind_writes_that_wait(
         asyncio.ensure_future(patient.commit(f"n{n}", record.stamp, after(record, b"x"), [receipt()]))
         for n, record in enumerate(records)
     ]
-    await asyncio.to_thread(wait_for, "they wait", lambda: primary.info("blocked_clients") != "0")
+    await asyncio.to_thread(wait_for, "both connections wait", lambda: primary.info("blocked_clients") == "2")
     async with asyncio.timeout(10):
         loaded = await asyncio.gather(*(patient.load(f"n{n}") for n in range(20)))
     assert not any(call.done() for call in waiting)

@@ -17,6 +17,7 @@ from batchnorm_service.store.base import (
     Conflict,
     Duplicates,
     Missing,
+    Pin,
     Record,
     StoreError,
     StoreRefusedError,
@@ -284,6 +285,15 @@ async def test_a_wrong_password_is_refused_in_words_and_never_shown(
             won = await loaded(store, name)
             assert (await store.commit(name, won.stamp, after(won, b"again"), [receipt()])).contenders == 1
             await store.delete(name, won.stamp.next(RUNTIME.bits(63)))
+            made = await created(store, name := f"history of {credentials}")
+            assert await store.pin(name, made.stamp, "tag", b"", 1) == Committed()
+            assert await store.commit(name, made.stamp, newest := after(made, b"next"), [], 1) == Committed()
+            assert await store.load_kept(name, "tag") == made
+            assert await store.kept(name) == (made.stamp,)
+            assert await store.unpin(name, made.stamp.incarnation, "tag", 0) == Committed()
+            assert await store.import_history(name, made.stamp.incarnation, [made], [Pin("tag", 1, b"")]) == Committed()
+            assert await store.pins(name) == (Pin("tag", 1, b""),)
+            assert await store.delete(name, newest.stamp, with_pins=True) == Committed()
             assert store.url == guarded.url
             await store.close()
         guarded.command("ACL", "SETUSER", "me", "-time")

@@ -14,6 +14,7 @@ from batchnorm_client.arrays import A, to_wire
 from batchnorm_client.core import readers
 from batchnorm_client.core.group_member import GroupMember, group_wait
 from batchnorm_client.core.messages import Request
+from batchnorm_client.core.state_choice import NEWEST, StateChoice
 from batchnorm_client.core.unknown_outcome import confirm_deleted, confirm_replaced, confirm_updated
 from batchnorm_client.kernels.state import LocalState
 from batchnorm_client.options import LayerChanges, LayerOptions, Mode, What
@@ -40,7 +41,9 @@ def ready() -> Request[bool]:
 def create(name: str, num_features: int, options: LayerOptions) -> Request[Layer]:
     """Create a layer. Fields that are left out get their defaults from the service."""
     document = {"num_features": num_features, **options}
-    return Request("PUT", layer_path(name), readers.layer, (200, 201), _JSON, [orjson.dumps(document, option=_WRITE)])
+    return Request(
+        "PUT", layer_path(name), readers.layer, (200, 201), JSON_BODY, [orjson.dumps(document, option=_WRITE)]
+    )
 
 
 def page(prefix: str, after: str | None) -> Request[LayerPage]:
@@ -49,9 +52,9 @@ def page(prefix: str, after: str | None) -> Request[LayerPage]:
     return Request("GET", f"/v1/layers?{urlencode(query)}", readers.page, reads=True)
 
 
-def inspect(name: str) -> Request[Layer]:
+def inspect(name: str, choice: StateChoice = NEWEST) -> Request[Layer]:
     """A layer's config and state."""
-    return Request("GET", layer_path(name), readers.layer, reads=True)
+    return Request("GET", _at(layer_path(name), choice), partial(readers.chosen_layer, choice), reads=True)
 
 
 def update(name: str, changes: LayerChanges, if_match: int | None) -> Request[Layer]:
@@ -68,24 +71,24 @@ def update(name: str, changes: LayerChanges, if_match: int | None) -> Request[La
         "PATCH",
         layer_path(name),
         readers.layer,
-        headers=_JSON | _if_match(if_match),
+        headers=JSON_BODY | if_match_header(if_match),
         pieces=json_pieces(document),
         confirm=None if if_match is None else partial(confirm_updated, layer_path(name), document, if_match),
     )
 
 
-def delete(name: str, if_match: int | None) -> Request[None]:
-    """Delete a layer.
+def delete(name: str, if_match: int | None, *, with_pins: bool = False) -> Request[None]:
+    """Delete a layer; one that has pins only `with_pins`.
 
     Without If-Match it is not sent again once it may have taken effect, because another layer may have the name by
     then. Instead, a GET finds out whether the layer is gone.
     """
     return Request(
         "DELETE",
-        layer_path(name),
+        f"{layer_path(name)}{'?pins=delete' if with_pins else ''}",
         readers.nothing,
         (204,),
-        headers=_if_match(if_match),
+        headers=if_match_header(if_match),
         repeat_if_unknown=if_match is not None,
         confirm=partial(confirm_deleted, layer_path(name), if_match),
     )
@@ -97,14 +100,20 @@ def reset(name: str, what: What, key: str, if_match: int | None) -> Request[Laye
         "POST",
         f"{layer_path(name)}/reset",
         readers.layer,
-        headers=_JSON | key_header(key) | _if_match(if_match),
+        headers=JSON_BODY | key_header(key) | if_match_header(if_match),
         pieces=[orjson.dumps({"what": what})],
     )
 
 
-def state(name: str) -> Request[dict[str, Tensor]]:
+def state(name: str, choice: StateChoice = NEWEST) -> Request[dict[str, Tensor]]:
     """A layer's tensors."""
-    return Request("GET", f"{layer_path(name)}/state", readers.tensors, headers={"Accept": SAFETENSORS}, reads=True)
+    return Request(
+        "GET",
+        _at(f"{layer_path(name)}/state", choice),
+        partial(readers.chosen_tensors, choice, name),
+        headers={"Accept": SAFETENSORS},
+        reads=True,
+    )
 
 
 def replace_state(name: str, state_dict: StateDict, if_match: int | None) -> Request[Layer]:
@@ -119,7 +128,7 @@ def replace_state(name: str, state_dict: StateDict, if_match: int | None) -> Req
         "PUT",
         f"{layer_path(name)}/state",
         readers.layer,
-        headers={"Content-Type": SAFETENSORS} | _if_match(if_match),
+        headers={"Content-Type": SAFETENSORS} | if_match_header(if_match),
         pieces=encode(SAFETENSORS, tensors),
         repeat_if_unknown=if_match is not None,
         confirm=None if if_match is None else partial(confirm_replaced, layer_path(name), tensors, if_match),
@@ -141,12 +150,14 @@ def train(
     )
 
 
-def evaluate(name: str, batch: A, *, statistics: bool = False, call: str = "eval") -> Request[EvalResult[A]]:
+def evaluate(
+    name: str, batch: A, *, statistics: bool = False, call: str = "eval", choice: StateChoice = NEWEST
+) -> Request[EvalResult[A]]:
     """Normalize with the running statistics."""
     tensor = to_wire(batch)
     return Request(
         "POST",
-        _target(name, call, statistics=statistics),
+        _target(name, call, statistics=statistics, choice=choice),
         partial(readers.evaluated, tensor.shape, batch),
         headers=_TENSORS,
         pieces=encode(SAFETENSORS, {"input": tensor}),
@@ -154,9 +165,9 @@ def evaluate(name: str, batch: A, *, statistics: bool = False, call: str = "eval
     )
 
 
-def inverse(name: str, batch: A) -> Request[EvalResult[A]]:
+def inverse(name: str, batch: A, choice: StateChoice = NEWEST) -> Request[EvalResult[A]]:
     """Undo what eval does."""
-    return evaluate(name, batch, call="inverse")
+    return evaluate(name, batch, call="inverse", choice=choice)
 
 
 def backward(
@@ -216,10 +227,11 @@ def _fold_together(layers: Mapping[str, Moments], key: str) -> Request[dict[str,
     )
 
 
-def revalidate(name: str, cached: LocalState | None) -> Request[LocalState]:
+def revalidate(name: str, cached: LocalState | None, choice: StateChoice = NEWEST) -> Request[LocalState]:
     """The layer's state for normalizing in the client, read again only if it changed."""
     unless = {} if cached is None else {"If-None-Match": f'"{cached.version}"'}
-    return Request("GET", layer_path(name), partial(readers.local_state, cached), (200, 304), unless, reads=True)
+    read = partial(readers.local_state, choice, cached)
+    return Request("GET", _at(layer_path(name), choice), read, (200, 304), unless, reads=True)
 
 
 def layer_path(name: str) -> str:
@@ -232,19 +244,30 @@ def layer_path(name: str) -> str:
     return f"/v1/layers/{name}"
 
 
-_JSON = {"Content-Type": JSON}
+JSON_BODY = {"Content-Type": JSON}
 _TENSORS = {"Content-Type": SAFETENSORS, "Accept": SAFETENSORS}
 
 
 def _target(
-    name: str, call: str, *, statistics: bool = False, mode: Mode | None = None, member: GroupMember | None = None
+    name: str,
+    call: str,
+    *,
+    statistics: bool = False,
+    mode: Mode | None = None,
+    member: GroupMember | None = None,
+    choice: StateChoice = NEWEST,
 ) -> str:
     query: dict[str, Any] = {"statistics": "true"} if statistics else {}
-    query |= {} if mode is None else {"mode": mode}
+    chosen = {"mode": mode, "at": choice.at, "expect": choice.expect}
+    query |= {name: value for name, value in chosen.items() if value is not None}
     if member is not None:
         query |= {"group": member.group, "size": member.size}
         query |= {} if member.timeout is None else {"timeout": member.timeout}
     return f"{layer_path(name)}/{call}{'?' if query else ''}{urlencode(query)}"
+
+
+def _at(path: str, choice: StateChoice) -> str:
+    return path if choice.at is None else f"{path}?{urlencode({'at': choice.at})}"
 
 
 def _moments(moments: Moments) -> dict[str, Tensor]:
@@ -266,7 +289,8 @@ def key_header(key: str) -> dict[str, str]:
     return {IDEMPOTENCY_KEY: key}
 
 
-def _if_match(version: int | None) -> dict[str, str]:
+def if_match_header(version: int | None) -> dict[str, str]:
+    """The header for a precondition on the version; none without one."""
     return {} if version is None else {"If-Match": f'"{version:d}"'}
 
 

@@ -123,7 +123,7 @@ def eval_step(state: LocalState, batch: A, *, statistics: bool) -> EvalResult[A]
         output, _, used = kernels.with_own_statistics(state, moved)
         found = BatchStatistics(*used)
     output = _finished(state, kernels, output)
-    return EvalResult(output, state.version, state.num_batches_tracked, found if statistics else None)
+    return EvalResult(output, state.version, state.num_batches_tracked, state.digest, found if statistics else None)
 
 
 def _step(state: LocalState, kernels: Kernels, output: Any, moments: BatchMoments, used: Any) -> Step[Any]:

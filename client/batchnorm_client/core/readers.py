@@ -11,11 +11,12 @@ import orjson
 from batchnorm_client.arrays import A, from_wire
 from batchnorm_client.core.messages import Response
 from batchnorm_client.core.problems import may_have_taken_effect, problem_of
+from batchnorm_client.core.state_choice import StateChoice
 from batchnorm_client.kernels.state import LocalState
 from batchnorm_client.results import BatchStatistics, EvalResult, FoldResult, Gradients, TrainResult
-from batchnorm_client.wire.documents import FoldedDocument, Layer, LayerPage
+from batchnorm_client.wire.documents import FoldedDocument, HistoryPage, Layer, LayerPage, Pin, Pins
 from batchnorm_client.wire.errors import ProblemError
-from batchnorm_client.wire.headers import IDEMPOTENT_REPLAY, NUM_BATCHES_TRACKED, REQUEST_ID, VERSION
+from batchnorm_client.wire.headers import DIGEST, IDEMPOTENT_REPLAY, NUM_BATCHES_TRACKED, REQUEST_ID, VERSION
 from batchnorm_client.wire.media_types import JSON, SAFETENSORS
 from batchnorm_client.wire.tensors import Tensor, decode_safetensors
 
@@ -36,6 +37,37 @@ def page(response: Response) -> LayerPage:
     """A page of a listing."""
     _check_form(response, JSON)
     return LayerPage.model_validate_json(bytes(response.body), extra="ignore")
+
+
+def history(response: Response) -> HistoryPage:
+    """A page of a layer's history."""
+    _check_form(response, JSON)
+    return HistoryPage.model_validate_json(bytes(response.body), extra="ignore")
+
+
+def pin(response: Response) -> Pin:
+    """A pin."""
+    _check_form(response, JSON)
+    return Pin.model_validate_json(bytes(response.body), extra="ignore")
+
+
+def pins(response: Response) -> list[Pin]:
+    """The pins of a layer."""
+    _check_form(response, JSON)
+    return Pins.model_validate_json(bytes(response.body), extra="ignore").pins
+
+
+def chosen_layer(choice: StateChoice, response: Response) -> Layer:
+    """A `Layer` document. Raises `DigestMismatch` if its numbers do not have the expected digest."""
+    found = layer(response)
+    _check_numbers(choice, found.name, LocalState.of(found))
+    return found
+
+
+def chosen_tensors(choice: StateChoice, name: str, response: Response) -> dict[str, Tensor]:
+    """The tensors of a state of layer `name`. Raises `DigestMismatch` if it has another digest than expected."""
+    choice.check_digest(name, response.headers[DIGEST.lower()])
+    return tensors(response)
 
 
 def tensors(response: Response) -> dict[str, Tensor]:
@@ -66,6 +98,7 @@ def evaluated(shape: tuple[int, ...], batch: A, response: Response) -> EvalResul
         output,
         version=int(response.headers[VERSION.lower()]),
         num_batches_tracked=int(response.headers[NUM_BATCHES_TRACKED.lower()]),
+        digest=response.headers[DIGEST.lower()],
         statistics=statistics,
     )
 
@@ -109,13 +142,25 @@ def many_folded(names: Collection[str], response: Response) -> dict[str, FoldRes
     return results
 
 
-def local_state(cached: LocalState | None, response: Response) -> LocalState:
-    """The layer's state for normalizing in the client; the cached one if the service says that it is current."""
+def local_state(choice: StateChoice, cached: LocalState | None, response: Response) -> LocalState:
+    """The layer's state for normalizing in the client; the cached one if the service says that it is current.
+
+    Raises:
+        DigestMismatch: its numbers do not have the expected digest.
+    """
     if response.status == 304:
         if cached is None:
             raise ValueError("a 304 to a call without a condition")
         return cached
-    return LocalState.of(layer(response))
+    found = layer(response)
+    state = LocalState.of(found)
+    _check_numbers(choice, found.name, state)
+    return state
+
+
+def _check_numbers(choice: StateChoice, name: str, state: LocalState) -> None:
+    if choice.expect is not None:
+        choice.check_digest(name, state.computed_digest())
 
 
 def _folded(document: dict[str, Any]) -> FoldResult:

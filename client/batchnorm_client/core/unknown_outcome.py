@@ -15,7 +15,7 @@ from batchnorm_client.core import readers
 from batchnorm_client.core.messages import Request, Response
 from batchnorm_client.core.problems import error_of
 from batchnorm_client.wire.documents import Layer
-from batchnorm_client.wire.errors import BatchNormError, LayerNotFound, VersionMismatch
+from batchnorm_client.wire.errors import BatchNormError, LayerNotFound, VersionMismatch, VersionNotFound
 from batchnorm_client.wire.tensors import Tensor, widened
 
 _PARAMETERS = ("weight", "bias")
@@ -29,14 +29,25 @@ def confirm_deleted(path: str, if_match: int | None, error: BatchNormError) -> R
     """
     if if_match is not None and not isinstance(error, LayerNotFound):
         return None
+    note = "the layer is still there, or there again; repeat with if_match=<its version> to delete it"
+    return _gone(path, error, note if if_match is None else None)
+
+
+def confirm_unpinned(path: str, error: BatchNormError) -> Request[None]:
+    """DELETE of a pin: one that is gone was deleted. A repeat might delete another pin that got the tag meanwhile."""
+    return _gone(path, error, "the pin is still there, or there again")
+
+
+def _gone(path: str, error: BatchNormError, note_if_there: str | None) -> Request[None]:
+    """A GET that succeeds if it finds nothing; or whatever it finds, without `note_if_there`."""
 
     def read(response: Response) -> None:
         if response.status == 404:
             found = error_of(response)
-            if not isinstance(found, LayerNotFound):
+            if not isinstance(found, LayerNotFound | VersionNotFound):
                 raise found
-        elif if_match is None:
-            error.add_note("the layer is still there, or there again; repeat with if_match=<its version> to delete it")
+        elif note_if_there is not None:
+            error.add_note(note_if_there)
             raise error
 
     return Request("GET", path, read, (200, 404), reads=True)

@@ -182,7 +182,7 @@ class RemoteBatchNorm(RemoteRunningStatistics):
             return result.output, result.statistics
         tracks = self._tracks and self.track_running_stats
         config = self._config.model_copy(update={"eps": self.eps, "track_running_stats": tracks})
-        step = train_step(LocalState(config, 0, 0, self.weight, self.bias, None, None), x)
+        step = train_step(LocalState(config, 0, 0, self.weight, self.bias, None, None, ""), x)
         if tracks and self._pending:
             self._pending.add(self.name, step.moments)
         elif tracks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import datetime
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -14,9 +14,10 @@ from pydantic import (
     StringConstraints,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
-from batchnorm_client.wire.names import LAYER_NAME_PATTERN
+from batchnorm_client.wire.names import LAYER_NAME_PATTERN, TAG_PATTERN
 from batchnorm_client.wire.statistics import STATISTICS, Kind, Statistics
 
 MAX_FEATURES: Final = 1_048_576
@@ -28,6 +29,9 @@ INPUT_DTYPES: Final[dict[str, tuple[str, ...]]] = {
 }
 """The input dtypes that a layer accepts, by the dtype of its state. The output has the input's dtype."""
 
+MAX_VERSION: Final = (1 << 63) - 1
+
+Tag = Annotated[str, StringConstraints(pattern=rf"^({TAG_PATTERN.pattern})$", max_length=200)]
 LayerName = Annotated[str, StringConstraints(pattern=rf"^{LAYER_NAME_PATTERN.pattern}$")]
 
 
@@ -218,8 +222,61 @@ class Layer(Document):
     running_var: Vector | None
     weight: Vector | None
     bias: Vector | None
+    digest: str = Field(description="of the state; equal digests mean that eval gives the same output")
     created_at: datetime = Field(strict=False)
     updated_at: datetime = Field(strict=False)
+
+
+class HistoryEntry(Document):
+    """A state of a layer that can be read, rolled back to and pinned."""
+
+    version: int
+    num_batches_tracked: int
+    samples_tracked: int
+    operation: str = Field(description="what made it: create, train, update, reset, replace or rollback")
+    at: datetime = Field(strict=False)
+    digest: str
+
+
+class HistoryPage(Document):
+    """The newest state and those that are kept, newest first; `next` goes into `before` of the next call."""
+
+    history: list[HistoryEntry]
+    next: int | None
+
+
+class RollbackRequest(Document):
+    """The state to go back to: a version, or a tag."""
+
+    version: int | None = Field(None, ge=0, le=MAX_VERSION)
+    tag: Tag | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if (self.version is None) == (self.tag is None):
+            raise ValueError("give either version or tag")
+        return self
+
+
+class PinRequest(Document):
+    """The state to pin; by default the newest."""
+
+    version: int | None = Field(None, ge=0, le=MAX_VERSION)
+
+
+class Pin(Document):
+    """A state that is kept under a tag."""
+
+    tag: str
+    version: int
+    digest: str
+    at: datetime = Field(strict=False)
+
+
+class Pins(Document):
+    """All pins of a layer, by tag."""
+
+    pins: list[Pin]
 
 
 class LayerSummary(Document):

@@ -11,14 +11,19 @@
         │   ├── Unauthenticated             401 unauthenticated
         │   ├── Forbidden                   403 forbidden
         │   ├── NotFound                    404 not-found
-        │   │   └── LayerNotFound           404 layer-not-found
+        │   │   ├── LayerNotFound           404 layer-not-found
+        │   │   └── VersionNotFound         404 version-not-found
         │   ├── MethodNotAllowed            405 method-not-allowed
         │   ├── NotAcceptable               406 not-acceptable
         │   ├── RequestTimeout              408 request-timeout
         │   ├── LayerExists                 409 layer-exists
         │   ├── TooManyLayers               409 too-many-layers
         │   ├── GroupClosed                 409 group-closed
+        │   ├── PinExists                   409 pin-exists
+        │   ├── TooManyPins                 409 too-many-pins
+        │   ├── LayerPinned                 409 layer-pinned
         │   ├── VersionMismatch             412 version-mismatch
+        │   ├── DigestMismatch              412 digest-mismatch
         │   ├── PayloadTooLarge             413 payload-too-large
         │   ├── UnsupportedMediaType        415 unsupported-media-type
         │   └── InvalidRequest              422 invalid-request
@@ -184,6 +189,12 @@ class LayerNotFound(NotFound):
     name, status, title = "layer-not-found", 404, "No such layer"
 
 
+class VersionNotFound(NotFound):
+    """The layer has no state of this version or tag any more: `GET /v1/layers/{name}/history` lists what is kept."""
+
+    name, status, title = "version-not-found", 404, "This state is not kept"
+
+
 class MethodNotAllowed(RequestError):
     """This path exists, but not with this method; the header `Allow` lists those that do."""
 
@@ -226,10 +237,34 @@ class GroupClosed(RequestError):
     name, status, title = "group-closed", 409, "The group is closed"
 
 
+class PinExists(RequestError):
+    """The tag stands for another state of the layer. Take another tag, or delete the pin first."""
+
+    name, status, title = "pin-exists", 409, "The tag is in use"
+
+
+class TooManyPins(RequestError):
+    """The layer has as many pins as the setting BATCHNORM_MAX_PINS allows. Delete some, or raise it."""
+
+    name, status, title = "too-many-pins", 409, "Too many pins"
+
+
+class LayerPinned(RequestError):
+    """The layer has pins, which DELETE would take along. Delete them first, or send `?pins=delete`."""
+
+    name, status, title = "layer-pinned", 409, "The layer has pins"
+
+
 class VersionMismatch(RequestError):
     """The layer's version is not the one in `If-Match`. Read the layer again, then decide again."""
 
     name, status, title = "version-mismatch", 412, "The layer has another version"
+
+
+class DigestMismatch(RequestError):
+    """The state that would be used is not the one that `expect` names, so nothing was computed."""
+
+    name, status, title = "digest-mismatch", 412, "The state has another digest"
 
 
 class PayloadTooLarge(RequestError):

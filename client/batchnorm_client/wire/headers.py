@@ -3,6 +3,7 @@
 import re
 from typing import Final
 
+DIGEST: Final = "Batchnorm-Digest"
 IDEMPOTENCY_KEY: Final = "Idempotency-Key"
 IDEMPOTENT_REPLAY: Final = "Idempotent-Replay"
 NUM_BATCHES_TRACKED: Final = "Num-Batches-Tracked"

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from batchnorm_client.wire.errors import InvalidRequest, ProblemError, ShapeMismatch
+from batchnorm_client.wire.errors import DigestMismatch, InvalidRequest, ProblemError, ShapeMismatch
 from batchnorm_client.wire.tensors import Tensor, require
 
 from ..engine import gradients, normalize
@@ -28,7 +28,7 @@ from .moments_source import BatchSource, MomentsSource, PostedSource
 from .records import CommittedLayer
 from .results import Differentiated, Folded, Normalized
 from .synchronized import FoldGroup, GradientGroup, Part
-from .updates import Done, Fold, ReplacedError, replay
+from .updates import Done, Fold, ReplacedError
 
 Read = Callable[[Mapping[str, str]], Mapping[str, Tensor]]
 """Decodes the caller's tensors, given the names it may use and the dtype that JSON numbers get for each."""
@@ -119,9 +119,21 @@ class Batches:
 
         return dict(zip(moments, await asyncio.gather(*(one(*item) for item in moments.items())), strict=True))
 
-    async def eval(self, name: str, read: Read, *, nbytes: int = 0, statistics: bool = False) -> Normalized:
-        """Normalize a batch with the running statistics. Does not change the layer."""
-        layer = self._cache.trusted(name) or await self._fresh(name)
+    async def eval(
+        self,
+        name: str,
+        read: Read,
+        *,
+        nbytes: int = 0,
+        statistics: bool = False,
+        at: int | str | None = None,
+        expect: str | None = None,
+    ) -> Normalized:
+        """Normalize a batch with the running statistics. Does not change the layer.
+
+        With `at`, those of a kept version or of a tag. With `expect`, only if the state has that digest.
+        """
+        layer = await self._state(name, at, expect)
         batch = self._executor.batch(layer.state, await self._executor.run_codec(nbytes, _input, read, layer.state))
         output = await self._executor.run(batch.nbytes, normalize.eval_step, layer.state, batch)
         named: dict[str, torch.Tensor] = {}
@@ -129,9 +141,11 @@ class Batches:
             named = await self._executor.run(batch.nbytes, normalize.eval_statistics, layer.state, batch)
         return _unchanged(layer, output, named)
 
-    async def inverse(self, name: str, read: Read, *, nbytes: int = 0) -> Normalized:
-        """Undo eval's normalization of a batch. Does not change the layer."""
-        layer = self._cache.trusted(name) or await self._fresh(name)
+    async def inverse(
+        self, name: str, read: Read, *, nbytes: int = 0, at: int | str | None = None, expect: str | None = None
+    ) -> Normalized:
+        """Undo eval's normalization of a batch, with the same `at` and `expect`. Does not change the layer."""
+        layer = await self._state(name, at, expect)
         batch = self._executor.batch(layer.state, await self._executor.run_codec(nbytes, _input, read, layer.state))
         return _unchanged(layer, await self._executor.run(batch.nbytes, inverse_step, layer.state, batch), {})
 
@@ -203,9 +217,28 @@ class Batches:
         nbytes = 0 if key is None else sum(tensor.nbytes for tensor in tensors)
         return await self._executor.run_codec(nbytes, make_token, self._runtime, key, operation, *tensors)
 
-    async def _fresh(self, name: str) -> CommittedLayer:
-        with self._cache.use(name) as entry:
-            return await entry.cached.fresh()
+    async def _state(self, name: str, at: int | str | None, expect: str | None) -> CommittedLayer:
+        """The newest committed state, or a kept one. Its digest is known then.
+
+        Raises:
+            LayerNotFound: there is no such layer.
+            VersionNotFound: the state is not kept.
+            DigestMismatch: its digest is not `expect`.
+            StoreUnavailable: the store does not answer.
+        """
+        layer = self._cache.trusted(name) if at is None else None
+        if layer is None:
+            with self._cache.use(name) as entry:
+                layer = await (entry.cached.fresh() if at is None else entry.kept.get(at))
+        digest = await self._executor.digest(layer)
+        if expect not in (None, digest):
+            raise DigestMismatch(
+                f"version {layer.stamp.version} of layer {name!r} has another digest",
+                field="expect",
+                expected=digest,
+                got=expect,
+            )
+        return layer
 
     async def _fold(self, entry: CacheEntry, prepare: Prepare[W]) -> tuple[W, Done]:
         while True:
@@ -217,7 +250,7 @@ class Batches:
                 if newest.stamp.incarnation != layer.stamp.incarnation or not newest.state.normalizes_like(layer.state):
                     continue  # refused by an outdated state: try with the newest
                 try:
-                    return source, await _repeated(entry, newest, token, error)
+                    return source, await entry.queue.replayed(token, newest.stamp.incarnation, error)
                 except ReplacedError:
                     continue
             if not (token.from_caller or layer.state.tracks):  # nothing to commit, and `_prepared` loaded a fresh state
@@ -250,15 +283,6 @@ async def _prepared(cached: CachedState, prepare: Prepare[W]) -> tuple[Committed
         if newest.stamp == layer.stamp:
             raise
     return newest, *await prepare(newest)
-
-
-async def _repeated(entry: CacheEntry, newest: CommittedLayer, token: IdempotencyToken, error: ProblemError) -> Done:
-    """The result of a retry whose batch was folded before, though the layer refuses it now; raises `error` if not."""
-    receipt = await entry.queue.find(token, newest.stamp.incarnation) if token.from_caller else None
-    done = error if receipt is None else replay(token, await entry.cached.fresh(), receipt)
-    if isinstance(done, ProblemError):
-        raise done
-    return done
 
 
 def _normalized(step: TrainStep, done: Done, *, statistics: bool) -> Normalized:
@@ -306,7 +330,7 @@ def _moments(whole: Moments) -> dict[str, torch.Tensor]:
 
 def _unchanged(layer: CommittedLayer, output: torch.Tensor, named: Mapping[str, torch.Tensor]) -> Normalized:
     version, batches = layer.stamp.version, layer.state.num_batches_tracked
-    return Normalized(to_wire(output), version, batches, statistics=_to_wire(named))
+    return Normalized(to_wire(output), version, batches, statistics=_to_wire(named), digest=layer.digest)
 
 
 def _differentiated(version: int, done: gradients.Gradients, *, replayed: bool) -> Differentiated:

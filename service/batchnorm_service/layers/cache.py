@@ -11,6 +11,7 @@ from ..runtime import Runtime
 from ..store.base import Store
 from .cached_state import CachedState
 from .groups import Groups
+from .kept_states import KeptStates
 from .records import CommittedLayer
 from .results import LayersOptions
 from .update_queue import UpdateQueue
@@ -34,7 +35,8 @@ class CacheEntry:
     ) -> None:
         self._unused = unused
         self.cached = CachedState(name, store, options.max_staleness, runtime)
-        self.queue = UpdateQueue(self.cached, store, options.queue_length, options.store_timeout, runtime)
+        self.kept = KeptStates(name, store)
+        self.queue = UpdateQueue(self.cached, self.kept, store, options, runtime)
         self.groups = Groups(name, store, self.queue, runtime)
         self.users = 0
 

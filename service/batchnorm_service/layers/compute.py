@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from operator import attrgetter
 from typing import Final, ParamSpec, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from ..engine.staging import staged
 from ..engine.state import LayerState
 from ..engine.tensors import to_torch
 from ..runtime import Runtime
+from .records import CommittedLayer
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -101,6 +103,11 @@ class ComputeExecutor:
         if self.runs_inline(nbytes):
             return function(*args, **kwargs)
         return await self._runtime.in_thread(self._codec_pool, function, *args, **kwargs)
+
+    async def digest(self, layer: CommittedLayer) -> str:
+        """The digest of a layer's state; of one with many channels, it is computed in a thread."""
+        nbytes = 4 * 8 * layer.state.config.num_features  # at most four vectors of float64
+        return layer.digest if self.runs_inline(nbytes) else await self.run_codec(nbytes, attrgetter("digest"), layer)
 
     def close(self) -> None:
         """Stop the threads."""

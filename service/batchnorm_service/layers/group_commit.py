@@ -12,6 +12,7 @@ from ..engine.state import LayerState
 from ..runtime import Runtime
 from ..store.base import Receipt, Record
 from .records import CommittedLayer, record
+from .retention import Retention
 from .updates import Done, Fold, ReplacedError, replay, settle
 
 
@@ -25,6 +26,7 @@ class Plan:
         folds: the folds in order, each with `num_batches_tracked` after it.
         repeats: folds with the same key as one of `folds`.
         refused: folds that raised an exception, each with that exception. They may have been folded before.
+        keep: the argument of the store's commit.
     """
 
     layer: CommittedLayer
@@ -32,6 +34,7 @@ class Plan:
     folds: tuple[tuple[Fold, int], ...]
     repeats: tuple[Fold, ...]
     refused: tuple[tuple[Fold, Exception], ...]
+    keep: int
 
     @property
     def receipts(self) -> list[Receipt]:
@@ -63,7 +66,7 @@ class Plan:
         return waiting.token.receipt(self.layer.stamp.version, batch, waiting.source.payload)
 
 
-async def make_plan(runtime: Runtime, layer: CommittedLayer, waiting: Sequence[Fold]) -> Plan:
+async def make_plan(runtime: Runtime, retention: Retention, layer: CommittedLayer, waiting: Sequence[Fold]) -> Plan:
     """Fold the waiting folds onto `layer`, in order. Those of another incarnation fail with `ReplacedError`."""
     current = [one for one in waiting if one.incarnation == layer.stamp.incarnation]
     for one in waiting:
@@ -72,29 +75,33 @@ async def make_plan(runtime: Runtime, layer: CommittedLayer, waiting: Sequence[F
     bug: Exception | None = None
     if len({one.token.key for one in current}) == len(current):
         try:
-            return await _plan_together(runtime, layer, current)
+            return await _plan_together(runtime, retention, layer, current)
         except ProblemError:
             pass
         except Exception as error:
             bug = error
     # One by one, because a fold that is refused must not keep the others from being folded.
-    plan = await _plan_one_by_one(runtime, layer, current)
+    plan = await _plan_one_by_one(runtime, retention, layer, current)
     if bug is not None and not plan.refused:
         raise bug  # a bug in `fold_many`: succeeding more slowly would hide it
     return plan
 
 
-async def _plan_together(runtime: Runtime, layer: CommittedLayer, waiting: Sequence[Fold]) -> Plan:
+async def _plan_together(
+    runtime: Runtime, retention: Retention, layer: CommittedLayer, waiting: Sequence[Fold]
+) -> Plan:
     """The plan if keys are unique and no fold is refused; raises for the first that is."""
     for one in waiting:
         await _compute(layer, one)
     state = fold_many(layer.state, [one.source.moments for one in waiting])
     first = layer.state.num_batches_tracked
     step = 1 if layer.state.tracks else 0
-    return _plan(runtime, layer, state, [(one, first + step * n) for n, one in enumerate(waiting, 1)])
+    return _plan(runtime, retention, layer, state, [(one, first + step * n) for n, one in enumerate(waiting, 1)])
 
 
-async def _plan_one_by_one(runtime: Runtime, layer: CommittedLayer, waiting: Sequence[Fold]) -> Plan:
+async def _plan_one_by_one(
+    runtime: Runtime, retention: Retention, layer: CommittedLayer, waiting: Sequence[Fold]
+) -> Plan:
     """The plan with repeated keys and refused folds taken out."""
     state = layer.state
     folds: list[tuple[Fold, int]] = []
@@ -113,7 +120,7 @@ async def _plan_one_by_one(runtime: Runtime, layer: CommittedLayer, waiting: Seq
             continue
         keys.add(one.token.key)
         folds.append((one, state.num_batches_tracked))
-    return _plan(runtime, layer, state, folds, repeats, refused)
+    return _plan(runtime, retention, layer, state, folds, repeats, refused)
 
 
 async def _compute(layer: CommittedLayer, one: Fold) -> None:
@@ -123,12 +130,14 @@ async def _compute(layer: CommittedLayer, one: Fold) -> None:
 
 def _plan(
     runtime: Runtime,
+    retention: Retention,
     layer: CommittedLayer,
     state: LayerState,
     folds: Iterable[tuple[Fold, int]],
     repeats: Iterable[Fold] = (),
     refused: Iterable[tuple[Fold, Exception]] = (),
 ) -> Plan:
-    changed = state is not layer.state
-    after = layer.next(runtime, state) if changed else layer
-    return Plan(after, record(after) if changed else None, tuple(folds), tuple(repeats), tuple(refused))
+    after, keep = layer, 0
+    if changed := state is not layer.state:
+        after, keep = retention.next(runtime, layer, state, "train", frequent=True)
+    return Plan(after, record(after) if changed else None, tuple(folds), tuple(repeats), tuple(refused), keep)

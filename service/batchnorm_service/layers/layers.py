@@ -10,19 +10,20 @@ from functools import partial
 from typing import Final, ParamSpec, TypeVar
 
 from batchnorm_client.wire.documents import LayerConfig, LayerPage, LayerUpdate
-from batchnorm_client.wire.errors import LayerExists, ProblemError, StoreUnavailable, TooManyLayers
+from batchnorm_client.wire.errors import LayerExists, ProblemError, StoreUnavailable, TooManyLayers, VersionNotFound
 
 from ..engine import state, state_dict
 from ..runtime import RUNTIME, Runtime
 from ..store.base import Exists, Full, Store, StoreError
 from . import records
 from .batches import Batches, Read
-from .cache import LayerCache
+from .cache import CacheEntry, LayerCache
 from .compute import ComputeExecutor
-from .idempotency import make_token
+from .history import History
+from .idempotency import IdempotencyToken, make_token
 from .records import CommittedLayer
 from .results import LayersOptions, Snapshot
-from .updates import Change, Deletion, IfMatch, ReplacedError, check_version
+from .updates import Change, Deletion, Done, IfMatch, ReplacedError, check_version
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,6 +34,7 @@ class Layers:
 
     Attributes:
         batches: the operations that take a batch or its moments.
+        history: kept states and pins.
     """
 
     def __init__(self, store: Store, options: LayersOptions | None = None, runtime: Runtime = RUNTIME) -> None:
@@ -42,6 +44,7 @@ class Layers:
         self._executor = ComputeExecutor(self._options.device, self._options.inline_bytes, runtime)
         self._cache = LayerCache(store, self._options, runtime)
         self.batches: Final = Batches(self._cache, self._executor, runtime)
+        self.history: Final = History(store, self._cache, self._executor, self._options, runtime)
 
     async def open(self) -> None:
         """Check that the default device is available. Raises `DeviceUnavailable`."""
@@ -70,8 +73,7 @@ class Layers:
             DeviceUnavailable: the config's device is not available.
         """
         self._executor.device(config.device)
-        now = records.now(self._runtime)
-        data = records.encode(state.initial_state(config), config, now, now)
+        data = records.encode_new(state.initial_state(config), records.now(self._runtime))
         with _store_errors():
             outcome = await self._store.create(name, data, self._options.max_layers)
         if isinstance(outcome, Full):
@@ -80,16 +82,16 @@ class Layers:
                 expected=self._options.max_layers,
             )
         if not isinstance(outcome, Exists):
-            return _snapshot(name, records.decode(outcome)), True
+            return await self._snapshot(name, records.decode(outcome)), True
         layer = records.decode(outcome.record)
         if layer.created_config != config:
             raise _layer_exists(name, layer.created_config, config)
-        return _snapshot(name, layer), False
+        return await self._snapshot(name, layer), False
 
-    async def get(self, name: str) -> Snapshot:
-        """The layer's newest committed state."""
+    async def get(self, name: str, at: int | str | None = None) -> Snapshot:
+        """The layer's newest committed state, or that of a kept version or of a tag."""
         with self._cache.use(name) as entry:
-            return _snapshot(name, await entry.cached.fresh())
+            return await self._snapshot(name, await (entry.cached.fresh() if at is None else entry.kept.get(at)))
 
     async def list(self, prefix: str, after: str, limit: int) -> LayerPage:
         """Up to `limit` layers whose names start with `prefix` and sort after `after`, by name."""
@@ -100,11 +102,40 @@ class Layers:
 
     async def update(self, name: str, update: LayerUpdate, if_match: IfMatch) -> Snapshot:
         """Set the given fields."""
-        return (await self._change(name, lambda old: state.update(old, update), if_match))[0]
+        change = Change(
+            make_token(self._runtime, None, ""),
+            "update",
+            lambda old: state.update(old, update),
+            if_match,
+            frequent=all(field in ("weight", "bias") for field, _ in update.given()),  # as an optimizer does
+        )
+        with self._cache.use(name) as entry:
+            return (await self._result(name, await entry.queue.submit(change)))[0]
 
     async def reset(self, name: str, what: str, key: str | None, if_match: IfMatch) -> tuple[Snapshot, bool]:
         """Set tensors back to their initial values; return the layer, and whether the call was replayed by its key."""
-        return await self._change(name, lambda old: state.reset(old, what), if_match, key, f"reset {what}")
+        token = make_token(self._runtime, key, f"reset {what}")
+        change = Change(token, "reset", lambda old: state.reset(old, what), if_match)
+        with self._cache.use(name) as entry:
+            return await self._result(name, await entry.queue.submit(change))
+
+    async def rollback(self, name: str, to: int | str, key: str | None, if_match: IfMatch) -> tuple[Snapshot, bool]:
+        """Commit a kept state as the newest one: its tensors, counters and config.
+
+        Args:
+            name: the layer.
+            to: a kept version, or the tag of a pin.
+            key: the call's Idempotency-Key.
+            if_match: the precondition.
+
+        Returns:
+            The layer, and whether the call was replayed by its key.
+        """
+        token = make_token(self._runtime, key, f"rollback {to!r}")
+        with self._cache.use(name) as entry:
+            while True:
+                with suppress(ReplacedError):  # deleted, and perhaps created again, since the state was read
+                    return await self._result(name, await _roll_back(entry, token, to, if_match))
 
     async def replace_state(self, name: str, read: Read, if_match: IfMatch, *, nbytes: int = 0) -> Snapshot:
         """Replace the tensors that `read` returns. With large `nbytes`, the body's size, `read` runs in a thread."""
@@ -120,29 +151,43 @@ class Layers:
                         continue  # decoded for a layer that was deleted
                     raise
                 replaced = partial(state_dict.replace_tensors, tensors=tensors)
-                change = Change(make_token(self._runtime, None, ""), replaced, if_match, layer.stamp.incarnation)
+                token = make_token(self._runtime, None, "")
+                change = Change(token, "replace", replaced, if_match, layer.stamp.incarnation)
                 with suppress(ReplacedError):
-                    return _snapshot(name, (await entry.queue.submit(change)).layer)
+                    return (await self._result(name, await entry.queue.submit(change)))[0]
 
-    async def delete(self, name: str, if_match: IfMatch) -> None:
-        """Remove the layer and its receipts."""
+    async def delete(self, name: str, if_match: IfMatch, *, with_pins: bool = False) -> None:
+        """Remove the layer, its receipts and its history; one that has pins only if `with_pins`."""
         with self._cache.use(name) as entry:
-            await entry.queue.submit(Deletion(if_match))
+            await entry.queue.submit(Deletion(if_match, with_pins))
 
-    async def _change(
-        self,
-        name: str,
-        apply: Callable[[state.LayerState], state.LayerState],
-        if_match: IfMatch,
-        key: str | None = None,
-        operation: str = "",
-    ) -> tuple[Snapshot, bool]:
-        with self._cache.use(name) as entry:
-            done = await entry.queue.submit(Change(make_token(self._runtime, key, operation), apply, if_match))
-        snapshot = _snapshot(name, done.layer)
+    async def _result(self, name: str, done: Done) -> tuple[Snapshot, bool]:
+        snapshot = await self._snapshot(name, done.layer)
         if done.replayed:
             snapshot = replace(snapshot, version=done.version, num_batches_tracked=done.batch)
         return snapshot, done.replayed
+
+    async def _snapshot(self, name: str, layer: CommittedLayer) -> Snapshot:
+        return Snapshot(
+            name=name,
+            version=layer.stamp.version,
+            config=layer.state.config,
+            created_at=layer.created_at,
+            updated_at=layer.updated_at,
+            num_batches_tracked=layer.state.num_batches_tracked,
+            samples_tracked=layer.state.samples_tracked,
+            tensors=state_dict.state_dict(layer.state),
+            digest=await self._executor.digest(layer),
+        )
+
+
+async def _roll_back(entry: CacheEntry, token: IdempotencyToken, to: int | str, if_match: IfMatch) -> Done:
+    try:
+        kept = await entry.kept.get(to)
+    except VersionNotFound as error:
+        newest = await entry.cached.fresh()
+        return await entry.queue.replayed(token, newest.stamp.incarnation, error)
+    return await entry.queue.submit(Change(token, "rollback", lambda _: kept.state, if_match, kept.stamp.incarnation))
 
 
 def _layer_exists(name: str, existing: LayerConfig, config: LayerConfig) -> LayerExists:
@@ -154,19 +199,6 @@ def _layer_exists(name: str, existing: LayerConfig, config: LayerConfig) -> Laye
         field="name",
         expected=expected,
         got={field: got[field] for field in expected},
-    )
-
-
-def _snapshot(name: str, layer: CommittedLayer) -> Snapshot:
-    return Snapshot(
-        name=name,
-        version=layer.stamp.version,
-        config=layer.state.config,
-        created_at=layer.created_at,
-        updated_at=layer.updated_at,
-        num_batches_tracked=layer.state.num_batches_tracked,
-        samples_tracked=layer.state.samples_tracked,
-        tensors=state_dict.state_dict(layer.state),
     )
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Final
 
 from batchnorm_client.wire.documents import LayerConfig, LayerSummary
@@ -15,6 +15,7 @@ from batchnorm_client.wire.tensors import Tensor, decode_safetensors, decode_saf
 
 from ..engine.accumulators import ACCUMULATORS
 from ..engine.accumulators.base import BATCHES, SAMPLES
+from ..engine.digest import digest
 from ..engine.state import LayerState
 from ..engine.state_dict import layout, scalar, state_dict
 from ..engine.tensors import to_torch
@@ -26,7 +27,7 @@ UNREADABLE: Final = (ProblemError, LookupError, TypeError, ValueError)
 """Raised by damaged bytes, or those of another version. A `ProblemError` would be reported as the client's error."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class CommittedLayer:
     """A committed layer in memory.
 
@@ -36,6 +37,9 @@ class CommittedLayer:
         created_config: the config at creation: repeating the PUT with it is allowed.
         created_at: when the layer was created.
         updated_at: when this state was computed.
+        operation: what made this state: create, train (also of several batches, and moments), update (PATCH), reset,
+            replace (PUT state) or rollback; "unknown" if an older release did.
+        kept_at: when a state of the layer was last kept, or the layer was created.
     """
 
     stamp: Stamp
@@ -43,11 +47,13 @@ class CommittedLayer:
     created_config: LayerConfig
     created_at: datetime
     updated_at: datetime
+    operation: str
+    kept_at: datetime
 
-    def next(self, runtime: Runtime, state: LayerState) -> CommittedLayer:
-        """The layer after a commit of `state`."""
-        stamp = self.stamp.next(runtime.bits(63))
-        return CommittedLayer(stamp, state, self.created_config, self.created_at, now(runtime))
+    @cached_property
+    def digest(self) -> str:
+        """The state's digest."""
+        return digest(self.state)
 
 
 def now(runtime: Runtime) -> datetime:
@@ -55,22 +61,24 @@ def now(runtime: Runtime) -> datetime:
     return datetime.fromtimestamp(runtime.wall(), UTC)
 
 
-def encode(state: LayerState, created_config: LayerConfig, created_at: datetime, updated_at: datetime) -> bytes:
-    """The bytes of a record."""
-    metadata = {
-        "format": FORMAT,
-        "config": _dump(state.config),
-        "created_config": _dump(created_config),
-        "created_at": created_at.isoformat(),
-        "updated_at": updated_at.isoformat(),
-        SAMPLES: str(state.samples_tracked),
-    }
-    return b"".join(encode_safetensors(state_dict(state), metadata))
+def encode_new(state: LayerState, at: datetime) -> bytes:
+    """The bytes of a new layer's record."""
+    return record(CommittedLayer(Stamp(0, 0, 0), state, state.config, at, at, "create", at)).data
 
 
 def record(layer: CommittedLayer) -> Record:
     """The record of a layer in memory."""
-    return Record(layer.stamp, encode(layer.state, layer.created_config, layer.created_at, layer.updated_at))
+    metadata = {
+        "format": FORMAT,
+        "config": _dump(layer.state.config),
+        "created_config": _dump(layer.created_config),
+        "created_at": layer.created_at.isoformat(),
+        "updated_at": layer.updated_at.isoformat(),
+        "operation": layer.operation,
+        "kept_at": layer.kept_at.isoformat(),
+        SAMPLES: str(layer.state.samples_tracked),
+    }
+    return Record(layer.stamp, b"".join(encode_safetensors(state_dict(layer.state), metadata)))
 
 
 def decode(stored: Record) -> CommittedLayer:
@@ -104,6 +112,8 @@ def _decode(stored: Record) -> CommittedLayer:
         created_config=created_config,
         created_at=datetime.fromisoformat(metadata["created_at"]),
         updated_at=datetime.fromisoformat(metadata["updated_at"]),
+        operation=metadata.get("operation", "unknown"),
+        kept_at=datetime.fromisoformat(metadata.get("kept_at", metadata["created_at"])),
     )
 
 

@@ -25,6 +25,9 @@ class LayersOptions:
         inline_bytes: codecs and computations up to this size run on the event loop; larger ones, and all batches on a
             CUDA device, in a thread.
         max_staleness: seconds for which a check of a shared store stays valid; 0: every call checks.
+        history_length: how many states of a layer are kept, besides pinned ones.
+        history_seconds: between two kept states while batches come.
+        max_pins: maximum number of pins of a layer.
     """
 
     device: str = "cpu"
@@ -34,6 +37,9 @@ class LayersOptions:
     store_timeout: float = 10.0
     inline_bytes: int = 1 << 20
     max_staleness: float = 0.0
+    history_length: int = 20
+    history_seconds: float = 60.0
+    max_pins: int = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,7 @@ class Snapshot:
         num_batches_tracked: how many batches were folded.
         samples_tracked: how many values per channel were folded.
         tensors: by their names in torch's state_dict; only those that the layer has.
+        digest: of the state: see `state_digest`.
     """
 
     name: str
@@ -59,6 +66,7 @@ class Snapshot:
     num_batches_tracked: int
     samples_tracked: int
     tensors: Mapping[str, Tensor]
+    digest: str
 
 
 class Normalized(NamedTuple):
@@ -70,6 +78,7 @@ class Normalized(NamedTuple):
         num_batches_tracked: in train mode, after this batch; in eval mode, of the state used.
         replayed: whether an earlier call with the same key had folded the batch.
         statistics: batch_mean, batch_var (biased) and batch_invstd, (C,) each, if requested.
+        digest: in eval mode, of the state used.
     """
 
     output: Tensor
@@ -77,6 +86,7 @@ class Normalized(NamedTuple):
     num_batches_tracked: int
     replayed: bool = False
     statistics: Mapping[str, Tensor] = MappingProxyType({})
+    digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

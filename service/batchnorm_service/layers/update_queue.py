@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar
 
-from batchnorm_client.wire.errors import Overloaded, ProblemError, StoreUnavailable
+from batchnorm_client.wire.errors import LayerPinned, Overloaded, ProblemError, StoreUnavailable
 
 from ..runtime import Runtime
 from ..store.base import (
@@ -16,6 +16,7 @@ from ..store.base import (
     Conflict,
     Duplicates,
     Missing,
+    Pinned,
     Receipt,
     Record,
     Stamp,
@@ -27,7 +28,10 @@ from .cached_state import CachedState, layer_not_found
 from .contention import ContentionBackoff
 from .group_commit import make_plan
 from .idempotency import IdempotencyToken
+from .kept_states import KeptStates
 from .records import CommittedLayer, decode, record
+from .results import LayersOptions
+from .retention import Retention
 from .updates import Change, Deletion, Done, Fold, Note, Queued, ReplacedError, check_version, replay, settle
 
 T = TypeVar("T")
@@ -44,11 +48,15 @@ class UpdateQueue:
     twice.
     """
 
-    def __init__(self, cached: CachedState, store: Store, length: int, timeout: float, runtime: Runtime) -> None:
+    def __init__(
+        self, cached: CachedState, kept: KeptStates, store: Store, options: LayersOptions, runtime: Runtime
+    ) -> None:
         self._cached = cached
+        self._kept = kept
         self._store = store
-        self._length = length
-        self._timeout = timeout
+        self._length = options.queue_length
+        self._timeout = options.store_timeout
+        self._retention = Retention(options.history_length, options.history_seconds)
         self._runtime = runtime
         self._backoff = ContentionBackoff()
         self._waiting: deque[Queued] = deque()
@@ -85,15 +93,35 @@ class UpdateQueue:
     async def find_all(self, tokens: Iterable[IdempotencyToken], incarnation: int) -> dict[bytes, Receipt]:
         """The unexpired receipts of these tokens, by key. Raises `ReplacedError` if that incarnation was deleted."""
         name, keys = self._cached.name, [token.key for token in tokens]
-        found, _ = await self._retry(lambda: self._store.find_receipts(name, incarnation, keys), self._deadline())
+        found, _ = await self.retry(lambda: self._store.find_receipts(name, incarnation, keys))
         if isinstance(found, Missing):
             self._cached.set(None)
             raise ReplacedError
         return {receipt.key: receipt for receipt in found}
 
+    async def replayed(self, token: IdempotencyToken, incarnation: int, error: ProblemError) -> Done:
+        """The result of a call that is refused now, if it was made before under its key; raises `error` if not.
+
+        Raises:
+            ReplacedError: that incarnation was deleted.
+        """
+        receipt = await self.find(token, incarnation) if token.from_caller else None
+        done = error if receipt is None else replay(token, await self._cached.fresh(), receipt)
+        if isinstance(done, ProblemError):
+            raise done
+        return done
+
     async def note(self, token: IdempotencyToken, incarnation: int, payload: bytes) -> Done:
         """Commit a receipt and nothing else. Raises `LayerNotFound` if that incarnation was deleted."""
         return await self.submit(Note(token, incarnation, payload))
+
+    async def retry(self, call: Callable[[], Awaitable[T]]) -> tuple[T, bool]:
+        """The result of an idempotent store call, and whether it had to be repeated.
+
+        Raises:
+            StoreUnavailable: the store does not respond; the outcome may be unknown.
+        """
+        return await self._retry(call, self._deadline())
 
     async def drained(self) -> None:
         """Return when the queue is empty and the last commit is done."""
@@ -141,12 +169,12 @@ class UpdateQueue:
         while folds := [waiting for waiting in taken if isinstance(waiting, Fold) and not waiting.future.done()]:
             layer = await self._cached.latest_known()
             began = self._runtime.now()
-            plan = await make_plan(self._runtime, layer, folds)
+            plan = await make_plan(self._runtime, self._retention, layer, folds)
             for waiting, error in plan.refused:
                 await self._refuse(waiting, error)
             if not plan.folds:
                 return
-            outcome = await self._commit(layer.stamp, plan.record, plan.receipts, deadline)
+            outcome = await self._commit(layer.stamp, plan.record, plan.receipts, deadline, plan.keep)
             self._backoff.record_duration(self._runtime.now() - began)
             match outcome:
                 case Committed(contenders):
@@ -220,9 +248,10 @@ class UpdateQueue:
             if change.incarnation not in (None, layer.stamp.incarnation):
                 settle(change, ReplacedError())
                 return
-            new = layer.next(self._runtime, change.apply(layer.state))
+            state = change.apply(layer.state)
+            new, keep = self._retention.next(self._runtime, layer, state, change.operation, frequent=change.frequent)
             receipt = change.token.receipt(new.stamp.version, new.state.num_batches_tracked)
-            match await self._commit(layer.stamp, record(new), [receipt], deadline):
+            match await self._commit(layer.stamp, record(new), [receipt], deadline, keep):
                 case Committed():
                     self._cached.set(new)
                     settle(change, Done(new, receipt.version, receipt.batch, replayed=False))
@@ -266,24 +295,31 @@ class UpdateQueue:
         while True:
             layer = await self._cached.fresh()
             check_version(deletion.if_match, layer)
-            match await self._remove(layer.stamp, deadline):
+            match await self._remove(layer.stamp, deadline, with_pins=deletion.with_pins):
                 case Committed():
                     self._cached.set(None)
+                    self._kept.forget()
                     settle(deletion, Done(layer, layer.stamp.version, layer.state.num_batches_tracked, replayed=False))
                     # Updates behind it in the queue look for the layer again: another process may have created it
                     # anew before they were called, while this process waited for the store's reply.
                     return
+                case Pinned():
+                    raise LayerPinned(
+                        f"layer {self._cached.name!r} has pins; delete them first, or with the layer by ?pins=delete",
+                        field="pins",
+                        expected="delete",
+                    )
                 case Conflict():
                     self._lost_race(deadline)
                 case Missing():
                     raise self._gone()
 
     async def _commit(
-        self, expected: Stamp, new: Record | None, receipts: Sequence[Receipt], deadline: float
+        self, expected: Stamp, new: Record | None, receipts: Sequence[Receipt], deadline: float, keep: int = 0
     ) -> Committed | Conflict | Missing | Duplicates:
         """Commit; after an unknown outcome, commit the same again, which the receipts make idempotent."""
         name = self._cached.name
-        outcome, repeated = await self._retry(lambda: self._store.commit(name, expected, new, receipts), deadline)
+        outcome, repeated = await self._retry(lambda: self._store.commit(name, expected, new, receipts, keep), deadline)
         if repeated and isinstance(outcome, Duplicates) and set(outcome.receipts) == set(receipts):
             return Committed()
         return outcome
@@ -304,12 +340,14 @@ class UpdateQueue:
                 _log.warning("layer %r: the store answers again", self._cached.name)
             return result, repeated
 
-    async def _remove(self, expected: Stamp, deadline: float) -> Committed | Conflict | Missing:
+    async def _remove(
+        self, expected: Stamp, deadline: float, *, with_pins: bool
+    ) -> Committed | Conflict | Missing | Pinned:
         """Delete, with retries. After an unknown outcome, a missing incarnation counts as success."""
         pause, unknown = _MIN_PAUSE, False
         while True:
             try:
-                outcome = await self._store.delete(self._cached.name, expected)
+                outcome = await self._store.delete(self._cached.name, expected, with_pins=with_pins)
                 if unknown and not isinstance(outcome, Committed):
                     found = await self._store.load(self._cached.name)
                     if not isinstance(found, Record) or found.stamp.incarnation != expected.incarnation:

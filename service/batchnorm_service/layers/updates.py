@@ -41,16 +41,20 @@ class Change:
 
     Attributes:
         token: its idempotency token.
+        operation: what it is: see `CommittedLayer`.
         apply: computes the new state; called again after each conflict, so it must be fast.
         if_match: the precondition.
         incarnation: of the layer that the request was decoded for, if it depends on that.
+        frequent: whether it may come as often as batches do: see `Retention`.
         future: completed once the change is durable or refused.
     """
 
     token: IdempotencyToken
+    operation: str
     apply: Callable[[LayerState], LayerState]
     if_match: IfMatch = None
     incarnation: int | None = None
+    frequent: bool = False
     future: asyncio.Future[Done] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -86,9 +90,10 @@ class Note:
 
 @dataclass(slots=True, eq=False)
 class Deletion:
-    """An update that deletes the layer."""
+    """An update that deletes the layer; one with pins only if `with_pins`."""
 
     if_match: IfMatch = None
+    with_pins: bool = False
     future: asyncio.Future[Done] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 

@@ -24,6 +24,7 @@ from .gateway import Gateway
 from .gradients import GradientEndpoint
 from .gradients import router as gradient_routes
 from .health import router as health_routes
+from .history import router as history_routes
 from .layer_request import Endpoint
 from .layers import read_layer
 from .layers import router as layer_routes
@@ -45,6 +46,7 @@ ROUTERS: Final = (
     normalize_routes,
     gradient_routes,
     moments_routes,
+    history_routes,
     health_routes,
     page_routes,
 )

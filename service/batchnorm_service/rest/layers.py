@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import Query
 from starlette.requests import Request
@@ -15,13 +15,20 @@ from batchnorm_service.layers import Layers
 from .layer_request import LayerRequest
 from .openapi import CONFIG_EXAMPLES, describe_responses, ref
 from .preconditions import etag, matches_none
-from .queries import NoQuery, parse_query
+from .queries import StateQuery, parse_query
 from .responses import Response, respond_empty, respond_with_layer
-from .routes import IdempotencyKey, IfMatch, IfNoneMatch, LayerName, LayersDependency, call_endpoint, document_router
+from .routes import (
+    DOCUMENT_PROBLEMS,
+    IdempotencyKey,
+    IfMatch,
+    IfNoneMatch,
+    LayerName,
+    LayersDependency,
+    call_endpoint,
+    document_router,
+)
 
 router = document_router("layers")
-
-_DOCUMENT = ("malformed-body", "payload-too-large", "unsupported-media-type")
 
 
 @router.get("/v1/layers", summary="List layers by name", responses=describe_responses("A page of layers"))
@@ -41,17 +48,20 @@ async def list_layers(
     "/v1/layers/{name}",
     summary="A layer's config and state",
     response_model=Layer,
-    responses=describe_responses("The layer", "ETag", unchanged=True, problems=("layer-not-found",)),
+    responses=describe_responses(
+        "The layer", "ETag", unchanged=True, problems=("layer-not-found", "version-not-found")
+    ),
 )
-async def get_layer(name: LayerName, request: Request, _if_none_match: IfNoneMatch = None) -> Response:
+async def get_layer(
+    name: LayerName, request: Request, _query: Annotated[StateQuery, Query()], _if_none_match: IfNoneMatch = None
+) -> Response:
     """Tensors that the layer does not have are null."""
     return await call_endpoint("GET", "", name, request)
 
 
 async def read_layer(layers: Layers, request: LayerRequest) -> Response:
     """The endpoint of `get_layer`; without FastAPI, because clients that normalize locally call it for every batch."""
-    parse_query(NoQuery, request.query)
-    layer = await layers.get(request.name)
+    layer = await layers.get(request.name, parse_query(StateQuery, request.query).state)
     if matches_none(request.headers.get(b"if-none-match"), layer.version):
         return await respond_with_layer(layers, 200, layer)
     return respond_empty(304, [(b"etag", etag(layer.version))])
@@ -65,7 +75,7 @@ async def read_layer(layers: Layers, request: LayerRequest) -> Response:
         **describe_responses(
             "The layer exists, created with the same config",
             "ETag",
-            problems=(*_DOCUMENT, "layer-exists", "too-many-layers", "device-unavailable", "not-implemented"),
+            problems=(*DOCUMENT_PROBLEMS, "layer-exists", "too-many-layers", "device-unavailable", "not-implemented"),
         ),
         201: {**describe_responses("The layer is new", "ETag", "Location")[200], "model": Layer},
     },
@@ -94,7 +104,7 @@ async def create_layer(name: LayerName, config: LayerConfig, layers: LayersDepen
     responses=describe_responses(
         "The layer",
         "ETag",
-        problems=(*_DOCUMENT, "layer-not-found", "version-mismatch", "shape-mismatch", "non-finite"),
+        problems=(*DOCUMENT_PROBLEMS, "layer-not-found", "version-mismatch", "shape-mismatch", "non-finite"),
     ),
     openapi_extra={"requestBody": {"content": {MERGE_PATCH_JSON: {"schema": ref("LayerUpdate")}}}},
 )
@@ -105,13 +115,22 @@ async def update_layer(name: LayerName, update: LayerUpdate, layers: LayersDepen
 
 @router.delete(
     "/v1/layers/{name}",
-    summary="Delete a layer and its idempotency receipts",
+    summary="Delete a layer, its idempotency receipts and its history",
     status_code=204,
-    responses=describe_responses("Deleted", status=204, problems=("layer-not-found", "version-mismatch")),
+    responses=describe_responses(
+        "Deleted", status=204, problems=("layer-not-found", "version-mismatch", "layer-pinned")
+    ),
 )
-async def delete_layer(name: LayerName, layers: LayersDependency, versions: IfMatch) -> None:
+async def delete_layer(
+    name: LayerName,
+    layers: LayersDependency,
+    versions: IfMatch,
+    pins: Annotated[
+        Literal["keep", "delete"], Query(description="`delete` deletes a layer that has pins, and its pins with it")
+    ] = "keep",
+) -> None:
     """If a layer of this name is created again, its versions continue above those of the deleted one."""
-    await layers.delete(name, versions)
+    await layers.delete(name, versions, with_pins=pins == "delete")
 
 
 @router.post(
@@ -122,7 +141,7 @@ async def delete_layer(name: LayerName, layers: LayersDependency, versions: IfMa
         "The layer",
         "ETag",
         IDEMPOTENT_REPLAY,
-        problems=(*_DOCUMENT, "layer-not-found", "version-mismatch", "idempotency-key-reused"),
+        problems=(*DOCUMENT_PROBLEMS, "layer-not-found", "version-mismatch", "idempotency-key-reused"),
     ),
 )
 async def reset_layer(

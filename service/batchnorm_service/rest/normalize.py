@@ -9,7 +9,7 @@ from typing import Annotated, Final
 from fastapi import Query
 from starlette.requests import Request
 
-from batchnorm_client.wire.headers import IDEMPOTENT_REPLAY, NUM_BATCHES_TRACKED, VERSION
+from batchnorm_client.wire.headers import DIGEST, IDEMPOTENT_REPLAY, NUM_BATCHES_TRACKED, VERSION
 from batchnorm_client.wire.tensors import CODECS, Tensor, bytes_read, decode, encode
 from batchnorm_service.layers import Layers, Normalized
 
@@ -18,8 +18,8 @@ from .layer_request import LayerRequest
 from .negotiation import FORMS_FOR, accepted, content_type, tensor_form
 from .openapi import describe_responses, ref, tensor_body, tensor_content
 from .preconditions import etag
-from .queries import NoQuery, NormalizeQuery, TrainQuery, parse_query
-from .responses import REPLAYED, RawHeader, Response, text_bytes
+from .queries import EvalQuery, ExpectQuery, TrainQuery, parse_query
+from .responses import RAW_DIGEST, REPLAYED, RawHeader, Response, text_bytes
 from .routes import IdempotencyKey, LayerName, call_endpoint, tensor_router
 from .sizes import check_elements
 
@@ -60,20 +60,27 @@ class NormalizeEndpoints:
 
     async def eval(self, request: LayerRequest) -> Response:
         """Normalize a batch with the layer's running statistics."""
-        query = parse_query(NormalizeQuery, request.query)
+        query = parse_query(EvalQuery, request.query)
         exchange = _TensorExchange(request.headers, self._max_elements, statistics=query.statistics == "true")
         exchange.body = request.received or await request.body(self._max_body_bytes)
         done = await self._batches.eval(
-            request.name, exchange.read, nbytes=exchange.bytes_read, statistics=exchange.statistics
+            request.name,
+            exchange.read,
+            nbytes=exchange.bytes_read,
+            statistics=exchange.statistics,
+            at=query.state,
+            expect=query.expect,
         )
         return await self._layers.run_codec(exchange.bytes_written(done), exchange.response, done)
 
     async def inverse(self, request: LayerRequest) -> Response:
         """Undo what eval does to a batch."""
-        parse_query(NoQuery, request.query)
+        query = parse_query(ExpectQuery, request.query)
         exchange = _TensorExchange(request.headers, self._max_elements, statistics=False)
         exchange.body = request.received or await request.body(self._max_body_bytes)
-        done = await self._batches.inverse(request.name, exchange.read, nbytes=exchange.bytes_read)
+        done = await self._batches.inverse(
+            request.name, exchange.read, nbytes=exchange.bytes_read, at=query.state, expect=query.expect
+        )
         return await self._layers.run_codec(exchange.bytes_written(done), exchange.response, done)
 
 
@@ -119,6 +126,8 @@ class _TensorExchange:
         ]
         if done.replayed:
             headers.append(REPLAYED)
+        if done.digest is not None:
+            headers.append((RAW_DIGEST, done.digest.encode()))
         pieces = encode(self._form, {"output": done.output, **done.statistics}, fields)
         return Response(200, self._form, pieces, headers)
 
@@ -136,6 +145,7 @@ _PROBLEMS: Final = (
     "device-unavailable",
 )
 _GROUP_PROBLEMS: Final = ("idempotency-key-reused", "group-closed", "group-mismatch", "group-incomplete")
+_STATE_PROBLEMS: Final = ("version-not-found", "digest-mismatch")
 _BATCH: Final = tensor_body(_FORMS, "InputBatch", "input")
 _TAGS: Final = ("ETag", VERSION, NUM_BATCHES_TRACKED)
 _OUTPUT: Final = partial(
@@ -168,10 +178,10 @@ async def train(
     "/v1/layers/{name}/eval",
     name="eval",
     summary="Normalize with the running statistics",
-    responses=_OUTPUT(*_TAGS, problems=_PROBLEMS),
+    responses=_OUTPUT(*_TAGS, DIGEST, problems=(*_PROBLEMS, *_STATE_PROBLEMS)),
     openapi_extra=_BATCH,
 )
-async def eval_(name: LayerName, request: Request, _query: Annotated[NormalizeQuery, Query()]) -> Response:
+async def eval_(name: LayerName, request: Request, _query: Annotated[EvalQuery, Query()]) -> Response:
     """Uses the newest committed state and does not change it. A batch may be empty."""
     return await call_endpoint("POST", "eval", name, request)
 
@@ -179,9 +189,9 @@ async def eval_(name: LayerName, request: Request, _query: Annotated[NormalizeQu
 @router.post(
     "/v1/layers/{name}/inverse",
     summary="Undo eval's normalization",
-    responses=_OUTPUT(*_TAGS, problems=_PROBLEMS),
+    responses=_OUTPUT(*_TAGS, DIGEST, problems=(*_PROBLEMS, *_STATE_PROBLEMS)),
     openapi_extra=_BATCH,
 )
-async def inverse(name: LayerName, request: Request) -> Response:
+async def inverse(name: LayerName, request: Request, _query: Annotated[ExpectQuery, Query()]) -> Response:
     """Like scikit-learn's inverse_transform. Values that `clip` bounded are not restored."""
     return await call_endpoint("POST", "inverse", name, request)

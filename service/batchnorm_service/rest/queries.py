@@ -9,8 +9,10 @@ from urllib.parse import parse_qsl
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
+from batchnorm_client.kernels.digest import DIGEST_PATTERN
 from batchnorm_client.wire.errors import InvalidRequest
 from batchnorm_client.wire.headers import KEY_PATTERN
+from batchnorm_client.wire.names import STATE_PATTERN
 from batchnorm_service.layers import GroupCall
 
 from .documents import invalid_request
@@ -28,12 +30,42 @@ class NoQuery(Query):
     """No query parameters."""
 
 
-class NormalizeQuery(Query):
-    """Query parameters of eval."""
+class StateQuery(Query):
+    """Query parameters of a call that reads a layer's state."""
+
+    at: str | None = Field(
+        None,
+        pattern=f"^({STATE_PATTERN.pattern})$",
+        max_length=200,
+        description="a kept state instead of the newest: its version, or the tag of a pin",
+    )
+
+    @property
+    def state(self) -> int | str | None:
+        """The version or the tag; None for the newest state."""
+        return int(self.at) if self.at is not None and self.at.isdecimal() else self.at
+
+
+class ExpectQuery(StateQuery):
+    """Query parameters of inverse."""
+
+    expect: str | None = Field(
+        None,
+        pattern=f"^{DIGEST_PATTERN.pattern}$",
+        description="the digest of the state; the call is refused if it would use another one",
+    )
+
+
+class StatisticsQuery(Query):
+    """Query parameter of the calls that normalize."""
 
     statistics: Literal["true", "false"] = Field(
         "false", description="also return batch_mean, batch_var (biased) and batch_invstd; not in .npy"
     )
+
+
+class EvalQuery(ExpectQuery, StatisticsQuery):
+    """Query parameters of eval."""
 
 
 class GroupQuery(Query):
@@ -68,7 +100,7 @@ class MomentsQuery(GroupQuery):
     """Query parameters of moments."""
 
 
-class TrainQuery(GroupQuery, NormalizeQuery):
+class TrainQuery(GroupQuery, StatisticsQuery):
     """Query parameters of train."""
 
 

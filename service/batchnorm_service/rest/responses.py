@@ -10,7 +10,7 @@ import orjson
 from starlette import responses
 from starlette.types import Receive, Scope, Send
 
-from batchnorm_client.wire.headers import IDEMPOTENT_REPLAY
+from batchnorm_client.wire.headers import DIGEST, IDEMPOTENT_REPLAY
 from batchnorm_client.wire.media_types import JSON
 from batchnorm_client.wire.tensors import Tensor, codec, json_pieces
 from batchnorm_service.layers import Layers, Snapshot
@@ -21,6 +21,7 @@ RawHeader = tuple[bytes, bytes]
 Piece = bytes | bytearray | memoryview
 
 JSON_OPTIONS: Final = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_UTC_Z
+RAW_DIGEST: Final = DIGEST.lower().encode()
 REPLAYED: Final[RawHeader] = (IDEMPOTENT_REPLAY.lower().encode(), b"true")
 
 _NUMBER_BYTES: Final = 16
@@ -96,6 +97,7 @@ def _respond_with_layer(status: int, layer: Snapshot, headers: Iterable[RawHeade
     }
     for name in ("running_mean", "running_var", "weight", "bias"):
         document[name] = layer.tensors.get(name)
+    document["digest"] = layer.digest
     document["created_at"] = layer.created_at
     document["updated_at"] = layer.updated_at
     return Response(status, JSON, json_pieces(document), headers)

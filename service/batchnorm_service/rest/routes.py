@@ -12,7 +12,7 @@ and repeated query parameters, limits the body's size, and parses it as strict J
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, Header, Path, Security
 from fastapi.routing import APIRoute
@@ -34,6 +34,9 @@ from .negotiation import content_type
 from .preconditions import IF_MATCH_PATTERN, if_match
 from .queries import split_query
 from .responses import Response
+
+DOCUMENT_PROBLEMS: Final = ("malformed-body", "payload-too-large", "unsupported-media-type")
+"""The problem types of a JSON body."""
 
 Handler = Callable[[Request], Coroutine[Any, Any, StarletteResponse]]
 

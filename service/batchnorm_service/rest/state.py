@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Final
+from typing import Annotated, Final
 
+from fastapi import Query
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from batchnorm_client.wire.documents import Layer
+from batchnorm_client.wire.headers import DIGEST
 from batchnorm_client.wire.media_types import JSON, SAFETENSORS
 from batchnorm_client.wire.tensors import decode, encode
 
@@ -17,8 +19,8 @@ from .headers import read_headers
 from .negotiation import accepted, content_type
 from .openapi import describe_responses, ref, tensor_body, tensor_content
 from .preconditions import etag, matches_none
-from .queries import NoQuery, parse_query
-from .responses import Response, respond_empty, respond_with_layer, text_bytes
+from .queries import NoQuery, StateQuery, parse_query
+from .responses import RAW_DIGEST, Response, respond_empty, respond_with_layer, text_bytes
 from .routes import IfMatch, IfNoneMatch, LayerName, LayersDependency, tensor_router
 
 _FORMS: Final = (SAFETENSORS, JSON)
@@ -36,20 +38,25 @@ router = tensor_router("state")
     responses=describe_responses(
         "The tensors",
         "ETag",
+        DIGEST,
         content=tensor_content(_FORMS, ref("LayerState"), _NAMES),
         unchanged=True,
-        problems=("layer-not-found", "not-acceptable"),
+        problems=("layer-not-found", "version-not-found", "not-acceptable"),
     ),
 )
 async def get_state(
-    name: LayerName, request: Request, layers: LayersDependency, _if_none_match: IfNoneMatch = None
+    name: LayerName,
+    request: Request,
+    layers: LayersDependency,
+    _query: Annotated[StateQuery, Query()],
+    _if_none_match: IfNoneMatch = None,
 ) -> Response:
     """A safetensors file by default."""
-    parse_query(NoQuery, request.scope["query_string"])
+    query = parse_query(StateQuery, request.scope["query_string"])
     headers = read_headers(request.scope["headers"])
     form = accepted(headers.get(b"accept"), _FORMS)[0]
-    layer = await layers.get(name)
-    tags = [(b"etag", etag(layer.version)), (b"vary", b"accept")]
+    layer = await layers.get(name, query.state)
+    tags = [(b"etag", etag(layer.version)), (b"vary", b"accept"), (RAW_DIGEST, layer.digest.encode())]
     if not matches_none(headers.get(b"if-none-match"), layer.version):
         return respond_empty(304, tags)
     size = text_bytes(form, layer.tensors.values())

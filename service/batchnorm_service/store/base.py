@@ -6,6 +6,9 @@ must never be mistaken for a cached one.
 
 A receipt is written for each applied fold, in the same transaction as the record. Receipts expire, and are deleted with
 their layer.
+
+A commit may keep the record that it replaces: kept records are a layer's history. Only the newest ones stay, and those
+that a pin names, as long as it stands. They are deleted with their layer.
 """
 
 from __future__ import annotations
@@ -133,6 +136,36 @@ class Full:
     """The limit on the number of records is reached. Nothing was written."""
 
 
+class Pin(NamedTuple):
+    """A name for a kept record, which stays as long as the pin.
+
+    Attributes:
+        tag: the name, unique within the layer.
+        version: of the kept record.
+        data: the caller's bytes.
+    """
+
+    tag: str
+    version: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """A pin stands in the way of the operation. Nothing was written.
+
+    Attributes:
+        pin: the pin of that tag; None if a record with pins was to be deleted.
+    """
+
+    pin: Pin | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NotKept:
+    """There is a record of this name, but no kept one with this stamp, version or tag. Nothing was written."""
+
+
 class Shard(NamedTuple):
     """One member's contribution to an open group.
 
@@ -184,6 +217,10 @@ class StoreRefusedError(Exception):
     """A store cannot be opened; the message says why, such as an invalid URL, a file in use or a newer schema."""
 
 
+class StoreDamagedError(StoreRefusedError):
+    """A store is damaged, and has to be restored from a backup."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoreOptions:
     """Options for creating a store; each kind of store uses those that concern it.
@@ -195,6 +232,7 @@ class StoreOptions:
         timeout: seconds for a round trip to a Valkey server.
         wait_replicas: how many replicas must have a write before it is acknowledged.
         wait_timeout: seconds to wait for them.
+        check_bytes: an SQLite file up to this size is checked for damage when it is opened.
     """
 
     receipt_seconds: float
@@ -203,6 +241,7 @@ class StoreOptions:
     timeout: float = 5.0
     wait_replicas: int = 0
     wait_timeout: float = 1.0
+    check_bytes: int = 0
 
     def without_replicas(self) -> StoreOptions:
         """These options, for a store without replicas. Raises `StoreRefusedError` if `wait_replicas` is set."""
@@ -253,13 +292,14 @@ class Store(Protocol):
         ...
 
     async def commit(
-        self, name: str, expected: Stamp, record: Record | None, receipts: Sequence[Receipt]
+        self, name: str, expected: Stamp, record: Record | None, receipts: Sequence[Receipt], keep: int = 0
     ) -> Committed | Conflict | Missing | Duplicates:
         """Atomically and durably replace the record whose stamp is `expected`, and add the receipts.
 
         With `record` None, only the receipts are added. Otherwise its stamp is `expected.next(...)`, or in a transfer
         between stores one with a larger version. If several outcomes apply, Missing precedes Duplicates, which precedes
-        Conflict. `Duplicates` has the unexpired receipts of all given keys.
+        Conflict. `Duplicates` has the unexpired receipts of all given keys. With a positive `keep`, the replaced record
+        is kept; of the kept records without a pin, the `keep` newest remain.
         """
         ...
 
@@ -270,8 +310,55 @@ class Store(Protocol):
         """
         ...
 
-    async def delete(self, name: str, expected: Stamp) -> Committed | Conflict | Missing:
-        """Durably delete the record whose stamp is `expected`, and its receipts."""
+    async def delete(
+        self, name: str, expected: Stamp, *, with_pins: bool = False
+    ) -> Committed | Conflict | Missing | Pinned:
+        """Durably delete the record whose stamp is `expected`, its receipts and its kept records.
+
+        `Pinned` if it has pins, unless `with_pins`; Conflict precedes it.
+        """
+        ...
+
+    async def kept(self, name: str) -> tuple[Stamp, ...] | Missing:
+        """The stamps of the kept records, by descending version. The newest is one of them if it is or was pinned."""
+        ...
+
+    async def load_kept(
+        self, name: str, at: int | str, unless: Stamp | None = None
+    ) -> Record | Unchanged | NotKept | Missing:
+        """The kept record of a version (the newest record counts as kept) or of a tag; `Unchanged` as in `load`."""
+        ...
+
+    async def pin(
+        self, name: str, stamp: Stamp | None, tag: str, data: bytes, limit: int
+    ) -> Committed | Pinned | Full | NotKept | Missing:
+        """Durably pin the newest record, which is then kept too, or a kept one: that with this stamp.
+
+        With None, the newest, whatever its stamp is. If several outcomes apply: `Missing` if there is no record of that
+        name and incarnation, `Pinned` with the pin that has this tag already (which a repeat of a call returns),
+        `NotKept`, `Full` if the record has `limit` pins.
+        """
+        ...
+
+    async def pins(self, name: str) -> tuple[Pin, ...] | Missing:
+        """All pins, by tag in order of UTF-8 bytes."""
+        ...
+
+    async def unpin(self, name: str, incarnation: int, tag: str, keep: int) -> Committed | NotKept | Missing:
+        """Durably remove a pin; of the kept records without a pin, the `keep` newest remain.
+
+        `Missing` if there is no record of that name and incarnation, `NotKept` if it has no such pin.
+        """
+        ...
+
+    async def import_history(
+        self, name: str, incarnation: int, kept: Sequence[Record], pins: Sequence[Pin]
+    ) -> Committed | Missing:
+        """Durably add kept records, under the record's own incarnation, and pins; those that exist are replaced.
+
+        Each pin's version is that of a kept record or of the newest, which is then kept too. `Missing` if there is no
+        record of that name and incarnation.
+        """
         ...
 
     async def join(self, name: str, incarnation: int, group: bytes, size: int, shard: Shard) -> GroupStatus | Missing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from batchnorm_service.runtime import RUNTIME, Runtime
@@ -20,6 +20,9 @@ from batchnorm_service.store.base import (
     Full,
     GroupStatus,
     Missing,
+    NotKept,
+    Pin,
+    Pinned,
     Receipt,
     ReceiptWithTTL,
     Record,
@@ -64,6 +67,8 @@ class MemoryStore:
         self._contenders: dict[str, dict[bytes, float]] = {}  # time, by record name and first receipt key
         self._floor = 0  # the largest version of any deleted record
         self._groups: dict[tuple[int, bytes], _Group] = {}
+        self._kept: dict[int, dict[int, Record]] = {}  # by incarnation and version
+        self._pins: dict[int, dict[str, Pin]] = {}  # by incarnation and tag
         # By incarnation and key, of all layers, oldest first, so that purging needs no search. Receipts of a deleted
         # layer become unreachable with its incarnation, and are freed when they expire.
         self._receipts: OrderedDict[tuple[int, bytes], tuple[float, Receipt]] = OrderedDict()
@@ -102,7 +107,7 @@ class MemoryStore:
         return record
 
     async def commit(
-        self, name: str, expected: Stamp, record: Record | None, receipts: Sequence[Receipt]
+        self, name: str, expected: Stamp, record: Record | None, receipts: Sequence[Receipt], keep: int = 0
     ) -> Committed | Conflict | Missing | Duplicates:
         """See `Store.commit`."""
         await self.ping()
@@ -121,6 +126,9 @@ class MemoryStore:
             return Conflict(present)
         if record is not None:
             self._records[name] = record
+            if keep > 0:
+                self._keep(present)
+                self._trim(incarnation, keep)
         lost, own = self._contenders.pop(name, {}), {receipt.key for receipt in receipts}
         if contenders := {key: at for key, at in lost.items() if key not in own and at + CONTENDER_SECONDS > now}:
             self._contenders[name] = contenders
@@ -138,7 +146,9 @@ class MemoryStore:
             return Missing()
         return self._unexpired(incarnation, keys, self._runtime.wall())
 
-    async def delete(self, name: str, expected: Stamp) -> Committed | Conflict | Missing:
+    async def delete(
+        self, name: str, expected: Stamp, *, with_pins: bool = False
+    ) -> Committed | Conflict | Missing | Pinned:
         """See `Store.delete`."""
         await self.ping()
         present = self._records.get(name)
@@ -146,10 +156,94 @@ class MemoryStore:
             return Missing()
         if present.stamp != expected:
             return Conflict()
+        if self._pins.get(expected.incarnation) and not with_pins:
+            return Pinned()
         del self._records[name]
+        self._kept.pop(expected.incarnation, None)
+        self._pins.pop(expected.incarnation, None)
         self._contenders.pop(name, None)
         del self._names[bisect_left(self._names, name)]
         self._floor = max(self._floor, expected.version)
+        return Committed()
+
+    async def kept(self, name: str) -> tuple[Stamp, ...] | Missing:
+        """See `Store.kept`."""
+        await self.ping()
+        if (present := self._records.get(name)) is None:
+            return Missing()
+        kept = self._kept.get(present.stamp.incarnation, {})
+        return tuple(kept[version].stamp for version in sorted(kept, reverse=True))
+
+    async def load_kept(
+        self, name: str, at: int | str, unless: Stamp | None = None
+    ) -> Record | Unchanged | NotKept | Missing:
+        """See `Store.load_kept`."""
+        await self.ping()
+        if (present := self._records.get(name)) is None:
+            return Missing()
+        incarnation = present.stamp.incarnation
+        pin = None if isinstance(at, int) else self._pins.get(incarnation, {}).get(at)
+        record = self._find(present, at if isinstance(at, int) else 0 if pin is None else pin.version)
+        if record is None:
+            return NotKept()
+        return Unchanged() if record.stamp == unless else record
+
+    async def pin(
+        self, name: str, stamp: Stamp | None, tag: str, data: bytes, limit: int
+    ) -> Committed | Pinned | Full | NotKept | Missing:
+        """See `Store.pin`."""
+        await self.ping()
+        present = self._records.get(name)
+        if present is None:
+            return Missing()
+        stamp = stamp or present.stamp
+        if present.stamp.incarnation != stamp.incarnation:
+            return Missing()
+        pins = self._pins.get(stamp.incarnation, {})
+        if tag in pins:
+            return Pinned(pins[tag])
+        record = self._find(present, stamp.version)
+        if record is None or record.stamp != stamp:
+            return NotKept()
+        if len(pins) >= limit:
+            return Full()
+        self._keep(record)
+        self._pins.setdefault(stamp.incarnation, {})[tag] = Pin(tag, stamp.version, data)
+        return Committed()
+
+    async def pins(self, name: str) -> tuple[Pin, ...] | Missing:
+        """See `Store.pins`."""
+        await self.ping()
+        if (present := self._records.get(name)) is None:
+            return Missing()
+        pins = self._pins.get(present.stamp.incarnation, {})
+        return tuple(pins[tag] for tag in sorted(pins))
+
+    async def unpin(self, name: str, incarnation: int, tag: str, keep: int) -> Committed | NotKept | Missing:
+        """See `Store.unpin`."""
+        await self.ping()
+        present = self._records.get(name)
+        if present is None or present.stamp.incarnation != incarnation:
+            return Missing()
+        if self._pins.get(incarnation, {}).pop(tag, None) is None:
+            return NotKept()
+        self._trim(incarnation, keep)
+        return Committed()
+
+    async def import_history(
+        self, name: str, incarnation: int, kept: Sequence[Record], pins: Sequence[Pin]
+    ) -> Committed | Missing:
+        """See `Store.import_history`."""
+        await self.ping()
+        present = self._records.get(name)
+        if present is None or present.stamp.incarnation != incarnation:
+            return Missing()
+        for record in kept:
+            self._keep(replace(record, stamp=record.stamp._replace(incarnation=incarnation)))
+        for pin in pins:
+            if pin.version == present.stamp.version:
+                self._keep(present)
+            self._pins.setdefault(incarnation, {})[pin.tag] = pin
         return Committed()
 
     async def join(self, name: str, incarnation: int, group: bytes, size: int, shard: Shard) -> GroupStatus | Missing:
@@ -215,6 +309,23 @@ class MemoryStore:
                 self._receipts.pop((incarnation, receipt.key), None)
                 self._receipts[incarnation, receipt.key] = (now + seconds, receipt)
         return Committed()
+
+    def _find(self, present: Record, version: int) -> Record | None:
+        """The newest or kept record of a version."""
+        if present.stamp.version == version:
+            return present
+        return self._kept.get(present.stamp.incarnation, {}).get(version)
+
+    def _keep(self, record: Record) -> None:
+        self._kept.setdefault(record.stamp.incarnation, {})[record.stamp.version] = record
+
+    def _trim(self, incarnation: int, keep: int) -> None:
+        """Remove kept records without a pin, except the `keep` newest."""
+        kept = self._kept.get(incarnation, {})
+        pinned = {pin.version for pin in self._pins.get(incarnation, {}).values()}
+        free = sorted(kept.keys() - pinned, reverse=True)
+        for version in free[keep:]:
+            del kept[version]
 
     def _unexpired(self, incarnation: int, keys: Sequence[bytes], now: float) -> tuple[Receipt, ...]:
         found = (self._receipts.get((incarnation, key)) for key in dict.fromkeys(keys))

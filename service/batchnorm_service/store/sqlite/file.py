@@ -9,12 +9,12 @@ from typing import Final
 
 from batchnorm_service.runtime import RUNTIME
 from batchnorm_service.store.base import StoreError, StoreRefusedError
+from batchnorm_service.store.sqlite.copies import APPLICATION_ID, check, damaged, flush
 from batchnorm_service.store.sqlite.identity import SqliteFiles
 from batchnorm_service.store.sqlite.table import SCHEMA
-from batchnorm_service.store.sqlite.upgrades import STEPS, flush, upgrade
+from batchnorm_service.store.sqlite.upgrades import STEPS, upgrade
 
-APPLICATION_ID: Final = 0x424E5356  # "BNSV"; `file` and others read it from the header
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 
 _PERMISSION: Final = "the service needs permission to read and write the file and its directory"
 
@@ -28,13 +28,15 @@ _PRAGMAS: Final = (
 )
 
 
-def open_file(files: SqliteFiles, *, exclusive: bool, busy_seconds: float) -> sqlite3.Connection:
+def open_file(files: SqliteFiles, *, exclusive: bool, busy_seconds: float, check_bytes: int = 0) -> sqlite3.Connection:
     """Open the service's database; create it if missing, upgrade it if an older release wrote it.
 
     Does not read the file directly: closing a descriptor would drop the POSIX locks that SQLite has on it. Does not
-    scan tables either: except for an upgrade, opening takes as long for a million layers as for one.
+    scan tables either: except for an upgrade, and for the check of a file of up to `check_bytes`, opening takes as long
+    for a million layers as for one. A file that was opened before (`files.expected`) is not checked again.
 
     Raises:
+        StoreDamagedError: it is damaged.
         StoreRefusedError: it cannot be opened; the message says why.
     """
     path = files.path
@@ -50,7 +52,7 @@ def open_file(files: SqliteFiles, *, exclusive: bool, busy_seconds: float) -> sq
         raise StoreRefusedError(f"{path} cannot be opened: {error}") from error
     try:
         files.before_open()
-        connection = _connect(files, exclusive=exclusive, busy_seconds=busy_seconds)
+        connection = _connect(files, exclusive=exclusive, busy_seconds=busy_seconds, check_bytes=check_bytes)
         try:
             for directory in {path.parent, *(each.parent for each in made)}:
                 flush(directory)  # make the names of the new file and directories durable
@@ -59,17 +61,21 @@ def open_file(files: SqliteFiles, *, exclusive: bool, busy_seconds: float) -> sq
             connection.close()
             raise
     except (sqlite3.Error, OSError, StoreError) as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT:
+            raise damaged(path, str(error)) from error
         raise StoreRefusedError(_describe_error(path, error)) from error
     return connection
 
 
-def _connect(files: SqliteFiles, *, exclusive: bool, busy_seconds: float) -> sqlite3.Connection:
+def _connect(files: SqliteFiles, *, exclusive: bool, busy_seconds: float, check_bytes: int) -> sqlite3.Connection:
     """A configured connection to a file with the current schema."""
     path = files.path
     mode = "rwc" if files.expected is None else "rw"  # do not create a file if a certain one is expected
     connection = sqlite3.connect(f"{path.as_uri()}?mode={mode}", uri=True, timeout=busy_seconds, isolation_level=None)
     try:
         version = _prepare(connection, path, exclusive=exclusive, busy_seconds=busy_seconds)
+        if files.expected is None and path.stat().st_size <= check_bytes:
+            check(connection, path)
         if exclusive and version < SCHEMA_VERSION:
             upgrade(connection, path, version, SCHEMA_VERSION)
     except BaseException:
@@ -78,8 +84,8 @@ def _connect(files: SqliteFiles, *, exclusive: bool, busy_seconds: float) -> sql
     if version == SCHEMA_VERSION or exclusive:
         return connection
     connection.close()  # an upgrade needs exclusive access
-    _connect(files, exclusive=True, busy_seconds=busy_seconds).close()
-    return _connect(files, exclusive=False, busy_seconds=busy_seconds)
+    _connect(files, exclusive=True, busy_seconds=busy_seconds, check_bytes=0).close()
+    return _connect(files, exclusive=False, busy_seconds=busy_seconds, check_bytes=0)
 
 
 def _prepare(connection: sqlite3.Connection, path: Path, *, exclusive: bool, busy_seconds: float) -> int:

@@ -26,6 +26,19 @@ def stamps(connection: sqlite3.Connection, names: Sequence[str]) -> dict[str, St
     return found
 
 
+def load_stamp(connection: sqlite3.Connection, name: str) -> Stamp | None:
+    """The stamp of a layer."""
+    return stamps(connection, [name]).get(name)
+
+
+def load_record(connection: sqlite3.Connection, name: str) -> Record | None:
+    """The record of a layer."""
+    row = connection.execute(
+        "SELECT incarnation, version, commit_id, data FROM layers WHERE name = ?", (name,)
+    ).fetchone()
+    return None if row is None else Record(Stamp(*row[:3]), row[3])
+
+
 def unexpired(
     connection: sqlite3.Connection, keys: Sequence[tuple[int, bytes]], now: float
 ) -> dict[tuple[int, bytes], Receipt]:

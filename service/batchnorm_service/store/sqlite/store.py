@@ -21,6 +21,9 @@ from batchnorm_service.store.base import (
     Full,
     GroupStatus,
     Missing,
+    NotKept,
+    Pin,
+    Pinned,
     Receipt,
     ReceiptWithTTL,
     Record,
@@ -31,10 +34,13 @@ from batchnorm_service.store.base import (
     StoreOptions,
     Unchanged,
 )
+from batchnorm_service.store.sqlite import history
+from batchnorm_service.store.sqlite.backup_socket import BackupSocket
+from batchnorm_service.store.sqlite.copies import CopyProgress
 from batchnorm_service.store.sqlite.file import open_file
 from batchnorm_service.store.sqlite.identity import SqliteFiles
 from batchnorm_service.store.sqlite.table import Commit, SqliteTable
-from batchnorm_service.store.sqlite.thread import Job, SqliteThread
+from batchnorm_service.store.sqlite.thread import Copy, Job, SqliteThread
 from batchnorm_service.store.sqlite.url import path_of
 
 T = TypeVar("T")
@@ -55,6 +61,7 @@ class SqliteStore:
         exclusive: lock the file until `close`, so that no other process can open it. False allows several processes
             to use the file; their commits are ordered by the stamps.
         busy_seconds: how long a call waits for another process's transaction (`exclusive=False`).
+        check_bytes: a file up to this size is checked for damage at `open`.
         runtime: clocks and random numbers.
 
     Attributes:
@@ -71,6 +78,7 @@ class SqliteStore:
         exclusive: bool = True,
         *,
         busy_seconds: float = 5.0,
+        check_bytes: int = 0,
         runtime: Runtime = RUNTIME,
     ) -> None:
         self.exclusive = self._locks = exclusive
@@ -78,6 +86,8 @@ class SqliteStore:
         self.url = f"sqlite:///{quote(self.path.as_posix(), safe='/:')}"
         self.files = SqliteFiles(self.path, Path(path).absolute(), shared=not exclusive, runtime=runtime)
         self._table = SqliteTable(receipt_seconds, runtime)
+        self._check_bytes = check_bytes
+        self._backups = BackupSocket(self.path, self.copy)
         self._busy_seconds = 0.0 if exclusive else busy_seconds
         self._runtime = runtime
         self._thread: SqliteThread | None = None
@@ -88,7 +98,7 @@ class SqliteStore:
         return 0 if self._thread is None else self._thread.transactions
 
     async def open(self) -> None:
-        """Open or create the file. Raises `StoreRefusedError`."""
+        """Open or create the file. If it is locked, offer backups to other processes. Raises `StoreRefusedError`."""
         if self._thread is not None and not self._thread.stopped:
             raise StoreError(f"{self.path} is open already")
         await self.close()  # a thread that is still closing the file has it locked
@@ -101,9 +111,12 @@ class SqliteStore:
         except BaseException:
             thread.stop()  # not awaited: after a refusal it has ended, and a cancelled call must not wait
             raise
+        if self._locks:
+            await self._backups.open()
 
     async def close(self) -> None:
         """Finish queued calls, checkpoint the write-ahead log, and close the file."""
+        await self._backups.close()
         if self._thread is not None:
             await asyncio.wrap_future(self._thread.stop())
 
@@ -121,18 +134,50 @@ class SqliteStore:
         return await self._do(name, lambda c: self._table.create(c, name, data, limit), writes=True)
 
     async def commit(
-        self, name: str, expected: Stamp, record: Record | None, receipts: Sequence[Receipt]
+        self, name: str, expected: Stamp, record: Record | None, receipts: Sequence[Receipt], keep: int = 0
     ) -> Committed | Conflict | Missing | Duplicates:
         """See `Store.commit`."""
-        return await self._do(name, Commit(name, expected, record, receipts), writes=True)
+        return await self._do(name, Commit(name, expected, record, receipts, keep), writes=True)
 
     async def find_receipts(self, name: str, incarnation: int, keys: Sequence[bytes]) -> tuple[Receipt, ...] | Missing:
         """See `Store.find_receipts`."""
         return await self._do(name, lambda c: self._table.find_receipts(c, name, incarnation, keys))
 
-    async def delete(self, name: str, expected: Stamp) -> Committed | Conflict | Missing:
+    async def delete(
+        self, name: str, expected: Stamp, *, with_pins: bool = False
+    ) -> Committed | Conflict | Missing | Pinned:
         """See `Store.delete`."""
-        return await self._do(name, lambda c: self._table.delete(c, name, expected), writes=True)
+        return await self._do(name, lambda c: self._table.delete(c, name, expected, with_pins), writes=True)
+
+    async def kept(self, name: str) -> tuple[Stamp, ...] | Missing:
+        """See `Store.kept`."""
+        return await self._do(name, lambda c: history.kept(c, name))
+
+    async def load_kept(
+        self, name: str, at: int | str, unless: Stamp | None = None
+    ) -> Record | Unchanged | NotKept | Missing:
+        """See `Store.load_kept`."""
+        return await self._do(name, lambda c: history.load_kept(c, name, at, unless))
+
+    async def pin(
+        self, name: str, stamp: Stamp | None, tag: str, data: bytes, limit: int
+    ) -> Committed | Pinned | Full | NotKept | Missing:
+        """See `Store.pin`."""
+        return await self._do(name, lambda c: history.pin(c, name, stamp, tag, data, limit), writes=True)
+
+    async def pins(self, name: str) -> tuple[Pin, ...] | Missing:
+        """See `Store.pins`."""
+        return await self._do(name, lambda c: history.pins(c, name))
+
+    async def unpin(self, name: str, incarnation: int, tag: str, keep: int) -> Committed | NotKept | Missing:
+        """See `Store.unpin`."""
+        return await self._do(name, lambda c: history.unpin(c, name, incarnation, tag, keep), writes=True)
+
+    async def import_history(
+        self, name: str, incarnation: int, kept: Sequence[Record], pins: Sequence[Pin]
+    ) -> Committed | Missing:
+        """See `Store.import_history`."""
+        return await self._do(name, lambda c: history.import_history(c, name, incarnation, kept, pins), writes=True)
 
     async def join(self, name: str, incarnation: int, group: bytes, size: int, shard: Shard) -> GroupStatus | Missing:
         """See `Store.join`. If the member has joined already, this only reads."""
@@ -164,8 +209,17 @@ class SqliteStore:
         """See `Store.import_receipts`."""
         return await self._do(name, lambda c: self._table.import_receipts(c, name, incarnation, receipts), writes=True)
 
+    async def copy(self, partial: Path, progress: CopyProgress) -> None:
+        """Write a consistent, durable copy to a new file, while other calls go on. See `copy_database`.
+
+        `progress` is called in another thread. Raises `StoreError`.
+        """
+        await self._do(None, Copy(partial, self.path.stat().st_mode, progress))
+
     def _connect(self) -> sqlite3.Connection:
-        return open_file(self.files, exclusive=self._locks, busy_seconds=self._busy_seconds)
+        return open_file(
+            self.files, exclusive=self._locks, busy_seconds=self._busy_seconds, check_bytes=self._check_bytes
+        )
 
     def _verify(self, connection: sqlite3.Connection) -> None:
         was_lost = self.files.lost
@@ -181,7 +235,7 @@ class SqliteStore:
             raise
 
     async def _do(
-        self, name: str | None, work: Callable[[sqlite3.Connection], T] | Commit, *, writes: bool = False
+        self, name: str | None, work: Callable[[sqlite3.Connection], T] | Commit | Copy, *, writes: bool = False
     ) -> T:
         if self._thread is None:
             raise StoreError("the SQLite store is not open")
@@ -191,4 +245,4 @@ class SqliteStore:
 def from_url(url: str, options: StoreOptions) -> SqliteStore:
     """Create the store of a URL `sqlite:///...`. Raises `StoreRefusedError`."""
     options.without_replicas()
-    return SqliteStore(path_of(url), options.receipt_seconds, options.exclusive)
+    return SqliteStore(path_of(url), options.receipt_seconds, options.exclusive, check_bytes=options.check_bytes)

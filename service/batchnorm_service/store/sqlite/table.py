@@ -18,6 +18,7 @@ from batchnorm_service.store.base import (
     Full,
     GroupStatus,
     Missing,
+    Pinned,
     Receipt,
     ReceiptWithTTL,
     Record,
@@ -25,7 +26,8 @@ from batchnorm_service.store.base import (
     Stamp,
     Unchanged,
 )
-from batchnorm_service.store.sqlite import statements
+from batchnorm_service.store.sqlite import history, statements
+from batchnorm_service.store.sqlite.statements import load_record, load_stamp
 
 SCHEMA: Final = (
     # The stamp's columns precede the data, so that reading them touches one page, however large the data is.
@@ -75,6 +77,7 @@ SCHEMA: Final = (
     # it, so that versions never repeat for a name.
     "CREATE TABLE meta (id INTEGER PRIMARY KEY CHECK (id = 1), layers INTEGER NOT NULL, floor INTEGER NOT NULL)",
     "INSERT INTO meta (id, layers, floor) VALUES (1, 0, 0)",
+    *history.SCHEMA,
 )
 
 _PURGE_STEP: Final = 100
@@ -87,6 +90,7 @@ class Commit(NamedTuple):
     expected: Stamp
     record: Record | None
     receipts: Sequence[Receipt]
+    keep: int
 
 
 class SqliteTable:
@@ -103,13 +107,13 @@ class SqliteTable:
 
     def load(self, connection: sqlite3.Connection, name: str, unless: Stamp | None) -> Record | Unchanged | Missing:
         """See `Store.load`."""
-        if unless is not None and _stamp(connection, name) == unless:
+        if unless is not None and load_stamp(connection, name) == unless:
             return Unchanged()
-        return _record(connection, name) or Missing()
+        return load_record(connection, name) or Missing()
 
     def create(self, connection: sqlite3.Connection, name: str, data: bytes, limit: int) -> Record | Exists | Full:
         """See `Store.create`."""
-        if (present := _record(connection, name)) is not None:
+        if (present := load_record(connection, name)) is not None:
             return Exists(present)
         layers, floor = connection.execute("SELECT layers, floor FROM meta").fetchone()
         if layers >= limit:
@@ -137,6 +141,10 @@ class SqliteTable:
         existing = statements.unexpired(connection, keys, now)
         outcomes = [_outcome(connection, commit, present.get(commit.name), existing) for commit in commits]
         done = [commit for commit, outcome in zip(commits, outcomes, strict=True) if isinstance(outcome, Committed)]
+        for commit in done:
+            if commit.keep > 0 and commit.record is not None:
+                history.keep_newest(connection, commit.name)
+                history.trim(connection, commit.expected.incarnation, commit.keep)
         statements.update_records(connection, [(commit.name, commit.record) for commit in done if commit.record])
         expires = math.ceil(now + self._receipt_seconds)
         statements.insert_receipts(
@@ -149,20 +157,25 @@ class SqliteTable:
         self, connection: sqlite3.Connection, name: str, incarnation: int, keys: Sequence[bytes]
     ) -> tuple[Receipt, ...] | Missing:
         """See `Store.find_receipts`."""
-        present = _stamp(connection, name)
+        present = load_stamp(connection, name)
         if present is None or present.incarnation != incarnation:
             return Missing()
         found = statements.unexpired(connection, [(incarnation, key) for key in keys], self._runtime.wall())
         return tuple(found.values())
 
-    def delete(self, connection: sqlite3.Connection, name: str, expected: Stamp) -> Committed | Conflict | Missing:
+    def delete(
+        self, connection: sqlite3.Connection, name: str, expected: Stamp, with_pins: bool
+    ) -> Committed | Conflict | Missing | Pinned:
         """See `Store.delete`."""
-        present = _stamp(connection, name)
+        present = load_stamp(connection, name)
         if present is None:
             return Missing()
         if present != expected:
             return Conflict()
+        if not with_pins and history.has_pins(connection, present.incarnation):
+            return Pinned()
         connection.execute("DELETE FROM layers WHERE name = ?", (name,))
+        history.delete_history(connection, present.incarnation)
         connection.execute("UPDATE meta SET layers = layers - 1, floor = max(floor, ?)", (present.version,))
         return Committed()
 
@@ -170,7 +183,7 @@ class SqliteTable:
         self, connection: sqlite3.Connection, name: str, incarnation: int, group: bytes, size: int, shard: Shard
     ) -> GroupStatus | Missing:
         """See `Store.join`."""
-        present = _stamp(connection, name)
+        present = load_stamp(connection, name)
         if present is None or present.incarnation != incarnation:
             return Missing()
         now = self._runtime.wall()
@@ -191,7 +204,7 @@ class SqliteTable:
         self, connection: sqlite3.Connection, name: str, incarnation: int, group: bytes, member: bytes
     ) -> GroupStatus | Missing | None:
         """The result of `join` for a member that has joined already; None for others."""
-        present = _stamp(connection, name)
+        present = load_stamp(connection, name)
         if present is None or present.incarnation != incarnation:
             return Missing()
         found = _group_status(connection, incarnation, group, self._runtime.wall())
@@ -234,7 +247,7 @@ class SqliteTable:
         self, connection: sqlite3.Connection, name: str, incarnation: int, receipts: Sequence[ReceiptWithTTL]
     ) -> Committed | Missing:
         """See `Store.import_receipts`."""
-        present = _stamp(connection, name)
+        present = load_stamp(connection, name)
         if present is None or present.incarnation != incarnation:
             return Missing()
         now = self._runtime.wall()
@@ -267,7 +280,7 @@ def _outcome(
         return Duplicates(duplicates)
     if present != commit.expected:
         return Conflict(
-            _record(connection, commit.name) if present.incarnation == commit.expected.incarnation else None
+            load_record(connection, commit.name) if present.incarnation == commit.expected.incarnation else None
         )
     return Committed()
 
@@ -292,14 +305,3 @@ def _group_status(
         )
         parts = tuple(part for (part,) in rows)
     return GroupStatus(opened, members, parts, added)
-
-
-def _stamp(connection: sqlite3.Connection, name: str) -> Stamp | None:
-    return statements.stamps(connection, [name]).get(name)
-
-
-def _record(connection: sqlite3.Connection, name: str) -> Record | None:
-    row = connection.execute(
-        "SELECT incarnation, version, commit_id, data FROM layers WHERE name = ?", (name,)
-    ).fetchone()
-    return None if row is None else Record(Stamp(*row[:3]), row[3])

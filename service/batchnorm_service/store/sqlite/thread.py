@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from queue import SimpleQueue
+from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, Final, Generic, TypeVar
 
 from batchnorm_service.runtime import Runtime
 from batchnorm_service.store.base import StoreError
+from batchnorm_service.store.sqlite.copies import CopyProgress, copy_database
 from batchnorm_service.store.sqlite.table import Commit
 
 T = TypeVar("T")
@@ -31,6 +33,15 @@ _JOB_ERRORS: Final = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A copy of the database, made while other jobs go on. See `copy_database`."""
+
+    partial: Path
+    mode: int
+    progress: CopyProgress
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Job(Generic[T]):
     """A database operation and the future of its result.
@@ -38,13 +49,13 @@ class Job(Generic[T]):
     Attributes:
         name: the layer that it reads or writes; None for any.
         writes: whether it may write; then its future is completed after the COMMIT.
-        work: the operation, run inside a transaction; or a `Commit`, which is combined with others.
+        work: the operation, run inside a transaction; or a `Commit`, which is combined with others; or a `Copy`.
         future: the result, or a `StoreError`.
     """
 
     name: str | None
     writes: bool
-    work: Callable[[sqlite3.Connection], T] | Commit
+    work: Callable[[sqlite3.Connection], T] | Commit | Copy
     future: asyncio.Future[T] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -62,7 +73,7 @@ class SqliteThread:
 
     The thread works in rounds: it takes all queued jobs, and does reads, then writes in one transaction, then the reads
     that were queued after a write of the same layer. So jobs on one layer take effect in order, and reads see committed
-    data only.
+    data only. A copy of the database is made in small steps, with rounds in between.
 
     Args:
         connect: opens the connection; runs in the thread.
@@ -90,10 +101,11 @@ class SqliteThread:
         self._before_commit = before_commit
         self._verify = verify
         self._submitted: list[Job[Any]] = []
-        self._queue: SimpleQueue[list[Job[Any]] | None] = SimpleQueue()
+        self._queue: SimpleQueue[list[Job[Any]] | None] = runtime.queue()
         self._opened: Future[None] = Future()
         self._closed: Future[None] = Future()
         self._stopped = False
+        self._copying = False
 
     @property
     def stopped(self) -> bool:
@@ -159,7 +171,9 @@ class SqliteThread:
 
     def _round(self, connection: sqlite3.Connection) -> bool:
         """Do all queued jobs; False after the last. A method of its own, so that no local variable keeps jobs alive."""
-        waiting = self._queue.get()
+        return self._do(connection, self._queue.get())
+
+    def _do(self, connection: sqlite3.Connection, waiting: list[Job[Any]] | None) -> bool:
         while waiting is not None and len(waiting) < _MAX_JOBS and not self._queue.empty():
             more = self._queue.get_nowait()
             if more is None:
@@ -177,8 +191,11 @@ class SqliteThread:
         first: list[Job[Any]] = []
         writes: list[Job[Any]] = []
         last: list[Job[Any]] = []
+        copies: list[Job[Any]] = []
         for job in jobs:
-            if job.writes:
+            if isinstance(job.work, Copy):
+                copies.append(job)
+            elif job.writes:
                 writes.append(job)
                 written.add(job.name)
             else:
@@ -186,7 +203,33 @@ class SqliteThread:
         self._read(connection, first)
         self._write(connection, writes)
         self._read(connection, last)
+        for job in copies:
+            self._copy(connection, job)
         return waiting is not None
+
+    def _copy(self, connection: sqlite3.Connection, job: Job[Any]) -> None:
+        copy = job.work
+        assert isinstance(copy, Copy)  # noqa: S101 - see `_do`
+        if self._copying:
+            self._fail([job], StoreError("a copy is being made already"))
+            return
+
+        def between_steps(done: int, total: int) -> None:
+            copy.progress(done, total)
+            with contextlib.suppress(Empty):
+                if not self._do(connection, self._queue.get_nowait()):
+                    self._queue.put(None)  # it is for `_run`
+                    raise StoreError("the store is being closed")
+
+        self._copying = True
+        try:
+            copy_database(connection, copy.partial, copy.mode, between_steps)
+        except Exception as error:
+            self._fail([job], error)
+        else:
+            self._complete([(job.future, None)])
+        finally:
+            self._copying = False
 
     def _read(self, connection: sqlite3.Connection, jobs: Sequence[Job[Any]]) -> None:
         for job in jobs:

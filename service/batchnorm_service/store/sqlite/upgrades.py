@@ -7,24 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sqlite3
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from batchnorm_service.store.base import StoreRefusedError
+from batchnorm_service.store.sqlite.copies import copy_database, flush
 
 _log = logging.getLogger(__name__)
 
 _LAYERS: Final = ("id", "name", "incarnation", "version", "commit_id", "data")
 _META: Final = ("id", "layers", "floor")
 _SHARDS: Final = ("incarnation", "grp", "member", "size", "fingerprint", "part", "expires")
-_RECEIPTS: Final = (  # of schema 1, a version number that releases with different layouts shared
+_RECEIPTS_1: Final = (  # of schema 1, a version number that releases with different layouts shared
     ("incarnation", "key", "fingerprint", "version", "batch", "expires"),
     ("incarnation", "key", "fingerprint", "version", "batch", "payload", "expires"),
 )
+_RECEIPTS_2: Final = ("id", "incarnation", "key", "fingerprint", "version", "batch", "payload", "expires")
 
 
 class Step(NamedTuple):
@@ -43,7 +43,7 @@ def _known_1(connection: sqlite3.Connection) -> bool:
     return (
         _columns(connection, "layers") == _LAYERS
         and _columns(connection, "meta") == _META
-        and _columns(connection, "receipts") in _RECEIPTS
+        and _columns(connection, "receipts") in _RECEIPTS_1
         and _columns(connection, "shards") in {(), _SHARDS}
     )
 
@@ -88,7 +88,39 @@ def _from_1(connection: sqlite3.Connection) -> None:
     connection.execute("CREATE INDEX receipts_by_expiry ON receipts (expires)")
 
 
-STEPS: Final[Mapping[int, Step]] = {1: Step(_known_1, _from_1)}
+def _known_2(connection: sqlite3.Connection) -> bool:
+    return (
+        _columns(connection, "layers") == _LAYERS
+        and _columns(connection, "meta") == _META
+        and _columns(connection, "receipts") == _RECEIPTS_2
+        and _columns(connection, "shards") == _SHARDS
+        and _columns(connection, "kept") == _columns(connection, "pins") == ()
+    )
+
+
+def _from_2(connection: sqlite3.Connection) -> None:
+    """Add the tables of kept records and pins."""
+    connection.execute("""
+    CREATE TABLE kept (
+        incarnation INTEGER NOT NULL,
+        version INTEGER NOT NULL,
+        commit_id INTEGER NOT NULL,
+        data BLOB NOT NULL,
+        PRIMARY KEY (incarnation, version)
+    )
+    """)
+    connection.execute("""
+    CREATE TABLE pins (
+        incarnation INTEGER NOT NULL,
+        tag TEXT NOT NULL COLLATE BINARY,
+        version INTEGER NOT NULL,
+        data BLOB NOT NULL,
+        PRIMARY KEY (incarnation, tag)
+    )
+    """)
+
+
+STEPS: Final[Mapping[int, Step]] = {1: Step(_known_1, _from_1), 2: Step(_known_2, _from_2)}
 """The step from each schema version to the next."""
 
 
@@ -124,12 +156,8 @@ def _copy(connection: sqlite3.Connection, path: Path, version: int) -> Path:
     """Make a durable backup of the file under a free name."""
     partial = path.with_name(f"{path.name}.schema-{version}.partial")
     partial.unlink(missing_ok=True)  # left by an interrupted upgrade
+    copy_database(connection, partial, path.stat().st_mode, lambda *_: None)
     try:
-        # With the file's permissions: SQLite would create it with the process's default permissions.
-        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, path.stat().st_mode & 0o777))
-        with closing(sqlite3.connect(partial)) as target:
-            connection.backup(target)
-        flush(partial)
         copy = _free_name(path.with_name(f"{path.name}.schema-{version}.backup"))
         partial.rename(copy)
     except BaseException:
@@ -146,17 +174,6 @@ def _free_name(path: Path) -> Path:
         number += 1
         free = path.with_name(f"{path.name}-{number}")
     return free
-
-
-def flush(path: Path) -> None:
-    """Flush a file, or the entries of a directory, to disk (fsync)."""
-    if os.name == "nt" and path.is_dir():  # Windows cannot flush a directory
-        return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _columns(connection: sqlite3.Connection, table: str) -> tuple[str, ...]:

@@ -36,6 +36,8 @@ class ReplyCode(IntEnum):
     EXISTS = 4
     FULL = 5
     OTHER = 6
+    PINNED = 7
+    NOT_KEPT = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +61,49 @@ class Script:
         object.__setattr__(self, "digest", digest.encode())
 
 
-def _script(body: str, *, flags: str = "", writes: bool = False, single: bool = False) -> Script:
+def make_script(body: str, *, flags: str = "", writes: bool = False, single: bool = False) -> Script:
+    """The script with this body, in which `$NAME` stands for a reply code or a number."""
     codes = {code.name: code.value for code in ReplyCode}
     numbers = {"STAMP_BYTES": STAMP_BYTES, "HEAD_BYTES": HEAD_BYTES, "CONTENDER_SECONDS": CONTENDER_SECONDS}
     lua = Template(body.strip()).substitute(codes, **numbers)
     return Script(f"#!lua{flags}\n{lua}\n".encode(), writes, single)
 
 
-_ALLOW_OOM: Final = " flags=allow-oom"  # for scripts that need no additional memory
+ALLOW_OOM: Final = " flags=allow-oom"
+"""For scripts that need no additional memory."""
 
-LOAD: Final = _script(
+OWN: Final = """
+local function own(hash, incarnation)  -- the fields of this incarnation
+    local found = {}
+    for _, field in ipairs(redis.call('HKEYS', hash)) do
+        if string.sub(field, 1, 8) == incarnation then found[#found + 1] = field end
+    end
+    return found
+end
+"""
+
+TRIM: Final = (
+    OWN
+    + """
+local function newer(one, other)  -- comparing strings would depend on the server's locale
+    local high, low = struct.unpack('>I4I4', string.sub(one, 9, 16))
+    local other_high, other_low = struct.unpack('>I4I4', string.sub(other, 9, 16))
+    return high > other_high or (high == other_high and low > other_low)
+end
+local function trim(kept, pins, incarnation, keep)  -- of the kept records without a pin, only the newest remain
+    local pinned, free = {}, {}
+    for _, pin in ipairs(redis.call('HVALS', pins)) do pinned[string.sub(pin, 1, 8)] = true end
+    for _, stamp in ipairs(own(kept, incarnation)) do
+        if not pinned[string.sub(stamp, 9, 16)] then free[#free + 1] = stamp end
+    end
+    table.sort(free, newer)
+    for i = keep + 1, #free do redis.call('HDEL', kept, free[i]) end
+end
+"""
+)
+"""Lua functions for scripts on the history, whose hashes have few fields: the history's length and the pins."""
+
+LOAD: Final = make_script(
     """
 -- KEYS: record. ARGV: a stamp, or nothing.
 local stamp = redis.call('GETRANGE', KEYS[1], 0, $STAMP_BYTES - 1)
@@ -76,38 +111,39 @@ if stamp == '' then return $MISSING end
 if stamp == ARGV[1] then return $DONE end
 return redis.call('GET', KEYS[1])
 """,
-    flags=_ALLOW_OOM,
+    flags=ALLOW_OOM,
     single=True,
 )
 
-HEAD: Final = _script(
+HEAD: Final = make_script(
     """
 -- KEYS: record.
 return redis.call('GETRANGE', KEYS[1], 0, $STAMP_BYTES + $HEAD_BYTES - 1)
 """,
-    flags=_ALLOW_OOM,
+    flags=ALLOW_OOM,
     single=True,
 )
 
-NAMES: Final = _script(
+NAMES: Final = make_script(
     """
 -- KEYS: names. ARGV: from, to, how many.
 return redis.call('ZRANGE', KEYS[1], ARGV[1], ARGV[2], 'BYLEX', 'LIMIT', 0, ARGV[3])
 """,
-    flags=_ALLOW_OOM,
+    flags=ALLOW_OOM,
 )
 
-COUNT: Final = _script(
+COUNT: Final = make_script(
     """
 -- KEYS: names.
 return redis.call('ZCARD', KEYS[1])
 """,
-    flags=_ALLOW_OOM,
+    flags=ALLOW_OOM,
 )
 
-CREATE: Final = _script(
+CREATE: Final = make_script(
     """
--- KEYS: record, names, floor. ARGV: incarnation, commit id, data, name, whether there is room, whether a WAIT follows.
+-- KEYS: record, names, floor, kept records, pins. ARGV: incarnation, commit id, data, name, whether there is room,
+-- whether a WAIT follows.
 local present = redis.call('GET', KEYS[1])
 if present then
     if ARGV[6] == '1' then redis.call('SETRANGE', KEYS[1], 0, string.sub(present, 1, $STAMP_BYTES)) end
@@ -122,24 +158,28 @@ if low == 4294967296 then high, low = high + 1, 0 end
 local version = struct.pack('>I4I4', high, low)
 redis.call('SET', KEYS[1], ARGV[1] .. version .. ARGV[2] .. ARGV[3])
 redis.call('ZADD', KEYS[2], 0, ARGV[4])
+redis.call('UNLINK', KEYS[4], KEYS[5])  -- which an older release leaves behind
 return {$DONE, version}
 """,
     writes=True,
 )
 
-COMMIT: Final = _script(
+COMMIT: Final = make_script(
     """
--- KEYS: record, contenders, receipts. ARGV: expected stamp, the incarnation that the receipts' keys are for, their
--- milliseconds, whether a WAIT follows, the new record or nothing, the receipts.
+-- KEYS: record, contenders, receipts; to keep the replaced record also kept records, pins. ARGV: expected stamp,
+-- the incarnation that the receipts' keys are for, their milliseconds, whether a WAIT follows, how many records to
+-- keep, the new record or nothing, the receipts.
+local last = #KEYS
+if ARGV[5] ~= '0' then last = last - 2 end
 local function now()
     local time = redis.call('TIME')
     return time[1] + time[2] / 1000000
 end
 local stamp = redis.call('GETRANGE', KEYS[1], 0, $STAMP_BYTES - 1)
 if stamp == '' then return {$MISSING} end
-if #KEYS > 2 and string.sub(stamp, 1, 8) ~= ARGV[2] then return {$OTHER, string.sub(stamp, 1, 8)} end
+if last > 2 and string.sub(stamp, 1, 8) ~= ARGV[2] then return {$OTHER, string.sub(stamp, 1, 8)} end
 local found = {$DUPLICATES}
-for i = 3, #KEYS do
+for i = 3, last do
     local receipt = redis.call('GET', KEYS[i])
     if receipt then
         found[#found + 1] = i - 3
@@ -152,7 +192,7 @@ end
 if #found > 1 then return found end
 if stamp ~= ARGV[1] then
     if string.sub(stamp, 1, 8) ~= string.sub(ARGV[1], 1, 8) then return {$CONFLICT} end
-    if #KEYS > 2 then
+    if last > 2 then
         redis.set_repl(redis.REPL_NONE)
         redis.call('ZADD', KEYS[2], 'NX', now(), KEYS[3])
         redis.call('PEXPIRE', KEYS[2], 1000 * $CONTENDER_SECONDS)
@@ -162,15 +202,22 @@ end
 local contenders = 0
 if redis.call('EXISTS', KEYS[2]) == 1 then
     redis.set_repl(redis.REPL_NONE)
-    for i = 3, #KEYS, 1000 do  -- Lua passes some thousands of arguments, not more
-        redis.call('ZREM', KEYS[2], unpack(KEYS, i, math.min(i + 999, #KEYS)))
+    for i = 3, last, 1000 do  -- Lua passes some thousands of arguments, not more
+        redis.call('ZREM', KEYS[2], unpack(KEYS, i, math.min(i + 999, last)))
     end
     redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now() - $CONTENDER_SECONDS)
     contenders = redis.call('ZCARD', KEYS[2])
     redis.set_repl(redis.REPL_ALL)
 end
-if ARGV[5] ~= '' then redis.call('SET', KEYS[1], ARGV[5]) end
-for i = 3, #KEYS do redis.call('SET', KEYS[i], ARGV[3 + i], 'PX', ARGV[3]) end
+if ARGV[5] ~= '0' then
+"""
+    + TRIM
+    + """
+    redis.call('HSET', KEYS[last + 1], stamp, redis.call('GETRANGE', KEYS[1], $STAMP_BYTES, -1))
+    trim(KEYS[last + 1], KEYS[last + 2], string.sub(stamp, 1, 8), tonumber(ARGV[5]))
+end
+if ARGV[6] ~= '' then redis.call('SET', KEYS[1], ARGV[6]) end
+for i = 3, last do redis.call('SET', KEYS[i], ARGV[4 + i], 'PX', ARGV[3]) end
 return {$DONE, contenders}
 """,
     writes=True,
@@ -191,12 +238,14 @@ for i = 2, #KEYS do
 end
 return found
 """
-FIND: Final = _script(_FIND, flags=_ALLOW_OOM, single=True)
-FIND_AND_WAIT: Final = _script(_FIND, flags=_ALLOW_OOM, writes=True)
+FIND: Final = make_script(_FIND, flags=ALLOW_OOM, single=True)
+FIND_AND_WAIT: Final = make_script(_FIND, flags=ALLOW_OOM, writes=True)
 
-DELETE: Final = _script(
-    """
--- KEYS: record, names, floor. ARGV: expected stamp, name, whether a WAIT follows.
+DELETE: Final = make_script(
+    OWN
+    + """
+-- KEYS: record, names, floor, kept records, pins. ARGV: expected stamp, name, whether a WAIT follows, whether to delete
+-- pins too.
 local stamp = redis.call('GETRANGE', KEYS[1], 0, $STAMP_BYTES - 1)
 local floor = redis.call('GET', KEYS[3])
 if stamp ~= ARGV[1] then
@@ -205,21 +254,22 @@ if stamp ~= ARGV[1] then
     if stamp == '' then return {$MISSING} end
     return {$CONFLICT}
 end
+if ARGV[4] == '0' and #own(KEYS[5], string.sub(stamp, 1, 8)) > 0 then return {$PINNED} end
 local version = string.sub(stamp, 9, 16)
 local high, low = struct.unpack('>I4I4', version)
 local floor_high, floor_low = -1, 0
 if floor then floor_high, floor_low = struct.unpack('>I4I4', floor) end
 if high > floor_high or (high == floor_high and low > floor_low) then redis.call('SET', KEYS[3], version) end
-redis.call('UNLINK', KEYS[1])
+redis.call('UNLINK', KEYS[1], KEYS[4], KEYS[5])
 redis.call('ZREM', KEYS[2], ARGV[2])
 return {$DONE}
 """,
-    flags=_ALLOW_OOM,
+    flags=ALLOW_OOM,
     writes=True,
 )
 
 # JOIN and LEAVE are not marked as writing: they are idempotent, and a group's result is durable by its receipt.
-JOIN: Final = _script(
+JOIN: Final = make_script(
     """
 -- KEYS: record, fingerprints by member and the group's size, parts by member, calls by member. ARGV: incarnation,
 -- member, size, fingerprint, part, milliseconds, call.
@@ -245,7 +295,7 @@ return {$DONE, added, redis.call('HGETALL', KEYS[2]), parts}
 """
 )
 
-LEAVE: Final = _script(
+LEAVE: Final = make_script(
     """
 -- KEYS: as those of a group in JOIN. ARGV: member, or nothing for all.
 if ARGV[1] ~= '' then
@@ -256,10 +306,10 @@ end
 if ARGV[1] == '' or redis.call('HLEN', KEYS[1]) < 2 then redis.call('UNLINK', KEYS[1], KEYS[2], KEYS[3]) end
 return $DONE
 """,
-    flags=_ALLOW_OOM,
+    flags=ALLOW_OOM,
 )
 
-IMPORT_RECEIPTS: Final = _script(
+IMPORT_RECEIPTS: Final = make_script(
     """
 -- KEYS: record, receipts. ARGV: incarnation, then the milliseconds and the bytes of each receipt.
 if redis.call('GETRANGE', KEYS[1], 0, 7) ~= ARGV[1] then return $MISSING end
@@ -274,7 +324,7 @@ return $DONE
 )
 
 # Not marked as writing: if the key is lost in a failover, the next process sets it again.
-SCHEMA: Final = _script(
+SCHEMA: Final = make_script(
     """
 -- KEYS: schema. ARGV: the version to note where there is none.
 redis.call('TIME')  -- a user that may not ask for it is to be refused now, and not at the first lost race

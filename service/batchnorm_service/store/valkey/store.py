@@ -19,6 +19,9 @@ from batchnorm_service.store.base import (
     Full,
     GroupStatus,
     Missing,
+    NotKept,
+    Pin,
+    Pinned,
     Receipt,
     ReceiptWithTTL,
     Record,
@@ -32,6 +35,7 @@ from batchnorm_service.store.base import (
 from batchnorm_service.store.valkey.address import Node, parse_address
 from batchnorm_service.store.valkey.commands import CommandRunner
 from batchnorm_service.store.valkey.connection import Connector
+from batchnorm_service.store.valkey.history import History
 from batchnorm_service.store.valkey.keys import (
     SCHEMA_VERSION,
     Keys,
@@ -72,6 +76,7 @@ class _Opened:
     topology: ClusterTopology
     runner: CommandRunner
     counter: LayerCounter
+    history: History
 
 
 class ValkeyStore:
@@ -132,7 +137,7 @@ class ValkeyStore:
         topology = ClusterTopology(self._connector, self._pipeline, self._connections, split=self._limits.replicas > 0)
         runner = CommandRunner(topology, self._limits.timeout, self._runtime)
         counter = LayerCounter(runner, self._keys, self._runtime)
-        self._opened = _Opened(topology, runner, counter)
+        self._opened = _Opened(topology, runner, counter, History(runner, self._keys, self._waits))
         try:
             await topology.open()
             schema = await runner.run(SCHEMA, 0, [self._keys.schema()], [SCHEMA_VERSION])
@@ -195,7 +200,7 @@ class ValkeyStore:
         return Record(Stamp(incarnation, unpack_number(reply[1]), commit_id), data)
 
     async def commit(
-        self, name: str, expected: Stamp, record: Record | None, receipts: Sequence[Receipt]
+        self, name: str, expected: Stamp, record: Record | None, receipts: Sequence[Receipt], keep: int = 0
     ) -> Committed | Conflict | Missing | Duplicates:
         """See `Store.commit`."""
         runner = self._require_open().runner
@@ -203,11 +208,15 @@ class ValkeyStore:
         data = b"" if record is None else pack_stamp(record.stamp) + record.data
         values = [pack_receipt(receipt) for receipt in by_key.values()]
         incarnation = expected.incarnation
+        history: Sequence[bytes] = ()
+        if keep > 0 and record is not None:
+            history = self._keys.history(name)
         for _ in range(_MAX_RECREATIONS):
             own = (self._keys.receipt(name, incarnation, key) for key in by_key)
-            keys = [self._keys.record(name), self._keys.contenders(name), *own]
+            keys = [self._keys.record(name), self._keys.contenders(name), *own, *history]
             args: list[bytes | int] = [pack_stamp(expected), pack_number(incarnation), self._receipt_milliseconds]
-            reply = await runner.run(COMMIT, bucket_of(name), keys, [*args, self._waits, data, *values])
+            args += [self._waits, keep if history else 0, data, *values]
+            reply = await runner.run(COMMIT, bucket_of(name), keys, args)
             if reply[0] != ReplyCode.OTHER:
                 return _outcome(reply, list(by_key))
             incarnation = unpack_number(reply[1])  # look for receipts in the incarnation that replaced the expected one
@@ -222,15 +231,50 @@ class ValkeyStore:
             reply = await runner.run(FIND_AND_WAIT, bucket_of(name), names, [pack_number(incarnation), 1])
         return Missing() if reply[0] == ReplyCode.MISSING else _receipts(reply, own)
 
-    async def delete(self, name: str, expected: Stamp) -> Committed | Conflict | Missing:
+    async def delete(
+        self, name: str, expected: Stamp, *, with_pins: bool = False
+    ) -> Committed | Conflict | Missing | Pinned:
         """See `Store.delete`."""
         opened = self._require_open()
-        args: list[bytes | int] = [pack_stamp(expected), name.encode(), self._waits]
-        outcome = _outcome(await opened.runner.run(DELETE, bucket_of(name), self._bucket_keys(name), args), [])
+        args: list[bytes | int] = [pack_stamp(expected), name.encode(), self._waits, int(with_pins)]
+        reply = await opened.runner.run(DELETE, bucket_of(name), self._bucket_keys(name), args)
+        if reply[0] == ReplyCode.PINNED:
+            return Pinned()
+        outcome = _outcome(reply, [])
         if isinstance(outcome, Committed):
             opened.counter.deleted()
         assert not isinstance(outcome, Duplicates)  # noqa: S101 - there were no receipts
         return outcome
+
+    async def kept(self, name: str) -> tuple[Stamp, ...] | Missing:
+        """See `Store.kept`."""
+        return await self._require_open().history.kept(name)
+
+    async def load_kept(
+        self, name: str, at: int | str, unless: Stamp | None = None
+    ) -> Record | Unchanged | NotKept | Missing:
+        """See `Store.load_kept`."""
+        return await self._require_open().history.load_kept(name, at, unless)
+
+    async def pin(
+        self, name: str, stamp: Stamp | None, tag: str, data: bytes, limit: int
+    ) -> Committed | Pinned | Full | NotKept | Missing:
+        """See `Store.pin`."""
+        return await self._require_open().history.pin(name, stamp, tag, data, limit)
+
+    async def pins(self, name: str) -> tuple[Pin, ...] | Missing:
+        """See `Store.pins`."""
+        return await self._require_open().history.pins(name)
+
+    async def unpin(self, name: str, incarnation: int, tag: str, keep: int) -> Committed | NotKept | Missing:
+        """See `Store.unpin`."""
+        return await self._require_open().history.unpin(name, incarnation, tag, keep)
+
+    async def import_history(
+        self, name: str, incarnation: int, kept: Sequence[Record], pins: Sequence[Pin]
+    ) -> Committed | Missing:
+        """See `Store.import_history`."""
+        return await self._require_open().history.import_history(name, incarnation, kept, pins)
 
     async def join(self, name: str, incarnation: int, group: bytes, size: int, shard: Shard) -> GroupStatus | Missing:
         """See `Store.join`."""
@@ -291,7 +335,8 @@ class ValkeyStore:
 
     def _bucket_keys(self, name: str) -> Sequence[bytes]:
         bucket = bucket_of(name)
-        return (self._keys.record(name), self._keys.names(bucket), self._keys.floor(bucket))
+        record, history = self._keys.record(name), self._keys.history(name)
+        return (record, self._keys.names(bucket), self._keys.floor(bucket), *history)
 
     def _pipeline(self, node: Node) -> Pipeline:
         return Pipeline(partial(self._connector.connect, node), self._limits, self._runtime)
