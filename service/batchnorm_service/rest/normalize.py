@@ -20,7 +20,7 @@ from .openapi import describe_responses, ref, tensor_body, tensor_content
 from .preconditions import etag
 from .queries import NoQuery, NormalizeQuery, TrainQuery, parse_query
 from .responses import REPLAYED, RawHeader, Response, text_bytes
-from .routes import IdempotencyKey, LayerName, call_endpoint, tensor_router
+from .routes import READ, TRAIN, IdempotencyKey, LayerName, call_endpoint, tensor_router
 from .sizes import check_elements
 
 _FORMS: Final = tuple(CODECS)
@@ -153,6 +153,7 @@ router = tensor_router()
 
 @router.post(
     "/v1/layers/{name}/train",
+    dependencies=[TRAIN],
     summary="Normalize with the batch's statistics, and fold them into the running ones",
     responses=_OUTPUT(*_TAGS, IDEMPOTENT_REPLAY, problems=(*_PROBLEMS, *_GROUP_PROBLEMS)),
     openapi_extra=_BATCH,
@@ -166,6 +167,7 @@ async def train(
 
 @router.post(
     "/v1/layers/{name}/eval",
+    dependencies=[READ],
     name="eval",
     summary="Normalize with the running statistics",
     responses=_OUTPUT(*_TAGS, problems=_PROBLEMS),
@@ -178,6 +180,7 @@ async def eval_(name: LayerName, request: Request, _query: Annotated[NormalizeQu
 
 @router.post(
     "/v1/layers/{name}/inverse",
+    dependencies=[READ],
     summary="Undo eval's normalization",
     responses=_OUTPUT(*_TAGS, problems=_PROBLEMS),
     openapi_extra=_BATCH,
