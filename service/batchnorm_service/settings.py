@@ -201,7 +201,8 @@ def export(given: Mapping[str, object]) -> None:
 def unknown_variables(names: Iterable[str] | None = None) -> list[str]:
     """Environment variables with the prefix that are not settings, each with a similar setting's name, if any."""
     # Of the client, and of `batchnorm-service migrate`.
-    others = ("url", "client_token", "client_token_file", "migrate_from", "migrate_to")
+    client = ("url", "client_token", "client_token_file", "client_cacert", "client_cert", "client_key")
+    others = (*client, "migrate_from", "migrate_to")
     known = [name.upper() for name in (*Settings.model_fields, *others)]
     unknown = sorted(
         name
