@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -236,11 +237,15 @@ Try it:
 
 
 def _is_local(host: str) -> bool:
-    """Whether an address is reachable only from this machine."""
+    """Whether an address or host name is reachable only from this machine."""
+    if not host:
+        return False  # every address
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        # The first address, as for listening.
+        host = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][4][0])
+    except (OSError, UnicodeError):
+        return True  # nobody can reach it: listening will fail, and say why
+    return ipaddress.ip_address(host.partition("%")[0]).is_loopback
 
 
 def _describe_error(location: tuple[int | str, ...], message: str, flags: dict[str, Any]) -> str:
