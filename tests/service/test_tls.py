@@ -81,6 +81,7 @@ def test_callers_need_a_certificate(start, store, pki, workers):
         *("layers", "--url", service.url, "--cacert", str(pki / "ca.pem")),
         *("--cert", str(pki / "client.pem"), "--key", str(pki / "client.key")),
     )
+    assert service.stop() == 0  # also its workers, which would outlive a test that fails
     assert "bn" in done.stdout, done.stderr
 
 
