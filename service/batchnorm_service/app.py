@@ -86,7 +86,7 @@ def make_store(settings: Settings) -> Store:
 def make_guard(settings: Settings) -> Guard:
     """Access control with all tokens of the settings. Makes the token file, and prints its token, if it is missing."""
     file = None if settings.tokens_file is None else open_token_file(settings.tokens_file)
-    closed = frozenset({"/metrics"}) if settings.metrics_need_token else frozenset[str]()
+    closed = frozenset({"/metrics"}) if settings.metrics_token_required else frozenset[str]()
     return Guard(_text(settings.token), _text(settings.read_token), file, closed=closed)
 
 

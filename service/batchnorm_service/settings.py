@@ -121,7 +121,7 @@ class Settings(BaseSettings):
     insecure: bool = False
     """Whether to serve without tokens at an address that other machines can reach."""
 
-    metrics_need_token: bool = False
+    metrics_token_required: bool = False
     """Whether /metrics needs a token, too."""
 
     ssl_certfile: Path | None = None

@@ -336,7 +336,7 @@ async def test_the_read_token_changes_nothing(guarded, method, call):
 @pytest.mark.parametrize("closed", [False, True])
 async def test_metrics_are_public_unless_a_setting_closes_them(serve, closed):
     """Whether there are any is another matter: without a token 404 if it is public."""
-    async with serve(token="full", read_token="read", metrics_need_token=closed) as service:
+    async with serve(token="full", read_token="read", metrics_token_required=closed) as service:
         for authorization, refused in ((None, closed), ("Bearer wrong", closed), ("Bearer read", False)):
             headers = {} if authorization is None else {"Authorization": authorization}
             async with service.client(**headers) as client:
