@@ -23,7 +23,8 @@ COPY --from=build /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     BATCHNORM_HOST=0.0.0.0 \
-    BATCHNORM_STORE=sqlite:////data/batchnorm.db
+    BATCHNORM_STORE=sqlite:////data/batchnorm.db \
+    BATCHNORM_TOKENS_FILE=/data/tokens
 USER batchnorm
 VOLUME /data
 EXPOSE 8000

@@ -16,6 +16,7 @@ from batchnorm_client.wire.documents import LayerSummary
 from batchnorm_client.wire.errors import BatchNormError, NoAnswer, ProblemError
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping
 
     import httpx
@@ -60,16 +61,20 @@ class Client:
     Args:
         base_url: of the service; may have a path. By default that of `http` if it has one, else the environment
             variable BATCHNORM_URL, else http://127.0.0.1:8000.
-        token: a bearer token. By default the environment variable BATCHNORM_TOKEN; with `http`, none.
+        token: a bearer token. By default that of `token_file`, else of the environment variables
+            BATCHNORM_CLIENT_TOKEN, BATCHNORM_CLIENT_TOKEN_FILE (its file) or BATCHNORM_TOKEN; with `http`, none.
+        token_file: a file that contains the token; it is read once, now.
         retry: number of attempts of a call, and the deadline for all of them together.
         http: an HTTP client to use; it is not closed. Its timeouts apply to each read
             separately, so headers that arrive byte by byte may take longer than the deadline.
             Without it, connections are made with the options below.
-        options: httpx's options: `timeout` (by default 30 s, and 5 s to connect), `limits`, `verify`, `cert`, `proxy`,
-            `trust_env`.
+        options: httpx's options: `timeout` (by default 30 s, and 5 s to connect), `limits`, `verify` (such as "ca.pem",
+            the authority to trust), `cert` (such as ("client.pem", "client.key")), `proxy`, `trust_env`.
 
     Raises:
-        ValueError: `base_url` is not an http or https URL, or the token has characters that cannot be sent.
+        ValueError: `base_url` is not an http or https URL, the token has characters that cannot be sent, or a
+            certificate cannot be read.
+        OSError: the token file cannot be read.
         TypeError: options are given together with `http`.
     """
 
@@ -81,6 +86,7 @@ class Client:
         base_url: str | None = None,
         *,
         token: str | None = None,
+        token_file: str | os.PathLike[str] | None = None,
         retry: Retry | None = None,
         http: httpx.Client | None = None,
         **options: Unpack[HttpOptions],
@@ -89,7 +95,7 @@ class Client:
         from batchnorm_client.transport.connections import Connections  # noqa: PLC0415
         from batchnorm_client.transport.requests import ServiceEndpoint  # noqa: PLC0415
 
-        endpoint = ServiceEndpoint(base_url, token, http, options)
+        endpoint = ServiceEndpoint(base_url, token, http, options, token_file)
         self._base_url = endpoint.base
         self._connections = Connections(endpoint, http)
         self._retry = retry or Retry()

@@ -10,11 +10,13 @@ import numpy.typing as npt
 from batchnorm_client.wire.statistics import KindName
 
 if TYPE_CHECKING:
+    import os
     import ssl
 
     import httpx
     import torch
 
+    File = str | os.PathLike[str]
     Numbers = npt.NDArray[Any] | torch.Tensor | Sequence[float]
     Moments = tuple[int, Numbers, Numbers]
     from batchnorm_client.wire.tensors import Tensor
@@ -84,16 +86,17 @@ class HttpOptions(TypedDict, total=False):
     Attributes:
         timeout: seconds, or an `httpx.Timeout`; 30, and 5 to connect.
         limits: of the connection pool.
-        verify: an SSL context, or False to trust any certificate.
-        cert: a client certificate.
+        verify: a file or directory of certificate authorities to trust, such as "ca.pem"; an SSL context; or False to
+            trust any certificate. By default those of certifi, or of SSL_CERT_FILE and SSL_CERT_DIR.
+        cert: a client certificate: the file of certificate and key, (certificate, key) or (certificate, key, password).
         proxy: its URL.
         trust_env: whether to use proxies and certificates from the environment; True.
     """
 
     timeout: float | httpx.Timeout | None
     limits: httpx.Limits
-    verify: ssl.SSLContext | str | bool
-    cert: str | tuple[str, str] | tuple[str, str, str]
+    verify: ssl.SSLContext | str | os.PathLike[str] | bool
+    cert: str | os.PathLike[str] | tuple[File, File] | tuple[File, File, str]
     proxy: str | httpx.URL | httpx.Proxy
     trust_env: bool
 

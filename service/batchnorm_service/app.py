@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import torch
 from fastapi import FastAPI
@@ -15,6 +17,7 @@ from batchnorm_service.rest.security import Guard
 from batchnorm_service.settings import Settings
 from batchnorm_service.store.base import Store
 from batchnorm_service.store.registry import store_from_url
+from batchnorm_service.tokens import TokenFile, create_file
 
 
 def create_app(settings: Settings | None = None, store: Store | None = None) -> Gateway:
@@ -26,8 +29,10 @@ def create_app(settings: Settings | None = None, store: Store | None = None) -> 
 
     Raises:
         StoreRefusedError: `settings.store` is invalid.
+        TokenFileError: `settings.tokens_file` cannot be read or made, or is damaged.
     """
     settings = settings or Settings()
+    guard = make_guard(settings)
     store = store or make_store(settings)
     torch.set_num_threads(settings.threads)
     layers = Layers(
@@ -68,7 +73,7 @@ def create_app(settings: Settings | None = None, store: Store | None = None) -> 
             write_timeout=settings.write_timeout_seconds,
             max_buffered_bytes=settings.max_buffered_bytes,
             fast_path=settings.fast_path,
-            guard=Guard(token=_text(settings.token), read_token=_text(settings.read_token)),
+            guard=guard,
         ),
         lifespan,
     )
@@ -79,6 +84,26 @@ def create_app(settings: Settings | None = None, store: Store | None = None) -> 
 def make_store(settings: Settings) -> Store:
     """Create the store that `settings.store` names, without opening it. Raises `StoreRefusedError` if it is invalid."""
     return store_from_url(settings.store, settings.store_options())
+
+
+def make_guard(settings: Settings) -> Guard:
+    """Access control with all tokens of the settings. Makes the token file, and prints its token, if it is missing."""
+    file = None if settings.tokens_file is None else open_token_file(settings.tokens_file)
+    closed = frozenset({"/metrics"}) if settings.metrics_token_required else frozenset[str]()
+    return Guard(_text(settings.token), _text(settings.read_token), file, closed=closed)
+
+
+def open_token_file(path: Path) -> TokenFile:
+    """The token file. If it does not exist, it is made with an admin token, which is printed: there is no other copy.
+
+    Raises:
+        TokenFileError: it cannot be read or made, or is damaged.
+    """
+    token = create_file(path)
+    if token is not None:
+        sys.stdout.write(f"{path} is new; its admin token is shown only now: {token}\n")
+        sys.stdout.flush()
+    return TokenFile(path)
 
 
 def _text(secret: SecretStr | None) -> str | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -21,6 +22,8 @@ from batchnorm_service import __version__
 from batchnorm_service.backup import backup, restore
 from batchnorm_service.settings import PREFIX, Settings, export, unknown_variables
 from batchnorm_service.store.base import StoreDamagedError, StoreError, StoreRefusedError
+from batchnorm_service.tokens import Scope, TokenFileError, add_token, load_tokens, revoke_token
+from batchnorm_service.tokens.stored import is_prefix
 from batchnorm_service.transfer import ProgressCallback, Report, SameStoreError, migrate, store_to_move
 
 log = logging.getLogger(__name__)
@@ -32,6 +35,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
+
+
+tokens = typer.Typer(help="Make, list and revoke tokens for callers.", no_args_is_help=True)
+app.add_typer(tokens, name="token")
+
+ScopeName = Literal["read", "train", "admin"]
+TokensFile = Annotated[
+    Path | None,
+    typer.Option("--file", envvar=f"{PREFIX}TOKENS_FILE", show_envvar=True, help="The token file.", show_default=False),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -54,6 +67,9 @@ def serve(
     device: Annotated[str | None, typer.Option(help="Where layers live by default: cpu, cuda or cuda:N.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that share the port and the store.")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Serve other machines without tokens: anybody may change every layer.")
+    ] = False,
 ) -> None:
     """Run the service. Flags override BATCHNORM_* environment variables; docs/settings.md lists those."""
     options = {
@@ -63,14 +79,21 @@ def serve(
         "device": device,
         "log_level": log_level,
         "workers": workers,
+        "insecure": insecure or None,
     }
     flags: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     try:
         settings = Settings(**flags)
     except ValidationError as error:
         _fail("; ".join(_describe_error(details["loc"], details["msg"], flags) for details in error.errors()), code=2)
+    if not (settings.has_tokens or settings.insecure or _is_local(settings.host)):
+        _fail(
+            f"other machines can reach {settings.host or 'every address'}, and there are no tokens: set"
+            f" {PREFIX}TOKENS_FILE or {PREFIX}TOKEN; --insecure ({PREFIX}INSECURE=1) serves without",
+            code=2,
+        )
     # Imported late, because importing torch takes seconds: version, help and invalid flags need not wait for it.
-    from batchnorm_service.server import PortUnavailableError, run  # noqa: PLC0415
+    from batchnorm_service.server import CertificateError, PortUnavailableError, run  # noqa: PLC0415
     from batchnorm_service.workers import WorkersFailedError, run_workers  # noqa: PLC0415
 
     try:
@@ -81,8 +104,59 @@ def serve(
             run_workers(settings, _announce)
     except StoreDamagedError as error:
         _fail(f"{error}; restore a backup: batchnorm-service restore FILE --overwrite", code=2)
+    except (TokenFileError, CertificateError) as error:
+        _fail(str(error), code=2)
     except (StoreRefusedError, PortUnavailableError, DeviceUnavailable, WorkersFailedError) as error:
         _fail(str(error), code=1)
+
+
+@tokens.command("create")
+def _create_token(
+    scope: Annotated[ScopeName, typer.Option(help="What it allows: read, train or admin; each includes the former.")],
+    prefix: Annotated[str, typer.Option(help="Only layers whose names start with this, such as team1.")] = "",
+    file: TokensFile = None,
+) -> None:
+    """Make a token and print it as the last word: only its salted hash is kept. A running service reads it at once."""
+    if prefix and not is_prefix(prefix):
+        _fail(f"--prefix: no layer's name can start with {prefix!r}", code=2)
+    with _token_file(file) as path:
+        token, stored = add_token(path, Scope.parse(scope), prefix)
+    typer.echo(f"{stored.id}: scope {scope}, {_layers_of(prefix)}: {token}")
+
+
+@tokens.command("list")
+def _list_tokens(file: TokensFile = None) -> None:
+    """List the tokens by id, scope, layers and time of creation; the tokens themselves are not known."""
+    with _token_file(file) as path:
+        for token in load_tokens(path).values():
+            grant = token.grant
+            typer.echo(f"{token.id}  {grant.scope!s:5}  {token.created:%Y-%m-%d %H:%M} UTC  {_layers_of(grant.prefix)}")
+
+
+@tokens.command("revoke")
+def _revoke_token(
+    token_id: Annotated[str, typer.Argument(metavar="ID", help="As `token list` shows it.")], file: TokensFile = None
+) -> None:
+    """Revoke a token. A running service refuses it within two seconds."""
+    with _token_file(file) as path:
+        if not revoke_token(path, token_id):
+            _fail(f"{path} has no token with the id {token_id!r}", code=1)
+    typer.echo(f"{token_id}: revoked")
+
+
+@contextmanager
+def _token_file(file: Path | None) -> Iterator[Path]:
+    """The file of a token command; reports what is wrong with it."""
+    if file is None:
+        _fail(f"no token file: set {PREFIX}TOKENS_FILE, or give --file", code=2)
+    try:
+        yield file
+    except TokenFileError as error:
+        _fail(str(error), code=2)
+
+
+def _layers_of(prefix: str) -> str:
+    return f"layers {prefix}*" if prefix else "all layers"
 
 
 @app.command("migrate")
@@ -215,9 +289,10 @@ def _announce(url: str, settings: Settings, store: str) -> None:
     unknown = unknown_variables()
     if unknown:
         log.warning("no setting reads these environment variables: %s", ", ".join(unknown))
-    if settings.token is None and not _is_local(settings.host):
-        log.warning("whoever reaches %s may change every layer: set %sTOKEN, or guard the port", url, PREFIX)
-    token = "" if settings.token is None else f" -H 'Authorization: Bearer '\"${PREFIX}TOKEN\""
+    if not settings.has_tokens and not _is_local(settings.host):
+        log.warning("whoever reaches %s may change every layer: set %sTOKENS_FILE, or guard the port", url, PREFIX)
+    variable = f"{PREFIX}TOKEN" if settings.token is not None else f"{PREFIX}CLIENT_TOKEN"
+    token = f" -H 'Authorization: Bearer '\"${variable}\"" if settings.has_tokens else ""
     json = " -H 'Content-Type: application/json'"
     typer.echo(f"""batchnorm-service {__version__}
   address  {url}
@@ -230,11 +305,15 @@ Try it:
 
 
 def _is_local(host: str) -> bool:
-    """Whether an address is reachable only from this machine."""
+    """Whether an address or host name is reachable only from this machine."""
+    if not host:
+        return False  # every address
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        # The first address, as for listening.
+        host = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][4][0])
+    except (OSError, UnicodeError):
+        return True  # nobody can reach it: listening will fail, and say why
+    return ipaddress.ip_address(host.partition("%")[0]).is_loopback
 
 
 def _describe_error(location: tuple[int | str, ...], message: str, flags: dict[str, Any]) -> str:
@@ -247,6 +326,6 @@ def _describe_error(location: tuple[int | str, ...], message: str, flags: dict[s
     return f"{'--' + name.replace('_', '-') if name in flags else PREFIX + name.upper()}: {message}"
 
 
-def _fail(message: str, *, code: int) -> None:
+def _fail(message: str, *, code: int) -> NoReturn:
     typer.echo(f"batchnorm-service: {message}", err=True)
     raise typer.Exit(code)

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -31,6 +32,10 @@ Announce = Callable[[str, Settings, str], None]
 
 class PortUnavailableError(Exception):
     """The service cannot listen on the address; the message says why."""
+
+
+class CertificateError(Exception):
+    """The certificate or its key cannot be used; the message says why."""
 
 
 class Server(uvicorn.Server):
@@ -61,10 +66,13 @@ def run(settings: Settings, announce: Announce) -> None:
 
     Raises:
         PortUnavailableError: the service cannot listen on the address.
+        CertificateError: the certificate or its key cannot be used.
         StoreRefusedError: the store cannot be opened.
+        TokenFileError: the token file cannot be read or made, or is damaged.
         DeviceUnavailable: the default device is not available.
     """
     configure_logging(settings)
+    check_certificate(settings)
     with listen(settings.host, settings.port) as listener:
         gateway = create_app(settings)
         # `_serve` runs the lifespan, so that its errors reach the caller instead of uvicorn's log.
@@ -89,8 +97,43 @@ def uvicorn_config(settings: Settings, app: Gateway | Callable[[], Gateway], **o
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=settings.shutdown_seconds,
+        **_tls_options(settings),
         **options,
     )
+
+
+def _tls_options(settings: Settings) -> dict[str, Any]:
+    if settings.ssl_certfile is None:
+        return {}
+    return {
+        "ssl_certfile": settings.ssl_certfile,
+        "ssl_keyfile": settings.ssl_keyfile,
+        "ssl_keyfile_password": _password(settings),
+        "ssl_ca_certs": settings.ssl_ca_certs and str(settings.ssl_ca_certs),
+        "ssl_cert_reqs": ssl.CERT_NONE if settings.ssl_ca_certs is None else ssl.CERT_REQUIRED,
+    }
+
+
+def check_certificate(settings: Settings) -> None:
+    """Load what TLS needs, before anything is started. Raises `CertificateError`."""
+    if settings.ssl_certfile is None:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    files = [str(file) for file in (settings.ssl_certfile, settings.ssl_keyfile) if file is not None]
+    try:
+        # Without a password, OpenSSL would ask the terminal for it.
+        context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile, _password(settings) or "")
+        if settings.ssl_ca_certs is not None:
+            files = [str(settings.ssl_ca_certs)]
+            context.load_verify_locations(settings.ssl_ca_certs)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise CertificateError(f"TLS with {' and '.join(files)}: {reason}") from error
+
+
+def _password(settings: Settings) -> str | None:
+    secret = settings.ssl_keyfile_password
+    return None if secret is None else secret.get_secret_value()
 
 
 @contextlib.contextmanager
@@ -157,4 +200,5 @@ def address(settings: Settings, listener: socket.socket) -> str:
     """The URL at which the service can be reached from this machine."""
     host, port = settings.host, listener.getsockname()[1]
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)  # noqa: S104 - compared, not bound
-    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+    scheme = "http" if settings.ssl_certfile is None else "https"
+    return f"{scheme}://[{reachable}]:{port}" if ":" in reachable else f"{scheme}://{reachable}:{port}"

@@ -10,10 +10,11 @@ from typing import Annotated, Literal, Self
 from urllib.parse import quote
 
 import platformdirs
-from pydantic import Field, SecretStr, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, StringConstraints, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from batchnorm_service.store.base import StoreOptions
+from batchnorm_service.tokens import MAX_TOKEN_BYTES
 
 PREFIX = "BATCHNORM_"
 
@@ -123,10 +124,31 @@ class Settings(BaseSettings):
     """Bodies up to this size are decoded, and batches computed, on the event loop; larger ones in a thread."""
 
     token: SecretStr | None = None
-    """A bearer token that allows every call. If set, all paths except the public ones need a token."""
+    """A bearer token that allows every call. Once there is any token, all paths except the public ones need one."""
 
     read_token: SecretStr | None = None
-    """A second bearer token, which allows GET and eval only."""
+    """A second bearer token, which allows calls that change nothing."""
+
+    tokens_file: Annotated[Path | None, BeforeValidator(lambda value: value or None)] = None
+    """The file of tokens with scopes and prefixes, made with one admin token if it does not exist; empty for none."""
+
+    insecure: bool = False
+    """Whether to serve without tokens at an address that other machines can reach."""
+
+    metrics_token_required: bool = False
+    """Whether /metrics needs a token, too."""
+
+    ssl_certfile: Path | None = None
+    """The certificate chain for HTTPS (PEM), with the key or beside `ssl_keyfile`; without it, HTTP."""
+
+    ssl_keyfile: Path | None = None
+    """The private key of the certificate (PEM)."""
+
+    ssl_keyfile_password: SecretStr | None = None
+    """The password of the private key."""
+
+    ssl_ca_certs: Path | None = None
+    """Certificates of authorities (PEM): callers must have a certificate that one of them has signed."""
 
     fast_path: bool = True
     """Whether train, eval, inverse, backward and moments are served without ASGI."""
@@ -162,11 +184,28 @@ class Settings(BaseSettings):
             secret: SecretStr | None = getattr(self, name)
             if secret is not None:
                 text = secret.get_secret_value()
-                if not text or not (text.isascii() and text.isprintable()) or " " in text:
-                    raise ValueError(f"{PREFIX}{name.upper()} must be printable ASCII without spaces, and not empty")
-        if self.read_token is not None and self.token is None:
-            raise ValueError(f"{PREFIX}READ_TOKEN needs {PREFIX}TOKEN: without one the service would be open to all")
+                if not 0 < len(text) <= MAX_TOKEN_BYTES or not (text.isascii() and text.isprintable()) or " " in text:
+                    raise ValueError(
+                        f"{PREFIX}{name.upper()} must be 1 to {MAX_TOKEN_BYTES} characters of printable ASCII without"
+                        " spaces"
+                    )
+        if self.read_token is not None and self.token is None and self.tokens_file is None:
+            raise ValueError(
+                f"{PREFIX}READ_TOKEN needs {PREFIX}TOKEN or {PREFIX}TOKENS_FILE: nobody could create or train a layer"
+            )
         return self
+
+    @model_validator(mode="after")
+    def _tls_has_a_certificate(self) -> Self:
+        for name in ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs"):
+            if getattr(self, name) is not None and self.ssl_certfile is None:
+                raise ValueError(f"{PREFIX}{name.upper()} needs {PREFIX}SSL_CERTFILE")
+        return self
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether callers need a token."""
+        return self.token is not None or self.read_token is not None or self.tokens_file is not None
 
 
 def export(given: Mapping[str, object]) -> None:
@@ -176,7 +215,9 @@ def export(given: Mapping[str, object]) -> None:
 
 def unknown_variables(names: Iterable[str] | None = None) -> list[str]:
     """Environment variables with the prefix that are not settings, each with a similar setting's name, if any."""
-    others = ("url", "migrate_from", "migrate_to")  # of the client, and of `batchnorm-service migrate`
+    # Of the client, and of `batchnorm-service migrate`.
+    client = ("url", "client_token", "client_token_file", "client_cacert", "client_cert", "client_key")
+    others = (*client, "migrate_from", "migrate_to")
     known = [name.upper() for name in (*Settings.model_fields, *others)]
     unknown = sorted(
         name

@@ -12,10 +12,10 @@ import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors.multiprocess import Multiprocess, Process
 
-from batchnorm_service.app import create_app, make_store
+from batchnorm_service.app import create_app, make_store, open_token_file
 from batchnorm_service.memory import settle_memory
 from batchnorm_service.rest import Gateway
-from batchnorm_service.server import Announce, address, configure_logging, listen, uvicorn_config
+from batchnorm_service.server import Announce, address, check_certificate, configure_logging, listen, uvicorn_config
 from batchnorm_service.settings import Settings
 from batchnorm_service.store.base import Store, StoreError, StoreLostError
 from batchnorm_service.store.sqlite.identity import FileIds
@@ -38,10 +38,15 @@ def run_workers(settings: Settings, announce: Announce) -> None:
 
     Raises:
         PortUnavailableError: the service cannot listen on the address.
+        CertificateError: the certificate or its key cannot be used.
         StoreRefusedError: the store cannot be opened, or not by several processes.
+        TokenFileError: the token file cannot be read or made, or is damaged.
         WorkersFailedError: the workers do not start (see their log), or all have ended after the store was lost.
     """
     configure_logging(settings)
+    check_certificate(settings)
+    if settings.tokens_file is not None:
+        open_token_file(settings.tokens_file)  # here, so that its first token is printed by one process only
     store = make_store(settings)
     with asyncio.Runner() as runner:
         runner.run(store.open())

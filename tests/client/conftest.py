@@ -23,7 +23,7 @@ def url():
 
 @pytest.fixture(autouse=True)
 def _no_settings(monkeypatch):
-    for name in ("BATCHNORM_URL", "BATCHNORM_TOKEN"):
+    for name in ("BATCHNORM_URL", "BATCHNORM_TOKEN", "BATCHNORM_CLIENT_TOKEN", "BATCHNORM_CLIENT_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
 
 

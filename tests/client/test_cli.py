@@ -6,6 +6,7 @@ import pty
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -398,8 +399,44 @@ def test_a_token_is_asked_for(run):
     with serving(token="right") as guarded:
         for given in ([], ["--token", "wrong"]):
             refused = run("layers", "--url", guarded, *given, code=4)
-            assert refused.stderr.endswith("token; it is given with --token or BATCHNORM_TOKEN\n")
+            assert refused.stderr.endswith("token; give one with --token-file, --token or BATCHNORM_CLIENT_TOKEN\n")
         run("layers", "--url", guarded, "--token", "right")
+
+
+def test_where_a_token_comes_from(run, monkeypatch):
+    """Arguments before the environment, and there the client's variables before the service's."""
+    with serving(token="right") as guarded:
+        monkeypatch.setenv("BATCHNORM_URL", guarded)
+        for name, content in (("right", "right\n"), ("wrong", "wrong"), ("empty", "\n")):
+            Path(name).write_text(content)
+        monkeypatch.setenv("BATCHNORM_TOKEN", "right")
+        run("layers")
+        monkeypatch.setenv("BATCHNORM_CLIENT_TOKEN_FILE", "wrong")
+        run("layers", code=4)
+        monkeypatch.setenv("BATCHNORM_CLIENT_TOKEN", "right")
+        run("layers")
+        run("layers", "--token-file", "wrong", code=4)
+        monkeypatch.setenv("BATCHNORM_CLIENT_TOKEN", "wrong")
+        run("layers", "--token-file", "right")
+        run("layers", "--token", "right")
+        for arguments, words in (
+            (["--token", "right", "--token-file", "right"], "give one of them"),
+            (["--token-file", "missing"], "missing: No such file or directory"),
+            (["--token-file", "empty"], "the token in empty must be"),
+        ):
+            assert words in run("layers", *arguments, code=2).stderr
+
+
+def test_certificates_that_cannot_be_used(run):
+    Path("text").write_text("no certificate")
+    for arguments, words in (
+        (["--cacert", "missing"], "missing: No such file or directory"),
+        (["--cacert", "text"], "text: "),
+        (["--cert", "missing"], "missing: No such file or directory"),
+        (["--cert", "text", "--key", "text"], "text and text: "),
+        (["--key", "text"], "--key needs --cert"),
+    ):
+        assert words in run("layers", *arguments, code=2).stderr
 
 
 def test_help_and_version(run):

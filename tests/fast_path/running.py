@@ -71,7 +71,7 @@ async def listening(gateway, settings):
     config = uvicorn_config(settings, gateway, lifespan="off")
     config.load()
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: Protocol(config, state, {}, loop), "127.0.0.1", 0)
+    server = await loop.create_server(lambda: Protocol(config, state, {}, loop), "127.0.0.1", 0, ssl=config.ssl)
     try:
         yield server.sockets[0].getsockname()[1], state
     finally:

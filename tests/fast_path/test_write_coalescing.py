@@ -12,6 +12,9 @@ LARGE = b"x" * (1 << 17)
 class Transport:
     """Closed, and refuses to be written to, as uvloop's does."""
 
+    def get_extra_info(self, _name):
+        return None
+
     def is_closing(self):
         return True
 

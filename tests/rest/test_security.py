@@ -1,5 +1,6 @@
-"""Bearer tokens."""
+"""Bearer tokens: which calls each scope allows, on every route."""
 
+import contextlib
 import json
 import re
 from urllib.parse import unquote
@@ -7,11 +8,18 @@ from urllib.parse import unquote
 import pytest
 
 from batchnorm_service.rest.application import ROUTERS
-from batchnorm_service.rest.security import Guard
+from batchnorm_service.rest.routes import READ, document_router
+from batchnorm_service.rest.security import Guard, Rules
+from batchnorm_service.tokens import Scope, add_token, revoke_token
 
 from .conftest import by_asgi
 
 pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(autouse=True)
+def wrong_tokens_are_not_delayed(monkeypatch):
+    monkeypatch.setattr("batchnorm_service.rest.security.failures.MAX_DELAY", 0.0)
 
 
 @pytest.fixture
@@ -23,7 +31,12 @@ async def guarded(serve):
 
 
 @pytest.mark.parametrize(
-    "authorization", [None, "", "Bearer", "Bearer wrong", "Basic full", "full", "Bearer full, Bearer full"]
+    "authorization",
+    [
+        *(None, "", "Bearer", "Bearer wrong", "Basic full", "full", "Bearer full, Bearer full", "Bearer full full"),
+        *("Bearer Full", "Bearer ful", "Bearer fullx", "Bearer\tfull", "Bearerfull", "Bearer:full", "Token full"),
+        *("Bearer full;", 'Bearer "full"', "Bearer " + "x" * 10_000, "Bearer full\u00e9".encode(), b"Bearer \xff"),
+    ],
 )
 async def test_without_a_token(guarded, authorization):
     calls = ("GET", "/v1/layers"), ("POST", "/v1/layers/bn/train"), ("GET", "/v1/nowhere"), ("PUT", "/v1/layers/.bad")
@@ -58,40 +71,142 @@ OPEN = {
 }
 """Every route that needs no token, with what a GET without one is answered."""
 
-GUARDED = {
-    "/v1/layers",
-    "/v1/layers/{name}",
-    "/v1/layers/{name}/backward",
-    "/v1/layers/{name}/eval",
-    "/v1/layers/{name}/history",
-    "/v1/layers/{name}/inverse",
-    "/v1/layers/{name}/moments",
-    "/v1/layers/{name}/pins",
-    "/v1/layers/{name}/pins/{tag}",
-    "/v1/layers/{name}/reset",
-    "/v1/layers/{name}/rollback",
-    "/v1/layers/{name}/state",
-    "/v1/layers/{name}/train",
-    "/v1/moments",
+SCOPES = {
+    ("GET", "/v1/layers"): "read",
+    ("GET", "/v1/layers/{name}"): "read",
+    ("PUT", "/v1/layers/{name}"): "train",
+    ("PATCH", "/v1/layers/{name}"): "train",
+    ("DELETE", "/v1/layers/{name}"): "admin",
+    ("POST", "/v1/layers/{name}/backward"): "read",
+    ("POST", "/v1/layers/{name}/eval"): "read",
+    ("GET", "/v1/layers/{name}/history"): "read",
+    ("POST", "/v1/layers/{name}/inverse"): "read",
+    ("POST", "/v1/layers/{name}/moments"): "train",
+    ("GET", "/v1/layers/{name}/pins"): "read",
+    ("GET", "/v1/layers/{name}/pins/{tag}"): "read",
+    ("PUT", "/v1/layers/{name}/pins/{tag}"): "train",
+    ("DELETE", "/v1/layers/{name}/pins/{tag}"): "admin",
+    ("POST", "/v1/layers/{name}/reset"): "admin",
+    ("POST", "/v1/layers/{name}/rollback"): "admin",
+    ("GET", "/v1/layers/{name}/state"): "read",
+    ("PUT", "/v1/layers/{name}/state"): "train",
+    ("POST", "/v1/layers/{name}/train"): "train",
+    ("POST", "/v1/moments"): "train",
 }
+"""Every route that needs a token, with the scope that the contract gives it."""
+
+LEVELS = ["read", "train", "admin"]
+
+
+def found_routes():
+    return {(method, route.path) for router in ROUTERS for route in router.routes for method in route.methods}
 
 
 async def test_every_route_has_a_rule(guarded):
-    """A route that is in neither list above fails here: say which it is, also in `security.PUBLIC_PATHS` if open."""
-    found = {(method, route.path) for router in ROUTERS for route in router.routes for method in route.methods}
-    assert {path for _, path in found} == GUARDED | OPEN.keys()
+    """A route that is in neither table above fails here: say which it is."""
+    assert found_routes() == SCOPES.keys() | {("GET", path) for path in OPEN}
     async with guarded.client() as client:
-        for method, path in found:
+        for method, path in found_routes():
             answer = await client.request(method, re.sub(r"\{\w+\}", "bn", path))
             assert answer.status_code == OPEN.get(path, 401), (method, path)
+
+
+async def test_every_token_on_every_route(serve, tmp_path):
+    """Missing, wrong, revoked, too small, large enough; what is refused has changed nothing."""
+    path = tmp_path / "tokens"
+    tokens = {scope: add_token(path, Scope.parse(scope), "")[0] for scope in LEVELS}
+    revoked, stored = add_token(path, Scope.ADMIN, "")
+    revoke_token(path, stored.id)
+    async with contextlib.AsyncExitStack() as stack:
+        service = await stack.enter_async_context(serve(tokens_file=path, token="full", read_token="look"))
+        admin, look, *clients = [
+            await stack.enter_async_context(service.client(authorization=f"Bearer {token}"))
+            for token in ("full", "look", *tokens.values())
+        ]
+        for (method, path), needed in SCOPES.items():
+            await admin.put("/v1/layers/bn", json={"num_features": 2})
+            before = (await admin.get("/v1/layers/bn")).json()
+            arguments = method, path.replace("{name}", "bn")
+            for wrong in (None, revoked, "wrong", tokens["admin"][:-1], tokens["admin"].lower(), "full,full"):
+                async with service.client(**({} if wrong is None else {"authorization": f"Bearer {wrong}"})) as client:
+                    answer = await client.request(*arguments, json={})
+                    assert (answer.status_code, name_of(answer)) == (401, "unauthenticated"), (arguments, wrong)
+            for client, scope in zip((*clients, look), (*LEVELS, "read"), strict=True):
+                if LEVELS.index(scope) < LEVELS.index(needed):
+                    answer = await client.request(*arguments, json={})
+                    document = answer.json()
+                    assert (answer.status_code, name_of(answer)) == (403, "forbidden"), (arguments, scope)
+                    assert (document["expected"], document["got"]) == (needed, scope)
+                    assert needed in document["detail"]
+                    assert scope in document["detail"]
+            assert (await admin.get("/v1/layers/bn")).json() == before
+            for client, scope in zip(clients, LEVELS, strict=True):
+                if LEVELS.index(scope) >= LEVELS.index(needed):
+                    answer = await client.request(*arguments, json={})
+                    assert answer.status_code not in {401, 403, 404, 405, 500}, (arguments, scope)
+                    await admin.put("/v1/layers/bn", json={"num_features": 2})
+
+
+def name_of(answer):
+    return answer.json()["type"].removeprefix("/problems/")
+
+
+async def test_a_train_token_patches_weight_and_bias_only(serve, tmp_path):
+    token, _ = add_token(tmp_path / "tokens", Scope.TRAIN, "")
+    async with serve(tokens_file=tmp_path / "tokens") as service, service.client(authorization=f"Bearer {token}") as it:
+        await it.put("/v1/layers/bn", json={"num_features": 2})
+        for parameters in ({"weight": [2, 2]}, {"bias": [1, 1]}, {"weight": [1, 1], "bias": [0, 0]}):
+            assert (await it.patch("/v1/layers/bn", json=parameters)).status_code == 200
+        before = (await it.get("/v1/layers/bn")).json()
+        for other in (
+            {"eps": 1e-3},
+            {"momentum": None},
+            {"clip": 3.0},
+            {"track_running_stats": False},
+            {"non_finite": "allow"},
+            {"weight": [2, 2], "eps": before["config"]["eps"]},
+        ):
+            answer = await it.patch("/v1/layers/bn", json=other)
+            assert (answer.status_code, answer.json()["expected"]) == (403, "admin"), other
+        assert (await it.get("/v1/layers/bn")).json() == before
+
+
+@by_asgi
+async def test_a_route_without_a_rule_is_refused_at_start(guarded):
+    router = document_router("layers")
+
+    @router.get("/v1/forgotten")
+    async def forgotten() -> str:
+        return ""
+
+    with pytest.raises(RuntimeError, match="/v1/forgotten"):
+        Rules([*ROUTERS, router])
+
+
+@by_asgi
+async def test_a_public_route_with_a_scope_is_refused_at_start(guarded):
+    router = document_router("layers")
+
+    @router.get("/healthz", dependencies=[READ])
+    async def contradictory() -> str:
+        return ""
+
+    with pytest.raises(RuntimeError, match="/healthz"):
+        Rules([router])
 
 
 @by_asgi
 async def test_the_document_says_which_routes_need_a_token(guarded):
     document = guarded.gateway.app.openapi()
     for path, operations in document["paths"].items():
-        for operation in operations.values():
-            assert ("security" in operation) == ("401" in operation["responses"]) == (path in GUARDED), path
+        for method, operation in operations.items():
+            refusals = {"401", "403"} & operation["responses"].keys()
+            if path in OPEN:
+                assert "security" not in operation
+                assert not refusals
+            else:
+                assert operation["security"] == [{}, {"token": [SCOPES[method.upper(), path]]}]
+                assert refusals == {"401", "403"}
 
 
 async def test_a_route_that_is_added_needs_a_token(guarded):
@@ -134,8 +249,12 @@ async def test_a_route_that_is_added_needs_a_token(guarded):
         "/v1",
         "/%76%31/layers",
         "/V1/layers",
-        "/v2",
-        "/metrics",
+        "/v2/models",
+        "/v2/health/x/y",
+        "/v2/health",
+        "/v2/",
+        "/metrics/",
+        "/metrics2",
         "/ui",
         "/nowhere",
         "*",
@@ -165,6 +284,26 @@ async def requested(service, method, raw_path, *headers):
     return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent[1:]))
 
 
+@pytest.mark.parametrize("others", [["Bearer full"], ["Bearer wrong"], ["Basic full"], [""]])
+@pytest.mark.parametrize("first", [True, False])
+async def test_two_headers_are_refused(guarded, others, first):
+    """A proxy may check one of them, and the service the other."""
+    values = ["Bearer full", *others] if first else [*others, "Bearer full"]
+    headers = [("Authorization", value) for value in values]
+    async with guarded.client() as client:
+        for method, path in (("GET", "/v1/layers"), ("POST", "/v1/layers/bn/eval")):
+            answer = await client.request(method, path, headers=headers)
+            assert (answer.status_code, name_of(answer)) == (401, "unauthenticated")
+
+
+@pytest.mark.parametrize("authorization", ["Bearer full", "bearer full", "BEARER full", "Bearer   full"])
+async def test_the_scheme_is_of_any_case(guarded, authorization):
+    """RFC 9110, 11.1; and one or more spaces (RFC 6750, 2.1)."""
+    async with guarded.client(authorization=authorization) as client:
+        assert (await client.get("/v1/layers")).status_code == 200
+        assert (await client.post("/v1/layers/bn/eval", json={"input": [[1, 2]]})).status_code == 200
+
+
 @pytest.mark.parametrize("path", ["/%68ealthz", "/problems/%66orbidden"])
 async def test_an_open_path_may_be_escaped(guarded, path):
     async with guarded.client() as client:
@@ -173,7 +312,7 @@ async def test_an_open_path_may_be_escaped(guarded, path):
 
 async def test_the_read_token_reads(guarded):
     async with guarded.client(authorization="bearer read") as client:
-        for method, call in (("GET", ""), ("HEAD", ""), ("GET", "/state"), ("POST", "/eval")):
+        for method, call in (("GET", ""), ("HEAD", ""), ("GET", "/state"), ("POST", "/eval"), ("POST", "/inverse")):
             arguments = {"json": {"input": [[1, 2]]}} if method == "POST" else {}
             answer = await client.request(method, f"/v1/layers/bn{call}", **arguments)
             assert answer.status_code == 200
@@ -189,7 +328,6 @@ async def test_the_read_token_reads(guarded):
         ("POST", "/reset"),
         ("PUT", "/state"),
         ("PUT", "/eval"),
-        ("POST", "/backward"),
         ("POST", "/moments"),
         ("POST", "/eval/"),
     ],
@@ -199,6 +337,52 @@ async def test_the_read_token_changes_nothing(guarded, method, call):
         answer = await client.request(method, f"/v1/layers/bn{call}", json={})
         assert (answer.status_code, answer.json()["type"]) == (403, "/problems/forbidden")
         assert (await client.get("/v1/layers/bn")).json()["version"] == 1
+
+
+@pytest.mark.parametrize("closed", [False, True])
+async def test_metrics_are_public_unless_a_setting_closes_them(serve, closed):
+    """Whether there are any is another matter: without a token 404 if it is public."""
+    async with serve(token="full", read_token="read", metrics_token_required=closed) as service:
+        for authorization, refused in ((None, closed), ("Bearer wrong", closed), ("Bearer read", False)):
+            headers = {} if authorization is None else {"Authorization": authorization}
+            async with service.client(**headers) as client:
+                assert ((await client.get("/metrics")).status_code == 401) == refused
+
+
+async def test_without_tokens_everybody_may_do_everything(serve):
+    async with serve() as service, service.client(authorization="Bearer whatever") as client:
+        assert (await client.put("/v1/layers/bn", json={"num_features": 2})).status_code == 201
+        assert (await client.patch("/v1/layers/bn", json={"eps": 1e-3})).status_code == 200
+        assert (await client.delete("/v1/layers/bn")).status_code == 204
+
+
+async def test_a_file_without_tokens_lets_nobody_in(serve, tmp_path):
+    """All are revoked: that must not open the service."""
+    path = tmp_path / "tokens"
+    token, stored = add_token(path, Scope.ADMIN, "")
+    revoke_token(path, stored.id)
+    async with serve(tokens_file=path) as service, service.client(authorization=f"Bearer {token}") as client:
+        for method, call in SCOPES:
+            assert (await client.request(method, call.replace("{name}", "bn"))).status_code == 401
+
+
+async def test_a_token_is_revoked_and_made_without_a_restart(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr("batchnorm_service.tokens.file.CHECK_SECONDS", 0.0)
+    path = tmp_path / "tokens"
+    token, stored = add_token(path, Scope.TRAIN, "")
+    async with serve(tokens_file=path) as service, service.client(authorization=f"Bearer {token}") as client:
+        calls = [("PUT", "", {"num_features": 2}), ("POST", "/train", {"input": [[1, 2], [3, 5]]}), ("GET", "", None)]
+        for _ in range(2):  # the second time from the cache of verified tokens
+            for method, call, document in calls:
+                answer = await client.request(method, f"/v1/layers/bn{call}", json=document)
+                assert answer.status_code in {200, 201}
+        revoke_token(path, stored.id)
+        for method, call, document in calls:
+            answer = await client.request(method, f"/v1/layers/bn{call}", json=document)
+            assert answer.status_code == 401
+        new, _ = add_token(path, Scope.READ, "")
+        async with service.client(authorization=f"Bearer {new}") as reader:
+            assert (await reader.get("/v1/layers/bn")).json()["num_batches_tracked"] == 2
 
 
 @by_asgi

@@ -63,7 +63,7 @@ def test_without_a_command_it_helps():
         (["--store", "sqlite:///:memory:"], {}, 1, "memory"),
         (["--store", "sqlite:////proc/nowhere/layers.db"], {}, 1, "/proc/nowhere"),
         (["--device", "cuda:77"], {"BATCHNORM_STORE": "memory:"}, 1, "cuda:77"),
-        (["--host", "192.0.2.1", "--store", "memory:"], {}, 1, "192.0.2.1"),
+        (["--host", "192.0.2.1", "--store", "memory:", "--insecure"], {}, 1, "192.0.2.1"),
         (["--host", "no such host", "--store", "memory:"], {}, 1, "no such host"),
         (["--port", "70000"], {}, 2, "--port"),
         (["--port", "http"], {}, 2, "--port"),
@@ -72,6 +72,16 @@ def test_without_a_command_it_helps():
         ([], {"BATCHNORM_MAX_LAYERS": "many"}, 2, "BATCHNORM_MAX_LAYERS"),
         ([], {"BATCHNORM_TOKEN": "se cret"}, 2, "BATCHNORM_TOKEN"),
         ([], {"BATCHNORM_READ_TOKEN": "secret"}, 2, "BATCHNORM_READ_TOKEN"),
+        (["--host", "0.0.0.0", "--store", "memory:"], {}, 2, "--insecure"),
+        (["--host", "0.0.0.0", "--store", "memory:", "--workers", "2"], {}, 2, "--insecure"),
+        (["--host", "::", "--store", "memory:"], {}, 2, "BATCHNORM_INSECURE"),
+        (["--host", "192.0.2.1", "--store", "memory:"], {"BATCHNORM_TOKENS_FILE": ""}, 2, "192.0.2.1"),
+        ([], {"BATCHNORM_HOST": "0.0.0.0", "BATCHNORM_INSECURE": "0"}, 2, "0.0.0.0"),
+        ([], {"BATCHNORM_SSL_CERTFILE": "/nowhere/cert.pem"}, 2, "/nowhere/cert.pem: No such file"),
+        ([], {"BATCHNORM_SSL_KEYFILE": "key.pem"}, 2, "BATCHNORM_SSL_CERTFILE"),
+        ([], {"BATCHNORM_SSL_CA_CERTS": "ca.pem"}, 2, "BATCHNORM_SSL_CERTFILE"),
+        ([], {"BATCHNORM_TOKENS_FILE": "/dev/null"}, 2, "/dev/null"),
+        ([], {"BATCHNORM_TOKENS_FILE": "/proc/nowhere/tokens"}, 2, "/proc/nowhere/tokens"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(arguments, variables, status, words):
@@ -127,7 +137,7 @@ def test_the_printed_lines_work_at_once(start, store, token):
 @pytest.mark.parametrize(
     ("host", "variables", "warned"),
     [
-        ("0.0.0.0", {}, True),
+        ("0.0.0.0", {"BATCHNORM_INSECURE": "1"}, True),
         ("127.0.0.2", {}, False),
         ("localhost", {}, False),
         ("0.0.0.0", {"BATCHNORM_TOKEN": "secret"}, False),
@@ -135,4 +145,4 @@ def test_the_printed_lines_work_at_once(start, store, token):
 )
 def test_an_address_that_others_reach_without_a_token_is_warned_of(start, host, variables, warned):
     process = start("--store", "memory:", "--host", host, **variables)
-    assert ("may change every layer: set BATCHNORM_TOKEN" in process.output) == warned
+    assert ("may change every layer: set BATCHNORM_TOKENS_FILE" in process.output) == warned

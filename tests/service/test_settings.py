@@ -50,6 +50,11 @@ def test_the_default_store_is_a_file_of_the_user(monkeypatch):
         {"token": "two words"},
         {"token": "caf\u00e9"},
         {"read_token": "alone"},
+        {"token": "x" * 4097},
+        {"tokens_file": "", "read_token": "alone"},
+        {"ssl_keyfile": "key.pem"},
+        {"ssl_ca_certs": "ca.pem"},
+        {"ssl_keyfile_password": "secret"},
         {"colour": "red"},
     ],
 )
@@ -60,6 +65,14 @@ def test_wrong_settings_are_refused(wrong):
 
 def test_receipts_of_twice_the_stores_timeout_are_enough():
     assert Settings(receipt_seconds=20).receipt_seconds == 2 * Settings().store_timeout_seconds
+
+
+def test_an_empty_token_file_is_none(monkeypatch):
+    monkeypatch.setenv("BATCHNORM_TOKENS_FILE", "")
+    assert Settings().tokens_file is None
+    assert not Settings().has_tokens
+    monkeypatch.setenv("BATCHNORM_TOKENS_FILE", "/tokens")
+    assert Settings(read_token="look").has_tokens
 
 
 def test_a_refused_token_is_not_shown():

@@ -10,7 +10,7 @@ import typer
 
 from batchnorm_client.cli.data import written
 from batchnorm_client.cli.output import Json, print_document, print_json, say
-from batchnorm_client.cli.service import USAGE, IfMatch, Name, Token, Url, calling, fail, size
+from batchnorm_client.cli.service import USAGE, IfMatch, Name, Service, calling, fail, size, with_service
 from batchnorm_client.wire.errors import ProblemError
 from batchnorm_client.wire.tensors import Tensor, decode_safetensors, encode_safetensors, itemsize
 
@@ -18,15 +18,16 @@ _CONFIG = "batchnorm.config"
 """The metadata entry with the config, from which `import --create` creates the same layer."""
 
 
+@with_service
 def export(
     name: Name,
     file: Annotated[Path, typer.Argument(metavar="FILE.safetensors", help="The output file; replaced if it exists.")],
-    url: Url = None,
-    token: Token = None,
+    *,
+    service: Service,
     json: Json = False,
 ) -> None:
     """Write a layer's tensors to a safetensors file, named as in torch's `state_dict()`."""
-    with calling(url, token) as client:
+    with calling(service) as client:
         layer = client.layer(name)
         config = layer.inspect().config
         tensors = {key: Tensor.of(array) for key, array in layer.state_dict().items()}
@@ -40,6 +41,7 @@ def export(
         say(name, f"{', '.join(tensors)} written to {file}")
 
 
+@with_service
 def import_(
     name: Name,
     file: Annotated[Path, typer.Argument(metavar="FILE.safetensors", help="From export, or a saved state_dict.")],
@@ -47,8 +49,8 @@ def import_(
         bool, typer.Option("--create", help="Create the layer first, with the file's config.", show_default=False)
     ] = False,
     if_match: IfMatch = None,
-    url: Url = None,
-    token: Token = None,
+    *,
+    service: Service,
     json: Json = False,
 ) -> None:
     """Replace a layer's tensors by those of a safetensors file. Tensors that are not in the file are kept."""
@@ -61,7 +63,7 @@ def import_(
         fail(f"{file}: not a safetensors file, or a damaged one: {error}", USAGE)
     except ValueError as error:
         fail(f"{file}: {error}", USAGE)
-    with calling(url, token) as client:
+    with calling(service) as client:
         layer = client.create_layer(name, **options) if create else client.layer(name)
         document = layer.load_state_dict(tensors, if_match=if_match)
     if json:

@@ -8,18 +8,19 @@ from typing import Annotated, Any, Literal
 import typer
 
 from batchnorm_client.cli.output import Json, console, layers_table, print_document, print_json, print_layer, say
-from batchnorm_client.cli.service import USAGE, IfMatch, Name, Token, Url, calling, fail, size
+from batchnorm_client.cli.service import USAGE, IfMatch, Name, Service, calling, fail, size, with_service
 from batchnorm_client.wire.statistics import KindName
 
 
+@with_service
 def layers(
     prefix: Annotated[str, typer.Option(help="Only layers whose names start with this.", show_default=False)] = "",
-    url: Url = None,
-    token: Token = None,
+    *,
+    service: Service,
     json: Json = False,
 ) -> None:
     """List the layers, by name."""
-    with calling(url, token) as client:
+    with calling(service) as client:
         found = list(client.layers(prefix))
     if json:
         print_json([layer.model_dump(mode="json") for layer in found])
@@ -29,17 +30,18 @@ def layers(
         typer.echo(f"No layers{f' that start with {prefix}' if prefix else ' yet'}.")
 
 
+@with_service
 def show(
     name: Name,
     channels: Annotated[
         bool, typer.Option("--channels", help="A table of all channels instead of sparklines.", show_default=False)
     ] = False,
-    url: Url = None,
-    token: Token = None,
+    *,
+    service: Service,
     json: Json = False,
 ) -> None:
     """Show a layer: config, counters, and its statistics as sparklines over the channels."""
-    with calling(url, token) as client:
+    with calling(service) as client:
         layer = client.layer(name).inspect()
     if json:
         print_document(layer)
@@ -47,6 +49,7 @@ def show(
         print_layer(layer, channels, console())
 
 
+@with_service
 def create(
     name: Name,
     num_features: Annotated[int, typer.Option(metavar="C", help="The number of channels.", show_default=False)],
@@ -87,8 +90,8 @@ def create(
     clip: Annotated[
         float | None, typer.Option(metavar="NUMBER", help="Clamp outputs to [-NUMBER, NUMBER]; no limit by default.")
     ] = None,
-    url: Url = None,
-    token: Token = None,
+    *,
+    service: Service,
     json: Json = False,
 ) -> None:
     """Create a layer; does nothing if it exists with this config."""
@@ -108,7 +111,7 @@ def create(
     options: Any = {option: value for option, value in given.items() if value is not None}
     if momentum is not None:
         options["momentum"] = _momentum(momentum)
-    with calling(url, token) as client:
+    with calling(service) as client:
         layer = client.create_layer(name, num_features, **options).inspect()
     if json:
         print_document(layer)
@@ -116,6 +119,7 @@ def create(
         say(name, size(layer))
 
 
+@with_service
 def reset(
     name: Name,
     what: Annotated[
@@ -123,12 +127,12 @@ def reset(
         typer.Option(help="Running statistics, weight and bias, or both."),
     ] = "running_stats",
     if_match: IfMatch = None,
-    url: Url = None,
-    token: Token = None,
+    *,
+    service: Service,
     json: Json = False,
 ) -> None:
     """Reset a layer to its initial values."""
-    with calling(url, token) as client:
+    with calling(service) as client:
         layer = client.layer(name).reset(what, if_match=if_match)
     if json:
         print_document(layer)
@@ -137,16 +141,17 @@ def reset(
         say(name, f"{done} set back; {size(layer)}")
 
 
+@with_service
 def delete(
     name: Name,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.", show_default=False)] = False,
     if_match: IfMatch = None,
-    url: Url = None,
-    token: Token = None,
+    *,
+    service: Service,
     json: Json = False,
 ) -> None:
     """Delete a layer, after asking."""
-    with calling(url, token) as client:
+    with calling(service) as client:
         layer = client.layer(name)
         if not yes:
             if not can_ask():

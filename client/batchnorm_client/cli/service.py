@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Final, NoReturn
+from typing import Annotated, Any, Final, NoReturn
 
 import typer
 
 from batchnorm_client.client import Client
 from batchnorm_client.core import Retry
+from batchnorm_client.options import HttpOptions
 from batchnorm_client.wire.documents import Layer
 from batchnorm_client.wire.errors import (
     BatchNormError,
@@ -58,10 +62,44 @@ Url = Annotated[
 Token = Annotated[
     str | None,
     typer.Option(
-        envvar="BATCHNORM_TOKEN",
         metavar="TOKEN",
-        show_envvar=True,
-        help="The service's bearer token, if it asks for one.",
+        help="The bearer token, if the service asks for one; BATCHNORM_CLIENT_TOKEN by default. Other users of this "
+        "machine see arguments, but neither the environment nor your files.",
+        rich_help_panel="Service",
+    ),
+]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="A file that contains the token; BATCHNORM_CLIENT_TOKEN_FILE by default.",
+        rich_help_panel="Service",
+    ),
+]
+Cacert = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="BATCHNORM_CLIENT_CACERT",
+        metavar="FILE",
+        help="Certificate authorities to trust (PEM); with https.",
+        rich_help_panel="Service",
+    ),
+]
+Cert = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="BATCHNORM_CLIENT_CERT",
+        metavar="FILE",
+        help="A client certificate (PEM), if the service asks for one.",
+        rich_help_panel="Service",
+    ),
+]
+Key = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="BATCHNORM_CLIENT_KEY",
+        metavar="FILE",
+        help="The key of --cert, if that does not contain it.",
         rich_help_panel="Service",
     ),
 ]
@@ -71,13 +109,55 @@ IfMatch = Annotated[
 ]
 
 
+@dataclass(frozen=True, slots=True)
+class Service:
+    """Where the service is, and with what a command is let in: options of every command."""
+
+    url: Url = None
+    token: Token = None
+    token_file: TokenFile = None
+    cacert: Cacert = None
+    cert: Cert = None
+    key: Key = None
+
+    def client(self, retry: Retry) -> Client:
+        """A client for it. Raises `ValueError` and `OSError` as `Client` does."""
+        options: HttpOptions = {}
+        if self.cacert is not None:
+            options["verify"] = self.cacert
+        if self.cert is not None:
+            options["cert"] = self.cert if self.key is None else (self.cert, self.key)
+        elif self.key is not None:
+            raise ValueError("--key needs --cert")
+        return Client(self.url, token=self.token or None, token_file=self.token_file, retry=retry, **options)
+
+
+def with_service(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of `Service`, and passes them as its argument `service`."""
+    options = inspect.signature(Service, eval_str=True).parameters
+
+    @wraps(command)
+    def run(**arguments: Any) -> None:
+        command(service=Service(**{name: arguments.pop(name) for name in options}), **arguments)
+
+    parameters = [
+        option.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in inspect.signature(command, eval_str=True).parameters.values()
+        for option in (options.values() if parameter.name == "service" else (parameter,))
+    ]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined] # typer reads it
+    return run
+
+
 @contextmanager
-def calling(url: str | None, token: str | None, retry: Retry = QUICK) -> Iterator[Client]:
+def calling(service: Service, retry: Retry = QUICK) -> Iterator[Client]:
     """A client for the service. A failure is reported in one line on stderr and by the exit status."""
     try:
-        client = Client(url, token=token or None, retry=retry)
+        client = service.client(retry)
     except ValueError as error:
         fail(str(error), USAGE)
+    except OSError as error:
+        fail(_file_error(error), USAGE)
     with client, _quiet_at_first():
         try:
             yield client
@@ -135,7 +215,7 @@ def _in_terms_of_options(error: BatchNormError, text: str) -> str:
         case LayerNotFound() | PayloadTooLarge():
             return text.partition(";")[0]
         case Unauthenticated():
-            return f"{text.partition(':')[0]}; it is given with --token or BATCHNORM_TOKEN"
+            return f"{text.partition(':')[0]}; give one with --token-file, --token or BATCHNORM_CLIENT_TOKEN"
         case VersionMismatch():
             return f"{text}, not the one in --if-match"
         case _:

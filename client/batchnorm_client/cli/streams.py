@@ -15,7 +15,7 @@ import typer
 
 from batchnorm_client.cli.data import Batches, progress, written
 from batchnorm_client.cli.output import Json, print_json, say
-from batchnorm_client.cli.service import PATIENT, REFUSED, USAGE, Name, Token, Url, calling, count, fail
+from batchnorm_client.cli.service import PATIENT, REFUSED, USAGE, Name, Service, calling, count, fail, with_service
 from batchnorm_client.wire.documents import Layer
 from batchnorm_client.wire.errors import (
     BatchNormError,
@@ -33,6 +33,7 @@ Cast = Annotated[
 Data = Annotated[Path, typer.Argument(metavar="IN.npy", help="Array of shape (N, C, ...); memory-mapped.")]
 
 
+@with_service
 def train(
     name: Name,
     data: Data,
@@ -50,8 +51,8 @@ def train(
             show_default=False,
         ),
     ] = None,
-    url: Url = None,
-    token: Token = None,
+    *,
+    service: Service,
     json: Json = False,
 ) -> None:
     """Train a layer with a file, batch by batch and in order."""
@@ -59,11 +60,11 @@ def train(
     if not re.fullmatch("[!-~]{1,180}", run):  # it becomes part of a header
         raise typer.BadParameter("must be up to 180 characters of ASCII without spaces", param_hint="--run-id")
     batches = Batches(data, batch_size, dtype, whole=drop_last)
-    before = _look(name, url, token)
+    before = _look(name, service)
     since = time.perf_counter()
     counts = {"batches": 0, "replayed": 0, "version": before.version, "num_batches_tracked": before.num_batches_tracked}
     with (
-        calling(url, token, PATIENT) as client,
+        calling(service, PATIENT) as client,
         _explained(run, counts, len(batches)),
         progress(name, len(batches)) as advance,
     ):
@@ -109,20 +110,21 @@ def _explained(run: str = "", counts: Mapping[str, int] | None = None, total: in
         raise
 
 
-def _look(name: str, url: str | None, token: str | None) -> Layer:
+def _look(name: str, service: Service) -> Layer:
     """The layer before a long run; fails at once if it cannot be read."""
-    with calling(url, token) as client:
+    with calling(service) as client:
         return client.layer(name).inspect()
 
 
+@with_service
 def evaluate(
     name: Name,
     data: Data,
     out: Annotated[Path, typer.Argument(metavar="OUT.npy", help="The output file; written when it is complete.")],
     batch_size: Size = 256,
     dtype: Cast = None,
-    url: Url = None,
-    token: Token = None,
+    *,
+    service: Service,
     json: Json = False,
 ) -> None:
     """Normalize a file with a layer's running statistics, batch by batch, into another file."""
@@ -130,9 +132,9 @@ def evaluate(
     if out.exists() and out.samefile(data):
         fail(f"{out} is the file that is read; give the output another name", USAGE)
     versions: list[int] = []
-    _look(name, url, token)
+    _look(name, service)
     with (
-        calling(url, token, PATIENT) as client,
+        calling(service, PATIENT) as client,
         _explained(),
         written(out) as part,
         progress(name, len(batches)) as advance,

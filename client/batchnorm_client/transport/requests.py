@@ -14,6 +14,7 @@ import numpy as np
 
 from batchnorm_client.core import Attempts, Response
 from batchnorm_client.options import HttpOptions
+from batchnorm_client.transport.credentials import find_token, with_ssl_context
 from batchnorm_client.transport.proxies import proxy_for
 from batchnorm_client.wire.tensors.tensor import Buffer, byte_view
 
@@ -35,9 +36,10 @@ class ServiceEndpoint:
     Args:
         base_url: by default that of the HTTP client that was passed in, if it has one; else BATCHNORM_URL; else
             http://127.0.0.1:8000.
-        token: by default BATCHNORM_TOKEN, unless an HTTP client was passed in.
+        token: by default that of the token file, or of the environment unless an HTTP client was passed in.
         given: the HTTP client that was passed in, or None.
         options: httpx's options, for connections that are made here.
+        token_file: a file that contains the token.
 
     Attributes:
         base: the service's URL, without a slash at its end.
@@ -46,7 +48,9 @@ class ServiceEndpoint:
         options: arguments of an httpx transport.
 
     Raises:
-        ValueError: the address is not an http or https URL, or the token has characters that cannot be sent.
+        ValueError: the address is not an http or https URL, the token has characters that cannot be sent, or a
+            certificate cannot be read.
+        OSError: the token file cannot be read.
         TypeError: options for an HTTP client that was passed in, or unknown ones.
     """
 
@@ -56,6 +60,7 @@ class ServiceEndpoint:
         token: str | None,
         given: httpx.Client | httpx.AsyncClient | None,
         options: Mapping[str, Any],
+        token_file: str | os.PathLike[str] | None = None,
     ) -> None:
         if given is not None and options:
             raise TypeError(f"{', '.join(options)}: set it on the HTTP client that is passed in")
@@ -67,13 +72,14 @@ class ServiceEndpoint:
         self._timeout = httpx.Timeout(options.get("timeout", TIMEOUT))
         self.base = str(url).rstrip("/")
         self.address = f"{url.scheme}://{url.netloc.decode('ascii')}"
-        self.options = {name: value for name, value in options.items() if name not in {"timeout", "proxy"}}
+        self.options = with_ssl_context(
+            {name: value for name, value in options.items() if name not in {"timeout", "proxy"}}
+        )
         self.proxy = None
         if given is None:
             self.proxy = proxy_for(url, options.get("proxy"), options.get("trust_env", True))
             self.options["proxy"] = None if self.proxy is None else self.proxy.http
-        if token is None and given is None:
-            token = os.environ.get("BATCHNORM_TOKEN") or None
+        token = find_token(token, token_file, use_environment=given is None)
         self._headers = {}
         if given is None:
             self._headers["Host"] = url.netloc.decode("ascii")
@@ -82,8 +88,6 @@ class ServiceEndpoint:
         # A compressed response would have to be decompressed into another buffer, and floats hardly compress.
         self._headers["Accept-Encoding"] = "identity"
         if token is not None:
-            if not token or not token.isascii() or not token.isprintable() or " " in token:
-                raise ValueError("the token must be printable ASCII without spaces")  # the message does not contain it
             self._headers["Authorization"] = f"Bearer {token}"
         if given is None and url.userinfo:  # as httpx does: it takes precedence over a token
             self._headers["Authorization"] = f"Basic {b64encode(_credentials(url)).decode('ascii')}"

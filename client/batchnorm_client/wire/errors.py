@@ -166,13 +166,17 @@ class MalformedBody(RequestError):
 
 
 class Unauthenticated(RequestError):
-    """The service asks for a token. Send `Authorization: Bearer <token>`."""
+    """The service asks for a token, or does not know the one that was sent. Send `Authorization: Bearer <token>`."""
 
     name, status, title = "unauthenticated", 401, "A token is needed"
 
 
 class Forbidden(RequestError):
-    """The token that was sent may not make this call; a read token allows GET and eval only."""
+    """The token that was sent may not make this call: its scope is too small, or it is for layers of another prefix.
+
+    The scope `read` allows calls that change nothing, `train` also creating layers, folding batches and setting
+    tensors, `admin` every call. `expected` and `got` say what the call needs and what the token has.
+    """
 
     name, status, title = "forbidden", 403, "This token may not do that"
 

@@ -71,7 +71,8 @@ class DeadlineProtocol(IdleProtocol):
         """A client has connected."""
         super().connection_made(transport)
         # With these limits `pause_writing` is called when a write is not sent completely, `resume_writing` when it is.
-        transport.set_write_buffer_limits(high=0)
+        # A TLS transport pauses from its limit on, a plain one above it: with 0, TLS pauses when nothing is unsent.
+        transport.set_write_buffer_limits(high=0 if transport.get_extra_info("sslcontext") is None else 1, low=0)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is closed."""

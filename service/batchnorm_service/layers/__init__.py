@@ -2,6 +2,7 @@
 
 from ..engine.posted import MOMENT_DTYPES
 from .batches import Batches
+from .cached_state import layer_not_found
 from .groups import GroupCall
 from .layers import Layers
 from .results import Differentiated, Folded, LayersOptions, Normalized, Snapshot
@@ -16,4 +17,5 @@ __all__ = [
     "LayersOptions",
     "Normalized",
     "Snapshot",
+    "layer_not_found",
 ]

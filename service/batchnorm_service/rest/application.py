@@ -36,7 +36,7 @@ from .openapi import openapi_document
 from .pages import router as page_routes
 from .problems import respond_problem
 from .responses import Response, respond_empty
-from .security import Guard
+from .security import Guard, Rules
 from .state import router as state_routes
 from .transfers import Transfers
 
@@ -50,7 +50,10 @@ ROUTERS: Final = (
     health_routes,
     page_routes,
 )
-"""All routers. Add a new route to the router of its module, and a new router to this tuple."""
+"""All routers. Add a new route to the router of its module, and a new router to this tuple.
+
+A route without a rule (`security.needs`) that is not public is refused when the application is built.
+"""
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
@@ -129,6 +132,7 @@ def build_gateway(app: FastAPI, layers: Layers, options: ApiOptions) -> Gateway:
         app,
         endpoints,
         options.guard,
+        Rules(ROUTERS),
         transfers,
         max_body_bytes=options.max_body_bytes,
         max_concurrent_requests=options.max_concurrent_requests,

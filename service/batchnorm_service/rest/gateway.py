@@ -14,18 +14,20 @@ from contextlib import suppress
 from typing import Any, Final
 
 from fastapi import FastAPI
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Send
+from starlette.types import Scope as AsgiScope
 
 from batchnorm_client.wire.errors import Overloaded, ProblemError, StoreUnavailable
 from batchnorm_client.wire.headers import REQUEST_ID
 from batchnorm_client.wire.names import check_layer_name
+from batchnorm_service.tokens import Grant, Scope
 
 from .bodies import ClientGoneError
 from .headers import Headers, read_headers, request_id
 from .layer_request import Endpoint, LayerRequest
 from .problems import respond_problem
 from .responses import JOIN_BYTES, RawHeader, Response
-from .security import Guard
+from .security import Guard, Rules, WrongTokenError, check_layer
 from .target import MAX_CACHED_BYTES, Target, read_target, target_of
 from .transfers import Transfers
 
@@ -46,6 +48,7 @@ class Gateway:
         app: the FastAPI application with all routes.
         endpoints: by method and last segment of `/v1/layers/{name}/...`; these are called without FastAPI.
         guard: checks bearer tokens.
+        rules: the scope that each call needs.
         transfers: limits the bytes buffered for requests and responses.
         max_body_bytes: larger request bodies are refused.
         max_concurrent_requests: further calls are refused while this many run. A call runs from the end of its request
@@ -54,6 +57,7 @@ class Gateway:
 
     Attributes:
         app: the wrapped FastAPI application.
+        guard: as above.
         transfers: as above.
         running: how many calls run now.
     """
@@ -63,6 +67,7 @@ class Gateway:
         app: FastAPI,
         endpoints: Mapping[tuple[str, str], Endpoint],
         guard: Guard,
+        rules: Rules,
         transfers: Transfers,
         *,
         max_body_bytes: int,
@@ -74,11 +79,12 @@ class Gateway:
         self._endpoints = endpoints
         self._fast_endpoints = endpoints if fast_path else {}
         self._max_body_bytes = max_body_bytes
-        self._guard = guard
+        self.guard = guard
+        self._rules = rules
         self._max_concurrent_requests = max_concurrent_requests
         self.running = 0
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Respond to one request, or run the application's lifespan."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
@@ -87,7 +93,11 @@ class Gateway:
         context = _RequestContext(headers)
         accounting = _RequestAccounting(self, receive, send, counted=target.versioned)
         try:
-            self._admit(target, headers, method)
+            try:
+                grant = self._admit(target, headers, method)
+            except WrongTokenError:
+                context.close = not await self.guard.failures.delay(_address(scope))
+                raise
             if method not in _METHODS_WITH_BODY:
                 accounting.enter()
             endpoint = self._endpoints.get((method, target.call)) if target.layer else None
@@ -95,7 +105,7 @@ class Gateway:
                 request = LayerRequest(target.layer, scope["query_string"], headers, accounting.receive)
                 await context.send_response(await endpoint(request), accounting.send)
             else:
-                inner = _inner(scope, target, headers, context.request_id)
+                inner = _inner(scope, target, headers, context.request_id, grant)
                 await self.app(inner, accounting.receive, context.completing(accounting.send))
         except ClientGoneError:
             log.debug("request %s: the client disconnected", context.request_id)
@@ -157,12 +167,17 @@ class Gateway:
         name = request_id(headers)
         return _completed(respond_problem(problem, target.path, name), target, time.perf_counter(), name)
 
-    def _admit(self, target: Target, headers: Headers, method: str) -> None:
-        self._guard.check(headers, method, target)
+    def _admit(self, target: Target, headers: Headers, method: str) -> Grant | None:
+        grant = self.guard.authenticate(headers, target)
+        if grant is not None and (grant.scope < Scope.ADMIN or grant.prefix):
+            self._rules.check(grant, method, target)
         if target.versioned:
             self.transfers.check()
             if not target.named:
                 check_layer_name(target.layer or "")
+        if grant is not None and grant.prefix:
+            check_layer(grant, method, target)
+        return grant
 
 
 class _RequestAccounting:
@@ -228,11 +243,15 @@ class _RequestAccounting:
 
 
 class _RequestContext:
-    """Request id, status and start time of one ASGI request; adds the headers that every response has."""
+    """Request id, status and start time of one ASGI request; adds the headers that every response has.
+
+    Set `close` to close the connection after the response.
+    """
 
     def __init__(self, headers: Headers) -> None:
         self.request_id = request_id(headers)
         self.status = 0
+        self.close = False
         self._began = time.perf_counter()
         self._expects = b"expect" in headers
 
@@ -262,7 +281,9 @@ class _RequestContext:
     def _complete(self, status: int, headers: list[RawHeader]) -> None:
         self.status = status
         headers.append((_REQUEST_ID, self.request_id.encode()))
-        if self._expects and status >= 400:
+        if self.close:
+            headers.append(_CLOSE)
+        elif self._expects and status >= 400:
             # A client that waits for 100 Continue may now omit the body or send it: what follows on this connection
             # could be either that body or the next request.
             headers.append(_CLOSE)
@@ -281,7 +302,12 @@ def _log_request(method: str, target: Target, status: int, began: float, request
         log.debug("%s %s %d %.2f ms %s", method, target.path, status, milliseconds, request_id)
 
 
-def _inner(scope: Scope, target: Target, headers: Headers, request_id: str) -> dict[str, Any]:
+def _address(scope: AsgiScope) -> str:
+    client = scope.get("client")
+    return client[0] if client else "an unknown address"
+
+
+def _inner(scope: AsgiScope, target: Target, headers: Headers, request_id: str, grant: Grant | None) -> dict[str, Any]:
     """The ASGI scope for the wrapped application. HEAD becomes GET: the server drops the response's body.
 
     Repeated headers are joined (RFC 9110, 5.3), because FastAPI's parameters see only the first of them.
@@ -293,7 +319,7 @@ def _inner(scope: Scope, target: Target, headers: Headers, request_id: str) -> d
         "root_path": "",
         "headers": list(headers.items()),
         "method": "GET" if scope["method"] == "HEAD" else scope["method"],
-        "state": {**scope.get("state", {}), "request_id": request_id},
+        "state": {**scope.get("state", {}), "request_id": request_id, "grant": grant},
     }
 
 

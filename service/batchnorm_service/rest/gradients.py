@@ -20,7 +20,7 @@ from .openapi import describe_responses, ref, tensor_body, tensor_content
 from .preconditions import etag
 from .queries import BackwardQuery, parse_query
 from .responses import REPLAYED, Response, text_bytes
-from .routes import IdempotencyKey, LayerName, call_endpoint, tensor_router
+from .routes import READ, IdempotencyKey, LayerName, call_endpoint, tensor_router
 from .sizes import check_elements
 
 _FORMS: Final = {JSON: (JSON, SAFETENSORS), SAFETENSORS: (SAFETENSORS, JSON)}
@@ -70,6 +70,7 @@ router = tensor_router()
 
 @router.post(
     "/v1/layers/{name}/backward",
+    dependencies=[READ],
     summary="The gradients of a normalization",
     responses=describe_responses(
         "The gradients",

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from .openapi import describe_responses
 from .routes import LayersDependency, document_router
 
-router = document_router("health", guarded=False)
+router = document_router("health")
 
 
 class Health(BaseModel):

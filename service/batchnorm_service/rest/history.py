@@ -20,7 +20,17 @@ from batchnorm_client.wire.names import TAG_PATTERN
 
 from .openapi import describe_responses
 from .responses import Response, respond_json, respond_with_layer
-from .routes import DOCUMENT_PROBLEMS, IdempotencyKey, IfMatch, LayerName, LayersDependency, document_router
+from .routes import (
+    ADMIN,
+    DOCUMENT_PROBLEMS,
+    READ,
+    TRAIN,
+    IdempotencyKey,
+    IfMatch,
+    LayerName,
+    LayersDependency,
+    document_router,
+)
 
 router = document_router("history")
 
@@ -36,6 +46,7 @@ Tag = Annotated[
 
 @router.get(
     "/v1/layers/{name}/history",
+    dependencies=[READ],
     summary="A layer's kept states",
     responses=describe_responses("A page of states", problems=("layer-not-found",)),
 )
@@ -53,6 +64,7 @@ async def list_history(
 
 @router.post(
     "/v1/layers/{name}/rollback",
+    dependencies=[ADMIN],
     summary="Go back to a kept state",
     response_model=Layer,
     responses=describe_responses(
@@ -80,6 +92,7 @@ async def rollback_layer(
 
 @router.get(
     "/v1/layers/{name}/pins",
+    dependencies=[READ],
     summary="A layer's pins",
     responses=describe_responses("The pins, by tag", problems=("layer-not-found",)),
 )
@@ -90,6 +103,7 @@ async def list_pins(name: LayerName, layers: LayersDependency) -> Pins:
 
 @router.get(
     "/v1/layers/{name}/pins/{tag}",
+    dependencies=[READ],
     summary="A pin",
     responses=describe_responses("The pin", problems=("layer-not-found", "version-not-found")),
 )
@@ -100,6 +114,7 @@ async def get_pin(name: LayerName, tag: Tag, layers: LayersDependency) -> Pin:
 
 @router.put(
     "/v1/layers/{name}/pins/{tag}",
+    dependencies=[TRAIN],
     summary="Keep a state under a tag",
     response_model=Pin,
     responses={
@@ -132,6 +147,7 @@ async def pin_state(
 
 @router.delete(
     "/v1/layers/{name}/pins/{tag}",
+    dependencies=[ADMIN],
     summary="Delete a pin",
     status_code=204,
     responses=describe_responses("Deleted", status=204, problems=("layer-not-found", "version-not-found")),

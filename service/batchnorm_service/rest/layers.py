@@ -11,6 +11,7 @@ from batchnorm_client.wire.documents import Layer, LayerConfig, LayerPage, Layer
 from batchnorm_client.wire.headers import IDEMPOTENT_REPLAY
 from batchnorm_client.wire.media_types import MERGE_PATCH_JSON
 from batchnorm_service.layers import Layers
+from batchnorm_service.tokens import Scope
 
 from .layer_request import LayerRequest
 from .openapi import CONFIG_EXAMPLES, describe_responses, ref
@@ -18,7 +19,11 @@ from .preconditions import etag, matches_none
 from .queries import StateQuery, parse_query
 from .responses import Response, respond_empty, respond_with_layer
 from .routes import (
+    ADMIN,
     DOCUMENT_PROBLEMS,
+    READ,
+    TRAIN,
+    GrantDependency,
     IdempotencyKey,
     IfMatch,
     IfNoneMatch,
@@ -27,13 +32,19 @@ from .routes import (
     call_endpoint,
     document_router,
 )
+from .security import require
 
 router = document_router("layers")
 
+_PARAMETERS = frozenset({"weight", "bias"})
 
-@router.get("/v1/layers", summary="List layers by name", responses=describe_responses("A page of layers"))
+
+@router.get(
+    "/v1/layers", dependencies=[READ], summary="List layers by name", responses=describe_responses("A page of layers")
+)
 async def list_layers(
     layers: LayersDependency,
+    grant: GrantDependency,
     prefix: Annotated[str, Query(max_length=200, description="only layers whose names start with this")] = "",
     after: Annotated[
         str, Query(max_length=200, description="only layers after this name: `next` of the page before")
@@ -41,11 +52,13 @@ async def list_layers(
     limit: Annotated[int, Query(ge=1, le=1000, description="at most so many layers")] = 100,
 ) -> LayerPage:
     """Pass `next` of a page as `after` to get the next page; it is null on the last page."""
-    return await layers.list(prefix, after, limit)
+    visible = grant.visible_prefix(prefix)
+    return LayerPage(layers=[], next=None) if visible is None else await layers.list(visible, after, limit)
 
 
 @router.get(
     "/v1/layers/{name}",
+    dependencies=[READ],
     summary="A layer's config and state",
     response_model=Layer,
     responses=describe_responses(
@@ -69,6 +82,7 @@ async def read_layer(layers: Layers, request: LayerRequest) -> Response:
 
 @router.put(
     "/v1/layers/{name}",
+    dependencies=[TRAIN],
     summary="Create a layer",
     response_model=Layer,
     responses={
@@ -99,6 +113,7 @@ async def create_layer(name: LayerName, config: LayerConfig, layers: LayersDepen
 
 @router.patch(
     "/v1/layers/{name}",
+    dependencies=[TRAIN],
     summary="Set some of a layer's options and parameters",
     response_model=Layer,
     responses=describe_responses(
@@ -108,13 +123,21 @@ async def create_layer(name: LayerName, config: LayerConfig, layers: LayersDepen
     ),
     openapi_extra={"requestBody": {"content": {MERGE_PATCH_JSON: {"schema": ref("LayerUpdate")}}}},
 )
-async def update_layer(name: LayerName, update: LayerUpdate, layers: LayersDependency, versions: IfMatch) -> Response:
-    """Omitted fields stay unchanged; `momentum: null` means the cumulative average."""
+async def update_layer(
+    name: LayerName, update: LayerUpdate, layers: LayersDependency, versions: IfMatch, grant: GrantDependency
+) -> Response:
+    """Omitted fields stay unchanged; `momentum: null` means the cumulative average.
+
+    All fields but `weight` and `bias` need the scope `admin`.
+    """
+    if not update.model_fields_set <= _PARAMETERS:
+        require(grant, Scope.ADMIN)
     return await respond_with_layer(layers, 200, await layers.update(name, update, versions))
 
 
 @router.delete(
     "/v1/layers/{name}",
+    dependencies=[ADMIN],
     summary="Delete a layer, its idempotency receipts and its history",
     status_code=204,
     responses=describe_responses(
@@ -135,6 +158,7 @@ async def delete_layer(
 
 @router.post(
     "/v1/layers/{name}/reset",
+    dependencies=[ADMIN],
     summary="Set running statistics or parameters back to their initial values",
     response_model=Layer,
     responses=describe_responses(

@@ -16,7 +16,7 @@ from batchnorm_client.wire.headers import IDEMPOTENT_REPLAY
 from batchnorm_client.wire.media_types import JSON, SAFETENSORS
 from batchnorm_client.wire.names import check_layer_name
 from batchnorm_client.wire.tensors import Tensor, decode, decode_safetensors, json_pieces, json_tensors, load_json
-from batchnorm_service.layers import MOMENT_DTYPES, Folded, Layers
+from batchnorm_service.layers import MOMENT_DTYPES, Folded, Layers, layer_not_found
 
 from .bodies import read_body
 from .headers import idempotency_key, read_headers
@@ -28,7 +28,7 @@ from .preconditions import etag
 from .problems import problem_document
 from .queries import MomentsQuery, NoQuery, parse_query
 from .responses import REPLAYED, Response, respond_json, text_bytes
-from .routes import IdempotencyKey, LayerName, LayersDependency, call_endpoint, tensor_router
+from .routes import TRAIN, GrantDependency, IdempotencyKey, LayerName, LayersDependency, call_endpoint, tensor_router
 
 _FORMS: Final = (JSON, SAFETENSORS)
 _MOMENTS: Final = ("count", "mean", "var")
@@ -142,6 +142,7 @@ router = tensor_router()
 
 @router.post(
     "/v1/layers/{name}/moments",
+    dependencies=[TRAIN],
     summary="Fold the moments of a batch that the client keeps",
     response_model=FoldedDocument,
     response_class=JSONResponse,
@@ -173,6 +174,7 @@ async def fold_moments(
 
 @router.post(
     "/v1/moments",
+    dependencies=[TRAIN],
     summary="Fold the moments of many layers",
     response_model=ManyFolded,
     response_class=JSONResponse,
@@ -181,7 +183,9 @@ async def fold_moments(
         _FORMS, "ManyMoments", "count, mean and var of each layer, named {layer}/count and so on"
     ),
 )
-async def fold_many_moments(request: Request, layers: LayersDependency, key: IdempotencyKey) -> Response:
+async def fold_many_moments(
+    request: Request, layers: LayersDependency, key: IdempotencyKey, grant: GrantDependency
+) -> Response:
     """Atomic per layer, not over all. An Idempotency-Key applies per layer: a retry folds only those that failed."""
     parse_query(NoQuery, request.scope["query_string"])
     headers = read_headers(request.scope["headers"])
@@ -193,6 +197,8 @@ async def fold_many_moments(request: Request, layers: LayersDependency, key: Ide
     for name, moments in by_layer.items():
         try:
             check_layer_name(name)
+            if not grant.sees(name):
+                raise layer_not_found(name)
             valid[name] = moments
         except ProblemError as error:
             results[name] = _result_document(name, error, request.state.request_id)

@@ -20,7 +20,7 @@ from .openapi import describe_responses, ref, tensor_body, tensor_content
 from .preconditions import etag
 from .queries import EvalQuery, ExpectQuery, TrainQuery, parse_query
 from .responses import RAW_DIGEST, REPLAYED, RawHeader, Response, text_bytes
-from .routes import IdempotencyKey, LayerName, call_endpoint, tensor_router
+from .routes import READ, TRAIN, IdempotencyKey, LayerName, call_endpoint, tensor_router
 from .sizes import check_elements
 
 _FORMS: Final = tuple(CODECS)
@@ -163,6 +163,7 @@ router = tensor_router()
 
 @router.post(
     "/v1/layers/{name}/train",
+    dependencies=[TRAIN],
     summary="Normalize with the batch's statistics, and fold them into the running ones",
     responses=_OUTPUT(*_TAGS, IDEMPOTENT_REPLAY, problems=(*_PROBLEMS, *_GROUP_PROBLEMS)),
     openapi_extra=_BATCH,
@@ -176,6 +177,7 @@ async def train(
 
 @router.post(
     "/v1/layers/{name}/eval",
+    dependencies=[READ],
     name="eval",
     summary="Normalize with the running statistics",
     responses=_OUTPUT(*_TAGS, DIGEST, problems=(*_PROBLEMS, *_STATE_PROBLEMS)),
@@ -188,6 +190,7 @@ async def eval_(name: LayerName, request: Request, _query: Annotated[EvalQuery, 
 
 @router.post(
     "/v1/layers/{name}/inverse",
+    dependencies=[READ],
     summary="Undo eval's normalization",
     responses=_OUTPUT(*_TAGS, DIGEST, problems=(*_PROBLEMS, *_STATE_PROBLEMS)),
     openapi_extra=_BATCH,

@@ -61,7 +61,7 @@ _START_SCRIPT: Final = b"""SwaggerUIBundle({
 });
 """
 
-router = document_router("about", guarded=False)
+router = document_router("about")
 
 
 @router.get(

@@ -2,7 +2,7 @@
 
     router = document_router("layers")
 
-    @router.put("/v1/layers/{name}", ...)
+    @router.put("/v1/layers/{name}", dependencies=[TRAIN], ...)
     async def create_layer(name: LayerName, config: LayerConfig, layers: LayersDependency) -> Response: ...
 
 FastAPI takes parameters and body from the signature. `DocumentRoute` adds what FastAPI does not do: it refuses unknown
@@ -14,9 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Depends, Header, Path, Security
+from fastapi import APIRouter, Depends, Header, Path
 from fastapi.routing import APIRoute
-from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response as StarletteResponse
@@ -25,6 +24,7 @@ from batchnorm_client.wire.headers import IDEMPOTENCY_KEY, KEY_PATTERN
 from batchnorm_client.wire.media_types import JSON, MERGE_PATCH_JSON
 from batchnorm_client.wire.names import LAYER_NAME_PATTERN
 from batchnorm_service.layers import Layers
+from batchnorm_service.tokens import Grant, Scope
 
 from .bodies import read_body
 from .documents import parse_document
@@ -34,6 +34,12 @@ from .negotiation import content_type
 from .preconditions import IF_MATCH_PATTERN, if_match
 from .queries import split_query
 from .responses import Response
+from .security import needs
+
+READ: Final = needs(Scope.READ)
+TRAIN: Final = needs(Scope.TRAIN)
+ADMIN: Final = needs(Scope.ADMIN)
+"""The scope that a route needs: `dependencies=[ADMIN]`. Each route that is not public has one."""
 
 DOCUMENT_PROBLEMS: Final = ("malformed-body", "payload-too-large", "unsupported-media-type")
 """The problem types of a JSON body."""
@@ -98,22 +104,14 @@ async def _read_document(
     return _DocumentRequest(request, document)
 
 
-_bearer = HTTPBearer(auto_error=False, scheme_name="token", description="BATCHNORM_TOKEN, or for reads a read token")
-
-
-def document_router(tag: str, *, guarded: bool = True) -> APIRouter:
-    """A router for JSON documents.
-
-    Args:
-        tag: its section in the API documentation.
-        guarded: whether OpenAPI shows that a token may be required. The gateway does the check.
-    """
-    return APIRouter(route_class=DocumentRoute, tags=[tag], dependencies=[Security(_bearer)] if guarded else [])
+def document_router(tag: str) -> APIRouter:
+    """A router for JSON documents; `tag` is its section in the API documentation."""
+    return APIRouter(route_class=DocumentRoute, tags=[tag])
 
 
 def tensor_router(tag: str = "layers") -> APIRouter:
     """A router for operations with tensors, whose media types are described by `tensor_content`."""
-    return APIRouter(tags=[tag], dependencies=[Security(_bearer)], default_response_class=StarletteResponse)
+    return APIRouter(tags=[tag], default_response_class=StarletteResponse)
 
 
 async def call_endpoint(method: str, call: str, name: str, request: Request) -> Response:
@@ -130,6 +128,11 @@ async def call_endpoint(method: str, call: str, name: str, request: Request) -> 
 async def _layers(request: Request) -> Layers:
     layers: Layers = request.app.state.layers
     return layers
+
+
+async def _grant(request: Request) -> Grant:
+    grant: Grant = request.state.grant
+    return grant
 
 
 async def _if_match(
@@ -161,6 +164,8 @@ async def _idempotency_key(
 
 LayerName = Annotated[str, Path(pattern=f"^{LAYER_NAME_PATTERN.pattern}$", description="the layer's name")]
 LayersDependency = Annotated[Layers, Depends(_layers)]
+GrantDependency = Annotated[Grant, Depends(_grant)]
+"""What the caller may do."""
 IfMatch = Annotated[frozenset[int] | None, Depends(_if_match)]
 """The versions that satisfy If-Match; None for any."""
 IfNoneMatch = Annotated[str | None, Header(alias="If-None-Match", description="304 at these versions")]

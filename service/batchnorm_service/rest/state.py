@@ -21,7 +21,7 @@ from .openapi import describe_responses, ref, tensor_body, tensor_content
 from .preconditions import etag, matches_none
 from .queries import NoQuery, StateQuery, parse_query
 from .responses import RAW_DIGEST, Response, respond_empty, respond_with_layer, text_bytes
-from .routes import IfMatch, IfNoneMatch, LayerName, LayersDependency, tensor_router
+from .routes import READ, TRAIN, IfMatch, IfNoneMatch, LayerName, LayersDependency, tensor_router
 
 _FORMS: Final = (SAFETENSORS, JSON)
 _NAMES: Final = (
@@ -34,6 +34,7 @@ router = tensor_router("state")
 
 @router.get(
     "/v1/layers/{name}/state",
+    dependencies=[READ],
     summary="A layer's tensors, as torch's state_dict has them",
     responses=describe_responses(
         "The tensors",
@@ -65,6 +66,7 @@ async def get_state(
 
 @router.put(
     "/v1/layers/{name}/state",
+    dependencies=[TRAIN],
     summary="Replace some or all of a layer's tensors",
     response_model=Layer,
     response_class=JSONResponse,
