@@ -15,7 +15,7 @@ import typer
 
 from batchnorm_client.cli.data import Batches, progress, written
 from batchnorm_client.cli.output import Json, print_json, say
-from batchnorm_client.cli.service import PATIENT, REFUSED, USAGE, Name, Token, Url, calling, count, fail
+from batchnorm_client.cli.service import PATIENT, REFUSED, USAGE, At, Expect, Name, Token, Url, calling, count, fail
 from batchnorm_client.wire.documents import Layer
 from batchnorm_client.wire.errors import (
     BatchNormError,
@@ -109,10 +109,10 @@ def _explained(run: str = "", counts: Mapping[str, int] | None = None, total: in
         raise
 
 
-def _look(name: str, url: str | None, token: str | None) -> Layer:
+def _look(name: str, url: str | None, token: str | None, at: str | None = None, expect: str | None = None) -> Layer:
     """The layer before a long run; fails at once if it cannot be read."""
     with calling(url, token) as client:
-        return client.layer(name).inspect()
+        return client.layer(name, at=at, expect=expect).inspect()
 
 
 def evaluate(
@@ -121,6 +121,8 @@ def evaluate(
     out: Annotated[Path, typer.Argument(metavar="OUT.npy", help="The output file; written when it is complete.")],
     batch_size: Size = 256,
     dtype: Cast = None,
+    at: At = None,
+    expect: Expect = None,
     url: Url = None,
     token: Token = None,
     json: Json = False,
@@ -130,14 +132,14 @@ def evaluate(
     if out.exists() and out.samefile(data):
         fail(f"{out} is the file that is read; give the output another name", USAGE)
     versions: list[int] = []
-    _look(name, url, token)
+    _look(name, url, token, at, expect)
     with (
         calling(url, token, PATIENT) as client,
         _explained(),
         written(out) as part,
         progress(name, len(batches)) as advance,
     ):
-        layer = client.layer(name)
+        layer = client.layer(name, at=at, expect=expect)
         target = np.lib.format.open_memmap(part, "w+", batches.dtype, batches.array.shape)
         for place, batch in batches:
             result = layer.eval(batch)
