@@ -7,8 +7,10 @@ import ssl
 import subprocess
 
 import pytest
+from typer.testing import CliRunner
 
 from batchnorm_client import Client
+from batchnorm_client.cli.app import app
 from client.harness import NOW, Clients, Listener, Way, serving
 
 _names = (f"layer-{number}" for number in itertools.count())
@@ -56,6 +58,24 @@ def name():
 def layer(client, name):
     """A layer with 3 channels."""
     return client.create_layer(name, 3)
+
+
+@pytest.fixture
+def run(url, monkeypatch, tmp_path):
+    """The command line: `run("show", "bn")` -> the result: exit_code, stdout, stderr."""
+    monkeypatch.setenv("BATCHNORM_URL", url)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, code=0, **options):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
+        assert result.exit_code == code, (result.output, result.exception)
+        if code:
+            assert result.stdout == ""
+            assert "Traceback" not in result.stderr
+        return result
+
+    return run
 
 
 @pytest.fixture

@@ -28,24 +28,6 @@ PROGRAM = [sys.executable, "-W", "error", "-c", "from batchnorm_client.cli impor
 
 
 @pytest.fixture
-def run(url, monkeypatch, tmp_path):
-    """`run("show", "bn")` -> the result: exit_code, stdout, stderr."""
-    monkeypatch.setenv("BATCHNORM_URL", url)
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments, code=0, **options):
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
-        assert result.exit_code == code, (result.output, result.exception)
-        if code:
-            assert result.stdout == ""
-            assert "Traceback" not in result.stderr
-        return result
-
-    return run
-
-
-@pytest.fixture
 def layer(other, name):
     return other.create_layer(name, 3)
 

@@ -17,7 +17,12 @@ from client.harness import StoppedClock
 BATCH = np.array([[1, 2, 3], [4, 5, 7]], np.float32)
 HEADER = b'{"output":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}}     '
 OUTPUT = len(HEADER).to_bytes(8, "little") + HEADER + BATCH.tobytes()
-HEADERS = {"content-type": "application/vnd.safetensors", "batchnorm-version": "2", "num-batches-tracked": "1"}
+HEADERS = {
+    "content-type": "application/vnd.safetensors",
+    "batchnorm-version": "2",
+    "num-batches-tracked": "1",
+    "batchnorm-digest": f"sha-256:{'0' * 64}",
+}
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,11 @@ def _links(page: Path) -> list[str]:
     return re.findall(r"\]\(([^)#:]+)[^)]*\)", page.read_text())
 
 
-SNIPPETS = re.findall(r"```python\n(.*?)```\n```text\n(.*?)```", README.read_text(), re.DOTALL)
+def _snippets(page: Path) -> list[tuple[str, str]]:
+    return re.findall(r"```python\n(.*?)```\n```text\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+SNIPPETS = _snippets(README)
 
 
 def test_the_readme_has_examples() -> None:
@@ -48,6 +52,26 @@ def test_the_python_examples_print_what_the_readme_says(start, capsys: pytest.Ca
                 assert capsys.readouterr().out == expected, code
         finally:
             namespace["client"].close()
+
+
+TRIED = {"README", "extending"}  # `extending` has a test of its own
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if _snippets(page) and page.stem not in TRIED], ids=lambda page: page.stem
+)
+def test_the_python_examples_of_other_pages(
+    page: Path, start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    server = start("--store", "memory:")
+    namespace: dict[str, Any] = {}
+    try:
+        for code, expected in _snippets(page):
+            exec(code.replace("http://127.0.0.1:8000", server.url), namespace)
+            assert capsys.readouterr().out == expected, code
+    finally:
+        namespace["client"].close()
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if _examples(page)], ids=lambda page: page.stem)

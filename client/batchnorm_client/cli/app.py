@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from batchnorm_client.cli import files, layers, streams
+from batchnorm_client.cli import files, history, layers, streams
 from batchnorm_client.cli.service import EXIT_CODES
 
 app = typer.Typer(
@@ -42,6 +42,11 @@ app.command("show")(layers.show)
 app.command("create")(layers.create)
 app.command("reset")(layers.reset)
 app.command("delete")(layers.delete)
+app.command("history")(history.history)
+app.command("rollback")(history.rollback)
+app.command("pin")(history.pin)
+app.command("pins")(history.pins)
+app.command("unpin")(history.unpin)
 app.command("export")(files.export)
 app.command("import")(files.import_)
 app.command("train")(streams.train)

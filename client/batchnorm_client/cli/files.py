@@ -10,7 +10,7 @@ import typer
 
 from batchnorm_client.cli.data import written
 from batchnorm_client.cli.output import Json, print_document, print_json, say
-from batchnorm_client.cli.service import USAGE, IfMatch, Name, Service, calling, fail, size, with_service
+from batchnorm_client.cli.service import USAGE, At, Expect, IfMatch, Name, Service, calling, fail, size, with_service
 from batchnorm_client.wire.errors import ProblemError
 from batchnorm_client.wire.tensors import Tensor, decode_safetensors, encode_safetensors, itemsize
 
@@ -22,13 +22,15 @@ _CONFIG = "batchnorm.config"
 def export(
     name: Name,
     file: Annotated[Path, typer.Argument(metavar="FILE.safetensors", help="The output file; replaced if it exists.")],
+    at: At = None,
+    expect: Expect = None,
     *,
     service: Service,
     json: Json = False,
 ) -> None:
     """Write a layer's tensors to a safetensors file, named as in torch's `state_dict()`."""
     with calling(service) as client:
-        layer = client.layer(name)
+        layer = client.layer(name, at=at, expect=expect)
         config = layer.inspect().config
         tensors = {key: Tensor.of(array) for key, array in layer.state_dict().items()}
         wide_first = dict(sorted(tensors.items(), key=lambda item: -itemsize(item[1].dtype)))

@@ -7,8 +7,17 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from batchnorm_client.cli.output import Json, console, layers_table, print_document, print_json, print_layer, say
-from batchnorm_client.cli.service import USAGE, IfMatch, Name, Service, calling, fail, size, with_service
+from batchnorm_client.cli.output import (
+    Json,
+    console,
+    layers_table,
+    print_document,
+    print_documents,
+    print_json,
+    print_layer,
+    say,
+)
+from batchnorm_client.cli.service import USAGE, At, Expect, IfMatch, Name, Service, calling, fail, size, with_service
 from batchnorm_client.wire.statistics import KindName
 
 
@@ -23,7 +32,7 @@ def layers(
     with calling(service) as client:
         found = list(client.layers(prefix))
     if json:
-        print_json([layer.model_dump(mode="json") for layer in found])
+        print_documents(found)
     elif found:
         console().print(layers_table(found, console().width))
     else:
@@ -36,13 +45,15 @@ def show(
     channels: Annotated[
         bool, typer.Option("--channels", help="A table of all channels instead of sparklines.", show_default=False)
     ] = False,
+    at: At = None,
+    expect: Expect = None,
     *,
     service: Service,
     json: Json = False,
 ) -> None:
     """Show a layer: config, counters, and its statistics as sparklines over the channels."""
     with calling(service) as client:
-        layer = client.layer(name).inspect()
+        layer = client.layer(name, at=at, expect=expect).inspect()
     if json:
         print_document(layer)
     else:
@@ -145,6 +156,9 @@ def reset(
 def delete(
     name: Name,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.", show_default=False)] = False,
+    with_pins: Annotated[
+        bool, typer.Option("--with-pins", help="Also if it has pins; deletes them, too.", show_default=False)
+    ] = False,
     if_match: IfMatch = None,
     *,
     service: Service,
@@ -157,7 +171,7 @@ def delete(
             if not can_ask():
                 fail(f"no terminal to ask whether to delete {name}; --yes deletes it without asking", USAGE)
             typer.confirm(f"Delete {name} ({size(layer.inspect())})?", abort=True, err=True)
-        layer.delete(if_match=if_match)
+        layer.delete(if_match=if_match, with_pins=with_pins)
     if json:
         print_json({"name": name, "deleted": True})
     else:

@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 import typer
+from pydantic import BaseModel
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from batchnorm_client.wire.documents import Layer, LayerSummary
+from batchnorm_client.wire.documents import HistoryEntry, Layer, LayerSummary, Pin
 
 Vector = npt.NDArray[np.float64]
 
@@ -41,9 +42,14 @@ def print_json(value: Any) -> None:
     typer.echo(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY).decode())
 
 
-def print_document(layer: Layer) -> None:
-    """A layer as JSON, as the service gives it."""
-    typer.echo(layer.model_dump_json())
+def print_document(document: BaseModel) -> None:
+    """A layer or a pin as JSON, as the service gives it."""
+    typer.echo(document.model_dump_json())
+
+
+def print_documents(documents: Iterable[BaseModel]) -> None:
+    """Several as a JSON array."""
+    print_json([document.model_dump(mode="json") for document in documents])
 
 
 def say(name: str, text: str) -> None:
@@ -53,14 +59,43 @@ def say(name: str, text: str) -> None:
 
 def layers_table(layers: Iterable[LayerSummary], width: int) -> Table:
     """One line for each layer; without version and time in a narrow terminal."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    table.add_column("layer", style="cyan", overflow="fold", min_width=8)
-    names = ("channels", "batches", "version", "updated")[: 2 if width < _NARROW else 4]
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+    shown = 2 if width < _NARROW else 4
+    table = _table("layer", *("channels", "batches", "version", "updated")[:shown])
     for layer in layers:
         counts = [f"{count:,}" for count in (layer.num_features, layer.num_batches_tracked, layer.version)]
-        table.add_row(Text(layer.name), *[*counts, ago(layer.updated_at)][: len(names)])
+        table.add_row(Text(layer.name), *[*counts, ago(layer.updated_at)][:shown])
+    return table
+
+
+def history_table(states: Iterable[HistoryEntry], pins: Iterable[Pin], width: int) -> Table:
+    """One line for each state, with the tags of its pins; only version and time in a narrow terminal."""
+    shown = 1 if width < _NARROW else 4
+    table = _table("version", *("made", "batches", "samples", "made by")[:shown], "tags")
+    tags: dict[int, list[str]] = {}
+    for pin in pins:
+        tags.setdefault(pin.version, []).append(pin.tag)
+    for state in states:
+        counts = (f"{state.num_batches_tracked:,}", f"{state.samples_tracked:,}")
+        cells = (ago(state.at), *counts, state.operation)[:shown]
+        table.add_row(f"{state.version:,}", *cells, Text(", ".join(tags.get(state.version, ()))))
+    return table
+
+
+def pins_table(pins: Iterable[Pin], width: int) -> Table:
+    """One line for each pin; digests are folded in a narrow terminal."""
+    shown = 1 if width < _NARROW else 2
+    table = _table("tag", *("version", "pinned")[:shown], "digest")
+    for pin in pins:
+        table.add_row(Text(pin.tag), *(f"{pin.version:,}", ago(pin.at))[:shown], pin.digest)
+    return table
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column(first, style="cyan", overflow="fold", min_width=8)
+    for name in others:
+        text = name in {"tags", "digest"}
+        table.add_column(name, justify="left" if text else "right", no_wrap=not text, overflow="fold")
     return table
 
 
@@ -93,6 +128,7 @@ def _facts(layer: Layer) -> Iterable[tuple[str, str]]:
     yield "batches", f"{layer.num_batches_tracked:,}"
     yield "samples", f"{layer.samples_tracked:,} per channel"
     yield "version", f"{layer.version:,}"
+    yield "digest", layer.digest
     yield "statistics", _statistics(layer)
     yield "options", _options(layer)
     for label, moment in (("created", layer.created_at), ("updated", layer.updated_at)):

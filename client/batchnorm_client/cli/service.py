@@ -21,12 +21,15 @@ from batchnorm_client.wire.documents import Layer
 from batchnorm_client.wire.errors import (
     BatchNormError,
     ConnectionFailed,
+    DigestMismatch,
     LayerNotFound,
+    LayerPinned,
     PayloadTooLarge,
     ProblemError,
     Unauthenticated,
     UnexpectedAnswer,
     VersionMismatch,
+    VersionNotFound,
 )
 
 USAGE: Final = 2
@@ -37,8 +40,8 @@ INTERRUPTED: Final = 130
 
 EXIT_CODES: Final = (
     "[b]Exit status[/b]: 0 done; 1 not confirmed, a file cannot be written, or a bug in this program; 2 wrong "
-    "arguments or an unreadable file; 3 no such layer; 4 the service refused the call (4xx), which changed nothing; "
-    "5 the service failed (5xx) or cannot be reached; 130 interrupted."
+    "arguments or an unreadable file; 3 no such layer, state or pin; 4 the service refused the call (4xx), which "
+    "changed nothing; 5 the service failed (5xx) or cannot be reached; 130 interrupted."
 )
 
 QUICK: Final = Retry(attempts=4)
@@ -106,6 +109,15 @@ Key = Annotated[
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The layer's name.", show_default=False)]
 IfMatch = Annotated[
     int | None, typer.Option(metavar="VERSION", help="Only if the layer has this version.", show_default=False)
+]
+At = Annotated[
+    str | None,
+    typer.Option(
+        metavar="VERSION|TAG", help="A kept state: its version, or the tag of a pin. By default the newest state."
+    ),
+]
+Expect = Annotated[
+    str | None, typer.Option(metavar="DIGEST", help="Only if the state has this digest.", show_default=False)
 ]
 
 
@@ -188,7 +200,7 @@ def _quiet_at_first() -> Iterator[None]:
 
 def exit_code(error: BatchNormError) -> int:
     """The exit status for this failure."""
-    if isinstance(error, LayerNotFound):
+    if isinstance(error, LayerNotFound | VersionNotFound):
         return NOT_FOUND
     if isinstance(error, ProblemError | UnexpectedAnswer) and 400 <= error.status < 500:
         return REFUSED
@@ -212,8 +224,12 @@ def sentence(error: BatchNormError) -> str:
 def _in_terms_of_options(error: BatchNormError, text: str) -> str:
     """The service's text in terms of this command: it mentions HTTP headers and calls."""
     match error:
-        case LayerNotFound() | PayloadTooLarge():
+        case LayerNotFound() | VersionNotFound() | PayloadTooLarge():
             return text.partition(";")[0]
+        case LayerPinned():
+            return f"{text.partition(';')[0]}; --with-pins deletes them, too"
+        case DigestMismatch():
+            return f"{text} than --expect: {error.fields.get('expected')}"
         case Unauthenticated():
             return f"{text.partition(':')[0]}; give one with --token-file, --token or BATCHNORM_CLIENT_TOKEN"
         case VersionMismatch():

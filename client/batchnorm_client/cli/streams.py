@@ -15,7 +15,19 @@ import typer
 
 from batchnorm_client.cli.data import Batches, progress, written
 from batchnorm_client.cli.output import Json, print_json, say
-from batchnorm_client.cli.service import PATIENT, REFUSED, USAGE, Name, Service, calling, count, fail, with_service
+from batchnorm_client.cli.service import (
+    PATIENT,
+    REFUSED,
+    USAGE,
+    At,
+    Expect,
+    Name,
+    Service,
+    calling,
+    count,
+    fail,
+    with_service,
+)
 from batchnorm_client.wire.documents import Layer
 from batchnorm_client.wire.errors import (
     BatchNormError,
@@ -110,10 +122,10 @@ def _explained(run: str = "", counts: Mapping[str, int] | None = None, total: in
         raise
 
 
-def _look(name: str, service: Service) -> Layer:
+def _look(name: str, service: Service, at: str | None = None, expect: str | None = None) -> Layer:
     """The layer before a long run; fails at once if it cannot be read."""
     with calling(service) as client:
-        return client.layer(name).inspect()
+        return client.layer(name, at=at, expect=expect).inspect()
 
 
 @with_service
@@ -123,6 +135,8 @@ def evaluate(
     out: Annotated[Path, typer.Argument(metavar="OUT.npy", help="The output file; written when it is complete.")],
     batch_size: Size = 256,
     dtype: Cast = None,
+    at: At = None,
+    expect: Expect = None,
     *,
     service: Service,
     json: Json = False,
@@ -132,14 +146,14 @@ def evaluate(
     if out.exists() and out.samefile(data):
         fail(f"{out} is the file that is read; give the output another name", USAGE)
     versions: list[int] = []
-    _look(name, service)
+    _look(name, service, at, expect)
     with (
         calling(service, PATIENT) as client,
         _explained(),
         written(out) as part,
         progress(name, len(batches)) as advance,
     ):
-        layer = client.layer(name)
+        layer = client.layer(name, at=at, expect=expect)
         target = np.lib.format.open_memmap(part, "w+", batches.dtype, batches.array.shape)
         for place, batch in batches:
             result = layer.eval(batch)

@@ -8,6 +8,7 @@
     model = convert_batchnorm(model, client, prefix="resnet.")      # or every BatchNorm of a model
     ...                                                             # or compute="local": only moments are sent
     copied = snapshot(model)                                        # torch's modules, with the service's present state
+    digests = pin(model, "ckpt-100k")                               # keep the present state of every layer
     model = revert(model)                                           # back to nn.BatchNorm*, with the service's state
 
 Importing this package imports torch; `batchnorm_client` itself does not.
@@ -16,6 +17,7 @@ Importing this package imports torch; `batchnorm_client` itself does not.
 from batchnorm_client.torch.batchnorms import RemoteBatchNorm1d, RemoteBatchNorm2d, RemoteBatchNorm3d
 from batchnorm_client.torch.convert import convert_batchnorm, flush
 from batchnorm_client.torch.modules import RemoteBatchNorm
+from batchnorm_client.torch.pins import pin
 from batchnorm_client.torch.plain import revert, snapshot
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "RemoteBatchNorm3d",
     "convert_batchnorm",
     "flush",
+    "pin",
     "revert",
     "snapshot",
 ]

@@ -15,7 +15,8 @@ from batchnorm_client.kernels.state import LocalState
 from batchnorm_client.results import BatchStatistics
 from batchnorm_client.torch.autograd import normalize, normalize_shard
 from batchnorm_client.torch.groups import Compute, Group, GroupStep
-from batchnorm_client.torch.running import RemoteRunningStatistics, parameters_of
+from batchnorm_client.torch.kept import check_fits
+from batchnorm_client.torch.running import RemoteRunningStatistics, parameters_of, tensors_of
 
 
 class RemoteBatchNorm(RemoteRunningStatistics):
@@ -46,6 +47,13 @@ class RemoteBatchNorm(RemoteRunningStatistics):
     backward passes in train mode, have equal weight and bias, and sum their gradients (which are sums over shards).
     If a member fails, the others get `GroupIncomplete`.
 
+    **With `at` or `expect`** the module is frozen, as torchvision's `FrozenBatchNorm2d`: in train and in eval mode it
+    normalizes with the running statistics, weight, bias and eps of that kept state, and it never changes the layer.
+    Gradients flow to the input. Weight and bias do not require gradients, and a module whose weight, bias or options
+    were changed nevertheless raises ValueError instead of evaluating another state. `load_state_dict` accepts the
+    tensors of this state only. From its construction on, the module also insists on the state's digest; with
+    `compute="local"` it then makes no calls.
+
     Args:
         num_features: C.
         eps: added to the variance; more than 0.
@@ -64,16 +72,20 @@ class RemoteBatchNorm(RemoteRunningStatistics):
         group: id of a run of several processes that share their batches, such as a job's id; a new one for each run.
         group_size: the number of processes.
         group_timeout: seconds to wait for the others; 30 by default.
+        at: a kept version, or the tag of a pin, to evaluate; the layer is only read.
+        expect: the digest that this state, or without `at` the newest one, must have; the layer is only read.
 
     Attributes:
         client: as given.
         layer: the layer's handle.
+        is_frozen: whether the module evaluates a kept state.
 
     Raises:
         LayerExists: the layer exists, and was created with another config.
         InvalidRequest: `name` or an argument is not valid.
-        ValueError: `compute` or `dtype` is unknown, the layer has a bias and this module should have none, or only one
-            of `group` and `group_size` is given.
+        ValueError: `compute` or `dtype` is unknown, the layer has a bias and this module should have none, only one
+            of `group` and `group_size` is given, or a group beside `at`; the kept state does not fit the module.
+        VersionNotFound, DigestMismatch: there is no such state, or it has another digest than `expect`.
         BatchNormError: also at any later use, as `RemoteLayer`'s methods raise it.
     """
 
@@ -97,8 +109,13 @@ class RemoteBatchNorm(RemoteRunningStatistics):
         group: str | None = None,
         group_size: int | None = None,
         group_timeout: float | None = None,
+        at: int | str | None = None,
+        expect: str | None = None,
     ) -> None:
         shared = Group.of(group, group_size, group_timeout)
+        frozen = at is not None or expect is not None
+        if frozen and shared:
+            raise ValueError("a module that evaluates a kept state has no group")
         if compute not in get_args(Compute):
             raise ValueError(f"compute must be 'remote' or 'local', not {compute!r}")
         dtype = dtype or torch.get_default_dtype()
@@ -107,15 +124,30 @@ class RemoteBatchNorm(RemoteRunningStatistics):
         super().__init__(num_features, eps, momentum, affine, False, device, dtype, **without_bias(not bias))
         self._forget_buffers()
         self.compute = compute
+        self.is_frozen = frozen
         self._pending = None
         self.track_running_stats = self._tracks = track_running_stats
         self.client = client
         self.state_dtype, self._device = dtype, torch.device("cpu" if device is None else device)
         self._known: dict[str, Any] = {}  # what the service has, as this module last sent or read it
         options = layer_options(self, self._dimensions, tracks=track_running_stats, dtype=dtype, non_finite=non_finite)
-        self.layer = client.create_layer(name, num_features, **options)
+        if frozen:
+            kept = client.layer(name, at=at, expect=expect).inspect()
+            check_fits(kept, num_features, options)
+            self.layer = client.layer(name, at=at, expect=kept.digest)
+            self.freeze_parameters()
+        else:
+            self.layer = client.create_layer(name, num_features, **options)
         self._shared = None if shared is None else GroupStep(self.layer, shared, 0, compute)
         self.pull()
+
+    def freeze_parameters(self) -> None:
+        """Make optimizers leave weight and bias as they are, until `revert`."""
+        own = dict(self.named_parameters(recurse=False))
+        self.trainable = [name for name, parameter in own.items() if parameter.requires_grad]
+        for parameter in own.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
 
     @property
     def name(self) -> str:
@@ -125,7 +157,11 @@ class RemoteBatchNorm(RemoteRunningStatistics):
     def extra_repr(self) -> str:
         """torch's representation, and the layer's name."""
         torchs = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{torchs}, name={self.name!r}"
+        return f"{torchs}, name={self.name!r}{'' if self.layer.at is None else f', at={self.layer.at!r}'}"
+
+    @property
+    def _trains(self) -> bool:
+        return self.training and not self.is_frozen
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """Normalize a batch: in train mode with its own statistics, which are folded; in eval with the running ones.
@@ -145,20 +181,20 @@ class RemoteBatchNorm(RemoteRunningStatistics):
             ShapeMismatch, DtypeMismatch, NonFinite, PayloadTooLarge: as `RemoteLayer.train` and `eval`.
         """
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        own = self.training or not self._tracks
-        shared = self._shared if self.training else None
+        own = self._trains or not self._tracks
+        shared = self._shared if self._trains else None
         if own and not shared and input.size(1) and input.numel() == input.size(1):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
         if self.weight is not None and self.weight.device != input.device:
             # The backward pass would raise, but after the batch was counted.
             raise RuntimeError(f"the input is on {input.device}, weight and bias are on {self.weight.device}")
-        if input.numel() == 0 and not self.training:
+        if input.numel() == 0 and not self._trains:
             return self._empty(input)
         if shared:
             self._shared = shared.next()
             self.push()
             return normalize_shard(shared, input, self.weight, self.bias)
-        if self.training and self.compute == "local":
+        if self._trains and self.compute == "local":
             self._send(self._options())
         else:
             self.push()
@@ -166,18 +202,18 @@ class RemoteBatchNorm(RemoteRunningStatistics):
 
     def _normalize(self, x: Tensor, statistics: bool) -> tuple[Tensor, BatchStatistics[Tensor] | None]:
         output, found = self._local(x, statistics) if self.compute == "local" else self._remote(x, statistics)
-        if found and not self.affine and not (self._tracks and (self.track_running_stats or not self.training)):
+        if found and not self.affine and not (self._tracks and (self.track_running_stats or not self._trains)):
             # With a half-precision input and no float32 tensor, torch's statistics are in half precision, too.
             found = BatchStatistics(*(tensor.to(x.dtype) for tensor in (found.mean, found.var, found.invstd)))
         return output, found
 
     def _remote(self, x: Tensor, statistics: bool) -> tuple[Tensor, BatchStatistics[Tensor] | None]:
-        call = self.layer.train if self.training else self.layer.eval
+        call = self.layer.train if self._trains else self.layer.eval
         result = call(x, statistics=statistics)
         return result.output, result.statistics
 
     def _local(self, x: Tensor, statistics: bool) -> tuple[Tensor, BatchStatistics[Tensor] | None]:
-        if not self.training:
+        if not self._trains:
             result = self.layer.eval_local(x, statistics=statistics)
             return result.output, result.statistics
         tracks = self._tracks and self.track_running_stats
@@ -215,6 +251,11 @@ class RemoteBatchNorm(RemoteRunningStatistics):
 
     def _send(self, mine: dict[str, Any]) -> None:
         changes = self._changes(mine)
+        if changes and self.is_frozen:
+            raise ValueError(
+                f"{', '.join(changes)} of this module changed, which evaluates a kept state of layer {self.name!r}; "
+                "pull() takes back the change, revert(model) makes modules that can be trained"
+            )
         if changes:
             known, self._known = self._known, {}  # until it is certain what the service has
             self.layer.update(**cast(LayerChanges, changes))
@@ -253,8 +294,17 @@ class RemoteBatchNorm(RemoteRunningStatistics):
 
         Raises:
             TypeError: weight or bias were converted to another dtype.
+            ValueError: the module is frozen, and this is not its state; weight and bias are restored.
         """
         parameters = self._parameters_to_send()
+        if self.is_frozen:
+            kept = tensors_of(self.pull())
+            given = state | parameters
+            if differ := [name for name, value in given.items() if not _same(kept[name], value)]:
+                raise ValueError(
+                    f"{', '.join(differ)} are not those of the state that this module evaluates, {self.layer!r}"
+                )
+            return
         if not state and not parameters:
             return
         self.flush()

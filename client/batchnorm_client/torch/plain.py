@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 import torch
@@ -12,7 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm_client import Layer
 from batchnorm_client.torch.batchnorms import REMOTE
+from batchnorm_client.torch.kept import read_kept
 from batchnorm_client.torch.modules import RemoteBatchNorm, without_bias
+from batchnorm_client.torch.origin import Origin
 from batchnorm_client.torch.running import RUNNING, parameters_of, tensors_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -25,7 +27,8 @@ def revert(module: M) -> M: ...
 def revert(module: nn.Module) -> nn.Module:
     """Undo `convert_batchnorm`: replace remote modules by torch's own, with the service's state.
 
-    Weight and bias that changed since they were last sent are sent first. Layers stay in the service.
+    Weight and bias that changed since they were last sent are sent first. Layers stay in the service. Frozen modules
+    give back their kept state, and weight and bias require gradients again if they did before.
 
     Args:
         module: the model; changed in place. Parameters stay the same objects.
@@ -45,10 +48,10 @@ def revert(module: nn.Module) -> nn.Module:
 
 
 @overload
-def snapshot(module: RemoteBatchNorm) -> _BatchNorm: ...
+def snapshot(module: RemoteBatchNorm, *, at: str | None = None) -> _BatchNorm: ...
 @overload
-def snapshot(module: M) -> M: ...
-def snapshot(module: nn.Module) -> nn.Module:
+def snapshot(module: M, *, at: str | None = None) -> M: ...
+def snapshot(module: nn.Module, *, at: str | None = None) -> nn.Module:
     """A deep copy of a model with torch's own modules and the present state, independent of the service.
 
     For code that copies or pickles models: target networks (DQN, SAC), moving averages of weights (torch's
@@ -60,16 +63,24 @@ def snapshot(module: nn.Module) -> nn.Module:
     eval mode, `requires_grad` and modules or parameters that occur twice are kept. As with `copy.deepcopy`, gradients
     are not copied; neither are hooks on remote modules.
 
+    The copy's `state_dict()` says where its statistics come from: `_metadata`, which torch saves and loads with it, has
+    "layer" and "digest" for each of these modules, and "tag" if a pinned state was read (see `Origin`).
+
     Args:
         module: the model; it need not have remote modules.
+        at: a tag: copy the states that were pinned with it, with their weight and bias, instead of the present ones.
 
     Raises:
         ValueError: a layer was given a bias, and the module was made with `bias=False`.
+        VersionNotFound: layers have no pin `at`; all of them are named.
     """
     memo: dict[int, Any] = {}
     remotes = _remotes(module)
-    for remote in remotes:
-        memo[id(remote)] = _copied(remote, memo)  # copy.deepcopy uses what is in the memo
+    kept: Sequence[Layer | None] = [None] * len(remotes)
+    if at is not None:
+        kept = read_kept([remote.client.layer(remote.name, at=at) for remote in remotes])
+    for remote, layer in zip(remotes, kept, strict=True):
+        memo[id(remote)] = _copied(remote, layer, at, memo)  # copy.deepcopy uses what is in the memo
     copied = copy.deepcopy(module, memo)
     for pending in {remote._pending for remote in remotes if remote._pending is not None}:
         for found in copied.modules():
@@ -92,13 +103,19 @@ def _remotes(module: nn.Module) -> list[RemoteBatchNorm]:
 
 def _reverted(remote: RemoteBatchNorm) -> _BatchNorm:
     remote.push()
-    return _torch_module(remote, remote.pull())
+    local = _torch_module(remote, remote.pull())
+    if remote.is_frozen:
+        for name in remote.trainable:
+            local.get_parameter(name).requires_grad_(True)
+    return local
 
 
-def _copied(remote: RemoteBatchNorm, memo: dict[int, Any]) -> _BatchNorm:
-    remote.flush()
-    unsent = remote.unsent()
-    layer = remote.layer.inspect()
+def _copied(remote: RemoteBatchNorm, kept: Layer | None, tag: str | None, memo: dict[int, Any]) -> _BatchNorm:
+    unsent: dict[str, Any] = {}
+    if kept is None:
+        remote.flush()
+        unsent = remote.unsent()
+    layer = kept or remote.layer.inspect()
     values = parameters_of(layer, remote) | unsent
     local = copy.deepcopy(_torch_module(remote, layer), memo)
     with torch.no_grad():
@@ -106,6 +123,9 @@ def _copied(remote: RemoteBatchNorm, memo: dict[int, Any]) -> _BatchNorm:
             parameter.copy_(values[name])
     local.eps, local.momentum = unsent.get("eps", local.eps), unsent.get("momentum", local.momentum)
     local.track_running_stats = unsent.get("track_running_stats", local.track_running_stats)
+    if tag is None and isinstance(remote.layer.at, str):
+        tag = remote.layer.at
+    Origin.of(layer, tag, local).attach(local)
     return local
 
 
