@@ -26,8 +26,8 @@ def run(*arguments, **variables):
     )
 
 
-def train(url, key):
-    answer = httpx.post(f"{url}/v1/layers/bn/train", json=BATCH, headers={"Idempotency-Key": key}, timeout=60)
+def train(http, url, key):
+    answer = http.post(f"{url}/v1/layers/bn/train", json=BATCH, headers={"Idempotency-Key": key})
     answer.raise_for_status()
     return answer
 
@@ -47,12 +47,13 @@ class Trainer(threading.Thread):
         self.first = threading.Event()
 
     def run(self):
-        for number in itertools.count(1):
-            if self._ended.is_set():
-                return
-            train(self._url, f"batch-{number}")
-            self.acknowledged = number
-            self.first.set()
+        with httpx.Client(timeout=60) as http:
+            for number in itertools.count(1):
+                if self._ended.is_set():
+                    return
+                train(http, self._url, f"batch-{number}")
+                self.acknowledged = number
+                self.first.set()
 
     def stop(self):
         self._ended.set()
@@ -60,9 +61,9 @@ class Trainer(threading.Thread):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_running_service_is_backed_up_and_restored(start, store, tmp_path, workers):
+def test_a_running_service_is_backed_up_and_restored(start, http, store, tmp_path, workers):
     service = start("--store", store, "--workers", str(workers))
-    httpx.put(f"{service.url}/v1/layers/bn", json={"num_features": 2}).raise_for_status()
+    http.put(f"{service.url}/v1/layers/bn", json={"num_features": 2}).raise_for_status()
     trainer = Trainer(service.url)
     trainer.start()
     assert trainer.first.wait(60)
@@ -75,7 +76,7 @@ def test_a_running_service_is_backed_up_and_restored(start, store, tmp_path, wor
     in_use = run("restore", file, "--store", store, "--overwrite")
     assert in_use.returncode == 1
     assert "is in use by another process; stop the service first" in in_use.stderr
-    assert train(service.url, "one-more").json()["num_batches_tracked"] == trainer.acknowledged + 1
+    assert train(http, service.url, "one-more").json()["num_batches_tracked"] == trainer.acknowledged + 1
     assert service.stop() == 0
 
     kept = run("restore", file, "--store", store)
@@ -84,18 +85,18 @@ def test_a_running_service_is_backed_up_and_restored(start, store, tmp_path, wor
     done = run("restore", file, "--store", store, "--overwrite")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{file}: restored\n", "")
     service = start("--store", store)
-    count = httpx.get(f"{service.url}/v1/layers/bn").json()["num_batches_tracked"]
+    count = http.get(f"{service.url}/v1/layers/bn").json()["num_batches_tracked"]
     assert before <= count <= after + 1
-    again = train(service.url, f"batch-{count}")
+    again = train(http, service.url, f"batch-{count}")
     assert (again.headers["Idempotent-Replay"], again.json()["num_batches_tracked"]) == ("true", count)
-    assert "Idempotent-Replay" not in train(service.url, f"batch-{count + 1}").headers
+    assert "Idempotent-Replay" not in train(http, service.url, f"batch-{count + 1}").headers
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_damaged_file_is_not_served_but_restored(start, store, tmp_path, workers):
+def test_a_damaged_file_is_not_served_but_restored(start, http, store, tmp_path, workers):
     service = start("--store", store)
-    for number in range(200):
-        httpx.put(f"{service.url}/v1/layers/bn{number}", json={"num_features": 2}).raise_for_status()
+    for number in range(50):
+        http.put(f"{service.url}/v1/layers/bn{number}", json={"num_features": 2}).raise_for_status()
     assert service.stop() == 0
     path, file = tmp_path / "layers.db", tmp_path / "backup.db"
     assert run("backup", file, "--store", store).returncode == 0
@@ -112,12 +113,12 @@ def test_a_damaged_file_is_not_served_but_restored(start, store, tmp_path, worke
     assert "is damaged" in again.stderr
     assert run("restore", file, "--store", store, "--overwrite").returncode == 0
     service = start("--store", store)
-    assert len(httpx.get(f"{service.url}/v1/layers?limit=1000").json()["layers"]) == 200
+    assert len(http.get(f"{service.url}/v1/layers?limit=1000").json()["layers"]) == 50
 
 
-def test_a_service_that_stops_ends_a_backup_with_an_error_or_complete(start, store, tmp_path):
+def test_a_service_that_stops_ends_a_backup_with_an_error_or_complete(start, http, store, tmp_path):
     service = start("--store", store)
-    httpx.put(f"{service.url}/v1/layers/bn", json={"num_features": 2}).raise_for_status()
+    http.put(f"{service.url}/v1/layers/bn", json={"num_features": 2}).raise_for_status()
     file = tmp_path / "backup.db"
     backup = subprocess.Popen(
         [sys.executable, "-m", "batchnorm_service", "backup", str(file), "--store", store],

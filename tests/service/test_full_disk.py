@@ -4,7 +4,6 @@ import contextlib
 import signal
 import subprocess
 
-import httpx
 import pytest
 
 BATCH = {"input": [[1.0, 2.0], [3.0, 5.0]]}
@@ -36,56 +35,56 @@ def fill(directory):
     return filler
 
 
-def train(url, key):
-    return httpx.post(f"{url}/v1/layers/bn/train", json=BATCH, headers={"Idempotency-Key": key}, timeout=60)
+def train(http, url, key):
+    return http.post(f"{url}/v1/layers/bn/train", json=BATCH, headers={"Idempotency-Key": key})
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_full_disk_refuses_batches_and_loses_none(start, small_disk, workers):
+def test_a_full_disk_refuses_batches_and_loses_none(start, http, small_disk, workers):
     store = f"sqlite:///{small_disk}/layers.db"
     variables = {"BATCHNORM_STORE_TIMEOUT_SECONDS": "0.2"}
     service = start("--store", store, "--workers", workers, **variables)
     url = service.url
-    httpx.put(f"{url}/v1/layers/bn", json={"num_features": 2}).raise_for_status()
+    http.put(f"{url}/v1/layers/bn", json={"num_features": 2}).raise_for_status()
     for number in range(10):
-        assert train(url, f"before-{number}").status_code == 200
+        assert train(http, url, f"before-{number}").status_code == 200
     filler = fill(small_disk)
-    statuses = [train(url, f"full-{number}").status_code for number in range(8)]
+    statuses = [train(http, url, f"full-{number}").status_code for number in range(8)]
     assert set(statuses) <= {200, 503}, "the log has some room"
     assert statuses[-1] == 503
-    refused = train(url, "refused")
+    refused = train(http, url, "refused")
     assert refused.status_code == 503
     assert refused.json()["type"] == "/problems/store-unavailable"
     assert "Retry-After" in refused.headers
-    assert httpx.put(f"{url}/v1/layers/new", json={"num_features": 100_000}, timeout=60).status_code == 503
-    layer = httpx.get(f"{url}/v1/layers/bn").json()
+    assert http.put(f"{url}/v1/layers/new", json={"num_features": 100_000}).status_code == 503
+    layer = http.get(f"{url}/v1/layers/bn").json()
     assert layer["num_batches_tracked"] == 10 + statuses.count(200)
-    assert httpx.post(f"{url}/v1/layers/bn/eval", json=BATCH, timeout=60).status_code == 200, "reads go on"
+    assert http.post(f"{url}/v1/layers/bn/eval", json=BATCH).status_code == 200, "reads go on"
     filler.unlink()
     for number, status in enumerate(statuses):
-        again = train(url, f"full-{number}")
+        again = train(http, url, f"full-{number}")
         assert again.status_code == 200
         assert ("Idempotent-Replay" in again.headers) == (status == 200)
-    assert train(url, "refused").json()["num_batches_tracked"] == 19
-    expected = httpx.get(f"{url}/v1/layers/bn").json()
+    assert train(http, url, "refused").json()["num_batches_tracked"] == 19
+    expected = http.get(f"{url}/v1/layers/bn").json()
     service.stop(signal.SIGKILL if workers == "1" else signal.SIGTERM)
     url = start("--store", store, **variables).url
-    assert httpx.get(f"{url}/v1/layers/bn").json() == expected
-    assert httpx.get(f"{url}/v1/layers/new").status_code == 404
+    assert http.get(f"{url}/v1/layers/bn").json() == expected
+    assert http.get(f"{url}/v1/layers/new").status_code == 404
 
 
-def test_a_service_that_is_killed_with_a_full_disk_starts_again(start, small_disk):
+def test_a_service_that_is_killed_with_a_full_disk_starts_again(start, http, small_disk):
     store = f"sqlite:///{small_disk}/layers.db"
     variables = {"BATCHNORM_STORE_TIMEOUT_SECONDS": "0.2"}
     service = start("--store", store, **variables)
-    httpx.put(f"{service.url}/v1/layers/bn", json={"num_features": 2}).raise_for_status()
+    http.put(f"{service.url}/v1/layers/bn", json={"num_features": 2}).raise_for_status()
     for number in range(10):
-        assert train(service.url, f"before-{number}").status_code == 200
+        assert train(http, service.url, f"before-{number}").status_code == 200
     filler = fill(small_disk)
-    acknowledged = [train(service.url, f"full-{number}").status_code for number in range(8)].count(200)
+    acknowledged = [train(http, service.url, f"full-{number}").status_code for number in range(8)].count(200)
     assert acknowledged < 8
     service.stop(signal.SIGKILL)
     filler.unlink()
     url = start("--store", store, **variables).url
-    count = httpx.get(f"{url}/v1/layers/bn").json()["num_batches_tracked"]
+    count = http.get(f"{url}/v1/layers/bn").json()["num_batches_tracked"]
     assert count == 10 + acknowledged
