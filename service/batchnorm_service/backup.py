@@ -18,6 +18,7 @@ from batchnorm_service.settings import Settings
 from batchnorm_service.store.base import Store, StoreDamagedError, StoreError, StoreRefusedError
 from batchnorm_service.store.sqlite.backup_socket import request_backup
 from batchnorm_service.store.sqlite.copies import check_backup, copy_file, flush, is_backup, is_damage
+from batchnorm_service.store.sqlite.file import SCHEMA_VERSION
 from batchnorm_service.store.sqlite.store import SqliteStore
 from batchnorm_service.transfer import ProgressCallback, Report, migrate, store_to_move
 
@@ -75,7 +76,8 @@ def restore(settings: Settings, file: Path, progress: ProgressCallback, *, overw
         StoreRefusedError: the backup or the store cannot be used, or the store exists.
         StoreError: it failed; an SQLite store is as it was before.
     """
-    check_backup(file)
+    if (version := check_backup(file)) > SCHEMA_VERSION:
+        raise StoreRefusedError(f"{file} has schema version {version}, and this release knows {SCHEMA_VERSION}")
     store = store_to_move(settings.store, settings, target=True)
     if not isinstance(store, SqliteStore):
         return asyncio.run(_restore_layers(file, store, progress, overwrite=overwrite))

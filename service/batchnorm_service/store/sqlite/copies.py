@@ -72,8 +72,8 @@ def check(connection: sqlite3.Connection, path: Path) -> None:
         raise damaged(path, " ".join(str(rows[0][0]).split()))
 
 
-def check_backup(path: Path) -> None:
-    """Check a file that is to be restored.
+def check_backup(path: Path) -> int:
+    """Check a file that is to be restored. Returns its schema version.
 
     Raises:
         StoreDamagedError: it is damaged.
@@ -87,10 +87,12 @@ def check_backup(path: Path) -> None:
             if application != APPLICATION_ID:
                 raise StoreRefusedError(f"{path} is not a file of this service")
             check(connection, path)
+            version: int = connection.execute("PRAGMA user_version").fetchone()[0]
     except sqlite3.Error as error:
         if is_damage(error):
             raise damaged(path, str(error)) from error
         raise StoreRefusedError(f"{path} cannot be read: {error}") from error
+    return version
 
 
 def _read_only(path: Path) -> str:
