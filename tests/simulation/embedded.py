@@ -114,7 +114,7 @@ class _Connection:
         reply = _done(work(self._server.table))
         after = self._server.table._records.get(name)
         written = tuple(receipts) if isinstance(reply, Committed) else ()
-        self._done.append((name, before, after, written))
+        self._done.append((name, before, after, written, self._server.pins(name)))
         self.total_changes += 1
         return reply
 
@@ -135,11 +135,11 @@ class _Connection:
     def _note(self) -> None:
         """The transaction is durable."""
         at = self._server.now()
-        for name, before, after, written in self._done:
+        for name, before, after, written, pins in self._done:
             if after is not before or written:
                 self._server.log.append(Applied(at, name, before, after, written))
                 self._noted.append(self._server.note(name, after))
-            if (unpinned := self._server.note_pins(name)) is not None:
+            if (unpinned := self._server.note_pins(name, pins)) is not None:
                 self._noted.append(unpinned)
         self._done = []
 

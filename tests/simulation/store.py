@@ -153,7 +153,7 @@ class Server:
         before = self.table._records.get(name)
         reply = await work(self.table)
         after = self.table._records.get(name)
-        unpinned = self.note_pins(name)
+        unpinned = self.note_pins(name, self.pins(name))
         overtaken: Newest | None = None
         written = tuple(receipts) if isinstance(reply, Committed) else ()
         if after is not before or written:
@@ -197,9 +197,9 @@ class Server:
         found = {} if record is None else self.table._pins.get(record.stamp.incarnation, {})
         return {tag: pin.version for tag, pin in found.items()}
 
-    def note_pins(self, name: str) -> Pinned | None:
-        """The layer may have other pins now; returns those before, if they are others."""
-        known, versions = self.pinned.setdefault(name, [Pinned({}, 0.0)]), self.pins(name)
+    def note_pins(self, name: str, versions: Mapping[str, int]) -> Pinned | None:
+        """The layer has these pins now; returns those before, if they are others."""
+        known = self.pinned.setdefault(name, [Pinned({}, 0.0)])
         if known[-1].versions == versions:
             return None
         known.append(Pinned(versions, self.now()))
@@ -214,7 +214,7 @@ class Server:
                 one.until = min(one.until, self.now())
             self.note(name, self.table._records.get(name))
         for name in self.pinned:
-            if (lost := self.note_pins(name)) is not None:
+            if (lost := self.note_pins(name, self.pins(name))) is not None:
                 lost.until = min(lost.until, self.now())
         del self.log[kept.applied :]
         self._crashes += 1
