@@ -120,7 +120,7 @@ class _Transport:
     def is_closing(self) -> bool:
         return False
 
-    def set_write_buffer_limits(self, high: int) -> None:
+    def set_write_buffer_limits(self, high: int, low: int) -> None:
         """What is written has left at once."""
 
     def get_extra_info(self, _name: str, default: Any = None) -> Any:
