@@ -72,9 +72,9 @@ class Bench:
             self._servers[name] = self.running(opponent(name))
         return self._servers[name]
 
-    def own_service(self, file: str) -> Server:
+    def own_service(self, file: str, **variables: str) -> Server:
         """Another service, over a file of its own."""
-        return self.running(service(f"sqlite:///{self.directory}/{file}.db"))
+        return self.running(service(f"sqlite:///{self.directory}/{file}.db", **variables))
 
     def running(self, server: Server) -> Server:
         """The server, which is stopped at the end."""

@@ -27,6 +27,7 @@ from batchnorm_service.fast_path.protocol import Protocol
 from batchnorm_service.layers import records
 from batchnorm_service.server import uvicorn_config
 from batchnorm_service.settings import Settings
+from batchnorm_service.telemetry.requests import RequestMetrics
 from benchmarks import bodies, cores
 
 _ROUNDS, _CALLS = 60, 200
@@ -34,7 +35,7 @@ _ROUNDS, _CALLS = 60, 200
 
 async def steps(directory: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     """The steps by name, each ready to be called again and again."""
-    settings = Settings(store=f"sqlite:///{directory}/layers.db")
+    settings = Settings(store=f"sqlite:///{directory}/layers.db", metrics=True)
     gateway = create_app(settings)
     async with gateway.app.router.lifespan_context(gateway.app):
         layers = gateway.app.state.layers
@@ -50,6 +51,8 @@ async def steps(directory: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         await layers.batches.eval("bench", lambda _: {"input": wire})
         held = records.decode(await gateway.app.state.store.load("bench"))
         batch = tensors.to_torch(wire)
+        reports = RequestMetrics(gateway.app.state.metrics).of("POST", "/v1/layers/{name}/eval")
+        reported = None, 0.0003, len(body), len(body)
         output, step = normalize.eval_step(held.state, batch), normalize.train_step(held.state, batch)
         folded = dataclasses.replace(held, state=running_statistics.fold(held.state, step.moments))
 
@@ -69,6 +72,7 @@ async def steps(directory: Path) -> Iterator[tuple[str, Callable[[], object]]]:
                 "train step": lambda: normalize.train_step(held.state, batch),
                 "fold": lambda: running_statistics.fold(held.state, step.moments),
                 "encode the record": lambda: records.record(folded),
+                "report a request to the metrics": lambda: reports.report(*reported),
             }.items()
         )
 
@@ -116,7 +120,7 @@ class _Transport:
     def is_closing(self) -> bool:
         return False
 
-    def set_write_buffer_limits(self, high: int) -> None:
+    def set_write_buffer_limits(self, high: int, low: int) -> None:
         """What is written has left at once."""
 
     def get_extra_info(self, _name: str, default: Any = None) -> Any:

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+import asyncio
+import platform
 import sys
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Final
 
 import torch
 from fastapi import FastAPI
 from pydantic import SecretStr
 
+from batchnorm_service import __version__
 from batchnorm_service.layers import Layers, LayersOptions
 from batchnorm_service.rest import ApiOptions, Gateway, build_api
+from batchnorm_service.rest.application import routes
 from batchnorm_service.rest.security import Guard
 from batchnorm_service.settings import Settings
 from batchnorm_service.store.base import Store
+from batchnorm_service.store.measured import measured
 from batchnorm_service.store.registry import store_from_url
+from batchnorm_service.telemetry import Metrics
 from batchnorm_service.tokens import TokenFile, create_file
 
+_GAUGES_SECONDS: Final = 1.0
 
-def create_app(settings: Settings | None = None, store: Store | None = None) -> Gateway:
+
+def create_app(
+    settings: Settings | None = None, store: Store | None = None, metrics_directory: Path | None = None
+) -> Gateway:
     """The service as an ASGI application. Its lifespan opens the store and the layers, and closes them.
 
     Args:
         settings: by default, read from the environment.
         store: a store that is not open yet; by default, the one that `settings.store` names.
+        metrics_directory: where the processes of the service share their metrics; None if this is the only one.
 
     Raises:
         StoreRefusedError: `settings.store` is invalid.
@@ -35,8 +47,9 @@ def create_app(settings: Settings | None = None, store: Store | None = None) -> 
     guard = make_guard(settings)
     store = store or make_store(settings)
     torch.set_num_threads(settings.threads)
+    metrics = _metrics(metrics_directory) if settings.metrics else None
     layers = Layers(
-        store,
+        measured(store, metrics) if metrics else store,
         LayersOptions(
             device=settings.device,
             max_layers=settings.max_layers,
@@ -49,6 +62,7 @@ def create_app(settings: Settings | None = None, store: Store | None = None) -> 
             history_seconds=settings.history_seconds,
             max_pins=settings.max_pins,
         ),
+        metrics=metrics,
     )
 
     @asynccontextmanager
@@ -57,7 +71,8 @@ def create_app(settings: Settings | None = None, store: Store | None = None) -> 
         try:
             await layers.open()
             try:
-                yield
+                async with _reading_gauges(metrics if metrics_directory else None):
+                    yield
             finally:
                 await layers.close()
         finally:
@@ -76,9 +91,36 @@ def create_app(settings: Settings | None = None, store: Store | None = None) -> 
             guard=guard,
         ),
         lifespan,
+        metrics,
     )
     gateway.app.state.settings, gateway.app.state.store = settings, store
     return gateway
+
+
+def _metrics(directory: Path | None) -> Metrics:
+    build = {"version": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    return Metrics({"route": routes(), **{label: (value,) for label, value in build.items()}}, directory)
+
+
+@asynccontextmanager
+async def _reading_gauges(metrics: Metrics | None) -> AsyncGenerator[None]:
+    """Read the gauges regularly, for the other processes: Prometheus asks any of them."""
+
+    async def read_regularly(metrics: Metrics) -> None:
+        while True:
+            metrics.read_gauges()
+            await asyncio.sleep(_GAUGES_SECONDS)
+
+    if metrics is None:
+        yield
+        return
+    task = asyncio.create_task(read_regularly(metrics))
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
 
 
 def make_store(settings: Settings) -> Store:

@@ -153,6 +153,9 @@ class Settings(BaseSettings):
     fast_path: bool = True
     """Whether train, eval, inverse, backward and moments are served without ASGI."""
 
+    metrics: bool = True
+    """Whether `/metrics` has metrics for Prometheus, and calls are counted."""
+
     shutdown_seconds: int = Field(30, ge=0)
     """How long a shutdown waits for running requests."""
 

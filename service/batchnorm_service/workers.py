@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
@@ -53,15 +55,17 @@ def run_workers(settings: Settings, announce: Announce) -> None:
         try:
             if not isinstance(store, SqliteStore):
                 runner.run(store.close())
-            _supervise(settings, store, announce)
+            with tempfile.TemporaryDirectory(prefix="batchnorm-metrics-") as directory:
+                _supervise(settings, store, announce, Path(directory))
         finally:
             runner.run(store.close())
 
 
-def _supervise(settings: Settings, store: Store, announce: Announce) -> None:
+def _supervise(settings: Settings, store: Store, announce: Announce, metrics_directory: Path) -> None:
     files = store.files.ids if isinstance(store, SqliteStore) else ()
     with listen(settings.host, settings.port) as listener:
-        config = uvicorn_config(settings, partial(worker, files), factory=True, lifespan="on", workers=settings.workers)
+        app = partial(worker, files, metrics_directory)
+        config = uvicorn_config(settings, app, factory=True, lifespan="on", workers=settings.workers)
         url = address(settings, listener)
         supervisor = Supervisor(
             config, [listener], lambda: announce(url, settings, store.url), partial(_is_lost, store)
@@ -159,13 +163,13 @@ class Supervisor(Multiprocess):
         self.should_exit.set()
 
 
-def worker(files: FileIds) -> Gateway:
+def worker(files: FileIds, metrics_directory: Path) -> Gateway:
     """Create the application of one worker; an SQLite store must have these files."""
     settings = Settings()
     configure_logging(settings)
     store = make_store(settings)
     if isinstance(store, SqliteStore):
         store.files.expected = files
-    gateway = create_app(settings, store)
+    gateway = create_app(settings, store, metrics_directory)
     settle_memory()
     return gateway

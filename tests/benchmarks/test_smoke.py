@@ -20,7 +20,7 @@ def test_every_row_is_measured():
     )
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert len(rows) == 1 + 14, done.stdout  # the head, and every row but those of the peers
+    assert len(rows) == 1 + 15, done.stdout  # the head, and every row but those of the peers
 
 
 def test_the_steps_of_a_call_are_measured():
@@ -28,7 +28,7 @@ def test_the_steps_of_a_call_are_measured():
         [sys.executable, "-m", "benchmarks.steps", "1"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(" µs  ") == 8
+    assert done.stdout.count(" µs  ") == 9
 
 
 def may_look_into_other_processes():

@@ -42,7 +42,7 @@ client = Client()
 
 
 def test_the_page_has_each_kind_of_extension() -> None:
-    assert {"A tensor form", "A store", "An endpoint", "A kind of statistics"} <= SECTIONS.keys()
+    assert {"A tensor form", "A store", "An endpoint", "A kind of statistics", "A metric"} <= SECTIONS.keys()
 
 
 @pytest.mark.parametrize("section", SECTIONS)

@@ -19,6 +19,8 @@ from batchnorm_service.layers import Layers, cache
 from batchnorm_service.layers.compute import ComputeExecutor
 from batchnorm_service.runtime import RUNTIME
 from batchnorm_service.store.memory import MemoryStore
+from batchnorm_service.telemetry import NoMetrics
+from batchnorm_service.telemetry.layers import LayerMetrics
 from layers.conftest import CONFIG, batch, evaluate, serving, train
 
 pytestmark = pytest.mark.anyio
@@ -60,7 +62,7 @@ async def test_only_the_slot_that_was_used_is_dropped_by_its_name(monkeypatch: p
         entries = layers._cache
         with entries.use("a"):
             other = entries._entries["a"] = cache.CacheEntry(
-                "a", MemoryStore(), layers._options, RUNTIME, lambda _: None
+                "a", MemoryStore(), layers._options, RUNTIME, LayerMetrics(NoMetrics()), lambda _: None
             )
         assert entries.get("a") is other
 

@@ -33,6 +33,7 @@ CALLS = {
     "/v1/moments": {"post"},
     "/": {"get"},
     "/healthz": {"get"},
+    "/metrics": {"get"},
     "/readyz": {"get"},
     "/problems": {"get"},
     "/problems/{problem}": {"get"},

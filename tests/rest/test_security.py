@@ -64,6 +64,7 @@ OPEN = {
     "/docs/swagger-ui-bundle.js": 200,
     "/docs/swagger-ui.css": 200,
     "/healthz": 200,
+    "/metrics": 200,
     "/openapi.json": 200,
     "/problems": 200,
     "/problems/{problem}": 404,  # there is none of the name that is asked for below

@@ -93,7 +93,9 @@ def a_retry_has_a_new_key(patch: Patch) -> None:
 
 
 def an_unknown_outcome_is_taken_for_success(patch: Patch) -> None:
-    async def hopeful(self: UpdateQueue, expected: Any, new: Any, receipts: Any, deadline: float, keep: int = 0) -> Any:
+    async def hopeful(
+        self: UpdateQueue, update: Any, expected: Any, new: Any, receipts: Any, deadline: float, keep: int = 0
+    ) -> Any:
         try:
             return await self._store.commit(self._cached.name, expected, new, receipts, keep)
         except StoreError:
@@ -103,7 +105,9 @@ def an_unknown_outcome_is_taken_for_success(patch: Patch) -> None:
 
 
 def an_unknown_outcome_is_folded_anew(patch: Patch) -> None:
-    async def commit(self: UpdateQueue, expected: Any, new: Any, receipts: Any, deadline: float, keep: int = 0) -> Any:
+    async def commit(
+        self: UpdateQueue, update: Any, expected: Any, new: Any, receipts: Any, deadline: float, keep: int = 0
+    ) -> Any:
         tries = 0
         while True:
             try:

@@ -8,12 +8,13 @@ import pytest
 
 from batchnorm_service.store.base import Store
 from store import valkey_servers
-from store.harness import MemoryTable, Sabotaged, SimulatedTable, SqliteTable, Table, ValkeyTable
+from store.harness import MeasuredTable, MemoryTable, Sabotaged, SimulatedTable, SqliteTable, Table, ValkeyTable
 
 Fixture = Callable[[str], Any]
 TABLES: dict[str, Callable[[Fixture], Table]] = {
     "memory": lambda _: MemoryTable(exclusive=True),
     "memory-shared": lambda _: MemoryTable(exclusive=False),
+    "memory-measured": lambda _: MeasuredTable(),
     "simulated": lambda _: SimulatedTable(),
     "sqlite": lambda fixture: SqliteTable(fixture("tmp_path") / "layers.db", exclusive=True),
     "sqlite-shared": lambda fixture: SqliteTable(fixture("tmp_path") / "layers.db", exclusive=False),

@@ -19,9 +19,11 @@ from typing import Any
 
 from batchnorm_service.runtime import RUNTIME, Runtime
 from batchnorm_service.store.base import Exists, Full, Receipt, Record, Store
+from batchnorm_service.store.measured import measured
 from batchnorm_service.store.memory import MemoryStore
 from batchnorm_service.store.sqlite.store import SqliteStore
 from batchnorm_service.store.valkey.store import ValkeyStore
+from batchnorm_service.telemetry import NoMetrics
 from simulation.faults import Faults
 from simulation.store import Server as SimulatedServer
 from simulation.store import SimulatedStore
@@ -102,6 +104,16 @@ class MemoryTable(Table):
 
     def forward(self, seconds: float) -> None:
         self._clock.now += seconds
+
+
+class MeasuredTable(MemoryTable):
+    """A store whose operations are reported to metrics."""
+
+    def __init__(self) -> None:
+        super().__init__(exclusive=False)
+
+    def store(self) -> Store:
+        return measured(super().store(), NoMetrics())
 
 
 class SimulatedTable(Table):

@@ -180,6 +180,7 @@ class FastPathCycle:
         """The client disconnected: release the body. A call that has started continues."""
         if self.reading:
             self.abandon()
+            self._gateway.disconnected(self._target)
 
     def _receive_part(self, piece: bytes) -> None:
         if self._buffer is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from array import array
 from http import HTTPStatus
@@ -13,7 +14,9 @@ from batchnorm_client.wire.errors import MalformedBody, PayloadTooLarge, Problem
 from batchnorm_client.wire.headers import REQUEST_ID
 from batchnorm_service.fast_path.cycle import FastPathProtocol
 from batchnorm_service.fast_path.trailers import MAX_HEAD_BYTES, HeadTooLargeError
+from batchnorm_service.rest import Gateway
 from batchnorm_service.rest.problems import respond_problem
+from batchnorm_service.telemetry.metrics import OTHER
 
 LINGER_SECONDS: Final = 1.0
 
@@ -133,6 +136,8 @@ class Protocol(FastPathProtocol):
             return
         self._refused, self._incoming = True, None
         data = _refusal_bytes(problem)
+        if isinstance(self.app, Gateway):
+            self.app.reports.report(OTHER, None, problem.name, time.perf_counter(), 0, 0)
         cycle = self.cycle
         waits = cycle is not None and not cycle.response_complete
         if self._receiving and not self._in_head:  # the refused request has a cycle, which is the newest

@@ -9,6 +9,7 @@ from typing import Self
 
 from ..runtime import Runtime
 from ..store.base import Store
+from ..telemetry.layers import LayerMetrics
 from .cached_state import CachedState
 from .groups import Groups
 from .kept_states import KeptStates
@@ -27,17 +28,24 @@ class CacheEntry:
         store: the store of its record.
         options: limits of its queue and of its staleness.
         runtime: clock, random numbers, tasks.
+        metrics: what is reported of it.
         unused: called when the last user leaves the entry of a name that has no layer.
     """
 
     def __init__(
-        self, name: str, store: Store, options: LayersOptions, runtime: Runtime, unused: Callable[[CacheEntry], object]
+        self,
+        name: str,
+        store: Store,
+        options: LayersOptions,
+        runtime: Runtime,
+        metrics: LayerMetrics,
+        unused: Callable[[CacheEntry], object],
     ) -> None:
         self._unused = unused
-        self.cached = CachedState(name, store, options.max_staleness, runtime)
+        self.cached = CachedState(name, store, options.max_staleness, runtime, metrics)
         self.kept = KeptStates(name, store)
-        self.queue = UpdateQueue(self.cached, self.kept, store, options, runtime)
-        self.groups = Groups(name, store, self.queue, runtime)
+        self.queue = UpdateQueue(self.cached, self.kept, store, options, runtime, metrics)
+        self.groups = Groups(name, store, self.queue, runtime, metrics)
         self.users = 0
 
     def __enter__(self) -> Self:
@@ -58,10 +66,12 @@ class CacheEntry:
 class LayerCache:
     """All cached layers, by name."""
 
-    def __init__(self, store: Store, options: LayersOptions, runtime: Runtime) -> None:
+    def __init__(self, store: Store, options: LayersOptions, runtime: Runtime, metrics: LayerMetrics) -> None:
         self._store = store
         self._runtime = runtime
         self._options = options
+        self._metrics = metrics
+        self._report_hit = metrics.hits.add
         self._entries: OrderedDict[str, CacheEntry] = OrderedDict()
 
     def __len__(self) -> int:
@@ -80,7 +90,10 @@ class LayerCache:
     def trusted(self, name: str) -> CommittedLayer | None:
         """The layer's newest committed state, if it is known without checking the store."""
         entry = self.get(name)
-        return None if entry is None else entry.cached.trusted
+        layer = None if entry is None else entry.cached.trusted
+        if layer is not None:
+            self._report_hit()
+        return layer
 
     def use(self, name: str) -> CacheEntry:
         """The entry of a layer. It is not evicted while in use, since a layer must not have two queues.
@@ -89,7 +102,9 @@ class LayerCache:
         """
         entry = self._entries.get(name)
         if entry is None:
-            entry = self._entries[name] = CacheEntry(name, self._store, self._options, self._runtime, self._forget)
+            entry = self._entries[name] = CacheEntry(
+                name, self._store, self._options, self._runtime, self._metrics, self._forget
+            )
             self._evict(entry)
         else:
             self._entries.move_to_end(name)

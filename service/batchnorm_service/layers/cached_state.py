@@ -8,6 +8,7 @@ from batchnorm_client.wire.errors import LayerNotFound, StoreUnavailable
 
 from ..runtime import Runtime
 from ..store.base import Missing, Stamp, Store, StoreError, Unchanged
+from ..telemetry.layers import LayerMetrics
 from .records import CommittedLayer, decode
 from .shared_check import SharedCheck
 
@@ -20,7 +21,7 @@ class CachedState:
         layer: the last known committed state; None if not loaded, or after a commit with an unknown outcome.
     """
 
-    def __init__(self, name: str, store: Store, max_staleness: float, runtime: Runtime) -> None:
+    def __init__(self, name: str, store: Store, max_staleness: float, runtime: Runtime, metrics: LayerMetrics) -> None:
         self._runtime = runtime
         self.name = name
         self.layer: CommittedLayer | None = None
@@ -29,6 +30,7 @@ class CachedState:
         self._checked = -math.inf  # start of the last check of the store that confirmed or loaded `layer`
         self._changes = 0
         self._check = SharedCheck(self._load, runtime)
+        self._metrics = metrics
 
     @property
     def idle(self) -> bool:
@@ -47,7 +49,7 @@ class CachedState:
             LayerNotFound: there is no such layer.
             StoreUnavailable: the store does not answer.
         """
-        return self.layer or await self._check()
+        return self._hit(self.layer) or await self._checked_state()
 
     async def fresh(self) -> CommittedLayer:
         """The newest committed state: it includes every update acknowledged before this call.
@@ -58,7 +60,7 @@ class CachedState:
             LayerNotFound: there is no such layer.
             StoreUnavailable: the store does not answer.
         """
-        return self.trusted or await self._check()
+        return self._hit(self.trusted) or await self._checked_state()
 
     @property
     def trusted(self) -> CommittedLayer | None:
@@ -68,6 +70,15 @@ class CachedState:
         ):
             return self.layer
         return None
+
+    def _hit(self, layer: CommittedLayer | None) -> CommittedLayer | None:
+        if layer is not None:
+            self._metrics.hits.add()
+        return layer
+
+    async def _checked_state(self) -> CommittedLayer:
+        self._metrics.misses.add()
+        return await self._check()
 
     async def _load(self) -> CommittedLayer:
         cached, changes, began = self.layer, self._changes, self._runtime.now()

@@ -23,6 +23,7 @@ from batchnorm_client.wire.errors import (
 
 from ..runtime import Runtime
 from ..store.base import GroupStatus, Missing, Shard, Store, StoreError
+from ..telemetry.layers import LayerMetrics
 from .group_result import GroupResult
 from .idempotency import IdempotencyToken, group_token
 from .update_queue import UpdateQueue
@@ -105,11 +106,12 @@ class Operation(Protocol[T]):
 class Groups:
     """The groups of one layer."""
 
-    def __init__(self, name: str, store: Store, queue: UpdateQueue, runtime: Runtime) -> None:
+    def __init__(self, name: str, store: Store, queue: UpdateQueue, runtime: Runtime, metrics: LayerMetrics) -> None:
         self._runtime = runtime
         self._name = name
         self._store = store
         self._queue = queue
+        self._metrics = metrics
         self._notifiers: dict[bytes, _Notifier] = {}
 
     async def join(self, call: GroupCall, member: IdempotencyToken, part: T, operation: Operation[T]) -> Outcome[T]:
@@ -185,10 +187,12 @@ class Groups:
     def _listening(self, name: IdempotencyToken) -> Iterator[_Notifier]:
         notifier = self._notifiers.setdefault(name.key, _Notifier())
         notifier.listeners += 1
+        self._metrics.waiting_in_groups += 1
         try:
             yield notifier
         finally:
             notifier.listeners -= 1
+            self._metrics.waiting_in_groups -= 1
             if notifier.listeners == 0:
                 del self._notifiers[name.key]
 

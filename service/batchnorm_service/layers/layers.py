@@ -15,6 +15,9 @@ from batchnorm_client.wire.errors import LayerExists, ProblemError, StoreUnavail
 from ..engine import state, state_dict
 from ..runtime import RUNTIME, Runtime
 from ..store.base import Exists, Full, Store, StoreError
+from ..telemetry import NoMetrics, Reporter
+from ..telemetry.layers import LayerMetrics
+from ..telemetry.metrics import RESIDENT_LAYERS
 from . import records
 from .batches import Batches, Read
 from .cache import CacheEntry, LayerCache
@@ -37,14 +40,22 @@ class Layers:
         history: kept states and pins.
     """
 
-    def __init__(self, store: Store, options: LayersOptions | None = None, runtime: Runtime = RUNTIME) -> None:
+    def __init__(
+        self,
+        store: Store,
+        options: LayersOptions | None = None,
+        runtime: Runtime = RUNTIME,
+        metrics: Reporter | None = None,
+    ) -> None:
         self._store = store
         self._runtime = runtime
         self._options = options or LayersOptions()
         self._executor = ComputeExecutor(self._options.device, self._options.inline_bytes, runtime)
-        self._cache = LayerCache(store, self._options, runtime)
+        self._cache = LayerCache(store, self._options, runtime, LayerMetrics(metrics or NoMetrics()))
         self.batches: Final = Batches(self._cache, self._executor, runtime)
         self.history: Final = History(store, self._cache, self._executor, self._options, runtime)
+        if metrics:
+            metrics.gauge(RESIDENT_LAYERS, self._cache.__len__)
 
     async def open(self) -> None:
         """Check that the default device is available. Raises `DeviceUnavailable`."""

@@ -24,6 +24,7 @@ from ..store.base import (
     StoreError,
     StoreLostError,
 )
+from ..telemetry.layers import LayerMetrics, Update
 from .cached_state import CachedState, layer_not_found
 from .contention import ContentionBackoff
 from .group_commit import make_plan
@@ -49,7 +50,13 @@ class UpdateQueue:
     """
 
     def __init__(
-        self, cached: CachedState, kept: KeptStates, store: Store, options: LayersOptions, runtime: Runtime
+        self,
+        cached: CachedState,
+        kept: KeptStates,
+        store: Store,
+        options: LayersOptions,
+        runtime: Runtime,
+        metrics: LayerMetrics,
     ) -> None:
         self._cached = cached
         self._kept = kept
@@ -61,6 +68,7 @@ class UpdateQueue:
         self._backoff = ContentionBackoff()
         self._waiting: deque[Queued] = deque()
         self._task: asyncio.Task[None] | None = None
+        self._metrics = metrics
 
     @property
     def idle(self) -> bool:
@@ -82,6 +90,7 @@ class UpdateQueue:
                 retry_after=1,
             )
         self._waiting.append(queued)
+        self._metrics.queued += 1
         if self._task is None:
             self._task = self._runtime.create_task(self._drain())
         return await queued.future
@@ -145,13 +154,17 @@ class UpdateQueue:
 
     def _take(self) -> list[Queued]:
         """The updates of the next commit: all folds at the head of the queue, or one update of another kind."""
-        return self._take_folds() or [self._waiting.popleft()]
+        return self._take_folds() or [self._pop()]
 
     def _take_folds(self) -> list[Queued]:
         taken: list[Queued] = []
         while self._waiting and isinstance(self._waiting[0], Fold):
-            taken.append(self._waiting.popleft())
+            taken.append(self._pop())
         return taken
+
+    def _pop(self) -> Queued:
+        self._metrics.queued -= 1
+        return self._waiting.popleft()
 
     async def _process(self, taken: list[Queued]) -> None:
         match taken[0]:
@@ -174,11 +187,13 @@ class UpdateQueue:
                 await self._refuse(waiting, error)
             if not plan.folds:
                 return
-            outcome = await self._commit(layer.stamp, plan.record, plan.receipts, deadline, plan.keep)
+            outcome = await self._commit("folds", layer.stamp, plan.record, plan.receipts, deadline, plan.keep)
             self._backoff.record_duration(self._runtime.now() - began)
             match outcome:
                 case Committed(contenders):
                     self._cached.set(plan.layer)
+                    if plan.record is not None:
+                        self._metrics.folded(len(plan.folds))
                     plan.settle()
                     committed = plan.layer.stamp
                     del plan, folds  # frees the batches before the pause
@@ -251,7 +266,7 @@ class UpdateQueue:
             state = change.apply(layer.state)
             new, keep = self._retention.next(self._runtime, layer, state, change.operation, frequent=change.frequent)
             receipt = change.token.receipt(new.stamp.version, new.state.num_batches_tracked)
-            match await self._commit(layer.stamp, record(new), [receipt], deadline, keep):
+            match await self._commit("change", layer.stamp, record(new), [receipt], deadline, keep):
                 case Committed():
                     self._cached.set(new)
                     settle(change, Done(new, receipt.version, receipt.batch, replayed=False))
@@ -278,7 +293,7 @@ class UpdateQueue:
             if layer.stamp.incarnation != note.incarnation:
                 raise layer_not_found(self._cached.name)
             receipt = note.token.receipt(layer.stamp.version, layer.state.num_batches_tracked, note.payload)
-            match await self._commit(layer.stamp, None, [receipt], deadline):
+            match await self._commit("receipt", layer.stamp, None, [receipt], deadline):
                 case Committed():
                     settle(note, Done(layer, receipt.version, receipt.batch, replayed=False))
                     return
@@ -315,13 +330,23 @@ class UpdateQueue:
                     raise self._gone()
 
     async def _commit(
-        self, expected: Stamp, new: Record | None, receipts: Sequence[Receipt], deadline: float, keep: int = 0
+        self,
+        update: Update,
+        expected: Stamp,
+        new: Record | None,
+        receipts: Sequence[Receipt],
+        deadline: float,
+        keep: int = 0,
     ) -> Committed | Conflict | Missing | Duplicates:
         """Commit; after an unknown outcome, commit the same again, which the receipts make idempotent."""
         name = self._cached.name
         outcome, repeated = await self._retry(lambda: self._store.commit(name, expected, new, receipts, keep), deadline)
         if repeated and isinstance(outcome, Duplicates) and set(outcome.receipts) == set(receipts):
-            return Committed()
+            outcome = Committed()
+        if isinstance(outcome, Committed):
+            self._metrics.committed(update, len(receipts))
+        elif isinstance(outcome, Conflict):
+            self._metrics.conflicted(update)
         return outcome
 
     async def _retry(self, call: Callable[[], Awaitable[T]], deadline: float) -> tuple[T, bool]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -17,6 +17,8 @@ from starlette.requests import Request
 from batchnorm_client.wire.errors import MethodNotAllowed, ProblemError
 from batchnorm_service import __version__
 from batchnorm_service.layers import Layers
+from batchnorm_service.telemetry import Metrics
+from batchnorm_service.telemetry.metrics import DISCONNECTED, OTHER
 
 from .bodies import ClientGoneError
 from .documents import invalid_request
@@ -28,6 +30,7 @@ from .history import router as history_routes
 from .layer_request import Endpoint
 from .layers import read_layer
 from .layers import router as layer_routes
+from .metrics import router as metrics_routes
 from .moments import MomentsEndpoint
 from .moments import router as moments_routes
 from .normalize import NormalizeEndpoints
@@ -48,6 +51,7 @@ ROUTERS: Final = (
     moments_routes,
     history_routes,
     health_routes,
+    metrics_routes,
     page_routes,
 )
 """All routers. Add a new route to the router of its module, and a new router to this tuple.
@@ -82,9 +86,9 @@ class ApiOptions:
     guard: Guard = field(default_factory=Guard)
 
 
-def build_api(layers: Layers, options: ApiOptions, lifespan: Lifespan) -> Gateway:
+def build_api(layers: Layers, options: ApiOptions, lifespan: Lifespan, metrics: Metrics | None = None) -> Gateway:
     """The ASGI application over `layers`."""
-    return build_gateway(build_app(lifespan), layers, options)
+    return build_gateway(build_app(lifespan), layers, options, metrics)
 
 
 def build_app(lifespan: Lifespan) -> FastAPI:
@@ -113,8 +117,8 @@ def build_app(lifespan: Lifespan) -> FastAPI:
     return app
 
 
-def build_gateway(app: FastAPI, layers: Layers, options: ApiOptions) -> Gateway:
-    """The gateway around `app`, whose routes then call `layers`."""
+def build_gateway(app: FastAPI, layers: Layers, options: ApiOptions, metrics: Metrics | None = None) -> Gateway:
+    """The gateway around `app`, whose routes then call `layers`, and which reports to `metrics`."""
     normalize_endpoints = NormalizeEndpoints(layers, options.max_body_bytes, options.max_elements)
     endpoints: dict[tuple[str, str], Endpoint] = {
         ("GET", ""): partial(read_layer, layers),
@@ -124,7 +128,7 @@ def build_gateway(app: FastAPI, layers: Layers, options: ApiOptions) -> Gateway:
         ("POST", "backward"): GradientEndpoint(layers, options.max_body_bytes, options.max_elements).backward,
         ("POST", "moments"): MomentsEndpoint(layers, options.max_body_bytes).fold,
     }
-    app.state.layers, app.state.options, app.state.endpoints = layers, options, endpoints
+    app.state.layers, app.state.options, app.state.endpoints, app.state.metrics = layers, options, endpoints, metrics
     transfers = Transfers(
         options.read_timeout, options.write_timeout, options.max_buffered_bytes, options.max_body_bytes
     )
@@ -137,6 +141,8 @@ def build_gateway(app: FastAPI, layers: Layers, options: ApiOptions) -> Gateway:
         max_body_bytes=options.max_body_bytes,
         max_concurrent_requests=options.max_concurrent_requests,
         fast_path=options.fast_path,
+        metrics=metrics,
+        route_of=route_of,
     )
 
 
@@ -146,23 +152,37 @@ async def _handle_error(request: Request, error: Exception) -> Response:
     elif isinstance(error, RequestValidationError):
         # The first part of pydantic's `loc` is the kind of parameter ("query", "header"); problems give the name only.
         error = invalid_request([each | {"loc": each["loc"][1:]} for each in error.errors()])
-    return respond_problem(error, request.scope["path"], request.state.request_id)
+    response = respond_problem(error, request.scope["path"], request.state.request_id)
+    request.state.outcome = response.problem
+    return response
 
 
-async def _handle_client_gone(_request: Request, _error: Exception) -> Response:
+async def _handle_client_gone(request: Request, _error: Exception) -> Response:
+    request.state.outcome = DISCONNECTED
     return respond_empty(400)  # never sent: the connection is closed
+
+
+def route_of(path: str) -> str:
+    """The template of the route with this path, such as `/v1/layers/{name}`, or `other`."""
+    return next((route.path for route in _routes(path)), OTHER)
+
+
+def routes() -> list[str]:
+    """Everything that `route_of` returns."""
+    return [*{route.path: None for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)}, OTHER]
+
+
+def _routes(path: str) -> Iterator[APIRoute]:
+    for router in ROUTERS:
+        for route in router.routes:
+            if isinstance(route, APIRoute) and route.path_regex.fullmatch(path):
+                yield route
 
 
 def _method_not_allowed(request: Request) -> MethodNotAllowed:
     """The problem for a wrong method, listing the methods of all routes of this path (starlette lists the first's)."""
     path = request.scope["path"]
-    methods = {
-        method
-        for router in ROUTERS
-        for route in router.routes
-        if isinstance(route, APIRoute) and route.path_regex.fullmatch(path)
-        for method in route.methods or ()
-    }
+    methods = {method for route in _routes(path) for method in route.methods or ()}
     if "GET" in methods:
         methods.add("HEAD")
     allowed = sorted(methods)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Final
 
@@ -20,12 +20,15 @@ from starlette.types import Scope as AsgiScope
 from batchnorm_client.wire.errors import Overloaded, ProblemError, StoreUnavailable
 from batchnorm_client.wire.headers import REQUEST_ID
 from batchnorm_client.wire.names import check_layer_name
+from batchnorm_service.telemetry import Metrics
+from batchnorm_service.telemetry.metrics import BUFFERED_BYTES, DISCONNECTED, OTHER, RUNNING_CALLS, STATUS_CLASSES
 from batchnorm_service.tokens import Grant, Scope
 
 from .bodies import ClientGoneError
 from .headers import Headers, read_headers, request_id
 from .layer_request import Endpoint, LayerRequest
 from .problems import respond_problem
+from .reports import RequestReports
 from .responses import JOIN_BYTES, RawHeader, Response
 from .security import Guard, Rules, WrongTokenError, check_layer
 from .target import MAX_CACHED_BYTES, Target, read_target, target_of
@@ -54,11 +57,14 @@ class Gateway:
         max_concurrent_requests: further calls are refused while this many run. A call runs from the end of its request
             body until its response is ready to be sent.
         fast_path: whether endpoints may be called without ASGI.
+        metrics: None if they are off.
+        route_of: the template of a path that FastAPI routes.
 
     Attributes:
         app: the wrapped FastAPI application.
         guard: as above.
         transfers: as above.
+        reports: where every response is reported.
         running: how many calls run now.
     """
 
@@ -73,6 +79,8 @@ class Gateway:
         max_body_bytes: int,
         max_concurrent_requests: int,
         fast_path: bool,
+        metrics: Metrics | None = None,
+        route_of: Callable[[str], str] = lambda _path: OTHER,
     ) -> None:
         self.app = app
         self.transfers = transfers
@@ -83,6 +91,11 @@ class Gateway:
         self._rules = rules
         self._max_concurrent_requests = max_concurrent_requests
         self.running = 0
+        self.reports = RequestReports(metrics, endpoints, route_of)
+        self._posts = self.reports.posts
+        if metrics:
+            metrics.gauge(RUNNING_CALLS, lambda: self.running)
+            metrics.gauge(BUFFERED_BYTES, lambda: transfers.buffered)
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Respond to one request, or run the application's lifespan."""
@@ -90,8 +103,8 @@ class Gateway:
             await self.app(scope, receive, send)
             return
         headers, target, method = read_headers(scope["headers"]), read_target(scope), scope["method"]
-        context = _RequestContext(headers)
         accounting = _RequestAccounting(self, receive, send, counted=target.versioned)
+        context = _RequestContext(self, method, target, headers, accounting)
         try:
             try:
                 grant = self._admit(target, headers, method)
@@ -106,17 +119,18 @@ class Gateway:
                 await context.send_response(await endpoint(request), accounting.send)
             else:
                 inner = _inner(scope, target, headers, context.request_id, grant)
-                await self.app(inner, accounting.receive, context.completing(accounting.send))
+                await self.app(inner, accounting.receive, context.completing(accounting.send, inner["state"]))
         except ClientGoneError:
+            context.report(DISCONNECTED, 0)
             log.debug("request %s: the client disconnected", context.request_id)
         except asyncio.CancelledError:
-            await context.fail(_stopping(), target, send)
+            await context.fail(_stopping(), send)
             raise
         except Exception as error:
-            await context.fail(error, target, send)
+            await context.fail(error, send)
         finally:
             accounting.close()
-            context.log(method, target)
+            context.log()
 
     def fast_target(self, url: bytes) -> Target | None:
         """The target of a POST that the fast path can serve (an endpoint of a layer, no query string), or None."""
@@ -160,12 +174,25 @@ class Gateway:
             response = respond_problem(error, target.path, name)
         finally:
             self.leave()
-        return _completed(response, target, began, name)
+        return self._completed(response, target, began, name, len(request.received or b""))
 
     def refuse(self, problem: ProblemError, target: Target, headers: Headers) -> Response:
         """The response to a POST of the fast path that is refused before its body is complete."""
         name = request_id(headers)
-        return _completed(respond_problem(problem, target.path, name), target, time.perf_counter(), name)
+        return self._completed(respond_problem(problem, target.path, name), target, time.perf_counter(), name, 0)
+
+    def disconnected(self, target: Target) -> None:
+        """Count a POST of the fast path whose client disconnected before its body was complete."""
+        self.reports.report("POST", target, DISCONNECTED, time.perf_counter(), 0, 0)
+
+    def _completed(self, response: Response, target: Target, began: float, request_id: str, received: int) -> Response:
+        """Add the request id to a response of the fast path, whose requests have no Expect header; report it."""
+        response.raw_headers.append((_REQUEST_ID, request_id.encode()))
+        if (route := self._posts.get(target.call)) is not None:
+            route.report(response.problem, time.perf_counter() - began, received, response.size)
+        if log.isEnabledFor(logging.DEBUG):
+            _log_request("POST", target, response.status_code, began, request_id)
+        return response
 
     def _admit(self, target: Target, headers: Headers, method: str) -> Grant | None:
         grant = self.guard.authenticate(headers, target)
@@ -185,9 +212,13 @@ class _RequestAccounting:
 
     The call counts as running from the end of the body to the start of the response. Before that, the received part of
     the body counts as buffered; afterwards, the unsent part of the response.
+
+    Attributes:
+        began: when the call started to run, or the request to arrive, by `time.perf_counter`.
+        received: bytes of the body.
     """
 
-    __slots__ = ("_buffered", "_counted", "_gateway", "_receive", "_running", "_send")
+    __slots__ = ("_buffered", "_counted", "_gateway", "_receive", "_running", "_send", "began", "received")
 
     def __init__(self, gateway: Gateway, receive: Receive, send: Send, *, counted: bool) -> None:
         self._gateway = gateway
@@ -196,6 +227,8 @@ class _RequestAccounting:
         self._counted = counted
         self._running = False
         self._buffered = 0
+        self.began = time.perf_counter()
+        self.received = 0
 
     def enter(self) -> None:
         """The request was read completely: its call starts to run.
@@ -203,6 +236,7 @@ class _RequestAccounting:
         Raises:
             Overloaded: too many calls are running.
         """
+        self.began = time.perf_counter()
         if self._counted and not self._running:
             self._running = True
             self._gateway.enter()
@@ -210,8 +244,9 @@ class _RequestAccounting:
     async def receive(self) -> Message:
         message = await self._receive()
         if message["type"] == "http.request":
+            size = len(message.get("body", b""))
+            self.received += size
             if message.get("more_body", False):
-                size = len(message.get("body", b""))
                 self._gateway.transfers.receive(size)
                 self._buffered += size
             else:
@@ -248,38 +283,51 @@ class _RequestContext:
     Set `close` to close the connection after the response.
     """
 
-    def __init__(self, headers: Headers) -> None:
+    def __init__(
+        self, gateway: Gateway, method: str, target: Target, headers: Headers, accounting: _RequestAccounting
+    ) -> None:
         self.request_id = request_id(headers)
         self.status = 0
         self.close = False
+        self._reports = gateway.reports
+        self._method = method
+        self._target = target
+        self._accounting = accounting
         self._began = time.perf_counter()
         self._expects = b"expect" in headers
 
     async def send_response(self, response: Response, send: Send) -> None:
-        self._complete(response.status_code, response.raw_headers)
+        self._complete(response.status_code, response.raw_headers, response.outcome)
         await response({}, _no_receive, send)
 
-    def completing(self, send: Send) -> Send:
-        """An ASGI `send` that adds them to the responses of the wrapped application."""
+    def completing(self, send: Send, state: Mapping[str, Any]) -> Send:
+        """An ASGI `send` that adds them to the responses of the wrapped application, whose `request.state` this is."""
 
         async def complete(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = list(message["headers"])
-                self._complete(message["status"], message["headers"])
+                outcome = state.get("outcome") or STATUS_CLASSES[message["status"] // 100]
+                self._complete(message["status"], message["headers"], outcome)
             await send(message)
 
         return complete
 
-    async def fail(self, error: Exception, target: Target, send: Send) -> None:
+    async def fail(self, error: Exception, send: Send) -> None:
         """Respond with a problem document, unless a response has started."""
         if self.status == 0:
-            await self.send_response(respond_problem(error, target.path, self.request_id), send)
+            await self.send_response(respond_problem(error, self._target.path, self.request_id), send)
 
-    def log(self, method: str, target: Target) -> None:
-        _log_request(method, target, self.status, self._began, self.request_id)
+    def log(self) -> None:
+        if log.isEnabledFor(logging.DEBUG):
+            _log_request(self._method, self._target, self.status, self._began, self.request_id)
 
-    def _complete(self, status: int, headers: list[RawHeader]) -> None:
+    def report(self, outcome: str, sent: int) -> None:
+        began, received = self._accounting.began, self._accounting.received
+        self._reports.report(self._method, self._target, outcome, began, received, sent)
+
+    def _complete(self, status: int, headers: list[RawHeader], outcome: str) -> None:
         self.status = status
+        self.report(outcome, int(dict(headers).get(b"content-length", 0)))
         headers.append((_REQUEST_ID, self.request_id.encode()))
         if self.close:
             headers.append(_CLOSE)
@@ -289,17 +337,9 @@ class _RequestContext:
             headers.append(_CLOSE)
 
 
-def _completed(response: Response, target: Target, began: float, request_id: str) -> Response:
-    """Add the request id to a response of the fast path, whose requests have no Expect header, and log it."""
-    response.raw_headers.append((_REQUEST_ID, request_id.encode()))
-    _log_request("POST", target, response.status_code, began, request_id)
-    return response
-
-
 def _log_request(method: str, target: Target, status: int, began: float, request_id: str) -> None:
-    if log.isEnabledFor(logging.DEBUG):
-        milliseconds = (time.perf_counter() - began) * 1e3
-        log.debug("%s %s %d %.2f ms %s", method, target.path, status, milliseconds, request_id)
+    milliseconds = (time.perf_counter() - began) * 1e3
+    log.debug("%s %s %d %.2f ms %s", method, target.path, status, milliseconds, request_id)
 
 
 def _address(scope: AsgiScope) -> str:

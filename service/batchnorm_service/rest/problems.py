@@ -36,7 +36,9 @@ def respond_problem(error: Exception, path: str, request_id: str) -> Response:
     document = problem_document(error, path, request_id)
     problem = _problem(error, path)
     body = orjson.dumps(document, default=_to_json, option=_OPTIONS)
-    return Response(problem.status, PROBLEM_JSON, [body], _headers(problem))
+    response = Response(problem.status, PROBLEM_JSON, [body], _headers(problem))
+    response.problem = problem.name
+    return response
 
 
 def problem_document(error: Exception, path: str, request_id: str) -> dict[str, Any]:

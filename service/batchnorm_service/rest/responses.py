@@ -14,6 +14,7 @@ from batchnorm_client.wire.headers import DIGEST, IDEMPOTENT_REPLAY
 from batchnorm_client.wire.media_types import JSON
 from batchnorm_client.wire.tensors import Tensor, codec, json_pieces
 from batchnorm_service.layers import Layers, Snapshot
+from batchnorm_service.telemetry.metrics import STATUS_CLASSES
 
 from .preconditions import etag
 
@@ -32,7 +33,13 @@ JOIN_BYTES: Final = 1 << 16
 
 
 class Response(responses.Response):
-    """A response whose body is a list of buffers, for ASGI and the fast path."""
+    """A response whose body is a list of buffers, for ASGI and the fast path.
+
+    Attributes:
+        problem: the name of the problem type that it reports, if any.
+    """
+
+    problem: str | None = None
 
     def __init__(
         self, status: int, media_type: str | None, pieces: Sequence[Piece], headers: Iterable[RawHeader] = ()
@@ -48,6 +55,11 @@ class Response(responses.Response):
         if media_type is not None:
             self.raw_headers.append((b"content-type", media_type.encode()))
             self.raw_headers.append((b"content-length", b"%d" % self.size))
+
+    @property
+    def outcome(self) -> str:
+        """One of `telemetry.metrics.OUTCOMES`."""
+        return self.problem or STATUS_CLASSES[self.status_code // 100]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response as ASGI messages."""
