@@ -16,10 +16,11 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Final
 
+from batchnorm_service.runtime import Runtime
 from batchnorm_service.store.base import StoreError
 from batchnorm_service.store.sqlite.copies import CopyProgress
 
@@ -37,9 +38,13 @@ class BackupSocket:
     Args:
         path: of the database.
         copy: writes a copy to a new file, and reports its progress from another thread.
+        runtime: tasks and timeouts.
     """
 
-    def __init__(self, path: Path, copy: Callable[[Path, CopyProgress], Awaitable[None]]) -> None:
+    def __init__(
+        self, path: Path, copy: Callable[[Path, CopyProgress], Coroutine[Any, Any, None]], runtime: Runtime
+    ) -> None:
+        self._runtime = runtime
         self._path = path
         self._copy = copy
         self._server: asyncio.Server | None = None
@@ -74,7 +79,7 @@ class BackupSocket:
         try:
             if not _may_ask(writer.get_extra_info("socket")):
                 return
-            async with asyncio.timeout(_REQUEST_SECONDS):
+            async with self._runtime.timeout(_REQUEST_SECONDS):
                 target = Path(json.loads(await reader.readline())["target"])
             await self._back_up(target, reader, writer)
         except (OSError, ValueError, KeyError, TypeError):  # the other process has ended, or is not one of ours
@@ -96,8 +101,8 @@ class BackupSocket:
             writer.write(json.dumps(reply).encode() + b"\n")
             await writer.drain()
 
-        gone = asyncio.ensure_future(reader.read())
-        copying = asyncio.ensure_future(self._copy(target, note))
+        gone = self._runtime.create_task(reader.read())
+        copying = self._runtime.create_task(self._copy(target, note))
         try:
             while not (copying.done() or gone.done()):
                 await asyncio.wait({copying, gone}, timeout=_PROGRESS_SECONDS, return_when=asyncio.FIRST_COMPLETED)

@@ -87,7 +87,7 @@ class SqliteStore:
         self.files = SqliteFiles(self.path, Path(path).absolute(), shared=not exclusive, runtime=runtime)
         self._table = SqliteTable(receipt_seconds, runtime)
         self._check_bytes = check_bytes
-        self._backups = BackupSocket(self.path, self.copy)
+        self._backups = BackupSocket(self.path, self.copy, runtime)
         self._busy_seconds = 0.0 if exclusive else busy_seconds
         self._runtime = runtime
         self._thread: SqliteThread | None = None
