@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from random import Random
 from typing import Any
 
-from batchnorm_service.store.base import Committed, Receipt, StoreError
+from batchnorm_service.store.base import Committed, Receipt, Record, Stamp, StoreError
 from batchnorm_service.store.memory import MemoryStore
 from batchnorm_service.store.sqlite.table import Commit
 from batchnorm_service.store.sqlite.thread import Job, SqliteThread
@@ -38,14 +38,19 @@ class EmbeddedStore(SimulatedStore):
         super().__init__(server, random, faults, exclusive=True)
         self._runtime = runtime
         self._file = _Connection(server, random, faults, runtime)
-        self._thread = SqliteThread(lambda: self._file, self._commits, lambda *_: None, lambda _: None, runtime)  # type: ignore[arg-type, return-value]
+        self._thread: SqliteThread | None = None
 
     async def open(self) -> None:
         await self._server.table.open()
+        commits: Any = self._commits
+        connect: Any = lambda: self._file  # noqa: E731
+        self._thread = SqliteThread(connect, commits, lambda *_: None, lambda _: None, self._runtime)
         await asyncio.wrap_future(self._thread.start())
 
     async def close(self) -> None:
-        await asyncio.wrap_future(self._thread.stop())
+        if self._thread is not None:
+            thread, self._thread = self._thread, None
+            await asyncio.wrap_future(thread.stop())
 
     def kill(self) -> None:
         """The process is killed."""
@@ -53,18 +58,24 @@ class EmbeddedStore(SimulatedStore):
         self._runtime.kill_thread()
 
     async def _write(self, name: str, work: Work, receipts: Sequence[Receipt] = ()) -> Any:
-        return await self._thread.submit(Job(name, True, lambda _: self._file.run(name, work, receipts)))
+        return await self._submit(Job(name, True, lambda _: self._file.run(name, work, receipts)))
 
     async def _read(self, work: Work) -> Any:
-        return await self._thread.submit(Job(None, False, lambda _: _done(work(self._server.table))))
+        return await self._submit(Job(None, False, lambda _: _done(work(self._server.table))))
 
     async def load(self, name: str, unless: Any = None) -> Any:
         work: Any = lambda _: _done(self._server.table.load(name, unless))  # noqa: E731
-        return await self._thread.submit(Job(name, False, work))
+        return await self._submit(Job(name, False, work))
 
-    async def commit(self, *arguments: Any) -> Any:
-        name, expected, record, receipts, *keep = arguments
-        return await self._thread.submit(Job(name, True, Commit(name, expected, record, receipts, *keep)))
+    async def commit(
+        self, name: str, expected: Stamp, record: Record | None, receipts: Sequence[Receipt], keep: int = 0
+    ) -> Any:
+        return await self._submit(Job(name, True, Commit(name, expected, record, receipts, keep)))
+
+    async def _submit(self, job: Job[Any]) -> Any:
+        if self._thread is None:
+            raise StoreError("the store is not open")
+        return await self._thread.submit(job)
 
     def _commits(self, _: Any, commits: Sequence[Commit]) -> list[Any]:
         return [

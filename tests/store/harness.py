@@ -24,7 +24,9 @@ from batchnorm_service.store.memory import MemoryStore
 from batchnorm_service.store.sqlite.store import SqliteStore
 from batchnorm_service.store.valkey.store import ValkeyStore
 from batchnorm_service.telemetry import NoMetrics
+from simulation.embedded import EmbeddedStore
 from simulation.faults import Faults
+from simulation.runtimes import ServiceRuntime
 from simulation.store import Server as SimulatedServer
 from simulation.store import SimulatedStore
 from store.valkey_servers import Cluster, Server, flush, let_pass
@@ -117,16 +119,19 @@ class MeasuredTable(MemoryTable):
 
 
 class SimulatedTable(Table):
-    """The store of the simulated world, without its faults."""
+    """A store of the simulated world, without its faults."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, embedded: bool) -> None:
+        self.shared = not embedded
         self._clock = Clock()
         calm = {field.name: 0.0 for field in fields(Faults)} | {"latency": 1e-5}
         self._random, self._faults = Random(0), Faults(**calm)
         self._server = SimulatedServer(self._random, self._faults, RECEIPT_SECONDS, Clocks(wall=self._clock))
 
     def store(self) -> Store:
-        return SimulatedStore(self._server, self._random, self._faults)
+        if self.shared:
+            return SimulatedStore(self._server, self._random, self._faults)
+        return EmbeddedStore(self._server, self._random, self._faults, ServiceRuntime(self._random))
 
     def forward(self, seconds: float) -> None:
         self._clock.now += seconds
