@@ -9,7 +9,7 @@ from pathlib import Path
 
 from batchnorm_client.wire.documents import LayerConfig
 from batchnorm_service.engine.state import initial_state
-from batchnorm_service.layers.records import encode, now
+from batchnorm_service.layers.records import encode_new, now
 from batchnorm_service.runtime import RUNTIME
 from batchnorm_service.store.sqlite.store import SqliteStore
 from benchmarks.bench import Bench
@@ -48,8 +48,8 @@ def start(bench: Bench) -> Iterator[Row]:
 async def _fill(path: Path, count: int) -> None:
     store = SqliteStore(path)
     await store.open()
-    config, made = LayerConfig(num_features=64), now(RUNTIME)
-    data = encode(initial_state(config), config, made, made)
+    config = LayerConfig(num_features=64)
+    data = encode_new(initial_state(config), now(RUNTIME))
     for first in range(0, count, _AT_ONCE):
         names = map(_name, range(first, min(count, first + _AT_ONCE)))
         await asyncio.gather(*(store.create(name, data, count) for name in names))

@@ -26,7 +26,7 @@ def _refuses(expected: str) -> bool:
 
 
 def _links(page: Path) -> list[str]:
-    return re.findall(r"\]\(([^)#:]+)[^)]*\)", page.read_text())
+    return re.findall(r"\]\((?!https?:)([^)#:]+)[^)]*\)", page.read_text())
 
 
 def _snippets(page: Path) -> list[tuple[str, str]]:

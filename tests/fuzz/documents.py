@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from batchnorm_client.wire.documents import LayerConfig, LayerUpdate, ResetRequest
+from batchnorm_client.wire.documents import LayerConfig, LayerUpdate, PinRequest, ResetRequest, RollbackRequest
 from batchnorm_client.wire.errors import (
-    Forbidden,
     InvalidRequest,
     MalformedBody,
     NotAcceptable,
@@ -24,13 +23,16 @@ from batchnorm_service.rest import documents, headers, moments, negotiation, que
 from batchnorm_service.rest.preconditions import if_match, matches_none
 from batchnorm_service.rest.security import Guard, is_public
 from batchnorm_service.rest.target import read_target, target_of
+from batchnorm_service.tokens import Grant, Scope
 from fuzz.promises import BrokenPromiseError, Refused, attempt, replaced, same
 from fuzz.tensors import raw
 
-MODELS = (LayerConfig, LayerUpdate, ResetRequest)
+MODELS = (LayerConfig, LayerUpdate, ResetRequest, RollbackRequest, PinRequest)
 QUERIES = (
     queries.NoQuery,
-    queries.NormalizeQuery,
+    queries.StateQuery,
+    queries.ExpectQuery,
+    queries.EvalQuery,
     queries.MomentsQuery,
     queries.TrainQuery,
     queries.BackwardQuery,
@@ -154,13 +156,15 @@ def _check_accept(accept: bytes, offered: tuple[str, ...]) -> None:
 
 
 def _check_guard(given: bytes, url: bytes) -> None:
-    """Who has no token is let through to public paths only, and with the read token only to read."""
+    """Who has no token is let through to public paths only."""
     target = read_target({"raw_path": url or b"/", "path": "/"})
     guard = Guard(token="all", read_token="look")
-    for method in ("GET", "POST"):
-        found = attempt(guard.check, {b"authorization": given}, method, target, refusals=(Unauthenticated, Forbidden))
-        scheme, _, token = given.partition(b" ")
-        known = token.strip() if scheme.lower() == b"bearer" else b""
-        reads = method == "GET" or target.call == "eval"
-        allowed = is_public(target.path) or known == b"all" or (known == b"look" and reads)
-        same(found is None, allowed, f"whether {method} is allowed")
+    found = attempt(guard.authenticate, {b"authorization": given}, target, refusals=(Unauthenticated,))
+    scheme, _, token = given.partition(b" ")
+    known = token.strip(b" ") if scheme.lower() == b"bearer" else b""
+    if is_public(target.path) and not target.versioned:
+        same(found, None, "what a public path asks for")
+    elif (scope := {b"all": Scope.ADMIN, b"look": Scope.READ}.get(known)) is not None:
+        same(found, Grant(scope), "what the token grants")
+    else:
+        same(isinstance(found, Refused), True, "whether it is refused")

@@ -130,7 +130,7 @@ def records() -> list[bytes]:
     found = []
     for fields in ({}, {"statistics": "population", "half_life": 9.0}, {"affine": False, "track_running_stats": False}):
         config = LayerConfig(num_features=2, **fields)
-        found.append(codec.encode(initial_state(config), config, MADE, MADE))
+        found.append(codec.encode_new(initial_state(config), MADE))
     moments = Moments(4, torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64), correction=0)
     parameters = output_parameters(initial_state(LayerConfig(num_features=2, clip=5.0)))
     totals = FoldGroup.pack(FoldGroup.__new__(FoldGroup), Part(moments, empty_extremes(2), parameters))
