@@ -14,18 +14,22 @@ if TYPE_CHECKING:
     from simulation.store import Server
 
 
-def findings(operations: list[Operation], server: Server, length: int) -> Iterator[str]:
+def findings(operations: list[Operation], server: Server, length: int, *, requests_come_twice: bool) -> Iterator[str]:
     """What broke a promise about kept states.
 
     Args:
         operations: what clients saw.
         server: with its log, its table at the end, and the times in which layers had pins.
         length: how many states of a layer are kept without a pin.
+        requests_come_twice: a copy of a request may take effect after its caller was answered.
     """
     for name in server.history:
         yield from _kept(name, server, length)
     for one in operations:
-        if why := _contradicts(one, operations, server):
+        unpins = [other for other in operations if other.kind == "unpin"]
+        if not requests_come_twice:
+            unpins = [other for other in unpins if other.ended >= one.began]
+        if why := _contradicts(one, unpins, server):
             yield f"{one}: {why}"
 
 
@@ -65,7 +69,7 @@ def _must_keep(before: Record, after: Record) -> bool:
     return new.operation in ("reset", "replace", "rollback") or old.config != new.config
 
 
-def _contradicts(one: Operation, operations: list[Operation], server: Server) -> str | None:  # noqa: PLR0911 - a case for each kind
+def _contradicts(one: Operation, unpins: list[Operation], server: Server) -> str | None:  # noqa: PLR0911 - a case for each kind
     if isinstance(one.error, VersionNotFound):
         tag = one.arguments.get("at", one.arguments.get("to", one.arguments.get("tag")))
         if isinstance(tag, str) and all(tag in each for each in _between(one, server)):
@@ -75,7 +79,7 @@ def _contradicts(one: Operation, operations: list[Operation], server: Server) ->
         return None
     match one.kind:
         case "pin":
-            return _wrong_pin(one, operations, server)
+            return _wrong_pin(one, unpins, server)
         case "eval_at":
             return _misread(one, server)
         case "history":
@@ -85,7 +89,7 @@ def _contradicts(one: Operation, operations: list[Operation], server: Server) ->
     return None
 
 
-def _wrong_pin(one: Operation, operations: list[Operation], server: Server) -> str | None:
+def _wrong_pin(one: Operation, unpins: list[Operation], server: Server) -> str | None:
     """The pin was made, has the digest of its state, and stands until somebody asks to delete it."""
     tag, version = one.result.tag, one.result.version
     if one.result.digest not in _digests(server, one.layer, version):
@@ -95,7 +99,6 @@ def _wrong_pin(one: Operation, operations: list[Operation], server: Server) -> s
     present = server.table._records.get(one.layer)
     if present is None or version not in {r.stamp.version for r in records(server, one.layer, present)}:
         return None  # its layer was deleted
-    unpins = (other for other in operations if other.kind == "unpin" and other.ended >= one.began)
     if any((other.layer, other.arguments["tag"]) == (one.layer, tag) for other in unpins):
         return None
     return None if server.pins(one.layer).get(tag) == version else "acknowledged, and yet it is lost"

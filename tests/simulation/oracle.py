@@ -56,7 +56,10 @@ def check(
         requests_come_twice: something on the way repeats requests, so that a refusal says nothing of the other copy.
     """
     checker = _Checker(operations, server, requests_come_twice)
-    return [*checker.findings(), *history.findings(operations, server, history_length)]
+    return [
+        *checker.findings(),
+        *history.findings(operations, server, history_length, requests_come_twice=requests_come_twice),
+    ]
 
 
 class _Checker:

@@ -18,6 +18,9 @@ from simulation.shrink import shrunk
 from simulation.world import Plan, World
 
 _CHUNK = 20
+_REPORT = 5000
+"""A line is printed after so many seeds, where nobody looks at a terminal."""
+
 _MOST_SEEDS = 200
 """Within which a mutant must be found."""
 
@@ -58,6 +61,8 @@ def simulate(first: int, count: int) -> int:
                     print(f"seed {seed}: {findings[0]}\n    make simulate SEED={seed}", flush=True)
             if sys.stderr.isatty():
                 print(f"\r{done * _CHUNK} of {count} seeds ", end="", file=sys.stderr)
+            elif done * _CHUNK % _REPORT == 0:
+                print(f"{done * _CHUNK} of {count} seeds, {faults} faults", flush=True)
     seconds = time.monotonic() - began
     print(f"{count} seeds from {first}, {faults} faults, {count / seconds:.1f} seeds/s")
     return 1 if faults else 0

@@ -136,7 +136,7 @@ def build_gateway(app: FastAPI, layers: Layers, options: ApiOptions, metrics: Me
         app,
         endpoints,
         options.guard,
-        Rules(ROUTERS),
+        _rules(),
         transfers,
         max_body_bytes=options.max_body_bytes,
         max_concurrent_requests=options.max_concurrent_requests,
@@ -144,6 +144,11 @@ def build_gateway(app: FastAPI, layers: Layers, options: ApiOptions, metrics: Me
         metrics=metrics,
         route_of=route_of,
     )
+
+
+@cache
+def _rules() -> Rules:
+    return Rules(ROUTERS)
 
 
 async def _handle_error(request: Request, error: Exception) -> Response:
