@@ -22,6 +22,7 @@ from batchnorm_service.layers.group_commit import Plan
 from batchnorm_service.layers.kept_states import KeptStates
 from batchnorm_service.layers.retention import Retention
 from batchnorm_service.layers.shared_check import SharedCheck
+from batchnorm_service.layers.store_calls import StoreCalls
 from batchnorm_service.layers.update_queue import UpdateQueue
 from batchnorm_service.store.base import Committed, Conflict, Duplicates, Record, Stamp, StoreError
 from batchnorm_service.store.memory import MemoryStore
@@ -94,19 +95,19 @@ def a_retry_has_a_new_key(patch: Patch) -> None:
 
 def an_unknown_outcome_is_taken_for_success(patch: Patch) -> None:
     async def hopeful(
-        self: UpdateQueue, update: Any, expected: Any, new: Any, receipts: Any, deadline: float, keep: int = 0
+        self: StoreCalls, update: Any, expected: Any, new: Any, receipts: Any, deadline: float, keep: int = 0
     ) -> Any:
         try:
             return await self._store.commit(self._cached.name, expected, new, receipts, keep)
         except StoreError:
             return Committed()
 
-    patch.setattr(UpdateQueue, "_commit", hopeful)
+    patch.setattr(StoreCalls, "commit", hopeful)
 
 
 def an_unknown_outcome_is_folded_anew(patch: Patch) -> None:
     async def commit(
-        self: UpdateQueue, update: Any, expected: Any, new: Any, receipts: Any, deadline: float, keep: int = 0
+        self: StoreCalls, update: Any, expected: Any, new: Any, receipts: Any, deadline: float, keep: int = 0
     ) -> Any:
         tries = 0
         while True:
@@ -119,7 +120,7 @@ def an_unknown_outcome_is_folded_anew(patch: Patch) -> None:
                 tries += 1
                 await self._pause(0.01, deadline, error)
 
-    patch.setattr(UpdateQueue, "_commit", commit)
+    patch.setattr(StoreCalls, "commit", commit)
 
 
 def a_lost_race_overwrites_the_winner(patch: Patch) -> None:

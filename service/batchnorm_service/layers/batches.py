@@ -250,7 +250,7 @@ class Batches:
                 if newest.stamp.incarnation != layer.stamp.incarnation or not newest.state.normalizes_like(layer.state):
                     continue  # refused by an outdated state: try with the newest
                 try:
-                    return source, await entry.queue.replayed(token, newest.stamp.incarnation, error)
+                    return source, await entry.calls.replayed(token, newest.stamp.incarnation, error)
                 except ReplacedError:
                     continue
             if not (token.from_caller or layer.state.tracks):  # nothing to commit, and `_prepared` loaded a fresh state

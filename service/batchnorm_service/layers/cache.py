@@ -15,6 +15,7 @@ from .groups import Groups
 from .kept_states import KeptStates
 from .records import CommittedLayer
 from .results import LayersOptions
+from .store_calls import StoreCalls
 from .update_queue import UpdateQueue
 
 
@@ -44,8 +45,9 @@ class CacheEntry:
         self._unused = unused
         self.cached = CachedState(name, store, options.max_staleness, runtime, metrics)
         self.kept = KeptStates(name, store)
-        self.queue = UpdateQueue(self.cached, self.kept, store, options, runtime, metrics)
-        self.groups = Groups(name, store, self.queue, runtime, metrics)
+        self.calls = StoreCalls(self.cached, store, options.store_timeout, runtime, metrics)
+        self.queue = UpdateQueue(self.cached, self.kept, self.calls, options, runtime, metrics)
+        self.groups = Groups(name, store, self.queue, self.calls, runtime, metrics)
         self.users = 0
 
     def __enter__(self) -> Self:

@@ -26,6 +26,7 @@ from ..store.base import GroupStatus, Missing, Shard, Store, StoreError
 from ..telemetry.layers import LayerMetrics
 from .group_result import GroupResult
 from .idempotency import IdempotencyToken, group_token
+from .store_calls import StoreCalls
 from .update_queue import UpdateQueue
 from .updates import ReplacedError, refuse_reuse
 
@@ -106,11 +107,20 @@ class Operation(Protocol[T]):
 class Groups:
     """The groups of one layer."""
 
-    def __init__(self, name: str, store: Store, queue: UpdateQueue, runtime: Runtime, metrics: LayerMetrics) -> None:
+    def __init__(
+        self,
+        name: str,
+        store: Store,
+        queue: UpdateQueue,
+        calls: StoreCalls,
+        runtime: Runtime,
+        metrics: LayerMetrics,
+    ) -> None:
         self._runtime = runtime
         self._name = name
         self._store = store
         self._queue = queue
+        self._calls = calls
         self._metrics = metrics
         self._notifiers: dict[bytes, _Notifier] = {}
 
@@ -132,7 +142,7 @@ class Groups:
             with self._listening(name) as notifier:
                 while True:
                     event = notifier.event
-                    found = await self._queue.find_all([name, member], operation.incarnation)
+                    found = await self._calls.find_all([name, member], operation.incarnation)
                     if (receipt := found.get(name.key)) is not None:
                         whole = operation.unpack(_totals(GroupResult.unpack(receipt.payload), call, member))
                         return Outcome(whole, receipt.version, receipt.batch, replayed=not added)

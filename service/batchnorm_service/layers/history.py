@@ -39,7 +39,7 @@ class History:
         """The newest state and those that are kept: up to `limit` with versions below `before`, newest first."""
         with self._cache.use(name) as entry:
             newest = await entry.cached.fresh()
-            kept, _ = await entry.queue.retry(lambda: self._store.kept(name))
+            kept, _ = await entry.calls.retry(lambda: self._store.kept(name))
             if isinstance(kept, Missing):
                 raise layer_not_found(name)
             versions = sorted({newest.stamp.version, *(stamp.version for stamp in kept)}, reverse=True)
@@ -67,7 +67,7 @@ class History:
         data, limit = _pack(now(self._runtime), token), self._options.max_pins
         with self._cache.use(name) as entry:
             stamp = None if version is None else (await entry.kept.get(version)).stamp
-            outcome, _ = await entry.queue.retry(lambda: self._store.pin(name, stamp, tag, data, limit))
+            outcome, _ = await entry.calls.retry(lambda: self._store.pin(name, stamp, tag, data, limit))
             match outcome:
                 case Missing():
                     raise layer_not_found(name)
@@ -109,7 +109,7 @@ class History:
         with self._cache.use(name) as entry:
             layer = await entry.cached.fresh()
             length = self._options.history_length
-            outcome, repeated = await entry.queue.retry(
+            outcome, repeated = await entry.calls.retry(
                 lambda: self._store.unpin(name, layer.stamp.incarnation, tag, length)
             )
             entry.kept.forget()
@@ -135,7 +135,7 @@ class History:
 
     async def _pins(self, entry: CacheEntry) -> tuple[base.Pin, ...]:
         name = entry.cached.name
-        found, _ = await entry.queue.retry(lambda: self._store.pins(name))
+        found, _ = await entry.calls.retry(lambda: self._store.pins(name))
         if isinstance(found, Missing):
             raise layer_not_found(name)
         return found

@@ -197,7 +197,7 @@ async def _roll_back(entry: CacheEntry, token: IdempotencyToken, to: int | str, 
         kept = await entry.kept.get(to)
     except VersionNotFound as error:
         newest = await entry.cached.fresh()
-        return await entry.queue.replayed(token, newest.stamp.incarnation, error)
+        return await entry.calls.replayed(token, newest.stamp.incarnation, error)
     return await entry.queue.submit(Change(token, "rollback", lambda _: kept.state, if_match, kept.stamp.incarnation))
 
 

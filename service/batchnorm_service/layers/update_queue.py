@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Iterable
 
-from batchnorm_client.wire.errors import LayerPinned, Overloaded, ProblemError, StoreUnavailable
+from batchnorm_client.wire.errors import LayerPinned, Overloaded, ProblemError
 
 from ..runtime import Runtime
 from ..store.base import (
@@ -20,11 +19,8 @@ from ..store.base import (
     Receipt,
     Record,
     Stamp,
-    Store,
-    StoreError,
-    StoreLostError,
 )
-from ..telemetry.layers import LayerMetrics, Update
+from ..telemetry.layers import LayerMetrics
 from .cached_state import CachedState, layer_not_found
 from .contention import ContentionBackoff
 from .group_commit import make_plan
@@ -33,36 +29,31 @@ from .kept_states import KeptStates
 from .records import CommittedLayer, decode, record
 from .results import LayersOptions
 from .retention import Retention
+from .store_calls import StoreCalls
 from .updates import Change, Deletion, Done, Fold, Note, Queued, ReplacedError, check_version, replay, settle
 
-T = TypeVar("T")
-
 _log = logging.getLogger(__name__)
-_MIN_PAUSE, _MAX_PAUSE = 0.01, 0.5  # seconds between retries while the store does not respond
 
 
 class UpdateQueue:
     """Per-layer update queue and group-commit task.
 
-    An update is acknowledged after the store has confirmed its commit. A commit with an unknown outcome is repeated
-    unchanged: if the first attempt took effect, the store returns its receipts as duplicates, so nothing is folded
-    twice.
+    An update is acknowledged after the store has confirmed its commit.
     """
 
     def __init__(
         self,
         cached: CachedState,
         kept: KeptStates,
-        store: Store,
+        calls: StoreCalls,
         options: LayersOptions,
         runtime: Runtime,
         metrics: LayerMetrics,
     ) -> None:
         self._cached = cached
         self._kept = kept
-        self._store = store
+        self._calls = calls
         self._length = options.queue_length
-        self._timeout = options.store_timeout
         self._retention = Retention(options.history_length, options.history_seconds)
         self._runtime = runtime
         self._backoff = ContentionBackoff()
@@ -95,42 +86,9 @@ class UpdateQueue:
             self._task = self._runtime.create_task(self._drain())
         return await queued.future
 
-    async def find(self, token: IdempotencyToken, incarnation: int) -> Receipt | None:
-        """The unexpired receipt of this token. Raises `ReplacedError` if that incarnation was deleted."""
-        return (await self.find_all([token], incarnation)).get(token.key)
-
-    async def find_all(self, tokens: Iterable[IdempotencyToken], incarnation: int) -> dict[bytes, Receipt]:
-        """The unexpired receipts of these tokens, by key. Raises `ReplacedError` if that incarnation was deleted."""
-        name, keys = self._cached.name, [token.key for token in tokens]
-        found, _ = await self.retry(lambda: self._store.find_receipts(name, incarnation, keys))
-        if isinstance(found, Missing):
-            self._cached.set(None)
-            raise ReplacedError
-        return {receipt.key: receipt for receipt in found}
-
-    async def replayed(self, token: IdempotencyToken, incarnation: int, error: ProblemError) -> Done:
-        """The result of a call that is refused now, if it was made before under its key; raises `error` if not.
-
-        Raises:
-            ReplacedError: that incarnation was deleted.
-        """
-        receipt = await self.find(token, incarnation) if token.from_caller else None
-        done = error if receipt is None else replay(token, await self._cached.fresh(), receipt)
-        if isinstance(done, ProblemError):
-            raise done
-        return done
-
     async def note(self, token: IdempotencyToken, incarnation: int, payload: bytes) -> Done:
         """Commit a receipt and nothing else. Raises `LayerNotFound` if that incarnation was deleted."""
         return await self.submit(Note(token, incarnation, payload))
-
-    async def retry(self, call: Callable[[], Awaitable[T]]) -> tuple[T, bool]:
-        """The result of an idempotent store call, and whether it had to be repeated.
-
-        Raises:
-            StoreUnavailable: the store does not respond; the outcome may be unknown.
-        """
-        return await self._retry(call, self._deadline())
 
     async def drained(self) -> None:
         """Return when the queue is empty and the last commit is done."""
@@ -178,7 +136,7 @@ class UpdateQueue:
                 await self._fold(taken)
 
     async def _fold(self, taken: list[Queued]) -> None:
-        deadline, losses = self._deadline(), 0
+        deadline, losses = self._calls.deadline(), 0
         while folds := [waiting for waiting in taken if isinstance(waiting, Fold) and not waiting.future.done()]:
             layer = await self._cached.latest_known()
             began = self._runtime.now()
@@ -187,7 +145,7 @@ class UpdateQueue:
                 await self._refuse(waiting, error)
             if not plan.folds:
                 return
-            outcome = await self._commit("folds", layer.stamp, plan.record, plan.receipts, deadline, plan.keep)
+            outcome = await self._calls.commit("folds", layer.stamp, plan.record, plan.receipts, deadline, plan.keep)
             self._backoff.record_duration(self._runtime.now() - began)
             match outcome:
                 case Committed(contenders):
@@ -225,7 +183,7 @@ class UpdateQueue:
         """Fail a fold that the state refuses, unless its key has a receipt: the batch may have been folded before."""
         if waiting.token.from_caller:
             try:
-                receipt = await self.find(waiting.token, waiting.incarnation)
+                receipt = await self._calls.find(waiting.token, waiting.incarnation)
             except ReplacedError as replaced:
                 settle(waiting, replaced)
                 return
@@ -246,7 +204,7 @@ class UpdateQueue:
                 del waiting.members[key]
 
     async def _change(self, change: Change) -> None:
-        deadline = self._deadline()
+        deadline = self._calls.deadline()
         while True:
             layer = await self._cached.fresh()
             try:
@@ -266,7 +224,7 @@ class UpdateQueue:
             state = change.apply(layer.state)
             new, keep = self._retention.next(self._runtime, layer, state, change.operation, frequent=change.frequent)
             receipt = change.token.receipt(new.stamp.version, new.state.num_batches_tracked)
-            match await self._commit("change", layer.stamp, record(new), [receipt], deadline, keep):
+            match await self._calls.commit("change", layer.stamp, record(new), [receipt], deadline, keep):
                 case Committed():
                     self._cached.set(new)
                     settle(change, Done(new, receipt.version, receipt.batch, replayed=False))
@@ -281,19 +239,19 @@ class UpdateQueue:
 
     async def _settle_replay(self, change: Change, layer: CommittedLayer) -> bool:
         """Complete a change whose key has a receipt; return whether it has one. Raises `ReplacedError`."""
-        receipt = await self.find(change.token, layer.stamp.incarnation) if change.token.from_caller else None
+        receipt = await self._calls.find(change.token, layer.stamp.incarnation) if change.token.from_caller else None
         if receipt is not None:
             settle(change, replay(change.token, await self._cached.fresh(), receipt))
         return receipt is not None
 
     async def _note(self, note: Note) -> None:
-        deadline = self._deadline()
+        deadline = self._calls.deadline()
         while True:
             layer = await self._cached.fresh()
             if layer.stamp.incarnation != note.incarnation:
                 raise layer_not_found(self._cached.name)
             receipt = note.token.receipt(layer.stamp.version, layer.state.num_batches_tracked, note.payload)
-            match await self._commit("receipt", layer.stamp, None, [receipt], deadline):
+            match await self._calls.commit("receipt", layer.stamp, None, [receipt], deadline):
                 case Committed():
                     settle(note, Done(layer, receipt.version, receipt.batch, replayed=False))
                     return
@@ -306,11 +264,11 @@ class UpdateQueue:
                     raise self._gone()
 
     async def _delete(self, deletion: Deletion) -> None:
-        deadline = self._deadline()
+        deadline = self._calls.deadline()
         while True:
             layer = await self._cached.fresh()
             check_version(deletion.if_match, layer)
-            match await self._remove(layer.stamp, deadline, with_pins=deletion.with_pins):
+            match await self._calls.delete(layer.stamp, deadline, with_pins=deletion.with_pins):
                 case Committed():
                     self._cached.set(None)
                     self._kept.forget()
@@ -329,72 +287,6 @@ class UpdateQueue:
                 case Missing():
                     raise self._gone()
 
-    async def _commit(
-        self,
-        update: Update,
-        expected: Stamp,
-        new: Record | None,
-        receipts: Sequence[Receipt],
-        deadline: float,
-        keep: int = 0,
-    ) -> Committed | Conflict | Missing | Duplicates:
-        """Commit; after an unknown outcome, commit the same again, which the receipts make idempotent."""
-        name = self._cached.name
-        outcome, repeated = await self._retry(lambda: self._store.commit(name, expected, new, receipts, keep), deadline)
-        if repeated and isinstance(outcome, Duplicates) and set(outcome.receipts) == set(receipts):
-            outcome = Committed()
-        if isinstance(outcome, Committed):
-            self._metrics.committed(update, len(receipts))
-        elif isinstance(outcome, Conflict):
-            self._metrics.conflicted(update)
-        return outcome
-
-    async def _retry(self, call: Callable[[], Awaitable[T]], deadline: float) -> tuple[T, bool]:
-        """The result of an idempotent store call, retried until the deadline, and whether it was repeated."""
-        pause, repeated = _MIN_PAUSE, False
-        while True:
-            try:
-                result = await call()
-            except StoreError as error:
-                if not repeated:
-                    _log.warning("layer %r: the store does not answer, trying again: %s", self._cached.name, error)
-                repeated = True
-                pause = await self._pause(pause, deadline, error)
-                continue
-            if repeated:
-                _log.warning("layer %r: the store answers again", self._cached.name)
-            return result, repeated
-
-    async def _remove(
-        self, expected: Stamp, deadline: float, *, with_pins: bool
-    ) -> Committed | Conflict | Missing | Pinned:
-        """Delete, with retries. After an unknown outcome, a missing incarnation counts as success."""
-        pause, unknown = _MIN_PAUSE, False
-        while True:
-            try:
-                outcome = await self._store.delete(self._cached.name, expected, with_pins=with_pins)
-                if unknown and not isinstance(outcome, Committed):
-                    found = await self._store.load(self._cached.name)
-                    if not isinstance(found, Record) or found.stamp.incarnation != expected.incarnation:
-                        return Committed()
-            except StoreError as error:
-                unknown = True
-                pause = await self._pause(pause, deadline, error)
-                continue
-            return outcome
-
-    async def _pause(self, pause: float, deadline: float, error: StoreError) -> float:
-        """Pause before a retry; return the length of the pause after it.
-
-        Raises:
-            StoreUnavailable: the deadline is over, or the store is lost for good.
-        """
-        self._cached.set(None)
-        if isinstance(error, StoreLostError) or self._runtime.now() + pause > deadline:
-            raise StoreUnavailable(f"the store does not answer: {error}", retry_after=1) from error
-        await self._runtime.sleep(pause)
-        return min(2 * pause, _MAX_PAUSE)
-
     def _lost_race(self, deadline: float, found: Record | None = None) -> None:
         """After a conflict, cache the record that won, or clear the cache. Raises `Overloaded` after the deadline."""
         self._cached.set(None if found is None else decode(found))
@@ -404,9 +296,6 @@ class UpdateQueue:
     def _gone(self) -> ProblemError:
         self._cached.set(None)
         return layer_not_found(self._cached.name)
-
-    def _deadline(self) -> float:
-        return self._runtime.now() + self._timeout
 
 
 def _settle_all(queued: Iterable[Queued], error: Exception) -> None:
