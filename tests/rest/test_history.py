@@ -170,6 +170,7 @@ async def test_only_the_last_ones_stay(serve):
             await client.get(url, params={"at": "no-such-tag"}),
         ):
             assert problem(answer) == (404, "version-not-found")
+            assert answer.json()["field"] == ("at" if "at=" in str(answer.request.url) else "version")
 
 
 async def test_history_can_be_turned_off(serve):

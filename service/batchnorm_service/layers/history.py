@@ -66,13 +66,13 @@ class History:
         token = make_token(self._runtime, key, f"pin {tag} {version}")
         data, limit = _pack(now(self._runtime), token), self._options.max_pins
         with self._cache.use(name) as entry:
-            stamp = None if version is None else (await entry.kept.get(version)).stamp
+            stamp = None if version is None else (await entry.kept.get(version, "version")).stamp
             outcome, _ = await entry.calls.retry(lambda: self._store.pin(name, stamp, tag, data, limit))
             match outcome:
                 case Missing():
                     raise layer_not_found(name)
                 case NotKept():
-                    raise version_not_found(name, version or tag)
+                    raise version_not_found(name, version or tag, "version")
                 case Full():
                     raise TooManyPins(
                         f"layer {name!r} has {limit} pins, as many as BATCHNORM_MAX_PINS allows",
@@ -102,7 +102,7 @@ class History:
             for pin in await self._pins(entry):
                 if pin.tag == tag:
                     return await self._document(entry, pin)
-        raise version_not_found(name, tag)
+        raise version_not_found(name, tag, "tag")
 
     async def unpin(self, name: str, tag: str) -> None:
         """Delete a pin. Its state stays as long as those that are kept without one."""
@@ -116,7 +116,7 @@ class History:
             if isinstance(outcome, Missing):
                 raise layer_not_found(name)
             if isinstance(outcome, NotKept) and not repeated:
-                raise version_not_found(name, tag)
+                raise version_not_found(name, tag, "tag")
 
     async def _entry(self, layer: CommittedLayer) -> HistoryEntry:
         return HistoryEntry(

@@ -29,8 +29,8 @@ class KeptStates:
         self._cached.clear()
         self._changes += 1
 
-    async def get(self, at: int | str) -> CommittedLayer:
-        """The kept state of a version (also that of the newest) or of a tag.
+    async def get(self, at: int | str, field: str = "at") -> CommittedLayer:
+        """The kept state of a version (also that of the newest) or of a tag; `field` is where the caller named it.
 
         Raises:
             LayerNotFound: there is no such layer.
@@ -53,7 +53,7 @@ class KeptStates:
         if isinstance(found, Missing):
             raise layer_not_found(self._name)
         if isinstance(found, NotKept):
-            raise version_not_found(self._name, at)
+            raise version_not_found(self._name, at, field)
         layer = decode(found)
         if changes == self._changes:
             self._cached[at] = layer
@@ -62,12 +62,12 @@ class KeptStates:
         return layer
 
 
-def version_not_found(name: str, at: int | str) -> VersionNotFound:
+def version_not_found(name: str, at: int | str, field: str) -> VersionNotFound:
     """The error for a version or tag that is not kept."""
     kind = "version" if isinstance(at, int) else "pin"
     return VersionNotFound(
         f"layer {name!r} has no {kind} {at}; GET /v1/layers/{name}/history lists what is kept",
-        field="at",
+        field=field,
         expected="a kept version, or the tag of a pin",
         got=at,
     )

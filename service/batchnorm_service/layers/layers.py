@@ -194,7 +194,7 @@ class Layers:
 
 async def _roll_back(entry: CacheEntry, token: IdempotencyToken, to: int | str, if_match: IfMatch) -> Done:
     try:
-        kept = await entry.kept.get(to)
+        kept = await entry.kept.get(to, "version" if isinstance(to, int) else "tag")
     except VersionNotFound as error:
         newest = await entry.cached.fresh()
         return await entry.calls.replayed(token, newest.stamp.incarnation, error)
