@@ -258,7 +258,18 @@ async def test_a_repeated_rollback_to_a_state_that_is_gone(serve):
 
 
 @pytest.mark.parametrize(
-    "body", [{}, {"version": 1, "tag": "a"}, {"version": "1"}, {"version": -1}, {"tag": "7"}, {"tag": ""}, {"to": 1}]
+    "body",
+    [
+        {},
+        {"version": None},
+        {"version": 1, "tag": None},
+        {"version": 1, "tag": "a"},
+        {"version": "1"},
+        {"version": -1},
+        {"tag": "7"},
+        {"tag": ""},
+        {"to": 1},
+    ],
 )
 async def test_wrong_rollbacks(client, layer, body):
     before = await get(client, layer)

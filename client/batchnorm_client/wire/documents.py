@@ -245,16 +245,26 @@ class HistoryPage(Document):
     next: int | None
 
 
+def _one_field(schema: dict[str, Any]) -> None:
+    """Exactly one of the fields, and not null."""
+    for field in schema["properties"].values():
+        del field["default"]
+        field.update(next(choice for choice in field.pop("anyOf") if choice != {"type": "null"}))
+    schema |= {"minProperties": 1, "maxProperties": 1}
+
+
 class RollbackRequest(Document):
-    """The state to go back to: a version, or a tag."""
+    """The state to go back to: either a version, or a tag."""
+
+    model_config = ConfigDict(json_schema_extra=_one_field)
 
     version: int | None = Field(None, ge=0, le=MAX_VERSION)
     tag: Tag | None = None
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
-        if (self.version is None) == (self.tag is None):
-            raise ValueError("give either version or tag")
+        if len(self.model_fields_set) != 1 or (self.version is None and self.tag is None):
+            raise ValueError("give either version or tag, and not null")
         return self
 
 
