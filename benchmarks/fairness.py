@@ -1,7 +1,7 @@
 """What a caller that floods layer a costs a caller of layer b: `python -m benchmarks.fairness`.
 
-The flood has ten times the connections that keep layer a busy, or those of `--connections`, each of which sends the next call as soon as it has an answer, 503
-included. The evals on b, one after the other, are measured with and without it, in turns, on the same server.
+The flood has at least ten times the connections that keep the service busy, each of which sends the next call as soon
+as it has an answer, 503 included. The evals on b, one after the other, are measured with it and without, in turns.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 from benchmarks import cores
 from benchmarks.bench import Bench, Pace
-from benchmarks.bodies import CHANNELS, KIB, MIB, call, safetensors
+from benchmarks.bodies import KIB, MIB, call, safetensors
 from benchmarks.figures import in_turns
 from benchmarks.load import Call, Measured, background, drive
 
@@ -55,9 +55,7 @@ class Turns(NamedTuple):
         return f"| {' | '.join(cells)} |"
 
 
-HEAD: Final = (
-    "| flood on a | evals on b | p50 | ratio | p99 | ratio | 503 on b |\n|---|---|---|---|---|---|---|"
-)
+HEAD: Final = "| flood on a | evals on b | p50 | ratio | p99 | ratio | 503 on b |\n|---|---|---|---|---|---|---|"
 
 
 def measure(bench: Bench, flood: str, probe: int, connections: int = 0) -> Turns:
