@@ -26,6 +26,7 @@ from batchnorm_service.telemetry.metrics import BUFFERED_BYTES, DISCONNECTED, OT
 from batchnorm_service.tokens import Grant, Scope
 
 from .bodies import ClientGoneError
+from .connections import Connections, RequestLimits
 from .headers import Headers, read_headers, request_id
 from .layer_request import Endpoint, LayerRequest
 from .problems import respond_problem
@@ -55,6 +56,8 @@ class Gateway:
         guard: checks bearer tokens.
         rules: the scope that each call needs.
         transfers: limits the bytes buffered for requests and responses.
+        connections: limits the open connections.
+        limits: limits on requests without their bodies.
         max_body_bytes: larger request bodies are refused.
         max_concurrent_requests: further calls are refused while this many run; calls on one layer earlier. A call runs
             from the end of its request body until its response is ready to be sent.
@@ -64,8 +67,7 @@ class Gateway:
 
     Attributes:
         app: the wrapped FastAPI application.
-        guard: as above.
-        transfers: as above.
+        guard, transfers, connections, limits: as above.
         reports: where every response is reported.
         shares: which calls may run now.
     """
@@ -77,7 +79,9 @@ class Gateway:
         guard: Guard,
         rules: Rules,
         transfers: Transfers,
+        connections: Connections,
         *,
+        limits: RequestLimits,
         max_body_bytes: int,
         max_concurrent_requests: int,
         fast_path: bool,
@@ -86,6 +90,8 @@ class Gateway:
     ) -> None:
         self.app = app
         self.transfers = transfers
+        self.connections = connections
+        self.limits = limits
         self._endpoints = endpoints
         self._fast_endpoints = endpoints if fast_path else {}
         self._max_body_bytes = max_body_bytes
