@@ -163,6 +163,8 @@ class Protocol(FastPathProtocol):
         if self._refused:
             return
         self._refused, self._incoming = True, None
+        if self._in_head:
+            self.headers.clear()  # there may be thousands, and the connection is not closed at once
         data = _refusal_bytes(problem)
         if isinstance(self.app, Gateway):
             self.app.reports.report(OTHER, None, problem.name, time.perf_counter(), 0, 0)

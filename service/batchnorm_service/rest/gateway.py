@@ -180,6 +180,7 @@ class Gateway:
                 await shares.turn(layer, cost)
             if refusal is not None:
                 raise refusal
+            self.transfers.check()
             CALLED_LAYER.set(layer)
             return await self._endpoints["POST", target.call](request)
         finally:
@@ -244,6 +245,9 @@ class _RequestAccounting:
     async def enter(self) -> None:
         """The request was read completely: its call starts to run, at once or when it is its layer's turn.
 
+        Until then its body counts as buffered. Buffered bytes are checked once more, because a request may have been
+        admitted before: responses that nobody reads would have no limit otherwise.
+
         Raises:
             Overloaded: too many calls are running.
         """
@@ -257,6 +261,8 @@ class _RequestAccounting:
                 await shares.turn(self._layer, cost)
             if refusal is not None:
                 raise refusal
+            self._release(self._buffered)
+            self._gateway.transfers.check()
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -267,7 +273,7 @@ class _RequestAccounting:
                 self._gateway.transfers.receive(size)
                 self._buffered += size
             else:
-                await self.enter()  # a refused body counts as buffered until it is the refusal's turn
+                await self.enter()
                 self._release(self._buffered)
         return message
 
