@@ -84,7 +84,7 @@ async def test_tricks_in_tags(anyio_backend, monkeypatch, tag):
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-@pytest.mark.parametrize("value", ["a\tb", "a\x7fb", "a b", "\xe9", "x" * 201, "a, b", ""])
+@pytest.mark.parametrize("value", ["a\tb", "a b", "\xe9", "x" * 201, "a, b", ""])
 async def test_request_ids_that_would_break_a_header(anyio_backend, monkeypatch, value, way):
     """They are replaced by a new one: an answer never repeats what is no key."""
     request = post("/v1/layers/bn/eval", b'{"input": [[1, 2]]}', JSON, way)
