@@ -5,6 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 DISTURBED = 0.3
 
@@ -67,7 +70,7 @@ class Row:
 HEAD = "| what | target | median | spread | met | behind it |\n|---|---|---|---|---|---|"
 
 
-def in_turns(rounds: int, ours: Callable[[], float], theirs: Callable[[], float]) -> list[tuple[float, float]]:
+def in_turns(rounds: int, ours: Callable[[], T], theirs: Callable[[], T]) -> list[tuple[T, T]]:
     """Both sides measured one right after the other, so often; what disturbs one disturbs the other."""
     return [(ours(), theirs()) for _ in range(rounds)]
 

@@ -33,11 +33,13 @@ class Call:
         port: of the server, on this machine.
         requests: whole HTTP requests, sent in turn.
         connections: how many are in flight at once.
+        refusals: whether an answer may be 503; otherwise each must be 200.
     """
 
     port: int
     requests: Sequence[bytes]
     connections: int = 8
+    refusals: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,12 @@ class Measured:
     Attributes:
         rate: answers per second.
         latencies: seconds of each request, sorted.
+        refused: how many of them were answered with 503.
     """
 
     rate: float
     latencies: list[float]
+    refused: int = 0
 
     def percentile(self, percent: float) -> float:
         """The latency that so many percent of the requests did not exceed, in seconds."""
@@ -64,15 +68,16 @@ def request(path: str, body: bytes, content_type: str, *, method: str = "POST", 
 
 
 def drive(call: Call, seconds: float, most: float = math.inf) -> Measured:
-    """Keep `call.connections` requests in flight for so long, or until so many were answered; each must be with 200."""
+    """Keep `call.connections` requests in flight for so long, or until so many were answered."""
     return _drive(call, seconds, lambda count: count >= most)
 
 
 def _drive(call: Call, seconds: float, done: Callable[[int], bool]) -> Measured:
     latencies: list[float] = []
+    refused = 0
     turns = itertools.cycle(call.requests)
     with selectors.DefaultSelector() as selector:
-        connections = [_Connection(call.port, selector) for _ in range(call.connections)]
+        connections = [_Connection(call, selector) for _ in range(call.connections)]
         gc.disable()
         try:
             begin = time.perf_counter()
@@ -90,13 +95,14 @@ def _drive(call: Call, seconds: float, done: Callable[[int], bool]) -> Measured:
                         connection.flush()
                     if mask & selectors.EVENT_READ and connection.receive():
                         latencies.append(time.perf_counter() - connection.since)
+                        refused += connection.refused
                         connection.send(next(turns))
             _drain(selector, connections)
         finally:
             gc.enable()
             for connection in connections:
                 connection.socket.close()
-    return Measured(len(latencies) / (now - begin), sorted(latencies))
+    return Measured(len(latencies) / (now - begin), sorted(latencies), refused)
 
 
 def _drain(selector: selectors.BaseSelector, connections: Sequence[_Connection]) -> None:
@@ -143,11 +149,13 @@ def _drive_until(call: Call, running: Event, stop: Event) -> None:
 class _Connection:
     """One connection, with at most one request under way."""
 
-    def __init__(self, port: int, selector: selectors.BaseSelector) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port))
+    def __init__(self, call: Call, selector: selectors.BaseSelector) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", call.port))
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.setblocking(False)
         self.since = 0.0
+        self.refused = False
+        self._refusals = call.refusals
         self._selector = selector
         self._writing = False
         self._unsent = memoryview(b"")
@@ -196,7 +204,8 @@ class _Connection:
         if end < 0:
             return False
         length = _LENGTH.search(self._head, 0, end)
-        if not self._head.startswith(b"HTTP/1.1 200") or length is None:
+        self.refused = self._refusals and self._head.startswith(b"HTTP/1.1 503")
+        if not (self.refused or self._head.startswith(b"HTTP/1.1 200")) or length is None:
             raise RuntimeError(f"expected 200 with a length, got {self._head[:500]!r}")
         self._missing = int(length[1]) - (len(self._head) - end - 4)
         return self._missing == 0

@@ -39,7 +39,8 @@ class Server:
         self.port = _free_port()
         kept = {name: value for name, value in os.environ.items() if not name.startswith("BATCHNORM_")}
         # One core is one thread of arithmetic, for every server alike.
-        kept |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
+        kept |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        kept |= variables
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `stop`
         begin = time.perf_counter()
         with server_core():

@@ -42,7 +42,7 @@ async def steps(directory: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         await layers.create("bench", LayerConfig(num_features=bodies.CHANNELS))
         body = bytearray(bodies.safetensors(8 * bodies.KIB))
         request = bodies.call("bench", "eval", bytes(body))
-        loop = _Loop()
+        loop = _LOOP
         config = uvicorn_config(settings, gateway, lifespan="off")
         protocol = Protocol(config, ServerState(), {}, loop)  # type: ignore[arg-type]
         transport = _Transport()
@@ -60,7 +60,9 @@ async def steps(directory: Path) -> Iterator[tuple[str, Callable[[], object]]]:
             protocol.data_received(request)
             loop.turn()
 
-        answered()
+        protocol.data_received(request)
+        await asyncio.sleep(0)
+        loop.turn()
         assert transport.sent, "an eval is answered at once"
         return iter(
             {
@@ -109,6 +111,9 @@ class _Loop:
         return 0.0
 
 
+_LOOP = _Loop()
+
+
 class _Transport:
     """Takes what is written, and counts it."""
 
@@ -133,7 +138,10 @@ def main() -> None:
     cores.use_load_core()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
-        for name, step in asyncio.run(steps(Path(directory))):
+        measured = asyncio.run(steps(Path(directory)))
+        # Nothing is awaited any more: what asks for the running loop gets the one that the protocol has.
+        asyncio._set_running_loop(_LOOP)  # type: ignore[arg-type]
+        for name, step in measured:
             print(f"{microseconds(step, rounds):6.1f} µs  {name}", flush=True)
 
 

@@ -16,7 +16,8 @@ from pydantic import SecretStr
 
 from batchnorm_service import __version__
 from batchnorm_service.layers import Layers, LayersOptions
-from batchnorm_service.rest import ApiOptions, Gateway, build_api
+from batchnorm_service.open_files import possible_connections
+from batchnorm_service.rest import ApiOptions, Gateway, RequestLimits, build_api
 from batchnorm_service.rest.application import routes
 from batchnorm_service.rest.security import Guard
 from batchnorm_service.settings import Settings
@@ -53,6 +54,7 @@ def create_app(
         LayersOptions(
             device=settings.device,
             max_layers=settings.max_layers,
+            max_features=settings.max_features,
             resident_layers=settings.resident_layers,
             queue_length=settings.queue_length,
             store_timeout=settings.store_timeout_seconds,
@@ -87,6 +89,8 @@ def create_app(
             read_timeout=settings.read_timeout_seconds,
             write_timeout=settings.write_timeout_seconds,
             max_buffered_bytes=settings.max_buffered_bytes,
+            max_connections=possible_connections(settings.max_connections),
+            limits=RequestLimits(settings.max_header_bytes, settings.max_headers, settings.max_url_bytes),
             fast_path=settings.fast_path,
             guard=guard,
         ),

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from batchnorm_client.wire.errors import DeviceUnavailable
 from batchnorm_service import __version__
 from batchnorm_service.backup import backup, restore
+from batchnorm_service.open_files import allow_open_files
 from batchnorm_service.settings import PREFIX, Settings, export, unknown_variables
 from batchnorm_service.store.base import StoreDamagedError, StoreError, StoreRefusedError
 from batchnorm_service.tokens import Scope, TokenFileError, add_token, load_tokens, revoke_token
@@ -96,6 +97,7 @@ def serve(
     from batchnorm_service.server import CertificateError, PortUnavailableError, run  # noqa: PLC0415
     from batchnorm_service.workers import WorkersFailedError, run_workers  # noqa: PLC0415
 
+    allow_open_files()  # workers inherit it
     try:
         if settings.workers == 1:
             run(settings, _announce)

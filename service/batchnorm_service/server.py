@@ -21,9 +21,6 @@ from batchnorm_service.rest import Gateway
 from batchnorm_service.settings import Settings
 
 BACKLOG = 2048
-KEEP_ALIVE_SECONDS = 75
-"""Longer than clients keep idle connections (httpx: 5 s), so that clients close first and no request is lost."""
-
 _SIGNALS = signal.SIGTERM, signal.SIGINT
 
 Announce = Callable[[str, Settings, str], None]
@@ -95,7 +92,7 @@ def uvicorn_config(settings: Settings, app: Gateway | Callable[[], Gateway], **o
         server_header=False,
         proxy_headers=False,
         backlog=BACKLOG,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_keep_alive=settings.keep_alive_seconds,  # type: ignore[arg-type] # seconds of `call_later`
         timeout_graceful_shutdown=settings.shutdown_seconds,
         **_tls_options(settings),
         **options,

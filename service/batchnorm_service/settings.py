@@ -59,6 +59,9 @@ class Settings(BaseSettings):
     max_layers: int = Field(1_000_000, ge=1)
     """Maximum number of layers in the store; creating more gets 409."""
 
+    max_features: int = Field(1 << 20, ge=1, le=1 << 20)
+    """Maximum number of features of a new layer; more get 422."""
+
     resident_layers: int = Field(10_000, ge=1)
     """Maximum number of layers cached in memory; others are loaded from the store when they are used."""
 
@@ -105,7 +108,8 @@ class Settings(BaseSettings):
     """Number of processes that share the port and the store. With more than 1, the store cannot be in memory."""
 
     max_concurrent_requests: int = Field(512, ge=1)
-    """Maximum concurrent calls; beyond it calls get 503. Times the largest body, it bounds their memory."""
+    """Maximum concurrent calls; beyond it calls get 503. Times the largest body, it bounds their memory. From 16 on,
+    some are kept free for layers with few calls."""
 
     read_timeout_seconds: float = Field(30, gt=0, allow_inf_nan=False)
     """A request gets 408 if no byte of it arrives for this time, or after this time less than 1 KiB/s on average."""
@@ -116,6 +120,22 @@ class Settings(BaseSettings):
 
     max_buffered_bytes: int = Field(1 << 30, ge=1)
     """Maximum bytes of incomplete request bodies and unsent responses, per process; beyond it new requests get 503."""
+
+    max_connections: int = Field(10_000, ge=1)
+    """Maximum open connections, per process, within the system's limit of open files. Idle ones are closed to make
+    room; if there are none, new ones get 503."""
+
+    max_header_bytes: int = Field(1 << 16, ge=1 << 10, le=1 << 24)
+    """The largest request without its body: URL, headers and trailers; larger ones get 413."""
+
+    max_headers: int = Field(256, ge=1)
+    """Maximum number of headers and trailers of a request; more get 413."""
+
+    max_url_bytes: int = Field(1 << 15, ge=1 << 9, le=1 << 24)
+    """The longest path with its query; longer ones get 413."""
+
+    keep_alive_seconds: float = Field(75, gt=0, allow_inf_nan=False)
+    """A connection without a request for this time is closed. Clients should close theirs earlier."""
 
     threads: int = Field(1, ge=1, le=1024)
     """Number of torch's intra-op threads. Results depend on it: use the same number on every replica."""

@@ -10,7 +10,7 @@ from safetensors.numpy import save
 
 from batchnorm_client.wire.media_types import JSON, SAFETENSORS
 from batchnorm_service.fast_path import protocol as protocol_module
-from batchnorm_service.fast_path.trailers import MAX_HEAD_BYTES
+from batchnorm_service.rest import RequestLimits
 from batchnorm_service.store.memory import MemoryStore
 
 from .running import answer, get, post, serving, until
@@ -22,6 +22,7 @@ TRAIN = post("/v1/layers/bn/train", BATCH, SAFETENSORS)
 ASGI = post("/v1/layers/bn/train", BATCH, SAFETENSORS, "Connection: TE\r\n")
 CHUNKED = post("/v1/layers/bn/eval", b"", JSON).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
 DOCUMENT = b'{"input": [[1, 2]]}'
+MAX_HEAD_BYTES = RequestLimits().header_bytes
 WHOLE = CHUNKED + b"%x\r\n%b\r\n0\r\n" % (len(DOCUMENT), DOCUMENT)
 """A chunked request up to its trailers."""
 
@@ -180,7 +181,7 @@ async def test_a_large_body_after_a_chunked_one_is_no_trailer(anyio_backend, mon
 
 async def test_trailers_of_who_was_refused_are_not_kept(anyio_backend, monkeypatch):
     async with serving(monkeypatch, token="t") as service, connection(service) as (reader, writer):
-        writer.write(WHOLE + b"x: y\r\n" * (MAX_HEAD_BYTES // 20))
+        writer.write(WHOLE + b"x: y\r\n" * 100)
         assert (await answer(reader))[0] == 401
         (protocol,) = connections_of(service, writer)
         assert len(protocol.scope["headers"]) < 10

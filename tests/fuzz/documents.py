@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from batchnorm_client.kernels.digest import DIGEST_PATTERN
 from batchnorm_client.wire.documents import LayerConfig, LayerUpdate, PinRequest, ResetRequest, RollbackRequest
 from batchnorm_client.wire.errors import (
     InvalidRequest,
@@ -14,7 +15,7 @@ from batchnorm_client.wire.errors import (
     UnsupportedMediaType,
 )
 from batchnorm_client.wire.headers import KEY_PATTERN
-from batchnorm_client.wire.names import LAYER_NAME_PATTERN
+from batchnorm_client.wire.names import LAYER_NAME_PATTERN, TAG_PATTERN
 from batchnorm_client.wire.tensors import CODECS
 from batchnorm_service.engine.posted import posted_moments
 from batchnorm_service.engine.state import initial_state, update
@@ -24,6 +25,7 @@ from batchnorm_service.rest.preconditions import if_match, matches_none
 from batchnorm_service.rest.security import Guard, is_public
 from batchnorm_service.rest.target import read_target, target_of
 from batchnorm_service.tokens import Grant, Scope
+from batchnorm_service.tokens.stored import TokenFileError, find_token, format_tokens, parse_tokens
 from fuzz.promises import BrokenPromiseError, Refused, attempt, replaced, same
 from fuzz.tensors import raw
 
@@ -141,6 +143,11 @@ def _check_target(url: bytes) -> None:
 def _check_query(model: type[queries.Query], query: bytes) -> None:
     found = attempt(queries.parse_query, model, query, refusals=(InvalidRequest,))
     same(attempt(queries._parse, model, query, refusals=(InvalidRequest,)), found, "the query, read anew")
+    if isinstance(found, queries.StateQuery) and isinstance(at := found.state, str | int):
+        known = at.bit_length() <= 64 if isinstance(at, int) else TAG_PATTERN.fullmatch(at) is not None
+        same((known, len(str(at)) <= 200), (True, True), f"whether {at!r} may name a state")
+    if isinstance(found, queries.ExpectQuery) and found.expect is not None:
+        same(DIGEST_PATTERN.fullmatch(found.expect) is not None, True, "a digest that is compared")
     if isinstance(found, queries.GroupQuery):
         same((found.group is None, found.group_call is None), (found.size is None,) * 2, "whether there is a group")
 
@@ -168,3 +175,16 @@ def _check_guard(given: bytes, url: bytes) -> None:
         same(found, Grant(scope), "what the token grants")
     else:
         same(isinstance(found, Refused), True, "whether it is refused")
+
+
+def read_tokens(data: bytes) -> None:
+    """A token file is refused with the number of a line, or is what would be written of its tokens."""
+    try:
+        tokens = parse_tokens(data)
+    except TokenFileError as refusal:
+        same(len(str(refusal)) <= 200 and str(refusal).isascii(), True, "a reason that can be logged")
+        return
+    same(format_tokens(tokens.values()), data, "the file, written again")
+    for name, token in tokens.items():
+        same((token.id, token.grant.sees(f"{token.grant.prefix}x")), (name, True), "the token")
+        same(find_token(tokens, f"bns_{name}_{'A' * 43}".encode()), None, "a token that somebody guessed")

@@ -21,6 +21,8 @@ from batchnorm_service.layers.group_result import GroupResult
 from batchnorm_service.layers.synchronized import FoldGroup, Part
 from batchnorm_service.store.base import Receipt, Stamp
 from batchnorm_service.store.valkey import keys
+from batchnorm_service.tokens import Scope
+from batchnorm_service.tokens.stored import format_tokens, new_token
 from fuzz.streams import END
 
 MADE = datetime(2026, 1, 1, tzinfo=UTC)
@@ -120,6 +122,8 @@ def heads() -> list[bytes]:
         b'*/*;q=0.1, application/vnd.safetensors\n"7", W/"8"\n"7"\nkey\nrequest\nBearer all',
         b"/v1/layers/layer1.0.bn%31/eval\napplication/x-npy\napplication/*\n*\n*\n \n\xff\nbearer look",
         b"/problems/not-found?mode=eval\napplication/vnd.safetensors\ntext/html;q=1.000,a/b;q=0\n\ngzip\n",
+        b"/v1/layers/bn/eval?at=7&expect=sha-256:" + b"0" * 64 + b"\n\n\n7\n",
+        b"/v1/layers/bn?at=release-1\n\n\n7\n",
         b"/v1/layers/a%2Fb\n\n\n7\n",
         b"//v1/%76%31/../healthz?",
     ]
@@ -152,6 +156,12 @@ def urls() -> list[bytes]:
         b"rediss://host?ca=/ca.pem",
         b"postgres://host/db",
     ]
+
+
+def token_files() -> list[bytes]:
+    """Token files with none, one and several tokens."""
+    made = [new_token(scope, prefix)[1] for scope in Scope for prefix in ("", "team1.")]
+    return [format_tokens(made[:count]) for count in (0, 1, len(made))]
 
 
 def _request(call: str, body: bytes = b"", media: str = JSON, headers: str = "") -> bytes:

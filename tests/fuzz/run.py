@@ -18,7 +18,19 @@ from typing import Final, NamedTuple
 
 ROOT: Final = Path(__file__).parents[2]
 FOUND: Final = ROOT / ".fuzz"
-NAMES: Final = ("json", "npy", "safetensors", "written", "documents", "moments", "heads", "records", "urls", "http")
+NAMES: Final = (
+    "json",
+    "npy",
+    "safetensors",
+    "written",
+    "documents",
+    "moments",
+    "heads",
+    "records",
+    "urls",
+    "tokens",
+    "http",
+)
 """The targets; importing them here would import torch, in a process that only waits."""
 
 GRACE: Final = 120

@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 import torch
 
 from fuzz import examples
-from fuzz.documents import read_document, read_head, read_moments
+from fuzz.documents import read_document, read_head, read_moments, read_tokens
 from fuzz.stored import read_record, read_url
 from fuzz.streams import answer_stream
 from fuzz.tensors import read_json, read_npy, read_safetensors, write
@@ -44,6 +44,7 @@ TARGETS: Final = {
     "heads": Target(read_head, examples.heads, 1024),
     "records": Target(read_record, examples.records),
     "urls": Target(read_url, examples.urls, 256),
+    "tokens": Target(read_tokens, examples.token_files, 1024),
     "http": Target(answer_stream, examples.streams),
 }
 

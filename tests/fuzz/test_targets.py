@@ -16,6 +16,7 @@ from batchnorm_service.fast_path.cycle import FastPathCycle
 from batchnorm_service.layers import records
 from batchnorm_service.rest import documents, many, negotiation
 from batchnorm_service.store.valkey import address
+from batchnorm_service.tokens import stored
 from fuzz import limits, run, unguided
 from fuzz.limits import TooMuchMemoryError, limited
 from fuzz.mutate import mutated
@@ -63,6 +64,7 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "heads": _instead(negotiation, "_accepted", lambda accepted: lambda *text: (*accepted(*text), "text/html")),
     "records": _instead(records, "UNREADABLE", lambda _: LookupError),
     "urls": _instead(address, "_FORM", lambda _: SECRET),
+    "tokens": _instead(stored, "Grant", lambda grant: lambda scope, prefix: grant(scope, prefix[:-1])),
     "http": _instead(FastPathCycle, "_receive_part", lambda receive: lambda cycle, part: receive(cycle, part[1:])),
 }
 """For each target, a fault of what it tests."""

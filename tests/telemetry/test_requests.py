@@ -183,7 +183,7 @@ async def test_a_client_that_leaves_in_the_middle_of_its_body(client, service, h
 @by_asgi
 async def test_running_calls_and_buffered_bytes(service, client):
     service.gateway.transfers.hold(70)
-    service.gateway.enter()
+    service.gateway.shares.enter("bn")
     found = await metrics(client)
     assert total(found, "batchnorm_running_calls") == 1
     assert total(found, "batchnorm_buffered_bytes") == 70

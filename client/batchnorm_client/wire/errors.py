@@ -279,6 +279,9 @@ class PayloadTooLarge(RequestError):
 
     Or a batch has more elements than the setting BATCHNORM_MAX_ELEMENTS, a dimension of 0 counted as 1; where it has
     one, and the request or the answer is JSON, more than 1,048,576.
+
+    Or the URL, or the headers and trailers, are more than BATCHNORM_MAX_URL_BYTES, BATCHNORM_MAX_HEADERS or
+    BATCHNORM_MAX_HEADER_BYTES.
     """
 
     name, status, title = "payload-too-large", 413, "The body is too large"

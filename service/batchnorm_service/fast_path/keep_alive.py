@@ -20,6 +20,15 @@ class IdleProtocol(HttpToolsProtocol):
     _idle_since = math.inf
     _idle_timer: TimerHandle | None = None
 
+    @property
+    def idle_since(self) -> float:
+        """When it became idle; infinite while a request is in progress, or a response is being sent."""
+        return math.inf if self.flow.write_paused else self._idle_since
+
+    def close_idle(self) -> None:
+        """Close the connection, which is idle."""
+        self.timeout_keep_alive_handler()
+
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """A client has connected; it may never send a request."""
         super().connection_made(transport)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from array import array
+from asyncio import Transport
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -13,8 +14,7 @@ from httptools import HttpParserUpgrade, HttpRequestParser
 from batchnorm_client.wire.errors import MalformedBody, PayloadTooLarge, ProblemError, RequestTimeout
 from batchnorm_client.wire.headers import REQUEST_ID
 from batchnorm_service.fast_path.cycle import FastPathProtocol
-from batchnorm_service.fast_path.trailers import MAX_HEAD_BYTES, HeadTooLargeError
-from batchnorm_service.rest import Gateway
+from batchnorm_service.rest import Connections, Gateway, RequestLimits
 from batchnorm_service.rest.problems import respond_problem
 from batchnorm_service.telemetry.metrics import OTHER
 
@@ -46,19 +46,38 @@ class Protocol(FastPathProtocol):
     _refused = False
     _upgrade_offered = False
     _ended = False
-    _head_may_be_large = False
-    """Whether one piece of data is longer than the limit, so that a head within it needs a check of its own."""
+    _measure_head = False
+    """Whether a head that is complete may be too large: it came in several pieces, or in one that is."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        app = self.app
+        self._limits, self._pool = (
+            (app.limits, app.connections) if isinstance(app, Gateway) else (RequestLimits(), Connections())
+        )
         self._new_parser()
+
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+        """A client has connected."""
+        super().connection_made(transport)
+        refusal = self._pool.add(self, self.loop.time())
+        if refusal is not None:
+            if self._pool.many_refused:
+                self.transport.abort()
+            else:
+                self._refuse(refusal)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is closed."""
+        super().connection_lost(exc)
+        self._pool.remove(self)
 
     def data_received(self, data: bytes) -> None:
         """Data was received from the client."""
         if self._refused:
             return
         self._ended = False
-        self._head_may_be_large = len(data) > MAX_HEAD_BYTES
+        self._measure_head = self._in_head or len(data) > self._limits.header_bytes
         super().data_received(data)
         rest = memoryview(data)
         while self._upgrade_offered and (end := self.parser.stopped_at) is not None:
@@ -69,16 +88,17 @@ class Protocol(FastPathProtocol):
 
     def on_message_begin(self) -> None:
         """A request begins."""
-        self._in_head, self._head_bytes, self._received = True, 0, 0
+        self._in_head, self._head_bytes, self._head_fields, self._received = True, 0, 0, 0
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         """The request's head has been read."""
         # The parser treats CONNECT as an upgrade too; it has no header to remove, and uvicorn refuses it.
         self._upgrade_offered = self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
-        if self._head_may_be_large and self._head_size() > MAX_HEAD_BYTES:
-            self._head_bytes = MAX_HEAD_BYTES + 1
-            raise HeadTooLargeError
+        self._head_fields = len(self.headers)
+        if self._measure_head:
+            self._head_bytes = self._head_size()
+        self.check_head()
         if not self._upgrade_offered:
             super().on_headers_complete()
         self._in_head = False
@@ -110,11 +130,17 @@ class Protocol(FastPathProtocol):
         return b"\r\n".join([line, *kept, b"", b""])
 
     def send_400_response(self, msg: str) -> None:
-        """The data cannot be parsed as HTTP."""
-        if self._head_bytes > MAX_HEAD_BYTES:
-            self._refuse(_too_large())
+        """The data cannot be parsed as HTTP, or a callback of the parser has refused the request."""
+        try:
+            self.check_head()
+        except PayloadTooLarge as problem:
+            self._refuse(problem)
         else:
             self._refuse(MalformedBody(f"this is no HTTP request: {msg}"))
+
+    def check_head(self) -> None:
+        """See `TrailerProtocol`."""
+        self._limits.check(len(self.url or b""), self._head_fields, self._head_bytes)
 
     def on_request_timeout(self) -> None:
         """See `DeadlineProtocol`."""
@@ -127,14 +153,18 @@ class Protocol(FastPathProtocol):
         super()._received_in_part(size)
         if self._in_head and not self._ended:  # otherwise some of the data belongs to the request before
             self._head_bytes += size
-        if self._head_bytes > MAX_HEAD_BYTES:
-            self._refuse(_too_large())
+        try:
+            self.check_head()
+        except PayloadTooLarge as problem:
+            self._refuse(problem)
 
     def _refuse(self, problem: ProblemError) -> None:
         """Stop reading; respond with this problem after the responses to earlier requests, and close."""
         if self._refused:
             return
         self._refused, self._incoming = True, None
+        if self._in_head:
+            self.headers.clear()  # there may be thousands, and the connection is not closed at once
         data = _refusal_bytes(problem)
         if isinstance(self.app, Gateway):
             self.app.reports.report(OTHER, None, problem.name, time.perf_counter(), 0, 0)
@@ -181,7 +211,3 @@ def _refusal_bytes(problem: ProblemError) -> bytes:
     head = f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}\r\n".encode()
     lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
     return b"".join([head, lines, b"\r\n", *response.pieces])
-
-
-def _too_large() -> PayloadTooLarge:
-    return PayloadTooLarge(f"the request's headers and trailers are larger than {MAX_HEAD_BYTES} bytes")

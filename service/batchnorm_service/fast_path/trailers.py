@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, cast
+from typing import Any, cast
 
 from batchnorm_service.fast_path.deadlines import DeadlineProtocol
-
-MAX_HEAD_BYTES: Final = 1 << 16
-"""Maximum size of a request line with headers and trailers, which are kept in memory while they are received."""
-
-
-class HeadTooLargeError(Exception):
-    """The headers and trailers of a request are larger than `MAX_HEAD_BYTES`."""
 
 
 class TrailerProtocol(DeadlineProtocol):
     """uvicorn HTTP protocol with a limit on trailers, which uvicorn would append to the headers without limit."""
 
     _head_bytes = 0
+    """Size of the request line, headers and trailers so far; 0 for a head that came in one piece."""
+
+    _head_fields = 0
+    """Number of headers and trailers so far."""
+
     _in_trailers = False
     _counted = -1
     """`_head_bytes` after the previous data if that ended within trailers, otherwise -1."""
@@ -37,14 +35,14 @@ class TrailerProtocol(DeadlineProtocol):
         super().on_body(body)
 
     def count_trailer(self, size: int) -> None:
-        """Count `size` more bytes of trailers.
-
-        Raises:
-            HeadTooLargeError: the limit is exceeded.
-        """
+        """Count another trailer of `size` bytes. Raises `PayloadTooLarge` if a limit is exceeded."""
         self._head_bytes += size
-        if self._head_bytes > MAX_HEAD_BYTES:
-            raise HeadTooLargeError
+        self._head_fields += 1
+        self.check_head()
+
+    def check_head(self) -> None:
+        """Raises `PayloadTooLarge` if the request line, headers and trailers that have come exceed a limit."""
+        raise NotImplementedError
 
     def _received_in_part(self, size: int) -> None:
         super()._received_in_part(size)

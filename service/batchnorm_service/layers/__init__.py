@@ -3,11 +3,13 @@
 from ..engine.posted import MOMENT_DTYPES
 from .batches import Batches
 from .cached_state import layer_not_found
+from .fair_pool import CALLED_LAYER
 from .groups import GroupCall
 from .layers import Layers
 from .results import Differentiated, Folded, LayersOptions, Normalized, Snapshot
 
 __all__ = [
+    "CALLED_LAYER",
     "MOMENT_DTYPES",
     "Batches",
     "Differentiated",

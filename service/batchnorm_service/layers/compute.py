@@ -21,6 +21,7 @@ from ..engine.staging import staged
 from ..engine.state import LayerState
 from ..engine.tensors import to_torch
 from ..runtime import Runtime
+from .fair_pool import FairPool
 from .records import CommittedLayer
 
 P = ParamSpec("P")
@@ -55,12 +56,16 @@ class ComputeExecutor:
     """
 
     def __init__(self, default_device: str, inline_bytes: int, runtime: Runtime) -> None:
-        self._runtime = runtime
         self._default_device = default_device
         self._inline_bytes = inline_bytes
-        self._pool = ThreadPoolExecutor(os.cpu_count(), "batchnorm-compute", _lower_priority)
-        self._device_pool = ThreadPoolExecutor(_DEVICE_THREADS, "batchnorm-device", _lower_priority)
-        self._codec_pool = ThreadPoolExecutor(os.cpu_count(), "batchnorm-codec")
+        cores = os.cpu_count() or 1
+
+        def pool(threads: int, name: str, start: Callable[[], None] | None = None) -> FairPool:
+            return FairPool(ThreadPoolExecutor(threads, name, start), threads, runtime)
+
+        self._pool = pool(cores, "batchnorm-compute", _lower_priority)
+        self._device_pool = pool(_DEVICE_THREADS, "batchnorm-device", _lower_priority)
+        self._codec_pool = pool(cores, "batchnorm-codec")
 
     def device(self, name: str | None) -> torch.device:
         """The device of a config. Raises `DeviceUnavailable`."""
@@ -89,10 +94,10 @@ class ComputeExecutor:
         state = args[0] if args else None
         if isinstance(state, LayerState) and self.off_cpu(state):
             on_device = partial(staged, self.device(state.config.device), function, *args, **kwargs)
-            return await self._runtime.in_thread(self._device_pool, on_device)
+            return await self._device_pool.run(on_device)
         if self.runs_inline(nbytes):
             return function(*args, **kwargs)
-        return await self._runtime.in_thread(self._pool, function, *args, **kwargs)
+        return await self._pool.run(function, *args, **kwargs)
 
     async def run_codec(self, nbytes: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call a codec: directly for small work, in a thread for large work.
@@ -102,7 +107,7 @@ class ComputeExecutor:
         """
         if self.runs_inline(nbytes):
             return function(*args, **kwargs)
-        return await self._runtime.in_thread(self._codec_pool, function, *args, **kwargs)
+        return await self._codec_pool.run(function, *args, **kwargs)
 
     async def digest(self, layer: CommittedLayer) -> str:
         """The digest of a layer's state; of one with many channels, it is computed in a thread."""

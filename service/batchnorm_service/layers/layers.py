@@ -10,7 +10,14 @@ from functools import partial
 from typing import Final, ParamSpec, TypeVar
 
 from batchnorm_client.wire.documents import LayerConfig, LayerPage, LayerUpdate
-from batchnorm_client.wire.errors import LayerExists, ProblemError, StoreUnavailable, TooManyLayers, VersionNotFound
+from batchnorm_client.wire.errors import (
+    InvalidRequest,
+    LayerExists,
+    ProblemError,
+    StoreUnavailable,
+    TooManyLayers,
+    VersionNotFound,
+)
 
 from ..engine import state, state_dict
 from ..runtime import RUNTIME, Runtime
@@ -81,8 +88,16 @@ class Layers:
         Raises:
             LayerExists: it was created with another config.
             TooManyLayers: the store has as many layers as `max_layers` allows.
+            InvalidRequest: it would have more features than `max_features` allows.
             DeviceUnavailable: the config's device is not available.
         """
+        if config.num_features > self._options.max_features:
+            raise InvalidRequest(
+                f"num_features: at most {self._options.max_features}, see BATCHNORM_MAX_FEATURES",
+                field="num_features",
+                expected=self._options.max_features,
+                got=config.num_features,
+            )
         self._executor.device(config.device)
         data = records.encode_new(state.initial_state(config), records.now(self._runtime))
         with _store_errors():

@@ -19,6 +19,7 @@ class LayersOptions:
     Attributes:
         device: the device of layers whose config names none.
         max_layers: maximum number of layers in the store.
+        max_features: maximum number of features of a new layer.
         resident_layers: maximum number of cached layers; others are loaded from the store when used.
         queue_length: maximum queued updates per layer.
         store_timeout: seconds to retry calls to a store that does not respond.
@@ -32,6 +33,7 @@ class LayersOptions:
 
     device: str = "cpu"
     max_layers: int = 1_000_000
+    max_features: int = 1 << 20
     resident_layers: int = 10_000
     queue_length: int = 1024
     store_timeout: float = 10.0

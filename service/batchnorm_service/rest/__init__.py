@@ -10,6 +10,7 @@ Tensor bodies are read by hand, because their media type is negotiated and pydan
 
 from batchnorm_service.rest.application import ApiOptions, build_api
 from batchnorm_service.rest.bodies import BodyBuffer
+from batchnorm_service.rest.connections import Connections, RequestLimits
 from batchnorm_service.rest.gateway import Gateway
 from batchnorm_service.rest.headers import Headers, read_headers
 from batchnorm_service.rest.layer_request import LayerRequest
@@ -21,9 +22,11 @@ __all__ = [
     "JOIN_BYTES",
     "ApiOptions",
     "BodyBuffer",
+    "Connections",
     "Gateway",
     "Headers",
     "LayerRequest",
+    "RequestLimits",
     "Response",
     "Target",
     "Transfers",

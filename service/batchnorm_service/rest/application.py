@@ -21,6 +21,7 @@ from batchnorm_service.telemetry import Metrics
 from batchnorm_service.telemetry.metrics import DISCONNECTED, OTHER
 
 from .bodies import ClientGoneError
+from .connections import Connections, RequestLimits
 from .documents import invalid_request
 from .gateway import Gateway
 from .gradients import GradientEndpoint
@@ -72,6 +73,8 @@ class ApiOptions:
         max_concurrent_requests: further calls are refused while this many run.
         read_timeout, write_timeout: seconds allowed for receiving a request and for sending its response.
         max_buffered_bytes: new requests are refused while this many bytes of requests and responses are buffered.
+        max_connections: further connections are refused, or take the place of idle ones.
+        limits: limits on requests without their bodies.
         fast_path: whether endpoints may be called without ASGI.
         guard: checks bearer tokens.
     """
@@ -82,6 +85,8 @@ class ApiOptions:
     read_timeout: float = 30.0
     write_timeout: float = 30.0
     max_buffered_bytes: int = 1 << 30
+    max_connections: int = 10_000
+    limits: RequestLimits = field(default_factory=RequestLimits)
     fast_path: bool = True
     guard: Guard = field(default_factory=Guard)
 
@@ -138,6 +143,8 @@ def build_gateway(app: FastAPI, layers: Layers, options: ApiOptions, metrics: Me
         options.guard,
         _rules(),
         transfers,
+        Connections(options.max_connections),
+        limits=options.limits,
         max_body_bytes=options.max_body_bytes,
         max_concurrent_requests=options.max_concurrent_requests,
         fast_path=options.fast_path,

@@ -17,20 +17,23 @@ from fastapi import FastAPI
 from starlette.types import Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
-from batchnorm_client.wire.errors import Overloaded, ProblemError, StoreUnavailable
+from batchnorm_client.wire.errors import ProblemError, StoreUnavailable
 from batchnorm_client.wire.headers import REQUEST_ID
 from batchnorm_client.wire.names import check_layer_name
+from batchnorm_service.layers import CALLED_LAYER
 from batchnorm_service.telemetry import Metrics
 from batchnorm_service.telemetry.metrics import BUFFERED_BYTES, DISCONNECTED, OTHER, RUNNING_CALLS, STATUS_CLASSES
 from batchnorm_service.tokens import Grant, Scope
 
 from .bodies import ClientGoneError
+from .connections import Connections, RequestLimits
 from .headers import Headers, read_headers, request_id
 from .layer_request import Endpoint, LayerRequest
 from .problems import respond_problem
 from .reports import RequestReports
 from .responses import JOIN_BYTES, RawHeader, Response
 from .security import Guard, Rules, WrongTokenError, check_layer
+from .shares import REFUSAL_COST, CallShares, call_cost
 from .target import MAX_CACHED_BYTES, Target, read_target, target_of
 from .transfers import Transfers
 
@@ -53,19 +56,20 @@ class Gateway:
         guard: checks bearer tokens.
         rules: the scope that each call needs.
         transfers: limits the bytes buffered for requests and responses.
+        connections: limits the open connections.
+        limits: limits on requests without their bodies.
         max_body_bytes: larger request bodies are refused.
-        max_concurrent_requests: further calls are refused while this many run. A call runs from the end of its request
-            body until its response is ready to be sent.
+        max_concurrent_requests: further calls are refused while this many run; calls on one layer earlier. A call runs
+            from the end of its request body until its response is ready to be sent.
         fast_path: whether endpoints may be called without ASGI.
         metrics: None if they are off.
         route_of: the template of a path that FastAPI routes.
 
     Attributes:
         app: the wrapped FastAPI application.
-        guard: as above.
-        transfers: as above.
+        guard, transfers, connections, limits: as above.
         reports: where every response is reported.
-        running: how many calls run now.
+        shares: which calls may run now.
     """
 
     def __init__(
@@ -75,7 +79,9 @@ class Gateway:
         guard: Guard,
         rules: Rules,
         transfers: Transfers,
+        connections: Connections,
         *,
+        limits: RequestLimits,
         max_body_bytes: int,
         max_concurrent_requests: int,
         fast_path: bool,
@@ -84,13 +90,14 @@ class Gateway:
     ) -> None:
         self.app = app
         self.transfers = transfers
+        self.connections = connections
+        self.limits = limits
         self._endpoints = endpoints
         self._fast_endpoints = endpoints if fast_path else {}
         self._max_body_bytes = max_body_bytes
         self.guard = guard
         self._rules = rules
-        self._max_concurrent_requests = max_concurrent_requests
-        self.running = 0
+        self.shares = CallShares(max_concurrent_requests)
         self.reports = RequestReports(metrics, endpoints, route_of)
         self._posts = self.reports.posts
         if metrics:
@@ -103,7 +110,8 @@ class Gateway:
             await self.app(scope, receive, send)
             return
         headers, target, method = read_headers(scope["headers"]), read_target(scope), scope["method"]
-        accounting = _RequestAccounting(self, receive, send, counted=target.versioned)
+        CALLED_LAYER.set(target.layer)
+        accounting = _RequestAccounting(self, receive, send, target)
         context = _RequestContext(self, method, target, headers, accounting)
         try:
             try:
@@ -112,7 +120,7 @@ class Gateway:
                 context.close = not await self.guard.failures.delay(_address(scope))
                 raise
             if method not in _METHODS_WITH_BODY:
-                accounting.enter()
+                await accounting.enter()
             endpoint = self._endpoints.get((method, target.call)) if target.layer else None
             if target.layer and endpoint:
                 request = LayerRequest(target.layer, scope["query_string"], headers, accounting.receive)
@@ -147,34 +155,37 @@ class Gateway:
                 return True
         return False
 
-    def enter(self) -> None:
-        """Count a call as running, after its body was read. The caller must call `leave`, even if this raises.
-
-        Raises:
-            Overloaded: too many calls are running.
-        """
-        self.running += 1
-        if self.running > self._max_concurrent_requests:
-            running = self._max_concurrent_requests
-            raise Overloaded(f"{running} calls are running: BATCHNORM_MAX_CONCURRENT_REQUESTS", retry_after=1)
-
-    def leave(self) -> None:
-        """Count a call as finished."""
-        self.running -= 1
+    @property
+    def running(self) -> int:
+        """How many calls run now."""
+        return self.shares.running
 
     async def respond(self, target: Target, request: LayerRequest) -> Response:
         """The response to a POST of the fast path whose body was read. Problems are responses; it never raises."""
-        name, began = request_id(request.headers), time.perf_counter()
+        name, began, size = request_id(request.headers), time.perf_counter(), len(request.received or b"")
         try:
-            self.enter()
-            response = await self._endpoints["POST", target.call](request)
+            response = await self._respond(target, request, size)
         except asyncio.CancelledError:
             response = respond_problem(_stopping(), target.path, name)
         except Exception as error:
             response = respond_problem(error, target.path, name)
+        return self._completed(response, target, began, name, size)
+
+    async def _respond(self, target: Target, request: LayerRequest, size: int) -> Response:
+        layer, shares, cost = target.layer, self.shares, call_cost(size)
+        if (refusal := shares.enter(layer)) is not None:
+            request.received, cost = None, REFUSAL_COST  # a body is not kept for a refusal
+        try:
+            if not shares.may_start(layer, cost):
+                await shares.turn(layer, cost)
+            if refusal is not None:
+                raise refusal
+            self.transfers.check()
+            CALLED_LAYER.set(layer)
+            return await self._endpoints["POST", target.call](request)
         finally:
-            self.leave()
-        return self._completed(response, target, began, name, len(request.received or b""))
+            if refusal is None:
+                shares.leave(layer)
 
     def refuse(self, problem: ProblemError, target: Target, headers: Headers) -> Response:
         """The response to a POST of the fast path that is refused before its body is complete."""
@@ -218,28 +229,40 @@ class _RequestAccounting:
         received: bytes of the body.
     """
 
-    __slots__ = ("_buffered", "_counted", "_gateway", "_receive", "_running", "_send", "began", "received")
+    __slots__ = ("_buffered", "_counted", "_gateway", "_layer", "_receive", "_running", "_send", "began", "received")
 
-    def __init__(self, gateway: Gateway, receive: Receive, send: Send, *, counted: bool) -> None:
+    def __init__(self, gateway: Gateway, receive: Receive, send: Send, target: Target) -> None:
         self._gateway = gateway
         self._receive = receive
         self._send = send
-        self._counted = counted
+        self._counted = target.versioned
+        self._layer = target.layer
         self._running = False
         self._buffered = 0
         self.began = time.perf_counter()
         self.received = 0
 
-    def enter(self) -> None:
-        """The request was read completely: its call starts to run.
+    async def enter(self) -> None:
+        """The request was read completely: its call starts to run, at once or when it is its layer's turn.
+
+        Until then its body counts as buffered. Buffered bytes are checked once more, because a request may have been
+        admitted before: responses that nobody reads would have no limit otherwise.
 
         Raises:
             Overloaded: too many calls are running.
         """
         self.began = time.perf_counter()
         if self._counted and not self._running:
-            self._running = True
-            self._gateway.enter()
+            shares = self._gateway.shares
+            refusal = shares.enter(self._layer)
+            self._running = refusal is None
+            cost = call_cost(self.received) if self._running else REFUSAL_COST
+            if not shares.may_start(self._layer, cost):
+                await shares.turn(self._layer, cost)
+            if refusal is not None:
+                raise refusal
+            self._release(self._buffered)
+            self._gateway.transfers.check()
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -250,8 +273,8 @@ class _RequestAccounting:
                 self._gateway.transfers.receive(size)
                 self._buffered += size
             else:
+                await self.enter()
                 self._release(self._buffered)
-                self.enter()
         return message
 
     async def send(self, message: Message) -> None:
@@ -270,7 +293,7 @@ class _RequestAccounting:
         self._release(self._buffered)
         if self._running:
             self._running, self._counted = False, False
-            self._gateway.leave()
+            self._gateway.shares.leave(self._layer)
 
     def _release(self, size: int) -> None:
         self._buffered -= size
