@@ -8,7 +8,7 @@ CONSTRAINTS := -c constraints.txt
 GENERATORS := .venv-generators
 LOWEST := .venv-lowest
 
-.PHONY: help run test test-quick test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak simulate mutants machines schemathesis fuzz fuzz-keep clean
+.PHONY: help run test test-quick test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak soak-crashes simulate mutants machines schemathesis fuzz fuzz-keep clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -90,7 +90,11 @@ $(LOWEST)/lowest.stamp: pyproject.toml tests/install/lowest.py
 	@$(LOWEST)/bin/python -m pip --disable-pip-version-check --quiet install -c $(LOWEST)/lowest.txt --editable '.[service,torch,demo,dev]'
 	@touch $@
 
-soak: $(VENV)/dev.stamp ## 2,000 train calls against workers and replicas that are killed and restarted
+soak: MINUTES = 30
+soak: $(VENV)/dev.stamp ## mixed load for MINUTES=30: memory, file descriptors, and every fold
+	@PYTHONPATH=tests $(BIN)/python -m soak.run --minutes $(MINUTES)
+
+soak-crashes: $(VENV)/dev.stamp ## 2,000 train calls against workers and replicas that are killed and restarted
 	BATCHNORM_TEST_CALLS=2000 $(BIN)/pytest tests/service/test_workers.py $(ARGS)
 
 SEEDS := 1000
