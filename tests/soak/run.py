@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 import numpy as np
+import torch
 
 from service.conftest import Process
 from soak.load import RECEIPT_SECONDS, Load
@@ -117,6 +118,7 @@ def _print(report: Report) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
+    torch.set_num_threads(1)  # as the service does: torch rounds sums in an order that depends on it
     seconds = 60 * parser.parse_args().minutes
     with tempfile.TemporaryDirectory() as directory:
         report = soak(seconds, Path(directory))
