@@ -24,8 +24,8 @@ from soak.trend import Trend, trend
 MEBIBYTE: Final = 1 << 20
 CALLERS: Final = 4
 _IDLE_SECONDS: Final = 60.0
-_WARM_UP: Final = 0.25
-"""Part of the time that is not measured: caches and pools fill, receipts begin to expire."""
+_WARM_UP: Final = 0.5
+"""Part of the time that is not measured: caches fill, receipts begin to expire, and the allocator keeps what is free."""
 
 
 class Report(NamedTuple):
