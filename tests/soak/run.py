@@ -25,7 +25,7 @@ MEBIBYTE: Final = 1 << 20
 CALLERS: Final = 4
 _IDLE_SECONDS: Final = 60.0
 _WARM_UP: Final = 0.5
-"""Part of the time that is not measured: caches fill, receipts begin to expire, and the allocator keeps what is free."""
+"""Part of the time that is not measured: caches fill, receipts begin to expire, and the allocator keeps free memory."""
 
 
 class Report(NamedTuple):
