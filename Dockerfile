@@ -5,14 +5,15 @@ RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /src
 # Dependencies change rarely and are the largest part, so torch and the others get image layers of their own.
-# pip reads PIP_EXTRA_INDEX_URL. Without it, pip installs torch's CUDA build (gigabytes); see README.md, "Which torch".
+# pip reads PIP_EXTRA_INDEX_URL, the index of another build of torch, whose hash is then not known. Without it, pip installs
+# the CUDA build (gigabytes) with hashes; see README.md, "Which torch".
 ARG PIP_EXTRA_INDEX_URL=""
-COPY constraints.txt pyproject.toml ./
-RUN pip install "$(grep '^torch==' constraints.txt)"
-RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-    print('\n'.join(p['dependencies'] + p['optional-dependencies']['service']))" > requirements.txt \
-    && pip install -c constraints.txt -r requirements.txt
-COPY README.md LICENSE ./
+COPY constraints.txt requirements/service.txt requirements/torch.txt ./
+RUN if [ -n "$PIP_EXTRA_INDEX_URL" ]; \
+    then pip install --no-deps "$(grep '^torch==' constraints.txt)"; \
+    else pip install --no-deps --require-hashes -r torch.txt; fi
+RUN pip install --no-deps --require-hashes -r service.txt
+COPY pyproject.toml README.md LICENSE ./
 COPY client client
 COPY service service
 RUN pip install --no-deps .

@@ -7,8 +7,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CONSTRAINTS := -c constraints.txt
 GENERATORS := .venv-generators
 LOWEST := .venv-lowest
+SUPPLY := .venv-supply
 
-.PHONY: help run test test-quick test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak simulate mutants machines schemathesis fuzz fuzz-keep clean
+.PHONY: help run test test-quick test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak soak-crashes simulate mutants machines schemathesis fuzz fuzz-keep lock sbom licences dist image image-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -58,17 +59,19 @@ pictures: $(VENV)/dev.stamp ## run all examples, and redraw the pictures in docs
 	$(BIN)/python examples/reinforcement.py --plot docs/reinforcement.png
 	$(BIN)/python examples/synchronized.py --plot docs/synchronized.png
 
-# torch is installed first, because it is most of the download. PIP_EXTRA_INDEX_URL selects the CPU build: see README.md.
-$(VENV)/service.stamp: pyproject.toml constraints.txt
+# The locks have the versions of constraints.txt with hashes of everything but torch, whose hash depends on the build.
+# PIP_EXTRA_INDEX_URL selects the CPU build: see README.md.
+$(VENV)/service.stamp: pyproject.toml constraints.txt requirements/service.txt
 	@echo "Setting up $(VENV) (once) ..."
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(PIP) install --require-hashes --no-deps --requirement requirements/service.txt
 	@$(PIP) install $(CONSTRAINTS) "$$(grep '^torch==' constraints.txt)"
-	@$(PIP) install $(CONSTRAINTS) --editable '.[service]'
+	@$(PIP) install --no-deps --editable .
 	@touch $@
 
-$(VENV)/dev.stamp: $(VENV)/service.stamp
+$(VENV)/dev.stamp: $(VENV)/service.stamp requirements/dev.txt
 	@echo "Setting up what the tests need (once) ..."
-	@$(PIP) install $(CONSTRAINTS) --editable '.[service,torch,demo,dev]'
+	@$(PIP) install --require-hashes --no-deps --requirement requirements/dev.txt
 	@touch $@
 
 # The client generators that tests/generators runs. Without npm the TypeScript test is skipped.
@@ -90,7 +93,11 @@ $(LOWEST)/lowest.stamp: pyproject.toml tests/install/lowest.py
 	@$(LOWEST)/bin/python -m pip --disable-pip-version-check --quiet install -c $(LOWEST)/lowest.txt --editable '.[service,torch,demo,dev]'
 	@touch $@
 
-soak: $(VENV)/dev.stamp ## 2,000 train calls against workers and replicas that are killed and restarted
+soak: MINUTES = 30
+soak: $(VENV)/dev.stamp ## mixed load for MINUTES=30: memory, file descriptors, and every fold
+	@PYTHONPATH=tests $(BIN)/python -m soak.run --minutes $(MINUTES)
+
+soak-crashes: $(VENV)/dev.stamp ## 2,000 train calls against workers and replicas that are killed and restarted
 	BATCHNORM_TEST_CALLS=2000 $(BIN)/pytest tests/service/test_workers.py $(ARGS)
 
 SEEDS := 1000
@@ -135,5 +142,48 @@ $(VENV)/fuzz.stamp: $(VENV)/dev.stamp
 	@.venv-bench/bin/python -m pip --disable-pip-version-check --quiet install $(CONSTRAINTS) --editable '.[service]' py-spy
 	@touch $@
 
+LOCK = UV_CUSTOM_COMPILE_COMMAND="make lock" $(SUPPLY)/bin/uv pip compile --quiet --universal --generate-hashes --no-annotate \
+	--python-version 3.11 $(CONSTRAINTS)
+ANY_TORCH := --no-emit-package torch --excludes requirements/cuda.txt
+
+lock: $(SUPPLY)/supply.stamp ## write the versions of constraints.txt with hashes to requirements/*.txt
+	$(LOCK) pyproject.toml --extra service $(ANY_TORCH) --output-file requirements/service.txt
+	$(LOCK) pyproject.toml --extra service --extra torch --extra demo --extra dev $(ANY_TORCH) --output-file requirements/dev.txt
+	grep '^torch==' constraints.txt | $(LOCK) - --output-file requirements/torch.txt
+	$(LOCK) requirements/supply.in --output-file requirements/supply.txt
+
+SHIPPED = { sed -n '/^torch==/,/[^\\]$$/p' requirements/torch.txt; cat requirements/service.txt; }
+
+sbom: $(SUPPLY)/supply.stamp ## list what the service consists of in build/sbom.json (CycloneDX)
+	@mkdir -p build
+	@$(SHIPPED) | $(SUPPLY)/bin/python -W ignore -m cyclonedx_py requirements --pyproject pyproject.toml --output-reproducible \
+		--output-file build/sbom.json -
+
+licences: $(VENV)/service.stamp $(SUPPLY)/supply.stamp ## write the licences of these packages to docs/licences.md
+	@{ printf '# Licences\n\nOf the packages that the service is installed with on Linux, written by `make licences`.\n'; \
+		printf 'The metadata of pysimdjson name none; its file LICENSE is the MIT License.\n\n'; \
+		$(SUPPLY)/bin/pip-licenses --python $(BIN)/python --format markdown --with-system --packages \
+		$$($(SHIPPED) | sed -n 's/^\([a-z0-9-]*\)==.*/\1/p') | sed -E 's/\+(cpu|cu[0-9]+) /     /'; } > docs/licences.md
+
+dist: $(SUPPLY)/supply.stamp ## build the packages into dist/
+	@$(SUPPLY)/bin/uv build --quiet --out-dir dist
+
+IMAGE := batchnorm
+
+image: ## build the image IMAGE=batchnorm; PIP_EXTRA_INDEX_URL selects the build of torch
+	docker build --build-arg PIP_EXTRA_INDEX_URL --tag $(IMAGE) .
+
+image-check: ## start the image once, and wait until it is healthy
+	@container=$$(docker run --detach --rm $(IMAGE)); trap "docker stop $$container > /dev/null" EXIT; \
+	for _ in $$(seq 60); do \
+		if [ "$$(docker inspect --format '{{.State.Health.Status}}' $$container)" = healthy ]; then exit 0; fi; sleep 1; \
+	done; docker logs $$container; exit 1
+
+$(SUPPLY)/supply.stamp: requirements/supply.txt
+	@echo "Setting up $(SUPPLY) (once) ..."
+	@$(PYTHON) -m venv --clear $(SUPPLY)
+	@$(SUPPLY)/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes --no-deps --requirement requirements/supply.txt
+	@touch $@
+
 clean: ## remove everything that the targets created
-	rm -rf $(VENV) $(GENERATORS) $(LOWEST) .venv-bench .venv-bench-* .coverage .coverage.* .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(GENERATORS) $(LOWEST) $(SUPPLY) build dist .venv-bench .venv-bench-* .coverage .coverage.* .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache

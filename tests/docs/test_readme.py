@@ -115,7 +115,11 @@ def test_what_a_page_links_to_exists(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
-NAMED = re.findall(r"`(tests/[\w/]+(?:\.py)?)(?:::(\w+))?`", (README.parent / "docs/testing.md").read_text())
+NAMED = [
+    named
+    for page in ("testing", "reliability")
+    for named in re.findall(r"`(tests/[\w/]+(?:\.py)?)(?:::(\w+))?`", (README.parent / f"docs/{page}.md").read_text())
+]
 
 
 @pytest.mark.parametrize(("path", "name"), sorted(set(NAMED)))
@@ -126,4 +130,15 @@ def test_the_tests_that_the_documentation_names_are_there(path: str, name: str) 
 
 
 def test_the_documentation_names_tests() -> None:
-    assert len(NAMED) > 50
+    assert len(NAMED) > 80
+
+
+def test_every_promise_names_a_test() -> None:
+    page = (README.parent / "docs/reliability.md").read_text()
+    rows = re.findall(r"^\| (.+) \|$", page.partition("## Promises")[2].partition("\n\n**")[0], re.M)[1:]
+    assert len(rows) > 10
+    for row in rows:
+        _, settings, tests = row.split("|")
+        assert re.search(r"`tests/\w+", tests), row
+        for setting in re.findall(r"`(BATCHNORM_\w+)`", settings):
+            assert f"| `{setting}` |" in (README.parent / "docs/settings.md").read_text(), setting

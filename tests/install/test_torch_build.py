@@ -53,20 +53,32 @@ def test_make_hands_the_setting_to_pip(tmp_path):
     variables = environment(PIP_EXTRA_INDEX_URL="https://index.example/cpu")
     subprocess.run(command, env=variables, capture_output=True, check=True)
     calls = [line for line in log.read_text().splitlines() if " install " in line]
-    assert len(calls) == 2
-    assert calls[0].endswith(f"torch=={PINNED}")
+    assert len([call for call in calls if call.endswith(f"torch=={PINNED}")]) == 1
+    assert len(calls) == 3
     for call in calls:
         assert call.startswith("https://index.example/cpu ")
         assert "index-url" not in call
         assert "--isolated" not in call  # pip would not look into the environment
 
 
-def test_the_image_takes_the_setting_before_it_installs_torch():
-    lines = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if re.match("FROM|ARG|RUN pip", line)]
-    assert [line.split()[0] for line in lines[:3]] == ["FROM", "ARG", "RUN"]
-    assert lines[1] == 'ARG PIP_EXTRA_INDEX_URL=""'
-    assert "torch==" in lines[2]
-    assert "constraints.txt" in lines[2]
+@pytest.mark.parametrize("extra", ["", "https://index.example/cpu"])
+def test_the_image_takes_the_setting_when_it_installs_torch(tmp_path, extra):
+    """The commands of the Dockerfile up to the packages, with a pip that writes down what it is called with."""
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
+    setting, *commands = re.findall(
+        r"^(?:ARG|RUN) (.*(?:PIP_EXTRA|requirements|pip install --no-deps -).*)$", text, re.M
+    )
+    assert setting == 'PIP_EXTRA_INDEX_URL=""'
+    (tmp_path / "pip").write_text('#!/bin/sh\necho "$*"\n')
+    (tmp_path / "pip").chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PIP_EXTRA_INDEX_URL": extra}
+    command = ["sh", "-ec", "\n".join(commands)]
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=True)
+    torch = f"torch=={PINNED}" if extra else "--require-hashes -r torch.txt"
+    assert done.stdout.splitlines() == [
+        f"install --no-deps {torch}",
+        "install --no-deps --require-hashes -r service.txt",
+    ]
 
 
 def test_the_readme_names_it_for_each_way():

@@ -23,14 +23,19 @@ def environment(**variables):
 class Process:
     """A running service.
 
+    Args:
+        arguments: of the command.
+        command: that starts it.
+        variables: of its environment.
+
     Attributes:
         url: its address.
         lines: what it has printed so far, both streams together.
     """
 
-    def __init__(self, *arguments, **variables):
+    def __init__(self, *arguments, command=COMMAND, **variables):
         self.process = subprocess.Popen(
-            [*COMMAND, *arguments],
+            [*command, *arguments],
             env=environment(**variables),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -39,6 +39,12 @@ def train(http, url, key):
     return http.post(f"{url}/v1/layers/bn/train", json=BATCH, headers={"Idempotency-Key": key})
 
 
+def kept(http, url):
+    """Pins and history, and the state of the pin."""
+    calls = ("pins", "history?limit=100", "state?at=early")
+    return [http.get(f"{url}/v1/layers/bn/{call}").raise_for_status().content for call in calls]
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_full_disk_refuses_batches_and_loses_none(start, http, small_disk, workers):
     store = f"sqlite:///{small_disk}/layers.db"
@@ -48,6 +54,8 @@ def test_a_full_disk_refuses_batches_and_loses_none(start, http, small_disk, wor
     http.put(f"{url}/v1/layers/bn", json={"num_features": 2}).raise_for_status()
     for number in range(10):
         assert train(http, url, f"before-{number}").status_code == 200
+    assert http.put(f"{url}/v1/layers/bn/pins/early", json={}).status_code == 201
+    pins, _, state = kept(http, url)
     filler = fill(small_disk)
     statuses = [train(http, url, f"full-{number}").status_code for number in range(8)]
     assert set(statuses) <= {200, 503}, "the log has some room"
@@ -60,16 +68,21 @@ def test_a_full_disk_refuses_batches_and_loses_none(start, http, small_disk, wor
     layer = http.get(f"{url}/v1/layers/bn").json()
     assert layer["num_batches_tracked"] == 10 + statuses.count(200)
     assert http.post(f"{url}/v1/layers/bn/eval", json=BATCH).status_code == 200, "reads go on"
+    assert http.put(f"{url}/v1/layers/bn/pins/late", json={}).status_code == 503
+    assert http.post(f"{url}/v1/layers/bn/rollback", json={"tag": "early"}).status_code == 503
+    assert kept(http, url)[::2] == [pins, state]
     filler.unlink()
     for number, status in enumerate(statuses):
         again = train(http, url, f"full-{number}")
         assert again.status_code == 200
         assert ("Idempotent-Replay" in again.headers) == (status == 200)
     assert train(http, url, "refused").json()["num_batches_tracked"] == 19
-    expected = http.get(f"{url}/v1/layers/bn").json()
+    expected, all_kept = http.get(f"{url}/v1/layers/bn").json(), kept(http, url)
+    assert all_kept[::2] == [pins, state]
     service.stop(signal.SIGKILL if workers == "1" else signal.SIGTERM)
     url = start("--store", store, **variables).url
     assert http.get(f"{url}/v1/layers/bn").json() == expected
+    assert kept(http, url) == all_kept
     assert http.get(f"{url}/v1/layers/new").status_code == 404
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-CALLS = int(os.environ.get("BATCHNORM_TEST_CALLS", "600"))  # `make soak` has more
+CALLS = int(os.environ.get("BATCHNORM_TEST_CALLS", "600"))  # `make soak-crashes` has more
 KILLS = CALLS // 200
 THREADS, CHANNELS = 8, 16
 LAYERS = ("first", "second", "third")
