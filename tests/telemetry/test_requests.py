@@ -156,6 +156,12 @@ async def test_text_and_openmetrics(client):
     }
 
 
+@pytest.mark.parametrize("accept", ["application/openmetrics-text; version=abc", "text/plain; version=1..0"])
+async def test_a_version_that_is_none(client, accept):
+    answer = await client.get("/metrics", headers={"Accept": accept})
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+
+
 @pytest.mark.parametrize("way", ["fast path"], indirect=True)
 async def test_what_is_no_request_is_counted(service, client):
     reader, writer = await asyncio.open_connection("127.0.0.1", service._port)

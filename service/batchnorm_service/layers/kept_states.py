@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Final
 
+from batchnorm_client.wire.documents import MAX_VERSION
 from batchnorm_client.wire.errors import StoreUnavailable, VersionNotFound
 
 from ..store.base import Missing, NotKept, Store, StoreError, Unchanged
@@ -44,7 +45,9 @@ class KeptStates:
             self._cached.move_to_end(at)
             return cached
         try:
-            found = await self._store.load_kept(self._name, at, None if cached is None else cached.stamp)
+            # No layer has a higher version, and a store would have to know what to do with more than 64 bits.
+            known = min(at, MAX_VERSION) if isinstance(at, int) else at
+            found = await self._store.load_kept(self._name, known, None if cached is None else cached.stamp)
         except StoreError as error:
             raise StoreUnavailable(f"the store does not answer: {error}", retry_after=1) from error
         if isinstance(found, Unchanged):

@@ -127,7 +127,10 @@ class Metrics(Collector):
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """The metrics of all processes in Prometheus's text format or as OpenMetrics, and the media type."""
-        encode, media_type = choose_encoder(accept)
+        try:
+            encode, media_type = choose_encoder(accept)
+        except (TypeError, ValueError):  # of a version that is not made of numbers
+            encode, media_type = choose_encoder("")
         return encode(self._registry), media_type
 
     def collect(self) -> Iterator[Family]:
