@@ -126,11 +126,11 @@ class Metrics(Collector):
                 self.values[self.place(metric)] = read() if read else 0.0
 
     def render(self, accept: str) -> tuple[bytes, str]:
-        """The metrics of all processes in Prometheus's text format or as OpenMetrics, and the media type."""
-        try:
-            encode, media_type = choose_encoder(accept)
-        except (TypeError, ValueError):  # of a version that is not made of numbers
-            encode, media_type = choose_encoder("")
+        """The metrics of all processes in Prometheus's text format or as OpenMetrics, and the media type.
+
+        `accept` must be valid: prometheus_client raises all kinds of errors for versions that are none.
+        """
+        encode, media_type = choose_encoder(accept)
         return encode(self._registry), media_type
 
     def collect(self) -> Iterator[Family]:
