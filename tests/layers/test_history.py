@@ -12,7 +12,7 @@ import pytest
 from batchnorm_client.wire.documents import LayerConfig, LayerUpdate
 from batchnorm_client.wire.errors import DigestMismatch, LayerPinned, PinExists, StoreUnavailable, VersionNotFound
 from batchnorm_client.wire.tensors import Tensor, decode_safetensors, encode_safetensors
-from batchnorm_service.layers import Layers, LayersOptions, Normalized
+from batchnorm_service.layers import Layers, LayersOptions, Normalized, kept_states
 from batchnorm_service.runtime import Runtime
 from batchnorm_service.store.base import Record, Store, StoreError
 from batchnorm_service.store.memory import MemoryStore
@@ -214,6 +214,30 @@ async def test_a_tag_that_may_be_gone_is_looked_up_again(call: str) -> None:
         with pytest.raises(VersionNotFound):
             async with asyncio.timeout(30):  # it went on for ever
                 await layers.rollback("a", "best", None, None)
+
+
+@pytest.mark.parametrize(("size", "loads"), [(1, 4), (1 << 20, 2)])
+async def test_large_states_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch, size: int, loads: int) -> None:
+    """Two tags are read in turns, each twice: with room for one state, it is loaded at each turn."""
+
+    class Counting(MemoryStore):
+        loaded = 0
+
+        async def load_kept(self, *args: Any) -> Any:
+            self.loaded += 1
+            return await super().load_kept(*args)
+
+    monkeypatch.setattr(kept_states, "_CACHED_BYTES", size)
+    store = Counting()
+    layers = await layer(store)
+    for tag in "ab":
+        await layers.history.pin("a", tag, None, None)
+    layers = Layers(store, KEEP_ALL)
+    store.loaded = 0
+    with layers._cache.use("a"):
+        for tag in "aabbaabb":
+            await eval_at(layers, tag)
+    assert store.loaded == loads
 
 
 @pytest.mark.parametrize("at", [2**63 - 1, 2**63, 10**19 - 1])

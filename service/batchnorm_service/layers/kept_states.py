@@ -15,6 +15,9 @@ from .records import CommittedLayer, decode
 _CACHED: Final = 8
 """States of one layer in memory, besides the newest."""
 
+_CACHED_BYTES: Final = 1 << 22
+"""Of these states together; a larger one is cached alone. Callers who only read choose how many states are read."""
+
 
 class KeptStates:
     """Reads a layer's kept states, and caches those that were used last."""
@@ -60,7 +63,8 @@ class KeptStates:
         layer = decode(found)
         if changes == self._changes:
             self._cached[at] = layer
-            if len(self._cached) > _CACHED:
+            room = min(_CACHED, max(_CACHED_BYTES // len(found.data), 1))  # a layer's states have about the same size
+            while len(self._cached) > room:
                 self._cached.popitem(last=False)
         return layer
 
