@@ -115,15 +115,18 @@ def serve(
 @tokens.command("create")
 def _create_token(
     scope: Annotated[ScopeName, typer.Option(help="What it allows: read, train or admin; each includes the former.")],
-    prefix: Annotated[str, typer.Option(help="Only layers whose names start with this, such as team1.")] = "",
+    prefix: Annotated[
+        str | None, typer.Option(help="Only layers whose names start with this, such as team1.", show_default="all")
+    ] = None,
     file: TokensFile = None,
 ) -> None:
     """Make a token and print it as the last word: only its salted hash is kept. A running service reads it at once."""
-    if prefix and not is_prefix(prefix):
+    # An empty one is refused too: it comes from a variable that is not set, and would mean all layers.
+    if prefix is not None and not is_prefix(prefix):
         _fail(f"--prefix: no layer's name can start with {prefix!r}", code=2)
     with _token_file(file) as path:
-        token, stored = add_token(path, Scope.parse(scope), prefix)
-    typer.echo(f"{stored.id}: scope {scope}, {_layers_of(prefix)}: {token}")
+        token, stored = add_token(path, Scope.parse(scope), prefix or "")
+    typer.echo(f"{stored.id}: scope {scope}, {_layers_of(stored.grant.prefix)}: {token}")
 
 
 @tokens.command("list")

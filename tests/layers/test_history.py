@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ import pytest
 from batchnorm_client.wire.documents import LayerConfig, LayerUpdate
 from batchnorm_client.wire.errors import DigestMismatch, LayerPinned, PinExists, StoreUnavailable, VersionNotFound
 from batchnorm_client.wire.tensors import Tensor, decode_safetensors, encode_safetensors
-from batchnorm_service.layers import Layers, LayersOptions, Normalized
+from batchnorm_service.layers import Layers, LayersOptions, Normalized, kept_states
 from batchnorm_service.runtime import Runtime
-from batchnorm_service.store.base import Record, StoreError
+from batchnorm_service.store.base import Record, Store, StoreError
 from batchnorm_service.store.memory import MemoryStore
+from batchnorm_service.store.sqlite.store import SqliteStore
 
 from .conftest import batch, train
 
@@ -33,7 +35,7 @@ class Clock(Runtime):
         return Clock.seconds
 
 
-async def layer(store: MemoryStore | None = None, options: LayersOptions = KEEP_ALL, **more: Any) -> Layers:
+async def layer(store: Store | None = None, options: LayersOptions = KEEP_ALL, **more: Any) -> Layers:
     store = store or MemoryStore()
     await store.open()
     layers = Layers(store, options, **more)
@@ -176,6 +178,78 @@ async def test_a_tag_of_a_layer_that_was_deleted() -> None:
         await layers.create("a", LayerConfig(num_features=3))
         with pytest.raises(VersionNotFound):
             await eval_at(layers, "best")
+
+
+@pytest.mark.parametrize("call", ["unpin", "delete"])
+async def test_a_tag_that_may_be_gone_is_looked_up_again(call: str) -> None:
+    """After a call whose outcome nobody knows, not even the only user of a store knows what a tag stands for."""
+
+    class Silent(MemoryStore):
+        silent = False
+
+        async def unpin(self, *args: Any) -> Any:
+            return await self._lose(await super().unpin(*args))
+
+        async def delete(self, *args: Any, **options: Any) -> Any:
+            return await self._lose(await super().delete(*args, **options))
+
+        async def _lose(self, done: Any) -> Any:
+            if self.silent:
+                raise StoreError("lost")
+            return done
+
+    store = Silent()
+    layers = await layer(store, LayersOptions(store_timeout=0.05))
+    await layers.history.pin("a", "best", None, None)
+    with layers._cache.use("a"):
+        await eval_at(layers, "best")  # now it is in memory
+        store.silent = True
+        with pytest.raises(StoreUnavailable):
+            await (layers.history.unpin("a", "best") if call == "unpin" else layers.delete("a", None, with_pins=True))
+        store.silent = False
+        if call == "delete":
+            await layers.create("a", LayerConfig(num_features=3))
+        with pytest.raises(VersionNotFound):
+            await eval_at(layers, "best")
+        with pytest.raises(VersionNotFound):
+            async with asyncio.timeout(30):  # it went on for ever
+                await layers.rollback("a", "best", None, None)
+
+
+@pytest.mark.parametrize(("size", "loads"), [(1, 4), (1 << 20, 2)])
+async def test_large_states_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch, size: int, loads: int) -> None:
+    """Two tags are read in turns, each twice: with room for one state, it is loaded at each turn."""
+
+    class Counting(MemoryStore):
+        loaded = 0
+
+        async def load_kept(self, *args: Any) -> Any:
+            self.loaded += 1
+            return await super().load_kept(*args)
+
+    monkeypatch.setattr(kept_states, "_CACHED_BYTES", size)
+    store = Counting()
+    layers = await layer(store)
+    for tag in "ab":
+        await layers.history.pin("a", tag, None, None)
+    layers = Layers(store, KEEP_ALL)
+    store.loaded = 0
+    with layers._cache.use("a"):
+        for tag in "aabbaabb":
+            await eval_at(layers, tag)
+    assert store.loaded == loads
+
+
+@pytest.mark.parametrize("at", [2**63 - 1, 2**63, 10**19 - 1])
+async def test_a_version_of_more_than_64_bits(tmp_path: Path, at: int) -> None:
+    store = SqliteStore(tmp_path / "layers.db")
+    try:
+        layers = await layer(store)
+        with pytest.raises(VersionNotFound) as refused:
+            await eval_at(layers, at)
+        assert refused.value.fields["got"] == at
+    finally:
+        await store.close()
 
 
 async def test_the_newest_version_is_not_taken_for_a_kept_one() -> None:

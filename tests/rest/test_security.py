@@ -340,6 +340,19 @@ async def test_the_read_token_changes_nothing(guarded, method, call):
         assert (await client.get("/v1/layers/bn")).json()["version"] == 1
 
 
+async def test_a_group_needs_more_than_the_read_token(guarded):
+    """Its members get what the others have sent, and the store keeps it."""
+    body = {"input": [[1, 2], [3, 5]], "grad_output": [[1, 0], [0, 1]]}
+    url, group = "/v1/layers/bn/backward", {"group": "g", "size": 1}
+    async with guarded.client(authorization="Bearer read") as client:
+        assert (await client.post(url, json=body)).status_code == 200
+        answer = await client.post(url, params=group, json=body)
+        assert (answer.status_code, answer.json()["expected"]) == (403, "train")
+    assert [page async for page in guarded.store.receipts()] == [[]]
+    async with guarded.client(authorization="Bearer full") as client:
+        assert (await client.post(url, params=group, json=body)).status_code == 200
+
+
 @pytest.mark.parametrize("closed", [False, True])
 async def test_metrics_are_public_unless_a_setting_closes_them(serve, closed):
     """Whether there are any is another matter: without a token 404 if it is public."""

@@ -122,6 +122,7 @@ def test_the_service_may_listen_everywhere_with_tokens(start, tokens):
         (("create", "--scope", "write"), 2, "--scope"),
         (("create", "--scope", "train", "--prefix", ".team"), 2, "--prefix"),
         (("create", "--scope", "train", "--prefix", "te am"), 2, "--prefix"),
+        (("create", "--scope", "train", "--prefix", ""), 2, "--prefix"),
         (("create", "--scope", "train", "--prefix", "t" * 201), 2, "--prefix"),
         (("list",), 2, "No such file"),
         (("revoke", "0" * 12), 2, "No such file"),

@@ -5,9 +5,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import socket
 import sqlite3
 import stat
+import sys
 import threading
 from contextlib import closing
 from pathlib import Path
@@ -24,6 +27,7 @@ from batchnorm_service.store.base import (
     StoreLostError,
     StoreRefusedError,
 )
+from batchnorm_service.store.sqlite import backup_socket
 from batchnorm_service.store.sqlite.backup_socket import request_backup
 from batchnorm_service.store.sqlite.copies import CopyProgress
 from batchnorm_service.store.sqlite.store import SqliteStore
@@ -236,6 +240,17 @@ async def test_a_store_that_is_closed_stops_its_backup(path: Path, tmp_path: Pat
     await ended
     assert names(tmp_path) == {"data"}
     assert not request_backup(path, tmp_path / "copy.db", silent_pages), "nobody offers it"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has abstract addresses")
+def test_who_only_took_the_address_is_not_asked(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its word that the backup is complete would be taken, and what it has put there be renamed."""
+    monkeypatch.setattr(backup_socket, "_user", lambda _: os.getuid() + 4242)
+    monkeypatch.setattr(backup_socket, "_REPLY_SECONDS", 0.1)
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.bind(backup_socket._address(path))
+        stranger.listen()
+        assert not request_backup(path, tmp_path / "copy.db", silent_pages)
 
 
 def silent_pages(done: int, total: int) -> None:

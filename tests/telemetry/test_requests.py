@@ -1,12 +1,15 @@
 """Every response is counted once, whichever way its request came."""
 
 import asyncio
+import threading
 
 import httpx
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 
+from batchnorm_service.telemetry import Metrics
 from fast_path.running import until
+from layers.conftest import settle
 from rest.conftest import by_asgi
 
 from .reading import by, metrics, read, total
@@ -154,6 +157,30 @@ async def test_text_and_openmetrics(client):
     assert {sample.name for family in families.values() for sample in family.samples} == {
         name for name, _ in read(openmetrics.text.replace("# EOF\n", ""))
     }
+
+
+@pytest.mark.parametrize("accept", ["application/openmetrics-text; version=abc", "text/plain; version=1..0"])
+async def test_a_version_that_is_none(client, accept):
+    answer = await client.get("/metrics", headers={"Accept": accept})
+    assert (answer.status_code, answer.headers["content-type"].split(";")[0]) == (200, accept.split(";")[0])
+
+
+@by_asgi
+async def test_metrics_are_rendered_once_for_many(client, monkeypatch):
+    """A request of 30 bytes without a token makes the service work long."""
+    render, renderings, may_go_on = Metrics.render, [], threading.Event()
+
+    def late(self, accept):
+        renderings.append(accept)
+        assert may_go_on.wait(60)
+        return render(self, accept)
+
+    monkeypatch.setattr(Metrics, "render", late)
+    asked = [asyncio.create_task(client.get("/metrics")) for _ in range(20)]
+    await settle()
+    may_go_on.set()
+    assert {answer.status_code for answer in await asyncio.gather(*asked)} == {200}
+    assert len(renderings) == 2, "of the first to ask, and of all who came while it ran"
 
 
 @pytest.mark.parametrize("way", ["fast path"], indirect=True)

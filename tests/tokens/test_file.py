@@ -51,6 +51,14 @@ def test_it_is_readable_by_its_owner_only(path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+@pytest.mark.parametrize(("mode", "warnings"), [(0o600, 0), (0o644, 0), (0o620, 1), (0o602, 1)])
+def test_who_can_write_it_can_make_tokens(path, mode, warnings, caplog):
+    create_file(path)
+    path.chmod(mode)
+    load_tokens(path)
+    assert [record.levelno for record in caplog.records] == warnings * [logging.WARNING]
+
+
 def test_of_many_that_make_it_at_once_one_gets_the_token(path):
     with ThreadPoolExecutor(8) as pool:
         tokens = [token for token in pool.map(lambda _: create_file(path), range(16)) if token]

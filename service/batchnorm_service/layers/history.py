@@ -109,10 +109,12 @@ class History:
         with self._cache.use(name) as entry:
             layer = await entry.cached.fresh()
             length = self._options.history_length
-            outcome, repeated = await entry.calls.retry(
-                lambda: self._store.unpin(name, layer.stamp.incarnation, tag, length)
-            )
-            entry.kept.forget()
+            try:
+                outcome, repeated = await entry.calls.retry(
+                    lambda: self._store.unpin(name, layer.stamp.incarnation, tag, length)
+                )
+            finally:  # it may have taken effect, whatever is raised
+                entry.kept.forget()
             if isinstance(outcome, Missing):
                 raise layer_not_found(name)
             if isinstance(outcome, NotKept) and not repeated:

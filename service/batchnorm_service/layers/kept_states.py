@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Final
 
+from batchnorm_client.wire.documents import MAX_VERSION
 from batchnorm_client.wire.errors import StoreUnavailable, VersionNotFound
 
 from ..store.base import Missing, NotKept, Store, StoreError, Unchanged
@@ -13,6 +14,9 @@ from .records import CommittedLayer, decode
 
 _CACHED: Final = 8
 """States of one layer in memory, besides the newest."""
+
+_CACHED_BYTES: Final = 1 << 22
+"""Of these states together; a larger one is cached alone. Callers who only read choose how many states are read."""
 
 
 class KeptStates:
@@ -44,7 +48,9 @@ class KeptStates:
             self._cached.move_to_end(at)
             return cached
         try:
-            found = await self._store.load_kept(self._name, at, None if cached is None else cached.stamp)
+            # No layer has a higher version, and a store would have to know what to do with more than 64 bits.
+            known = min(at, MAX_VERSION) if isinstance(at, int) else at
+            found = await self._store.load_kept(self._name, known, None if cached is None else cached.stamp)
         except StoreError as error:
             raise StoreUnavailable(f"the store does not answer: {error}", retry_after=1) from error
         if isinstance(found, Unchanged):
@@ -57,7 +63,8 @@ class KeptStates:
         layer = decode(found)
         if changes == self._changes:
             self._cached[at] = layer
-            if len(self._cached) > _CACHED:
+            room = min(_CACHED, max(_CACHED_BYTES // len(found.data), 1))  # a layer's states have about the same size
+            while len(self._cached) > room:
                 self._cached.popitem(last=False)
         return layer
 

@@ -268,10 +268,13 @@ class UpdateQueue:
         while True:
             layer = await self._cached.fresh()
             check_version(deletion.if_match, layer)
-            match await self._calls.delete(layer.stamp, deadline, with_pins=deletion.with_pins):
+            try:
+                outcome = await self._calls.delete(layer.stamp, deadline, with_pins=deletion.with_pins)
+            finally:  # it may have taken effect, whatever is raised
+                self._kept.forget()
+            match outcome:
                 case Committed():
                     self._cached.set(None)
-                    self._kept.forget()
                     settle(deletion, Done(layer, layer.stamp.version, layer.state.num_batches_tracked, replayed=False))
                     # Updates behind it in the queue look for the layer again: another process may have created it
                     # anew before they were called, while this process waited for the store's reply.

@@ -31,6 +31,7 @@ from .history import router as history_routes
 from .layer_request import Endpoint
 from .layers import read_layer
 from .layers import router as layer_routes
+from .metrics import MetricsReader
 from .metrics import router as metrics_routes
 from .moments import MomentsEndpoint
 from .moments import router as moments_routes
@@ -133,7 +134,8 @@ def build_gateway(app: FastAPI, layers: Layers, options: ApiOptions, metrics: Me
         ("POST", "backward"): GradientEndpoint(layers, options.max_body_bytes, options.max_elements).backward,
         ("POST", "moments"): MomentsEndpoint(layers, options.max_body_bytes).fold,
     }
-    app.state.layers, app.state.options, app.state.endpoints, app.state.metrics = layers, options, endpoints, metrics
+    app.state.layers, app.state.options, app.state.endpoints = layers, options, endpoints
+    app.state.metrics = MetricsReader(metrics) if metrics else None
     transfers = Transfers(
         options.read_timeout, options.write_timeout, options.max_buffered_bytes, options.max_body_bytes
     )

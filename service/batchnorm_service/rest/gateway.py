@@ -123,7 +123,7 @@ class Gateway:
                 await accounting.enter()
             endpoint = self._endpoints.get((method, target.call)) if target.layer else None
             if target.layer and endpoint:
-                request = LayerRequest(target.layer, scope["query_string"], headers, accounting.receive)
+                request = LayerRequest(target.layer, scope["query_string"], headers, accounting.receive, grant=grant)
                 await context.send_response(await endpoint(request), accounting.send)
             else:
                 inner = _inner(scope, target, headers, context.request_id, grant)

@@ -12,6 +12,7 @@ from batchnorm_client.wire.headers import IDEMPOTENT_REPLAY, VERSION
 from batchnorm_client.wire.media_types import JSON, SAFETENSORS
 from batchnorm_client.wire.tensors import Tensor, bytes_read, decode, encode
 from batchnorm_service.layers import Layers
+from batchnorm_service.tokens import Scope
 
 from .headers import idempotency_key
 from .layer_request import LayerRequest
@@ -21,6 +22,7 @@ from .preconditions import etag
 from .queries import BackwardQuery, parse_query
 from .responses import REPLAYED, Response, text_bytes
 from .routes import READ, IdempotencyKey, LayerName, call_endpoint, tensor_router
+from .security import require
 from .sizes import check_elements
 
 _FORMS: Final = {JSON: (JSON, SAFETENSORS), SAFETENSORS: (SAFETENSORS, JSON)}
@@ -45,6 +47,8 @@ class GradientEndpoint:
         """The gradients of a normalization."""
         query = parse_query(BackwardQuery, request.query)
         key, group = idempotency_key(request.headers), query.group_call
+        if group is not None:  # the sums of its members are stored, and each of them gets what the others have sent
+            require(request.grant, Scope.TRAIN)
         media = content_type(request.headers, tuple(_FORMS))
         form = accepted(request.headers.get(b"accept"), _FORMS[media])[0]
         body = await request.body(self._max_body_bytes)
@@ -101,7 +105,7 @@ router = tensor_router()
 async def backward(
     name: LayerName, request: Request, _query: Annotated[BackwardQuery, Query()], _key: IdempotencyKey
 ) -> Response:
-    """Does not change the layer.
+    """Does not change the layer. With `group`, it needs the scope `train`.
 
     In a group, each member gets grad_input as computed for the whole batch, and its shard's summand of grad_weight and
     grad_bias, as with SyncBatchNorm.

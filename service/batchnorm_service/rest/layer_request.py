@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive
 
+from batchnorm_service.tokens import Grant, Scope
+
 from .bodies import read_body
 from .disconnects import cancel_on_disconnect
 from .headers import Headers
@@ -14,6 +16,7 @@ from .responses import Response
 
 T = TypeVar("T")
 Body = bytearray | memoryview
+_LEAST = Grant(Scope.READ)
 
 
 class LayerRequest:
@@ -24,18 +27,26 @@ class LayerRequest:
         query: the raw query string.
         headers: by lower-case name.
         received: the body, writable; None if it was not read yet. The fast path reads it before the endpoint runs.
+        grant: what the caller may do; the fast path, whose requests have no query, leaves out what depends on that.
     """
 
-    __slots__ = ("_receive", "headers", "name", "query", "received")
+    __slots__ = ("_receive", "grant", "headers", "name", "query", "received")
 
     def __init__(
-        self, name: str, query: bytes, headers: Headers, receive: Receive | None = None, received: Body | None = None
+        self,
+        name: str,
+        query: bytes,
+        headers: Headers,
+        receive: Receive | None = None,
+        received: Body | None = None,
+        grant: Grant | None = None,
     ) -> None:
         self.name = name
         self.query = query
         self.headers = headers
         self._receive = receive
         self.received = received
+        self.grant = grant or _LEAST
 
     async def body(self, limit: int) -> Body:
         """The whole body, writable. Raises the same as `read_body`."""

@@ -122,7 +122,8 @@ async def call_endpoint(method: str, call: str, name: str, request: Request) -> 
     """
     endpoint: Endpoint = request.app.state.endpoints[method, call]
     headers = read_headers(request.scope["headers"])
-    return await endpoint(LayerRequest(name, request.scope["query_string"], headers, request.receive))
+    grant: Grant = request.state.grant
+    return await endpoint(LayerRequest(name, request.scope["query_string"], headers, request.receive, grant=grant))
 
 
 async def _layers(request: Request) -> Layers:

@@ -126,7 +126,10 @@ class Metrics(Collector):
                 self.values[self.place(metric)] = read() if read else 0.0
 
     def render(self, accept: str) -> tuple[bytes, str]:
-        """The metrics of all processes in Prometheus's text format or as OpenMetrics, and the media type."""
+        """The metrics of all processes in Prometheus's text format or as OpenMetrics, and the media type.
+
+        `accept` must be valid: prometheus_client raises all kinds of errors for versions that are none.
+        """
         encode, media_type = choose_encoder(accept)
         return encode(self._registry), media_type
 

@@ -135,6 +135,8 @@ def _read(path: Path) -> tuple[dict[str, StoredToken], _Signature]:
             if not stat.S_ISREG(status.st_mode):
                 raise TokenFileError(f"{path}: not a regular file")
             data = file.read(MAX_FILE_BYTES + 1)
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            log.warning("%s: other users may write it, and so make tokens: chmod go-w", path)
     except OSError as error:
         raise TokenFileError(f"{path}: {error.strerror}") from error
     try:

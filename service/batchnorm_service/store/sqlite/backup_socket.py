@@ -121,6 +121,9 @@ class BackupSocket:
 def request_backup(path: Path, target: Path, progress: CopyProgress) -> bool:
     """Let the process that has a database locked write a copy of it to a new file; False if none offers to.
 
+    Any process may take the socket's address before the service does. One of another user than root, the database's
+    owner and this process's is not asked.
+
     Raises:
         StoreError: it failed.
     """
@@ -131,6 +134,8 @@ def request_backup(path: Path, target: Path, progress: CopyProgress) -> bool:
         try:
             client.connect(_address(path))
         except ConnectionRefusedError:
+            return False
+        if _user(client) not in {0, os.geteuid(), os.stat(path).st_uid}:
             return False
         try:
             client.sendall(json.dumps({"target": str(target)}).encode() + b"\n")
@@ -153,5 +158,10 @@ def _address(path: Path) -> bytes:
 
 def _may_ask(connection: socket.socket) -> bool:
     """Whether the other process belongs to the same user, or to root."""
-    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return user in {0, os.geteuid()}
+    return _user(connection) in {0, os.geteuid()}
+
+
+def _user(connection: socket.socket) -> int:
+    """The user of the other process."""
+    user: int = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+    return user
