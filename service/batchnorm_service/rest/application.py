@@ -134,8 +134,8 @@ def build_gateway(app: FastAPI, layers: Layers, options: ApiOptions, metrics: Me
         ("POST", "backward"): GradientEndpoint(layers, options.max_body_bytes, options.max_elements).backward,
         ("POST", "moments"): MomentsEndpoint(layers, options.max_body_bytes).fold,
     }
-    app.state.layers, app.state.options, app.state.endpoints = layers, options, endpoints
-    app.state.metrics = MetricsReader(metrics) if metrics else None
+    app.state.layers, app.state.options, app.state.endpoints, app.state.metrics = layers, options, endpoints, metrics
+    app.state.metrics_reader = MetricsReader(metrics) if metrics else None
     transfers = Transfers(
         options.read_timeout, options.write_timeout, options.max_buffered_bytes, options.max_body_bytes
     )

@@ -61,8 +61,8 @@ class MetricsReader:
 )
 async def read_metrics(request: Request, accept: Annotated[str, Header(include_in_schema=False)] = "") -> Response:
     """Of all workers, whichever responds. They are listed in docs/metrics.md."""
-    metrics: MetricsReader | None = request.app.state.metrics
-    if metrics is None:
+    reader: MetricsReader | None = request.app.state.metrics_reader
+    if reader is None:
         raise NotFound("metrics are off: BATCHNORM_METRICS")
-    text, media_type = await metrics.read(accept)
+    text, media_type = await reader.read(accept)
     return Response(200, media_type, [text])
