@@ -14,23 +14,22 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from batchnorm_service.settings import Settings
 from batchnorm_service.store.base import Store, StoreDamagedError, StoreError, StoreRefusedError
 from batchnorm_service.store.sqlite.backup_socket import request_backup
 from batchnorm_service.store.sqlite.copies import check_backup, copy_file, flush, is_backup, is_damage
 from batchnorm_service.store.sqlite.file import SCHEMA_VERSION
 from batchnorm_service.store.sqlite.store import SqliteStore
-from batchnorm_service.transfer import ProgressCallback, Report, migrate, store_to_move
+from batchnorm_service.transfer import ProgressCallback, Report, migrate
 
 
-def backup(settings: Settings, file: Path, progress: ProgressCallback) -> Report | None:
+def backup(store: Store, file: Path, progress: ProgressCallback) -> Report | None:
     """Write all layers, their history and receipts to a file. An earlier backup of that name is replaced.
 
     An SQLite store is copied as of one moment: by the process that has it locked, or by this one if it is not locked.
     From Valkey, each layer is copied as of one moment.
 
     Args:
-        settings: names the store.
+        store: from `store_to_move`.
         file: the backup.
         progress: called with the progress.
 
@@ -42,7 +41,6 @@ def backup(settings: Settings, file: Path, progress: ProgressCallback) -> Report
         StoreDamagedError: the store is damaged, and so would be the backup.
         StoreError: it failed; a file of that name is as it was before.
     """
-    store = store_to_move(settings.store, settings, target=False)
     if file.exists():
         if isinstance(store, SqliteStore) and file.samefile(store.path):
             raise StoreRefusedError(f"{file} is the store itself")
@@ -57,13 +55,13 @@ def backup(settings: Settings, file: Path, progress: ProgressCallback) -> Report
     return report
 
 
-def restore(settings: Settings, file: Path, progress: ProgressCallback, *, overwrite: bool) -> Report | None:
+def restore(store: Store, file: Path, progress: ProgressCallback, *, overwrite: bool) -> Report | None:
     """Restore a backup, which is checked first.
 
     An SQLite store is replaced as a whole. Into Valkey, the layers are copied, as `migrate` does.
 
     Args:
-        settings: names the store, which no service may use.
+        store: from `store_to_move`; no service may use it.
         file: the backup; unchanged.
         progress: called with the progress.
         overwrite: replace an existing SQLite file, or layers in Valkey that differ.
@@ -78,7 +76,6 @@ def restore(settings: Settings, file: Path, progress: ProgressCallback, *, overw
     """
     if (version := check_backup(file)) > SCHEMA_VERSION:
         raise StoreRefusedError(f"{file} has schema version {version}, and this release knows {SCHEMA_VERSION}")
-    store = store_to_move(settings.store, settings, target=True)
     if not isinstance(store, SqliteStore):
         return asyncio.run(_restore_layers(file, store, progress, overwrite=overwrite))
     if store.path.exists():

@@ -22,7 +22,7 @@ from batchnorm_service import __version__
 from batchnorm_service.backup import backup, restore
 from batchnorm_service.open_files import allow_open_files
 from batchnorm_service.settings import PREFIX, Settings, export, unknown_variables
-from batchnorm_service.store.base import StoreDamagedError, StoreError, StoreRefusedError
+from batchnorm_service.store.base import Store, StoreDamagedError, StoreError, StoreRefusedError
 from batchnorm_service.tokens import Scope, TokenFileError, add_token, load_tokens, revoke_token
 from batchnorm_service.tokens.stored import is_prefix
 from batchnorm_service.transfer import ProgressCallback, Report, SameStoreError, migrate, store_to_move
@@ -209,9 +209,9 @@ def _backup(file: _BackupFile, store: _StoreUrl = None) -> None:
     Exit status: 0 if FILE is complete and checked, 1 if it could not be written, 2 for invalid arguments.
     """
     with _failing():
-        settings = _store_settings(store)
+        source = _store_of(store, target=False)
         with _progress_bar() as progress:
-            report = backup(settings, file, progress)
+            report = backup(source, file, progress)
     typer.echo(f"{file}: backup complete and checked" + (f"; {_counts(report)}" if report else ""))
     if report is not None and report.changed:
         typer.echo(f"changed during the backup, which has them as they were before: {_join_names(report.changed)}")
@@ -230,16 +230,20 @@ def _restore(
     Exit status: 0 if everything was restored, 1 if not, 2 for invalid arguments and damaged files.
     """
     with _failing():
-        settings = _store_settings(store)
+        into = _store_of(store, target=True)
         with _progress_bar() as progress:
-            report = restore(settings, file, progress, overwrite=overwrite)
+            report = restore(into, file, progress, overwrite=overwrite)
     typer.echo(f"{file}: restored" + (f"; {_summary(report)}" if report else ""))
     if report is not None and not report.complete:
         raise typer.Exit(1)
 
 
-def _store_settings(store: str | None) -> Settings:
-    return Settings() if store is None else Settings(store=store)
+def _store_of(url: str | None, *, target: bool) -> Store:
+    settings = Settings() if url is None else Settings(store=url)
+    try:
+        return store_to_move(settings.store, settings, target=target)
+    except StoreRefusedError as error:
+        _fail(str(error), code=2)
 
 
 @contextmanager

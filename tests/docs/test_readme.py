@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.routing import APIRoute
+
+from batchnorm_service.rest.application import ROUTERS
 
 README = Path(__file__).parents[2] / "README.md"
 PAGES = [README, *sorted((README.parent / "docs").glob("*.md"))]
@@ -142,3 +145,20 @@ def test_every_promise_names_a_test() -> None:
         assert re.search(r"`tests/\w+", tests), row
         for setting in re.findall(r"`(BATCHNORM_\w+)`", settings):
             assert f"| `{setting}` |" in (README.parent / "docs/settings.md").read_text(), setting
+
+
+def test_the_readme_lists_every_endpoint() -> None:
+    """Seen: history, rollback and pins were missing."""
+    table = README.read_text().partition("## Endpoints\n\n")[2].partition("\n\n")[0]
+    listed: set[tuple[str, str]] = set()
+    for methods, path in re.findall(r"(`[A-Z]+(?:`, `[A-Z]+)*) (/[^`]*)`", table):
+        listed |= {(method, path) for method in re.findall(r"[A-Z]+", methods)}
+    assert ("PUT", "/v1/layers/{name}/state") in listed
+    routes = {
+        (method, route.path)
+        for router in ROUTERS
+        for route in router.routes
+        if isinstance(route, APIRoute) and route.path.startswith("/v1")
+        for method in route.methods - {"HEAD"}
+    }
+    assert {each for each in listed if each[1].startswith("/v1")} == routes

@@ -364,6 +364,19 @@ async def test_valid_tags(client, layer, tag):
     assert (await client.get(layer, params={"at": tag})).status_code == 200
 
 
+async def test_what_is_wrong_with_a_tag_or_a_digest_is_said_in_words(client, layer):
+    """Seen: a regular expression in `detail`."""
+    tag = await client.put(f"{layer}/pins/7")
+    in_body = await client.post(f"{layer}/rollback", json={"tag": "7"})
+    for answer in (tag, in_body):
+        assert "'7' is no tag: 1 to 200 letters, digits" in answer.json()["detail"]
+        assert (answer.json()["field"], answer.json()["got"]) == ("tag", "7")
+        assert answer.json()["expected"].startswith("^")
+    assert "'a b' is no version or tag: " in (await client.get(layer, params={"at": "a b"})).json()["detail"]
+    wrong = await client.post(f"{layer}/eval", params={"expect": "sha"}, json={"input": BATCHES[0]})
+    assert wrong.json()["detail"] == "expect: 'sha' is no digest: sha-256: and 64 hexadecimal digits in lower case"
+
+
 @pytest.mark.parametrize("call", ["eval", "inverse"])
 async def test_another_digest_is_never_served_silently(client, layer, call):
     digest = (await get(client, layer))["digest"]

@@ -135,9 +135,10 @@ def test_a_service_that_stops_ends_a_backup_with_an_error_or_complete(start, htt
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (["backup", "b.db", "--store", "memory:"], 1, "memory: lives in the process"),
-        (["backup", "b.db", "--store", "sqlite:////nowhere/layers.db"], 1, "there is no file /nowhere/layers.db"),
-        (["backup", "b.db", "--store", "mysql://localhost"], 1, "mysql"),
+        (["backup", "b.db", "--store", "memory:"], 2, "memory: lives in the process"),
+        (["backup", "b.db", "--store", "sqlite:////nowhere/layers.db"], 2, "there is no file /nowhere/layers.db"),
+        (["backup", "b.db", "--store", "mysql://localhost"], 2, "mysql"),
+        (["restore", "b.db", "--store", "mysql://localhost"], 2, "mysql"),
         (["backup"], 2, "FILE"),
         (["restore", "/nowhere/b.db", "--store", "sqlite:////nowhere/layers.db"], 1, "there is no file /nowhere/b.db"),
     ],

@@ -22,6 +22,7 @@ from batchnorm_service.settings import Settings
 from batchnorm_service.store.base import (
     Committed,
     Record,
+    Store,
     StoreDamagedError,
     StoreError,
     StoreLostError,
@@ -32,7 +33,7 @@ from batchnorm_service.store.sqlite.backup_socket import request_backup
 from batchnorm_service.store.sqlite.copies import CopyProgress
 from batchnorm_service.store.sqlite.store import SqliteStore
 from batchnorm_service.store.valkey.store import ValkeyStore
-from batchnorm_service.transfer import Report
+from batchnorm_service.transfer import Report, store_to_move
 from store.harness import Sabotaged, after, created, loaded, receipt
 from store.test_transfer import all_receipts, expect_history, filled, silent, with_history
 from store.valkey_servers import Server, flush
@@ -40,13 +41,13 @@ from store.valkey_servers import Server, flush
 pytestmark = pytest.mark.anyio
 
 
-def settings(path: Path) -> Settings:
-    return Settings(store=f"sqlite:///{path}")
+def moved(path: Path, *, target: bool = False) -> Store:
+    return store_to_move(f"sqlite:///{path}", Settings(), target=target)
 
 
 async def back_up(path: Path, file: Path) -> None:
     """In a thread, as the store that is open belongs to this loop."""
-    assert await asyncio.to_thread(backup, settings(path), file, silent) is None
+    assert await asyncio.to_thread(backup, moved(path), file, silent) is None
 
 
 def names(directory: Path) -> set[str]:
@@ -210,8 +211,6 @@ async def test_what_offers_no_backups_is_told(path: Path, tmp_path: Path) -> Non
             await back_up(path, tmp_path / "backup.db")
     with pytest.raises(StoreRefusedError, match="there is no file"):
         await back_up(tmp_path / "none.db", tmp_path / "backup.db")
-    with pytest.raises(StoreRefusedError, match="memory"):
-        backup(Settings(store="memory:"), tmp_path / "backup.db", silent)
     assert names(tmp_path) == {"data"}
 
 
@@ -306,9 +305,9 @@ async def test_a_backup_is_restored(path: Path, tmp_path: Path, present: str) ->
         if present == "damaged":
             path.write_bytes(b"\xff" * 100_000)
         with pytest.raises(StoreRefusedError, match=r"exists; --overwrite replaces it"):
-            restore(settings(path), file, silent, overwrite=False)
+            restore(moved(path, target=True), file, silent, overwrite=False)
     before = file.read_bytes()
-    assert restore(settings(path), file, silent, overwrite=present != "nothing") is None
+    assert restore(moved(path, target=True), file, silent, overwrite=present != "nothing") is None
     assert file.read_bytes() == before
     assert names(path.parent) == {"layers.db"}
     await store.open()
@@ -325,22 +324,22 @@ async def test_a_damaged_backup_is_not_restored(path: Path, tmp_path: Path) -> N
     with closing(sqlite3.connect(file)) as newer:
         newer.execute("PRAGMA user_version = 99")
     with pytest.raises(StoreRefusedError, match="has schema version 99, and this release knows 3"):
-        restore(settings(path), file, silent, overwrite=True)
+        restore(moved(path, target=True), file, silent, overwrite=True)
     damage(file, page=5)
     with pytest.raises(StoreDamagedError, match=r"backup\.db is damaged"):
-        restore(settings(path), file, silent, overwrite=True)
+        restore(moved(path, target=True), file, silent, overwrite=True)
     file.write_bytes(file.read_bytes()[:10_000])
     with pytest.raises(StoreDamagedError, match=r"backup\.db is damaged"):
-        restore(settings(path), file, silent, overwrite=True)
+        restore(moved(path, target=True), file, silent, overwrite=True)
     file.write_bytes(b"no database")
     with pytest.raises(StoreDamagedError, match=r"backup\.db is damaged"):
-        restore(settings(path), file, silent, overwrite=True)
+        restore(moved(path, target=True), file, silent, overwrite=True)
     with closing(sqlite3.connect(tmp_path / "other.db")) as other:
         other.execute("CREATE TABLE theirs (a)")
     with pytest.raises(StoreRefusedError, match="is not a file of this service"):
-        restore(settings(path), tmp_path / "other.db", silent, overwrite=True)
+        restore(moved(path, target=True), tmp_path / "other.db", silent, overwrite=True)
     with pytest.raises(StoreRefusedError, match="there is no file"):
-        restore(settings(path), tmp_path / "none.db", silent, overwrite=True)
+        restore(moved(path, target=True), tmp_path / "none.db", silent, overwrite=True)
     assert path.read_bytes() == before
     assert names(path.parent) == {"layers.db"}
 
@@ -352,7 +351,7 @@ async def test_a_store_in_use_is_not_replaced(path: Path, tmp_path: Path, exclus
     store = SqliteStore(path, exclusive=exclusive)
     await store.open()
     with pytest.raises(StoreRefusedError, match="in use by another process"):
-        await asyncio.to_thread(restore, settings(path), file, silent, overwrite=True)
+        await asyncio.to_thread(restore, moved(path, target=True), file, silent, overwrite=True)
     await created(store, "later")
     await store.close()
     assert names(path.parent) == {"layers.db"}
@@ -374,7 +373,7 @@ async def test_a_store_that_is_opened_while_it_is_replaced_acknowledges_nothing(
 
     loop = asyncio.get_running_loop()
     monkeypatch.setattr(Path, "replace", opened_before)
-    await asyncio.to_thread(restore, settings(path), file, silent, overwrite=True)
+    await asyncio.to_thread(restore, moved(path, target=True), file, silent, overwrite=True)
     with pytest.raises(StoreLostError):
         await store.ping()
     await store.close()
@@ -389,18 +388,19 @@ async def test_a_server_is_backed_up_to_a_file_and_restored(valkey_server: Serve
     await store.open()
     await filled(store)
     newest, kept = await with_history(store)
-    given, file = Settings(store=valkey_server.url), tmp_path / "backup.db"
+    url, file = valkey_server.url, tmp_path / "backup.db"
     for _ in range(2):  # an earlier backup is replaced
-        report = await asyncio.to_thread(backup, given, file, silent)
+        report = await asyncio.to_thread(backup, store_to_move(url, Settings(), target=False), file, silent)
         assert report == Report(copied=4, kept=3, pins=4, receipts=14)
         assert names(tmp_path) == {"backup.db"}
     assert await store.commit("kept", newest.stamp, after(newest, b"later"), []) == Committed()
-    report = await asyncio.to_thread(restore, given, file, silent, overwrite=False)
+    target = store_to_move(url, Settings(), target=True)
+    report = await asyncio.to_thread(restore, target, file, silent, overwrite=False)
     assert report is not None
     assert (report.present, report.differing) == (3, ["kept"])
     flush([valkey_server])
     before = file.read_bytes()
-    assert await asyncio.to_thread(restore, given, file, silent, overwrite=False) == Report(
+    assert await asyncio.to_thread(restore, target, file, silent, overwrite=False) == Report(
         copied=4, kept=3, pins=4, receipts=14
     )
     assert file.read_bytes() == before

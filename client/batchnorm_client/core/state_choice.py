@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from batchnorm_client.kernels.digest import DIGEST_PATTERN
+from batchnorm_client.kernels.digest import DIGEST_PATTERN, DIGEST_RULE
 from batchnorm_client.wire.errors import DigestMismatch, InvalidRequest, shown
 from batchnorm_client.wire.names import check_state_name
 
@@ -33,7 +33,7 @@ class StateChoice:
             check_state_name(at)
         if expect is not None and not DIGEST_PATTERN.fullmatch(expect):
             raise InvalidRequest(
-                f"{shown(expect)} is no digest: sha-256: and 64 hexadecimal digits in lower case",
+                f"{shown(expect)} is no {DIGEST_RULE}",
                 field="expect",
                 expected=DIGEST_PATTERN.pattern,
                 got=expect[:200],

@@ -14,6 +14,9 @@ import numpy.typing as npt
 DIGEST_PATTERN: Final = re.compile(r"sha-256:[0-9a-f]{64}")
 """A digest as text."""
 
+DIGEST_RULE: Final = "digest: sha-256: and 64 hexadecimal digits in lower case"
+"""The pattern in words, to follow "is no"."""
+
 
 def state_digest(
     dtype: str, channel_axis: int, eps: float, clip: float | None, vectors: Iterable[npt.NDArray[Any] | None]

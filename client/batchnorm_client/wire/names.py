@@ -14,6 +14,12 @@ TAG_PATTERN: Final = re.compile(r"([A-Za-z]|[0-9]+[A-Za-z._-])[A-Za-z0-9._-]*")
 STATE_PATTERN: Final = re.compile(rf"[0-9]{{1,19}}|{TAG_PATTERN.pattern}")
 """A version or a tag."""
 
+_LONGEST: Final = 200
+_RULE: Final = f"1 to {_LONGEST} letters, digits, dots, underscores and hyphens, the first a letter or digit"
+TAG_RULE: Final = f"tag: {_RULE}, and not only digits"
+STATE_RULE: Final = f"version or tag: a tag is {_RULE}"
+"""The patterns in words, to follow "is no"."""
+
 
 def check_layer_name(name: str) -> None:
     """Check a layer name.
@@ -32,7 +38,7 @@ def check_tag(tag: str) -> None:
         InvalidRequest: the tag is not valid.
     """
     if len(tag) > _LONGEST or not TAG_PATTERN.fullmatch(tag):
-        raise _invalid("tag", tag, f"tag: {_RULE}, and not only digits", TAG_PATTERN)
+        raise _invalid("tag", tag, TAG_RULE, TAG_PATTERN)
 
 
 def check_state_name(at: str) -> None:
@@ -42,11 +48,7 @@ def check_state_name(at: str) -> None:
         InvalidRequest: it is neither a version in decimal nor a tag.
     """
     if len(at) > _LONGEST or not STATE_PATTERN.fullmatch(at):
-        raise _invalid("at", at, f"version or tag: a tag is {_RULE}", STATE_PATTERN)
-
-
-_LONGEST: Final = 200
-_RULE: Final = f"1 to {_LONGEST} letters, digits, dots, underscores and hyphens, the first a letter or digit"
+        raise _invalid("at", at, STATE_RULE, STATE_PATTERN)
 
 
 def _invalid(field: str, got: str, what: str, pattern: re.Pattern[str]) -> InvalidRequest:

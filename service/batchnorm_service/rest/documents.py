@@ -9,8 +9,10 @@ from typing import Any, Final, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from batchnorm_client.kernels.digest import DIGEST_PATTERN, DIGEST_RULE
 from batchnorm_client.wire.documents import MAX_FEATURES, LayerUpdate
-from batchnorm_client.wire.errors import InvalidRequest, MalformedBody
+from batchnorm_client.wire.errors import InvalidRequest, MalformedBody, shown
+from batchnorm_client.wire.names import STATE_PATTERN, STATE_RULE, TAG_PATTERN, TAG_RULE
 from batchnorm_client.wire.tensors import load_json, split_vectors
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -20,6 +22,13 @@ _LARGE_UPDATE: Final = 1 << 14
 """Bytes. In a larger LayerUpdate, weight and bias are parsed as tensors: pydantic would check each number in Python."""
 
 _SHOWN_ERRORS: Final = 20
+
+_RULES: Final = {
+    f"^({TAG_PATTERN.pattern})$": TAG_RULE,
+    f"^({STATE_PATTERN.pattern})$": STATE_RULE,
+    f"^{DIGEST_PATTERN.pattern}$": DIGEST_RULE,
+}
+"""Patterns of fields and parameters in words, for people; `expected` has the pattern."""
 
 
 def parse_document(model: type[Model], body: bytes | bytearray | memoryview) -> Model:
@@ -79,4 +88,6 @@ def _describe(details: ErrorDetails, known: Sequence[str]) -> dict[str, Any]:
                 described["got"] = value
             elif isinstance(value, str):
                 described["got"] = value[:200]
+                if (pattern := details.get("ctx", {}).get("pattern")) in _RULES:
+                    described |= {"detail": f"{shown(value)} is no {_RULES[pattern]}", "expected": pattern}
     return described
