@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import load, save
 
 from batchnorm_client.wire.media_types import JSON, NPY, SAFETENSORS
+from batchnorm_service.tokens import EVERYTHING
 
 pytestmark = pytest.mark.anyio
 
@@ -182,4 +183,4 @@ class WithState:
         self.app = app
 
     async def __call__(self, scope, receive, send):
-        await self.app({**scope, "state": {"request_id": "r"}}, receive, send)
+        await self.app({**scope, "state": {"request_id": "r", "grant": EVERYTHING}}, receive, send)
