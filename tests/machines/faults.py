@@ -66,8 +66,8 @@ def reset_keeps_the_number_of_batches(patch: Patch) -> None:
 def versions_begin_again_after_delete(patch: Patch) -> None:
     delete = MemoryStore.delete
 
-    async def forgetful(self: MemoryStore, name: str, expected: Any) -> Any:
-        outcome = await delete(self, name, expected)
+    async def forgetful(self: MemoryStore, name: str, expected: Any, **options: Any) -> Any:
+        outcome = await delete(self, name, expected, **options)
         self._floor = 0
         return outcome
 
