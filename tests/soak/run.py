@@ -24,8 +24,8 @@ from soak.trend import Trend, trend
 MEBIBYTE: Final = 1 << 20
 CALLERS: Final = 4
 _IDLE_SECONDS: Final = 60.0
-_WARM_UP: Final = 0.5
-"""Part of the time that is not measured: caches fill, receipts begin to expire, and the allocator keeps free memory."""
+_WARM_UP: Final = 1 / 3
+"""Part of the time that is not measured, with twice the callers: caches fill, and the heap gets as large as it may."""
 
 
 class Report(NamedTuple):
@@ -58,12 +58,15 @@ def soak(seconds: float, directory: Path, *, samples: int = 600) -> Report:
     try:
         assert service.url, service.output
         process = Path(f"/proc/{service.process.pid}")
-        _load(service.url, min(3.0, seconds / 10)).stop()  # what is opened at the first use stays open
+        warm_up = Load(service.url, 2 * CALLERS)
+        warm_up.start()
+        time.sleep(_WARM_UP * seconds)
+        warm_up.stop()
         before = _idle(process)
-        load, begin, found = _load(service.url, 0), time.monotonic(), []
-        while (now := time.monotonic() - begin) < seconds and not load.failed:
-            if now >= _WARM_UP * seconds:
-                found.append((now, _resident(process), _descriptors(process)))
+        load, begin, found = Load(service.url, CALLERS), time.monotonic(), []
+        load.start()
+        while (now := time.monotonic() - begin) < (1 - _WARM_UP) * seconds and not load.failed:
+            found.append((now, _resident(process), _descriptors(process)))
             time.sleep(seconds / samples)
         done = load.stop()
         after = _idle(process, before)
@@ -73,13 +76,6 @@ def soak(seconds: float, directory: Path, *, samples: int = 600) -> Report:
         service.close()
     moments, memory, descriptors = np.array(found).T
     return Report(done, moments, memory, descriptors, (before, after))
-
-
-def _load(url: str, seconds: float) -> Load:
-    load = Load(url, CALLERS)
-    load.start()
-    time.sleep(seconds)
-    return load
 
 
 def _resident(process: Path) -> int:

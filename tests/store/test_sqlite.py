@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
 import secrets
 import sqlite3
 import sys
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from functools import partial
@@ -405,3 +407,18 @@ async def test_increments_by_several_processes_count_once_each(path: Path, anyio
         assert last.stamp.version - first.stamp.version == 90
     finally:
         await store.close()
+
+
+async def test_listings_leave_nothing_in_memory(path: Path) -> None:
+    """Python's sqlite3 keeps a weak reference to each blob that was ever opened, until the connection is closed."""
+    store = SqliteStore(path)
+    await store.open()
+    for number in range(10):
+        await created(store, f"n{number}")
+    gc.collect()
+    before = sum(isinstance(each, weakref.ref) for each in gc.get_objects())
+    for _ in range(100):
+        assert len(await store.list("", "", 10)) == 10
+    gc.collect()
+    assert sum(isinstance(each, weakref.ref) for each in gc.get_objects()) < before + 300
+    await store.close()

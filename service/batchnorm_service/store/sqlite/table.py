@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import sqlite3
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
@@ -231,6 +233,7 @@ class SqliteTable:
             # `substr(data, 1, n)` would read each blob completely.
             with connection.blobopen("layers", "data", row, readonly=True) as blob:
                 entries.append(Entry(name, Stamp(incarnation, version, commit_id), blob.read(HEAD_BYTES)))
+        _forget_closed_blobs(connection)
         return entries
 
     def receipts(self, connection: sqlite3.Connection, after: int, limit: int) -> tuple[Sequence[ReceiptWithTTL], int]:
@@ -268,6 +271,13 @@ class SqliteTable:
             "DELETE FROM receipts WHERE id IN (SELECT id FROM receipts WHERE expires <= ? ORDER BY expires LIMIT ?)",
             (self._runtime.wall(), _PURGE_STEP + changes),
         )
+
+
+def _forget_closed_blobs(connection: sqlite3.Connection) -> None:
+    """Remove the weak references to closed blobs, which Python's sqlite3 keeps until the connection is closed."""
+    for each in gc.get_referents(connection):
+        if type(each) is list and each and isinstance(each[0], weakref.ref):
+            each[:] = [reference for reference in each if reference() is not None]
 
 
 def _outcome(
