@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
 from typing import Any
@@ -35,14 +36,17 @@ class History:
         self._options = options
         self._runtime = runtime
 
+    async def names(self, name: str) -> tuple[Sequence[int], Sequence[str]]:
+        """The versions of the newest and of the kept states, newest first, and the tags of the pins."""
+        with self._cache.use(name) as entry:
+            versions = await self._versions(entry, await entry.cached.fresh())
+            return versions, [pin.tag for pin in await self._pins(entry)]
+
     async def list(self, name: str, limit: int, before: int | None) -> HistoryPage:
         """The newest state and those that are kept: up to `limit` with versions below `before`, newest first."""
         with self._cache.use(name) as entry:
             newest = await entry.cached.fresh()
-            kept, _ = await entry.calls.retry(lambda: self._store.kept(name))
-            if isinstance(kept, Missing):
-                raise layer_not_found(name)
-            versions = sorted({newest.stamp.version, *(stamp.version for stamp in kept)}, reverse=True)
+            versions = await self._versions(entry, newest)
             if before is not None:
                 versions = [version for version in versions if version < before]
             found: list[HistoryEntry] = []
@@ -134,6 +138,13 @@ class History:
         data: dict[str, Any] = json.loads(pin.data)
         digest = await self._executor.digest(await entry.kept.get(pin.tag))
         return Pin(tag=pin.tag, version=pin.version, digest=digest, at=datetime.fromisoformat(data["at"]))
+
+    async def _versions(self, entry: CacheEntry, newest: CommittedLayer) -> Sequence[int]:
+        name = entry.cached.name
+        kept, _ = await entry.calls.retry(lambda: self._store.kept(name))
+        if isinstance(kept, Missing):
+            raise layer_not_found(name)
+        return sorted({newest.stamp.version, *(stamp.version for stamp in kept)}, reverse=True)
 
     async def _pins(self, entry: CacheEntry) -> tuple[base.Pin, ...]:
         name = entry.cached.name
