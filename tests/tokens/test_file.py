@@ -100,7 +100,7 @@ def test_a_file_that_another_user_owns_is_left_alone_and_the_message_says_whose_
     shared.chmod(0o666)
     with (
         as_user(SERVICE + 1),
-        pytest.raises(TokenFileError, match=rf"belongs to user {SERVICE}, who could not read it"),
+        pytest.raises(TokenFileError, match=rf"belongs to user {SERVICE}, who could not read what"),
     ):
         add_token(shared, Scope.ADMIN, "")
     assert load_tokens(shared) == {stored.id: stored}
