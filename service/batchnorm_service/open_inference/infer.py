@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from time import perf_counter_ns
 from typing import Any, Final
@@ -14,6 +15,7 @@ from batchnorm_client.wire.media_types import JSON
 from batchnorm_client.wire.names import check_state_name
 from batchnorm_client.wire.tensors import Tensor
 from batchnorm_service.layers import Layers, Normalized
+from batchnorm_service.layers.batches import Read
 from batchnorm_service.rest.headers import idempotency_key
 from batchnorm_service.rest.layer_request import Body, LayerRequest
 from batchnorm_service.rest.normalize import normalized_headers
@@ -55,11 +57,11 @@ class InferEndpoint:
         """Normalize a batch, by default with the running statistics."""
         parse_query(NoQuery, request.query)
         check_form(request.headers)
-        length = header_length(request.headers)
+        key, length = idempotency_key(request.headers), header_length(request.headers)
         body = request.received or await request.body(self._max_body_bytes)
         began, exists = perf_counter_ns(), False
 
-        def read(_: object) -> dict[str, Tensor]:
+        def read(_: Mapping[str, str]) -> dict[str, Tensor]:
             nonlocal exists
             exists = True  # tensors are read for a layer that was found
             return {INPUT: call.tensor}
@@ -68,7 +70,7 @@ class InferEndpoint:
             call = await self._read(request, body, length)
             check_elements(call.tensor, self._max_elements, (JSON,) if call.text else (), field=INPUT)
             was_read = perf_counter_ns()
-            done = await self._normalize(request, call, read)
+            done = await self._normalize(request, call, read, key)
             computed = perf_counter_ns()
             size = 0 if call.binary else text_bytes(JSON, (done.output,))
             response = await self._layers.run_codec(size, _respond, request.name, call, done)
@@ -87,7 +89,7 @@ class InferEndpoint:
         size = length if length is not None and length % 8 == 0 else len(body)
         return await self._layers.run_codec(size, read_request, body, length)
 
-    async def _normalize(self, request: LayerRequest, call: InferenceCall, read: Any) -> Normalized:
+    async def _normalize(self, request: LayerRequest, call: InferenceCall, read: Read, key: str | None) -> Normalized:
         parameters = call.request.parameters
         at = _state(request.version, parameters.at)
         if parameters.mode == "eval":
@@ -100,7 +102,7 @@ class InferEndpoint:
                 expected="eval",
                 got="train",
             )
-        return await self._layers.batches.train(request.name, read, idempotency_key(request.headers))
+        return await self._layers.batches.train(request.name, read, key)
 
 
 def _state(version: str | None, at: int | str | None) -> int | str | None:
