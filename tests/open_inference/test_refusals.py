@@ -176,11 +176,11 @@ async def test_compressed_bodies_are_refused(client, untouched):
 
 
 async def test_a_web_page_of_another_origin_cannot_train(client, untouched):
-    """Without asking first, it may send these content types, or none; whatever is asked for, is not allowed."""
+    """A browser does not ask before it sends these content types, or none; and of the others, it is refused here."""
     body, _ = body_of(batch(), "FP32", binary=False, parameters={"mode": "train"})
     for headers in ({}, {"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}):
         answer = await client.post("/v2/models/bn/infer", content=body, headers={"Origin": "http://evil"} | headers)
-        error(answer, 415)
+        error(answer, 403)
     error(await client.options("/v2/models/bn/infer", headers={"Origin": "http://evil"}), 405)
 
 

@@ -1,4 +1,4 @@
-"""Media types of requests, which the protocol says little about."""
+"""Media types of requests: clients of the protocol send any Content-Type, or none."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ from typing import Final
 from batchnorm_client.wire.media_types import JSON
 from batchnorm_service.rest.headers import Headers
 from batchnorm_service.rest.negotiation import content_type
+from batchnorm_service.rest.security import refuse_other_sites
 
 OCTET_STREAM: Final = "application/octet-stream"
-_TYPES: Final = (JSON, OCTET_STREAM)
-_JSON: Final = JSON.encode()
+_ENCODINGS: Final = (b"content-encoding", b"transfer-encoding")
+_JSON: Final = {b"content-type": JSON.encode()}
 
 
 def check_form(headers: Headers) -> None:
-    """Check Content-Encoding and, if a web page sends the request, Content-Type.
-
-    Clients of the protocol send any Content-Type, or none. A web page of another origin may do so too, without asking
-    the server first (CORS); browsers then send Origin. Content types that they do ask for are accepted from them.
+    """Check everything about a body's form but its Content-Type.
 
     Raises:
-        UnsupportedMediaType: the body is compressed; or the request has Origin, and is neither JSON nor octet-stream.
+        Forbidden: a web page of another site sends it: browsers do not ask before they send some content types.
+        UnsupportedMediaType: the body is compressed.
     """
-    if b"origin" not in headers:
-        headers = {b"content-type": _JSON, b"content-encoding": headers.get(b"content-encoding", b"")}
-    content_type(headers, _TYPES)
+    refuse_other_sites(headers)
+    content_type({name: headers[name] for name in _ENCODINGS if name in headers} | _JSON, (JSON,))
