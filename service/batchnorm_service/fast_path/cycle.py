@@ -24,6 +24,7 @@ from batchnorm_service.rest import (
     Target,
     read_headers,
 )
+from batchnorm_service.tokens import Grant
 
 _EMPTY: Final = memoryview(b"")
 
@@ -97,9 +98,8 @@ class FastPathProtocol(CoalescingProtocol):
         if not (length.isdigit() and len(length) <= 18 and self._is_plain(headers)):
             return None
         size = int(length)
-        if not self.app.admits(target, headers, size):
-            return None
-        return FastPathCycle(self, self.app, target, headers, size)
+        grant = self.app.admit(target, headers, size)
+        return None if grant is None else FastPathCycle(self, self.app, target, headers, size, grant)
 
     def _is_plain(self, headers: Headers) -> bool:
         """Whether the headers need no special treatment by the server."""
@@ -116,6 +116,7 @@ class FastPathCycle:
         "_body",
         "_buffer",
         "_gateway",
+        "_grant",
         "_headers",
         "_protocol",
         "_size",
@@ -129,7 +130,7 @@ class FastPathCycle:
     response_started = False
 
     def __init__(
-        self, protocol: FastPathProtocol, gateway: Gateway, target: Target, headers: Headers, size: int
+        self, protocol: FastPathProtocol, gateway: Gateway, target: Target, headers: Headers, size: int, grant: Grant
     ) -> None:
         self.keep_alive = True
         self.disconnected = False
@@ -140,6 +141,7 @@ class FastPathCycle:
         self._target = target
         self._headers = headers
         self._size = size
+        self._grant = grant
         self._body = _EMPTY
         self._buffer: BodyBuffer | None = None
 
@@ -158,8 +160,11 @@ class FastPathCycle:
         self.reading = False
         # The connection references this cycle until its next request: release the body now.
         body, self._body = self._body if self._buffer is None else self._take_body(), _EMPTY
-        request = LayerRequest(self._target.layer or "", b"", self._headers, received=body)
-        response = start(self._gateway.respond(self._target, request), self._protocol.loop)
+        target = self._target
+        request = LayerRequest(
+            target.layer or "", b"", self._headers, received=body, grant=self._grant, version=target.version
+        )
+        response = start(self._gateway.respond(target, request), self._protocol.loop)
         if isinstance(response, Response):
             self._send(response)
         else:

@@ -42,6 +42,7 @@ class Protocol(FastPathProtocol):
     """
 
     parser: _Parser
+    url = b""
     _in_head = False
     _refused = False
     _upgrade_offered = False
@@ -143,7 +144,7 @@ class Protocol(FastPathProtocol):
 
     def check_head(self) -> None:
         """See `TrailerProtocol`."""
-        self._limits.check(len(self.url or b""), self._head_fields, self._head_bytes)
+        self._limits.check(len(self.url), self._head_fields, self._head_bytes)
 
     def on_request_timeout(self) -> None:
         """See `DeadlineProtocol`."""
@@ -168,7 +169,7 @@ class Protocol(FastPathProtocol):
         self._refused, self._incoming = True, None
         if self._in_head:
             self.headers.clear()  # there may be thousands, and the connection is not closed at once
-        data = _refusal_bytes(problem)
+        data = _refusal_bytes(problem, "/v2" if self.url.startswith(b"/v2/") else "/")
         if isinstance(self.app, Gateway):
             self.app.reports.report(OTHER, None, problem.name, time.perf_counter(), 0, 0)
         cycle = self.cycle
@@ -208,8 +209,8 @@ class _QueuedRefusal:
         self._protocol.send_and_close(self._data)
 
 
-def _refusal_bytes(problem: ProblemError) -> bytes:
-    response = respond_problem(problem, "/", request_id := uuid.uuid4().hex)
+def _refusal_bytes(problem: ProblemError, path: str) -> bytes:
+    response = respond_problem(problem, path, request_id := uuid.uuid4().hex)
     headers = [*response.raw_headers, (REQUEST_ID.lower().encode(), request_id.encode()), (b"connection", b"close")]
     head = f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}\r\n".encode()
     lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)

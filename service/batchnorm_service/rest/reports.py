@@ -17,11 +17,11 @@ class RequestReports:
 
     Args:
         metrics: None if they are off.
-        endpoints: by method and last segment of `/v1/layers/{name}/...`.
+        endpoints: by method and path's template.
         route_of: the template of any other path.
 
     Attributes:
-        posts: of the fast path, by the last segment; empty if metrics are off.
+        posts: of the fast path, by the template; empty if metrics are off.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class RequestReports:
         self.posts: dict[str, RouteMetrics] = {}
         if self._requests:
             for method, call in endpoints:
-                route = self._requests.of(method, "/v1/layers/{name}" + (call and f"/{call}"))
+                route = self._requests.of(method, call)
                 self._endpoints[method, call] = route
                 if method == "POST":
                     self.posts[call] = route
