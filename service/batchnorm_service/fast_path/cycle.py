@@ -24,6 +24,7 @@ from batchnorm_service.rest import (
     Target,
     read_headers,
 )
+from batchnorm_service.telemetry import Span
 
 _EMPTY: Final = memoryview(b"")
 
@@ -99,7 +100,7 @@ class FastPathProtocol(CoalescingProtocol):
         size = int(length)
         if not self.app.admits(target, headers, size):
             return None
-        return FastPathCycle(self, self.app, target, headers, size)
+        return FastPathCycle(self, self.app, target, headers, size, self.app.reports.begin("POST", target, headers))
 
     def _is_plain(self, headers: Headers) -> bool:
         """Whether the headers need no special treatment by the server."""
@@ -119,6 +120,7 @@ class FastPathCycle:
         "_headers",
         "_protocol",
         "_size",
+        "_span",
         "_target",
         "disconnected",
         "keep_alive",
@@ -129,7 +131,13 @@ class FastPathCycle:
     response_started = False
 
     def __init__(
-        self, protocol: FastPathProtocol, gateway: Gateway, target: Target, headers: Headers, size: int
+        self,
+        protocol: FastPathProtocol,
+        gateway: Gateway,
+        target: Target,
+        headers: Headers,
+        size: int,
+        span: Span | None,
     ) -> None:
         self.keep_alive = True
         self.disconnected = False
@@ -140,6 +148,7 @@ class FastPathCycle:
         self._target = target
         self._headers = headers
         self._size = size
+        self._span = span
         self._body = _EMPTY
         self._buffer: BodyBuffer | None = None
 
@@ -159,7 +168,7 @@ class FastPathCycle:
         # The connection references this cycle until its next request: release the body now.
         body, self._body = self._body if self._buffer is None else self._take_body(), _EMPTY
         request = LayerRequest(self._target.layer or "", b"", self._headers, received=body)
-        response = start(self._gateway.respond(self._target, request), self._protocol.loop)
+        response = start(self._gateway.respond(self._target, request, self._span), self._protocol.loop)
         if isinstance(response, Response):
             self._send(response)
         else:
@@ -180,7 +189,7 @@ class FastPathCycle:
         """The client disconnected: release the body. A call that has started continues."""
         if self.reading:
             self.abandon()
-            self._gateway.disconnected(self._target)
+            self._gateway.disconnected(self._target, self._headers, self._span)
 
     def _receive_part(self, piece: bytes) -> None:
         if self._buffer is None:
@@ -208,7 +217,7 @@ class FastPathCycle:
         """Respond before the body is complete; the rest of it is discarded."""
         self.reading = False
         self._take_body()
-        self._send(self._gateway.refuse(problem, self._target, self._headers))
+        self._send(self._gateway.refuse(problem, self._target, self._headers, self._span))
 
     def _responded(self, task: Task[Response]) -> None:
         self._protocol.tasks.discard(task)
