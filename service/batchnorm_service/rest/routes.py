@@ -61,7 +61,7 @@ class DocumentRoute(APIRoute):
     def get_route_handler(self) -> Handler:
         """FastAPI's handler, preceded by these checks."""
         handle = super().get_route_handler()
-        known = [field.alias for field in self.dependant.query_params]
+        known = {field.alias: field.field_info.annotation for field in self.dependant.query_params}
         body = self.body_field.field_info if self.body_field else None
         types = (JSON, MERGE_PATCH_JSON) if "PATCH" in (self.methods or ()) else (JSON,)
 
