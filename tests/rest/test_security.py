@@ -370,6 +370,35 @@ async def test_without_tokens_everybody_may_do_everything(serve):
         assert (await client.delete("/v1/layers/bn")).status_code == 204
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "http://test"}, 200),
+        ({"Sec-Fetch-Site": "none"}, 200),
+        ({"Origin": "http://test"}, 200),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "http://test"}, 403),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://[", "Content-Type": "application/x-www-form-urlencoded"}, 403),
+    ],
+)
+async def test_a_web_page_of_another_site_changes_nothing(serve, headers, status):
+    """Seen: `fetch(url, {mode: "no-cors", method: "POST"})` from any page reset a layer, where there are no tokens."""
+    async with serve() as service, service.client(host="test", **headers) as client, service.client() as other:
+        (await other.put("/v1/layers/bn", json={"num_features": 2})).raise_for_status()
+        before = (await other.get("/v1/layers/bn")).json()
+        answer = await client.post("/v1/layers/bn/reset")
+        assert answer.status_code == status, answer.text
+        if status == 403:
+            assert (name_of(answer), answer.json()["expected"]) == ("forbidden", "same-origin")
+            assert (await other.get("/v1/layers/bn")).json() == before
+        for path in ("/v1/layers/bn", "/v1/layers", "/v1/layers/bn/history"):
+            assert (await client.get(path)).status_code == 200, "the browser does not show it to the page"
+
+
 async def test_a_file_without_tokens_lets_nobody_in(serve, tmp_path):
     """All are revoked: that must not open the service."""
     path = tmp_path / "tokens"

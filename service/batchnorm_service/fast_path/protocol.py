@@ -76,7 +76,8 @@ class Protocol(FastPathProtocol):
         """Data was received from the client."""
         if self._refused:
             return
-        self._ended = False
+        self._ended, self._body_bytes = False, 0
+        after_head = self._receiving and not self._in_head
         self._measure_head = self._in_head or len(data) > self._limits.header_bytes
         super().data_received(data)
         rest = memoryview(data)
@@ -84,6 +85,8 @@ class Protocol(FastPathProtocol):
             rest = rest[end:]
             self._reparse_without_upgrade(rest)
         if self._receiving and not self._refused:
+            if after_head and not (self._ended or self._in_trailers or self._fast_cycle()):  # which takes no chunks
+                self.count_framing(len(data))
             self._received_in_part(len(rest))
 
     def on_message_begin(self) -> None:

@@ -27,9 +27,13 @@ def content_type(headers: Headers, known: tuple[str, ...]) -> str:
     """The media type of the body, one of `known`. Parameters other than charset are ignored.
 
     Raises:
-        UnsupportedMediaType: it is unknown or missing, its charset is not UTF-8, or the body has a Content-Encoding.
+        UnsupportedMediaType: it is unknown or missing, its charset is not UTF-8, or the body is compressed.
     """
     encoding, given = headers.get(b"content-encoding", b""), headers.get(b"content-type", b"")
+    if headers.get(b"transfer-encoding", b"chunked").lower() != b"chunked":  # the parser accepts `gzip, chunked`
+        raise UnsupportedMediaType(
+            "the service reads no compressed bodies", field="Transfer-Encoding", expected=["chunked"]
+        )
     find = _content_type if len(encoding) + len(given) <= _MAX_CACHED_BYTES else _content_type.__wrapped__
     return find(encoding, given, known)
 
