@@ -17,8 +17,10 @@ from pydantic import SecretStr
 from batchnorm_service import __version__
 from batchnorm_service.layers import Layers, LayersOptions
 from batchnorm_service.open_files import possible_connections
+from batchnorm_service.open_inference import INTERFACE as OPEN_INFERENCE
 from batchnorm_service.rest import ApiOptions, Gateway, RequestLimits, build_api
-from batchnorm_service.rest.application import routes
+from batchnorm_service.rest.application import all_routers
+from batchnorm_service.rest.interface import Interface, RouteTable
 from batchnorm_service.rest.security import Guard
 from batchnorm_service.settings import PREFIX, Settings
 from batchnorm_service.store.base import Store
@@ -27,6 +29,12 @@ from batchnorm_service.store.registry import store_from_url
 from batchnorm_service.telemetry import Metrics, RequestLog, Traces
 from batchnorm_service.telemetry.traces import TracesRefusedError
 from batchnorm_service.tokens import TokenFile, create_file
+
+INTERFACES: Final[tuple[Interface, ...]] = (OPEN_INFERENCE,)
+"""The interfaces beside REST."""
+
+ROUTES: Final = RouteTable(all_routers(INTERFACES))
+"""The routes of all interfaces."""
 
 _GAUGES_SECONDS: Final = 1.0
 
@@ -108,6 +116,7 @@ def create_app(
         ),
         lifespan,
         metrics,
+        INTERFACES,
     )
     gateway.app.state.settings, gateway.app.state.store = settings, store
     return gateway
@@ -115,7 +124,7 @@ def create_app(
 
 def _metrics(directory: Path | None) -> Metrics:
     build = {"version": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    return Metrics({"route": routes(), **{label: (value,) for label, value in build.items()}}, directory)
+    return Metrics({"route": ROUTES.templates(), **{label: (value,) for label, value in build.items()}}, directory)
 
 
 @asynccontextmanager

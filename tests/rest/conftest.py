@@ -1,5 +1,6 @@
 """The service over a store in memory; every test of a call runs by ASGI, and over a socket by the fast path."""
 
+import asyncio
 import contextlib
 
 import httpx
@@ -39,6 +40,10 @@ class Service:
     def client(self, app=None, **headers):
         transport = Socket(self._port) if self._port and app is None else httpx.ASGITransport(app or self.gateway)
         return httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
+
+    async def connect(self):
+        """A connection, for requests that an HTTP library would not send; there is one by the fast path only."""
+        return await asyncio.open_connection("127.0.0.1", self._port)
 
 
 @contextlib.asynccontextmanager

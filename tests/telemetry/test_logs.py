@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 
-from batchnorm_service.rest.application import ROUTERS
+from batchnorm_service.rest.application import all_routers
 from batchnorm_service.telemetry.budget import Budget
 from batchnorm_service.telemetry.logs import LINES_PER_SECOND, RequestLog, configure_logging
 from rest.conftest import by_asgi
@@ -249,7 +249,9 @@ async def test_no_line_has_a_token_or_a_tensors_value(serve, monkeypatch, stream
                     monkeypatch.setattr(service.store, "load", planted)
                     monkeypatch.setattr(service.store, "commit", planted)
                     monkeypatch.setattr("batchnorm_service.engine.normalize.eval_step", planted)
-                routes = [route for router in ROUTERS for route in router.routes]
+                routes = [
+                    route for router in all_routers(service.gateway.app.state.interfaces) for route in router.routes
+                ]
                 asked = [(method, route.path) for route in routes for method in route.methods]
                 for method, path in asked:
                     url = re.sub(r"\{\w+\}", "a", path) + f"?access_token={SECRET}&x={NUMBER}"

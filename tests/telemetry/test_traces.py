@@ -94,6 +94,19 @@ async def test_the_spans_of_an_eval(exported):
     assert len({span.context.trace_id for span in spans.values()}) == 1
 
 
+async def test_the_spans_of_an_inference(exported):
+    """Of the Open Inference Protocol, whose JSON is read before the layer is known."""
+    tensor = {"name": "input", "datatype": "FP32", "shape": [2, 2], "data": [1, 2, 3, 5]}
+    headers = {"traceparent": TRACEPARENT}
+    answer = await exported.client.post("/v2/models/a/infer", json={"inputs": [tensor]}, headers=headers)
+    assert answer.status_code == 200
+    ((request, caller),) = {
+        (span.name, f"{span.parent.span_id:016x}") for span in exported.spans if span.parent.is_remote
+    }
+    assert (request, caller) == ("POST /v2/models/{name}/infer", CALLER)
+    assert {span.name for span in exported.spans} == {request, "decode", "normalize", "encode"}
+
+
 async def test_the_spans_of_a_change(exported):
     await exported.client.patch(URL, json={"eps": 0.5})
     route = "PATCH /v1/layers/{name}"

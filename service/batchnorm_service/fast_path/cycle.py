@@ -25,6 +25,7 @@ from batchnorm_service.rest import (
     read_headers,
 )
 from batchnorm_service.telemetry import Span
+from batchnorm_service.tokens import Grant
 
 _EMPTY: Final = memoryview(b"")
 
@@ -98,9 +99,11 @@ class FastPathProtocol(CoalescingProtocol):
         if not (length.isdigit() and len(length) <= 18 and self._is_plain(headers)):
             return None
         size = int(length)
-        if not self.app.admits(target, headers, size):
+        grant = self.app.admit(target, headers, size)
+        if grant is None:
             return None
-        return FastPathCycle(self, self.app, target, headers, size, self.app.reports.begin("POST", target, headers))
+        span = self.app.reports.begin("POST", target, headers)
+        return FastPathCycle(self, self.app, target, headers, size, grant, span)
 
     def _is_plain(self, headers: Headers) -> bool:
         """Whether the headers need no special treatment by the server."""
@@ -117,6 +120,7 @@ class FastPathCycle:
         "_body",
         "_buffer",
         "_gateway",
+        "_grant",
         "_headers",
         "_protocol",
         "_size",
@@ -137,6 +141,7 @@ class FastPathCycle:
         target: Target,
         headers: Headers,
         size: int,
+        grant: Grant,
         span: Span | None,
     ) -> None:
         self.keep_alive = True
@@ -149,6 +154,7 @@ class FastPathCycle:
         self._headers = headers
         self._size = size
         self._span = span
+        self._grant = grant
         self._body = _EMPTY
         self._buffer: BodyBuffer | None = None
 
@@ -167,8 +173,11 @@ class FastPathCycle:
         self.reading = False
         # The connection references this cycle until its next request: release the body now.
         body, self._body = self._body if self._buffer is None else self._take_body(), _EMPTY
-        request = LayerRequest(self._target.layer or "", b"", self._headers, received=body)
-        response = start(self._gateway.respond(self._target, request, self._span), self._protocol.loop)
+        target = self._target
+        request = LayerRequest(
+            target.layer or "", b"", self._headers, received=body, grant=self._grant, version=target.version
+        )
+        response = start(self._gateway.respond(target, request, self._span), self._protocol.loop)
         if isinstance(response, Response):
             self._send(response)
         else:

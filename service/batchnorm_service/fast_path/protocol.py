@@ -42,6 +42,7 @@ class Protocol(FastPathProtocol):
     """
 
     parser: _Parser
+    url = b""
     _in_head = False
     _refused = False
     _upgrade_offered = False
@@ -143,7 +144,7 @@ class Protocol(FastPathProtocol):
 
     def check_head(self) -> None:
         """See `TrailerProtocol`."""
-        self._limits.check(len(self.url or b""), self._head_fields, self._head_bytes)
+        self._limits.check(len(self.url), self._head_fields, self._head_bytes)
 
     def on_request_timeout(self) -> None:
         """See `DeadlineProtocol`."""
@@ -169,7 +170,7 @@ class Protocol(FastPathProtocol):
         if self._in_head:
             self.headers.clear()  # there may be thousands, and the connection is not closed at once
         request_id = uuid.uuid4().hex
-        data = _refusal_bytes(problem, request_id)
+        data = _refusal_bytes(problem, "/v2" if self.url.startswith(b"/v2/") else "/", request_id)
         if isinstance(self.app, Gateway):
             self.app.reports.report(Served(OTHER, None, {}, request_id, problem.status, problem.name, 0.0, 0, 0))
         cycle = self.cycle
@@ -209,8 +210,8 @@ class _QueuedRefusal:
         self._protocol.send_and_close(self._data)
 
 
-def _refusal_bytes(problem: ProblemError, request_id: str) -> bytes:
-    response = respond_problem(problem, "/", request_id)
+def _refusal_bytes(problem: ProblemError, path: str, request_id: str) -> bytes:
+    response = respond_problem(problem, path, request_id)
     headers = [*response.raw_headers, (REQUEST_ID.lower().encode(), request_id.encode()), (b"connection", b"close")]
     head = f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}\r\n".encode()
     lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)

@@ -38,6 +38,7 @@ from .transfers import Transfers
 
 _REQUEST_ID: Final = REQUEST_ID.lower().encode()
 _CLOSE: Final = (b"connection", b"close")
+_LAYER_PATHS: Final = (b"/v1/layers/", b"/v2/models/")
 _METHODS_WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 
 
@@ -49,7 +50,7 @@ class Gateway:
 
     Args:
         app: the FastAPI application with all routes.
-        endpoints: by method and last segment of `/v1/layers/{name}/...`; these are called without FastAPI.
+        endpoints: by method and path's template (`Target.call`); these are called without FastAPI.
         guard: checks bearer tokens.
         rules: the scope that each call needs.
         transfers: limits the bytes buffered for requests and responses.
@@ -123,7 +124,8 @@ class Gateway:
                 await accounting.enter()
             endpoint = self._endpoints.get((method, target.call)) if target.layer else None
             if target.layer and endpoint:
-                request = LayerRequest(target.layer, scope["query_string"], headers, accounting.receive, grant=grant)
+                query, receive_body = scope["query_string"], accounting.receive
+                request = LayerRequest(target.layer, query, headers, receive_body, grant=grant, version=target.version)
                 await context.send_response(await endpoint(request), accounting.send)
             else:
                 inner = _inner(scope, target, headers, context.request_id, grant)
@@ -141,18 +143,17 @@ class Gateway:
 
     def fast_target(self, url: bytes) -> Target | None:
         """The target of a POST that the fast path can serve (an endpoint of a layer, no query string), or None."""
-        if len(url) > MAX_CACHED_BYTES or b"?" in url or not url.startswith(b"/v1/"):
+        if len(url) > MAX_CACHED_BYTES or b"?" in url or not url.startswith(_LAYER_PATHS):
             return None
         target = target_of(url)
         return target if target.layer and ("POST", target.call) in self._fast_endpoints else None
 
-    def admits(self, target: Target, headers: Headers, size: int) -> bool:
-        """Whether the fast path may read the body of this POST; if not, ASGI handles the request and responds why."""
+    def admit(self, target: Target, headers: Headers, size: int) -> Grant | None:
+        """What the caller of a POST of the fast path may do; None if the request is for ASGI, which responds why."""
         with suppress(ProblemError):
             if size <= self._max_body_bytes:
-                self._admit(target, headers, "POST")
-                return True
-        return False
+                return self._admit(target, headers, "POST")
+        return None
 
     @property
     def running(self) -> int:

@@ -110,4 +110,4 @@ async def backward(
     In a group, each member gets grad_input as computed for the whole batch, and its shard's summand of grad_weight and
     grad_bias, as with SyncBatchNorm.
     """
-    return await call_endpoint("POST", "backward", name, request)
+    return await call_endpoint(name, request)

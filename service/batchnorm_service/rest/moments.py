@@ -169,7 +169,7 @@ async def fold_moments(
     name: LayerName, request: Request, _query: Annotated[MomentsQuery, Query()], _key: IdempotencyKey
 ) -> Response:
     """`count` is values per channel, `var` is biased. A group's response has count, mean and var of all shards."""
-    return await call_endpoint("POST", "moments", name, request)
+    return await call_endpoint(name, request)
 
 
 @router.post(

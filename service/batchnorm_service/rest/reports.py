@@ -50,12 +50,12 @@ class RequestReports:
         metrics: None if they are off.
         log: writes requests.
         traces: None if they are off.
-        endpoints: by method and last segment of `/v1/layers/{name}/...`.
+        endpoints: by method and path's template.
         route_of: the template of any other path.
 
     Attributes:
         log: as above.
-        posts: of the fast path, by the last segment; empty if metrics are off.
+        posts: of the fast path, by the template; empty if metrics are off.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class RequestReports:
         self._traces = traces
         self._requests = RequestMetrics(metrics) if metrics else None
         self._route_of = route_of
-        self._templates = {key: "/v1/layers/{name}" + (key[1] and f"/{key[1]}") for key in endpoints}
+        self._known = frozenset(endpoints)
         self._endpoints: dict[tuple[str, str], RouteMetrics] = {}
         self.posts: dict[str, RouteMetrics] = {}
         if self._requests:
-            for (method, call), template in self._templates.items():
-                route = self._requests.of(method, template)
+            for method, call in self._known:
+                route = self._requests.of(method, call)
                 self._endpoints[method, call] = route
                 if method == "POST":
                     self.posts[call] = route
@@ -120,10 +120,11 @@ class RequestReports:
             )
 
     def _template(self, served: Served) -> str:
-        if served.target is None:
+        target = served.target
+        if target is None:
             return OTHER
-        known = self._templates.get((served.method, served.target.call)) if served.target.layer else None
-        return known or self._route_of(served.target.path)
+        known = target.layer and (served.method, target.call) in self._known
+        return target.call if known else self._route_of(target.path)
 
 
 def _end(span: Span, served: Served, route: str, layer: str | None) -> None:

@@ -118,16 +118,19 @@ def tensor_router(tag: str = "layers") -> APIRouter:
     return APIRouter(tags=[tag], default_response_class=StarletteResponse)
 
 
-async def call_endpoint(method: str, call: str, name: str, request: Request) -> Response:
-    """The response of the endpoint that is registered for this method and call.
+async def call_endpoint(name: str, request: Request) -> Response:
+    """The response of the endpoint that is registered for this method and route.
 
     The gateway calls endpoints without FastAPI. Their FastAPI routes exist for the OpenAPI document, HEAD and 405, and
     call the same endpoints.
     """
-    endpoint: Endpoint = request.app.state.endpoints[method, call]
-    headers = read_headers(request.scope["headers"])
+    scope = request.scope
+    endpoint: Endpoint = request.app.state.endpoints[scope["method"], scope["route"].path]
+    headers, version = read_headers(scope["headers"]), scope["path_params"].get("version")
     grant: Grant = request.state.grant
-    return await endpoint(LayerRequest(name, request.scope["query_string"], headers, request.receive, grant=grant))
+    return await endpoint(
+        LayerRequest(name, scope["query_string"], headers, request.receive, grant=grant, version=version)
+    )
 
 
 async def _layers(request: Request) -> Layers:
