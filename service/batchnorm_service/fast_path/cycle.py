@@ -24,6 +24,7 @@ from batchnorm_service.rest import (
     Target,
     read_headers,
 )
+from batchnorm_service.telemetry import Span
 from batchnorm_service.tokens import Grant
 
 _EMPTY: Final = memoryview(b"")
@@ -99,7 +100,10 @@ class FastPathProtocol(CoalescingProtocol):
             return None
         size = int(length)
         grant = self.app.admit(target, headers, size)
-        return None if grant is None else FastPathCycle(self, self.app, target, headers, size, grant)
+        if grant is None:
+            return None
+        span = self.app.reports.begin("POST", target, headers)
+        return FastPathCycle(self, self.app, target, headers, size, grant, span)
 
     def _is_plain(self, headers: Headers) -> bool:
         """Whether the headers need no special treatment by the server."""
@@ -120,6 +124,7 @@ class FastPathCycle:
         "_headers",
         "_protocol",
         "_size",
+        "_span",
         "_target",
         "disconnected",
         "keep_alive",
@@ -130,7 +135,14 @@ class FastPathCycle:
     response_started = False
 
     def __init__(
-        self, protocol: FastPathProtocol, gateway: Gateway, target: Target, headers: Headers, size: int, grant: Grant
+        self,
+        protocol: FastPathProtocol,
+        gateway: Gateway,
+        target: Target,
+        headers: Headers,
+        size: int,
+        grant: Grant,
+        span: Span | None,
     ) -> None:
         self.keep_alive = True
         self.disconnected = False
@@ -141,6 +153,7 @@ class FastPathCycle:
         self._target = target
         self._headers = headers
         self._size = size
+        self._span = span
         self._grant = grant
         self._body = _EMPTY
         self._buffer: BodyBuffer | None = None
@@ -164,7 +177,7 @@ class FastPathCycle:
         request = LayerRequest(
             target.layer or "", b"", self._headers, received=body, grant=self._grant, version=target.version
         )
-        response = start(self._gateway.respond(target, request), self._protocol.loop)
+        response = start(self._gateway.respond(target, request, self._span), self._protocol.loop)
         if isinstance(response, Response):
             self._send(response)
         else:
@@ -185,7 +198,7 @@ class FastPathCycle:
         """The client disconnected: release the body. A call that has started continues."""
         if self.reading:
             self.abandon()
-            self._gateway.disconnected(self._target)
+            self._gateway.disconnected(self._target, self._headers, self._span)
 
     def _receive_part(self, piece: bytes) -> None:
         if self._buffer is None:
@@ -213,7 +226,7 @@ class FastPathCycle:
         """Respond before the body is complete; the rest of it is discarded."""
         self.reading = False
         self._take_body()
-        self._send(self._gateway.refuse(problem, self._target, self._headers))
+        self._send(self._gateway.refuse(problem, self._target, self._headers, self._span))
 
     def _responded(self, task: Task[Response]) -> None:
         self._protocol.tasks.discard(task)

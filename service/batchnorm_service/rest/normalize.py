@@ -56,7 +56,7 @@ class NormalizeEndpoints:
             request.name, exchange.read, key, nbytes=exchange.bytes_read, statistics=exchange.statistics, group=group
         )
         done = await (request.cancel_on_disconnect(call) if group else call)
-        return await self._layers.run_codec(exchange.bytes_written(done), exchange.response, done)
+        return await self._layers.encode(exchange.bytes_written(done), exchange.response, done)
 
     async def eval(self, request: LayerRequest) -> Response:
         """Normalize a batch with the layer's running statistics."""
@@ -71,7 +71,7 @@ class NormalizeEndpoints:
             at=query.state,
             expect=query.expect,
         )
-        return await self._layers.run_codec(exchange.bytes_written(done), exchange.response, done)
+        return await self._layers.encode(exchange.bytes_written(done), exchange.response, done)
 
     async def inverse(self, request: LayerRequest) -> Response:
         """Undo what eval does to a batch."""
@@ -81,7 +81,7 @@ class NormalizeEndpoints:
         done = await self._batches.inverse(
             request.name, exchange.read, nbytes=exchange.bytes_read, at=query.state, expect=query.expect
         )
-        return await self._layers.run_codec(exchange.bytes_written(done), exchange.response, done)
+        return await self._layers.encode(exchange.bytes_written(done), exchange.response, done)
 
 
 class _TensorExchange:

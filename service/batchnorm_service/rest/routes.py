@@ -104,7 +104,7 @@ async def _read_document(
     if not (body or required):
         return _DocumentRequest(request, None)
     content_type(headers, types)
-    document = await request.app.state.layers.run_codec(len(body), parse_document, model, body)
+    document = await request.app.state.layers.decode(len(body), parse_document, model, body)
     return _DocumentRequest(request, document)
 
 
