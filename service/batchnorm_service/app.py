@@ -63,6 +63,7 @@ def create_app(
             history_length=settings.history_length,
             history_seconds=settings.history_seconds,
             max_pins=settings.max_pins,
+            waiting_calls=settings.max_waiting_calls,
         ),
         metrics=metrics,
     )

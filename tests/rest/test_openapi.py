@@ -31,6 +31,7 @@ CALLS = {
     "/v1/layers/{name}/backward": {"post"},
     "/v1/layers/{name}/moments": {"post"},
     "/v1/moments": {"post"},
+    "/v1/state": {"get", "put"},
     "/": {"get"},
     "/healthz": {"get"},
     "/metrics": {"get"},

@@ -93,6 +93,8 @@ SCOPES = {
     ("PUT", "/v1/layers/{name}/state"): "train",
     ("POST", "/v1/layers/{name}/train"): "train",
     ("POST", "/v1/moments"): "train",
+    ("GET", "/v1/state"): "read",
+    ("PUT", "/v1/state"): "train",
 }
 """Every route that needs a token, with the scope that the contract gives it."""
 

@@ -29,6 +29,7 @@ class LayersOptions:
         history_length: how many states of a layer are kept, besides pinned ones.
         history_seconds: between two kept states while batches come.
         max_pins: maximum number of pins of a layer.
+        waiting_calls: maximum number of calls that wait until layers change.
     """
 
     device: str = "cpu"
@@ -42,6 +43,7 @@ class LayersOptions:
     history_length: int = 20
     history_seconds: float = 60.0
     max_pins: int = 100
+    waiting_calls: int = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class Snapshot:
         samples_tracked: how many values per channel were folded.
         tensors: by their names in torch's state_dict; only those that the layer has.
         digest: of the state: see `state_digest`.
+        tag: identifies the state among all that the name ever had.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Snapshot:
     samples_tracked: int
     tensors: Mapping[str, Tensor]
     digest: str
+    tag: str
 
 
 class Normalized(NamedTuple):

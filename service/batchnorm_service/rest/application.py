@@ -42,12 +42,17 @@ from .pages import router as page_routes
 from .problems import respond_problem
 from .responses import Response, respond_empty
 from .security import Guard, Rules
+from .state import read_state
 from .state import router as state_routes
+from .states import PATH as STATES
+from .states import read_states
+from .states import router as states_routes
 from .transfers import Transfers
 
 ROUTERS: Final = (
     layer_routes,
     state_routes,
+    states_routes,
     normalize_routes,
     gradient_routes,
     moments_routes,
@@ -128,6 +133,8 @@ def build_gateway(app: FastAPI, layers: Layers, options: ApiOptions, metrics: Me
     normalize_endpoints = NormalizeEndpoints(layers, options.max_body_bytes, options.max_elements)
     endpoints: dict[tuple[str, str], Endpoint] = {
         ("GET", ""): partial(read_layer, layers),
+        ("GET", "state"): partial(read_state, layers),
+        ("GET", STATES): partial(read_states, layers, options.max_body_bytes),
         ("POST", "train"): normalize_endpoints.train,
         ("POST", "eval"): normalize_endpoints.eval,
         ("POST", "inverse"): normalize_endpoints.inverse,
@@ -152,6 +159,7 @@ def build_gateway(app: FastAPI, layers: Layers, options: ApiOptions, metrics: Me
         fast_path=options.fast_path,
         metrics=metrics,
         route_of=route_of,
+        stop_waiting=layers.states.watches.stop,
     )
 
 

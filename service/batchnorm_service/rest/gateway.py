@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from fastapi import FastAPI
@@ -52,7 +52,7 @@ class Gateway:
 
     Args:
         app: the FastAPI application with all routes.
-        endpoints: by method and last segment of `/v1/layers/{name}/...`; these are called without FastAPI.
+        endpoints: by method and last segment of `/v1/layers/{name}/...`, or another path; called without FastAPI.
         guard: checks bearer tokens.
         rules: the scope that each call needs.
         transfers: limits the bytes buffered for requests and responses.
@@ -64,6 +64,7 @@ class Gateway:
         fast_path: whether endpoints may be called without ASGI.
         metrics: None if they are off.
         route_of: the template of a path that FastAPI routes.
+        stop_waiting: ends the calls that wait for a change of layers.
 
     Attributes:
         app: the wrapped FastAPI application.
@@ -87,6 +88,7 @@ class Gateway:
         fast_path: bool,
         metrics: Metrics | None = None,
         route_of: Callable[[str], str] = lambda _path: OTHER,
+        stop_waiting: Callable[[], object] = lambda: None,
     ) -> None:
         self.app = app
         self.transfers = transfers
@@ -100,6 +102,7 @@ class Gateway:
         self.shares = CallShares(max_concurrent_requests)
         self.reports = RequestReports(metrics, endpoints, route_of)
         self._posts = self.reports.posts
+        self._stop_waiting = stop_waiting
         if metrics:
             metrics.gauge(RUNNING_CALLS, lambda: self.running)
             metrics.gauge(BUFFERED_BYTES, lambda: transfers.buffered)
@@ -121,9 +124,16 @@ class Gateway:
                 raise
             if method not in _METHODS_WITH_BODY:
                 await accounting.enter()
-            endpoint = self._endpoints.get((method, target.call)) if target.layer else None
-            if target.layer and endpoint:
-                request = LayerRequest(target.layer, scope["query_string"], headers, accounting.receive, grant=grant)
+            endpoint = self._endpoints.get((method, target.call if target.layer else target.path))
+            if endpoint:
+                request = LayerRequest(
+                    target.layer or "",
+                    scope["query_string"],
+                    headers,
+                    accounting.receive,
+                    grant=grant,
+                    waiting=accounting.waiting,
+                )
                 await context.send_response(await endpoint(request), accounting.send)
             else:
                 inner = _inner(scope, target, headers, context.request_id, grant)
@@ -154,6 +164,10 @@ class Gateway:
                 self._admit(target, headers, "POST")
                 return True
         return False
+
+    def stop_waiting(self) -> None:
+        """The server stops: end the calls that wait for a change of layers, and let none begin."""
+        self._stop_waiting()
 
     @property
     def running(self) -> int:
@@ -287,6 +301,16 @@ class _RequestAccounting:
         await self._send(message)
         if message["type"] == "http.response.body":
             self._release(min(self._buffered, len(message["body"])))
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While the call waits for a change, it does not count as running, and the time is not reported as its own."""
+        self.close()
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.began += time.perf_counter() - began
 
     def close(self) -> None:
         """Undo what is still counted. May be called several times."""

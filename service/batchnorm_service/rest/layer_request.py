@@ -1,8 +1,9 @@
-"""A request to an endpoint of a layer, independent of the transport (ASGI or fast path)."""
+"""A request to an endpoint that is called without FastAPI, independent of the transport (ASGI or fast path)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 from starlette.types import Receive
@@ -20,17 +21,18 @@ _LEAST = Grant(Scope.READ)
 
 
 class LayerRequest:
-    """A request to an endpoint of a layer.
+    """A request to an endpoint of a layer, or of several layers.
 
     Attributes:
-        name: the layer's name, already validated.
+        name: the layer's name, already validated; empty for calls on several layers.
         query: the raw query string.
         headers: by lower-case name.
         received: the body, writable; None if it was not read yet. The fast path reads it before the endpoint runs.
         grant: what the caller may do; the fast path, whose requests have no query, leaves out what depends on that.
+        waiting: entered while the call waits for a change; it does not count as running then.
     """
 
-    __slots__ = ("_receive", "grant", "headers", "name", "query", "received")
+    __slots__ = ("_receive", "grant", "headers", "name", "query", "received", "waiting")
 
     def __init__(
         self,
@@ -40,6 +42,7 @@ class LayerRequest:
         receive: Receive | None = None,
         received: Body | None = None,
         grant: Grant | None = None,
+        waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.name = name
         self.query = query
@@ -47,6 +50,7 @@ class LayerRequest:
         self._receive = receive
         self.received = received
         self.grant = grant or _LEAST
+        self.waiting = waiting
 
     async def body(self, limit: int) -> Body:
         """The whole body, writable. Raises the same as `read_body`."""

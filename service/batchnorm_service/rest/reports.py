@@ -17,7 +17,7 @@ class RequestReports:
 
     Args:
         metrics: None if they are off.
-        endpoints: by method and last segment of `/v1/layers/{name}/...`.
+        endpoints: by method and last segment of `/v1/layers/{name}/...`, or another path.
         route_of: the template of any other path.
 
     Attributes:
@@ -33,7 +33,8 @@ class RequestReports:
         self.posts: dict[str, RouteMetrics] = {}
         if self._requests:
             for method, call in endpoints:
-                route = self._requests.of(method, "/v1/layers/{name}" + (call and f"/{call}"))
+                path = call if call.startswith("/") else "/v1/layers/{name}" + (call and f"/{call}")
+                route = self._requests.of(method, path)
                 self._endpoints[method, call] = route
                 if method == "POST":
                     self.posts[call] = route
@@ -51,7 +52,8 @@ class RequestReports:
         """
         if self._requests is None:
             return
-        route = self._endpoints.get((method, target.call)) if target is not None and target.layer else None
+        call = None if target is None else target.call if target.layer else target.path
+        route = None if call is None else self._endpoints.get((method, call))
         if route is None:
             route = self._requests.of(method, OTHER if target is None else self._route_of(target.path))
         route.report(outcome, time.perf_counter() - began, received, sent)
