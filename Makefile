@@ -90,7 +90,7 @@ $(LOWEST)/lowest.stamp: pyproject.toml tests/install/lowest.py
 	@echo "Setting up $(LOWEST) (once) ..."
 	@$(PYTHON) -m venv --clear $(LOWEST)
 	@$(PYTHON) tests/install/lowest.py > $(LOWEST)/lowest.txt
-	@$(LOWEST)/bin/python -m pip --disable-pip-version-check --quiet install -c $(LOWEST)/lowest.txt --editable '.[service,torch,demo,dev]'
+	@$(LOWEST)/bin/python -m pip --disable-pip-version-check --quiet install -c $(LOWEST)/lowest.txt --editable '.[service,otel,torch,demo,dev]'
 	@touch $@
 
 soak: MINUTES = 30
@@ -139,7 +139,7 @@ $(VENV)/fuzz.stamp: $(VENV)/dev.stamp
 	@echo "Setting up .venv-bench (once) ..."
 	@.venv-bench/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-bench
 	@.venv-bench/bin/python -m pip --disable-pip-version-check --quiet install $(CONSTRAINTS) "$$(grep '^torch==' constraints.txt)"
-	@.venv-bench/bin/python -m pip --disable-pip-version-check --quiet install $(CONSTRAINTS) --editable '.[service]' py-spy
+	@.venv-bench/bin/python -m pip --disable-pip-version-check --quiet install $(CONSTRAINTS) --editable '.[service,otel]' py-spy
 	@touch $@
 
 LOCK = UV_CUSTOM_COMPILE_COMMAND="make lock" $(SUPPLY)/bin/uv pip compile --quiet --universal --generate-hashes --no-annotate \
@@ -147,8 +147,8 @@ LOCK = UV_CUSTOM_COMPILE_COMMAND="make lock" $(SUPPLY)/bin/uv pip compile --quie
 ANY_TORCH := --no-emit-package torch --excludes requirements/cuda.txt
 
 lock: $(SUPPLY)/supply.stamp ## write the versions of constraints.txt with hashes to requirements/*.txt
-	$(LOCK) pyproject.toml --extra service $(ANY_TORCH) --output-file requirements/service.txt
-	$(LOCK) pyproject.toml --extra service --extra torch --extra demo --extra dev $(ANY_TORCH) --output-file requirements/dev.txt
+	$(LOCK) pyproject.toml --extra service --extra otel $(ANY_TORCH) --output-file requirements/service.txt
+	$(LOCK) pyproject.toml --extra service --extra otel --extra torch --extra demo --extra dev $(ANY_TORCH) --output-file requirements/dev.txt
 	grep '^torch==' constraints.txt | $(LOCK) - --output-file requirements/torch.txt
 	$(LOCK) requirements/supply.in --output-file requirements/supply.txt
 

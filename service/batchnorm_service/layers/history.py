@@ -42,6 +42,13 @@ class History:
         self._runtime = runtime
         self._described: OrderedDict[Stamp, HistoryEntry] = OrderedDict()
 
+    async def names(self, name: str) -> tuple[Sequence[int], Sequence[str]]:
+        """The versions of the newest and of the kept states, newest first, and the tags of the pins."""
+        with self._cache.use(name) as entry:
+            newest = (await entry.cached.fresh()).stamp.version
+            versions = sorted({newest, *await self._kept(entry)}, reverse=True)
+            return versions, [pin.tag for pin in await self._pins(entry)]
+
     async def list(self, name: str, limit: int, before: int | None) -> HistoryPage:
         """The newest state and those that are kept: up to `limit` with versions below `before`, newest first."""
         with self._cache.use(name) as entry:

@@ -138,7 +138,7 @@ class States:
 
     async def file(self, states: LayerStates, max_bytes: int) -> Buffers:
         """The states as a safetensors file; a long header is written in a thread. Raises `PayloadTooLarge`."""
-        return await self._executor.run_codec(_HEADER_BYTES * states.tensors, states.file, max_bytes)
+        return await self._executor.encode(_HEADER_BYTES * states.tensors, states.file, max_bytes)
 
     async def replace(
         self, name: str, read: Read, if_match: IfMatch, *, nbytes: int = 0, frequent: bool = False
@@ -156,7 +156,7 @@ class States:
             while True:
                 layer = await entry.cached.latest_known()
                 try:
-                    tensors = await self._executor.run_codec(nbytes, read, state_dict.dtypes(layer.state))
+                    tensors = await self._executor.decode(nbytes, read, state_dict.dtypes(layer.state))
                 except ProblemError:
                     newest = await entry.cached.fresh()
                     check_version(if_match, newest)

@@ -28,11 +28,12 @@ class LayerRequest:
         query: the raw query string.
         headers: by lower-case name.
         received: the body, writable; None if it was not read yet. The fast path reads it before the endpoint runs.
-        grant: what the caller may do; the fast path, whose requests have no query, leaves out what depends on that.
+        grant: what the caller may do.
+        version: the version or tag that the path names, or None.
         waiting: entered while the call waits for a change; it does not count as running then.
     """
 
-    __slots__ = ("_receive", "grant", "headers", "name", "query", "received", "waiting")
+    __slots__ = ("_receive", "grant", "headers", "name", "query", "received", "version", "waiting")
 
     def __init__(
         self,
@@ -42,6 +43,7 @@ class LayerRequest:
         receive: Receive | None = None,
         received: Body | None = None,
         grant: Grant | None = None,
+        version: str | None = None,
         waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.name = name
@@ -50,6 +52,7 @@ class LayerRequest:
         self._receive = receive
         self.received = received
         self.grant = grant or _LEAST
+        self.version = version
         self.waiting = waiting
 
     async def body(self, limit: int) -> Body:

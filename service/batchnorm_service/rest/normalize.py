@@ -56,7 +56,7 @@ class NormalizeEndpoints:
             request.name, exchange.read, key, nbytes=exchange.bytes_read, statistics=exchange.statistics, group=group
         )
         done = await (request.cancel_on_disconnect(call) if group else call)
-        return await self._layers.run_codec(exchange.bytes_written(done), exchange.response, done)
+        return await self._layers.encode(exchange.bytes_written(done), exchange.response, done)
 
     async def eval(self, request: LayerRequest) -> Response:
         """Normalize a batch with the layer's running statistics."""
@@ -71,7 +71,7 @@ class NormalizeEndpoints:
             at=query.state,
             expect=query.expect,
         )
-        return await self._layers.run_codec(exchange.bytes_written(done), exchange.response, done)
+        return await self._layers.encode(exchange.bytes_written(done), exchange.response, done)
 
     async def inverse(self, request: LayerRequest) -> Response:
         """Undo what eval does to a batch."""
@@ -81,7 +81,7 @@ class NormalizeEndpoints:
         done = await self._batches.inverse(
             request.name, exchange.read, nbytes=exchange.bytes_read, at=query.state, expect=query.expect
         )
-        return await self._layers.run_codec(exchange.bytes_written(done), exchange.response, done)
+        return await self._layers.encode(exchange.bytes_written(done), exchange.response, done)
 
 
 class _TensorExchange:
@@ -119,17 +119,22 @@ class _TensorExchange:
     def response(self, done: Normalized) -> Response:
         """The response, in the media type that `read` chose."""
         fields = {"version": done.version, "num_batches_tracked": done.num_batches_tracked}
-        headers: list[RawHeader] = [
-            (b"etag", etag(done.version)),
-            (_VERSION, b"%d" % done.version),
-            (_BATCHES, b"%d" % done.num_batches_tracked),
-        ]
-        if done.replayed:
-            headers.append(REPLAYED)
-        if done.digest is not None:
-            headers.append((RAW_DIGEST, done.digest.encode()))
         pieces = encode(self._form, {"output": done.output, **done.statistics}, fields)
-        return Response(200, self._form, pieces, headers)
+        return Response(200, self._form, pieces, normalized_headers(done))
+
+
+def normalized_headers(done: Normalized) -> list[RawHeader]:
+    """The headers of a response with a normalized batch."""
+    headers: list[RawHeader] = [
+        (b"etag", etag(done.version)),
+        (_VERSION, b"%d" % done.version),
+        (_BATCHES, b"%d" % done.num_batches_tracked),
+    ]
+    if done.replayed:
+        headers.append(REPLAYED)
+    if done.digest is not None:
+        headers.append((RAW_DIGEST, done.digest.encode()))
+    return headers
 
 
 _PROBLEMS: Final = (
@@ -172,7 +177,7 @@ async def train(
     name: LayerName, request: Request, _query: Annotated[TrainQuery, Query()], _key: IdempotencyKey
 ) -> Response:
     """Responds after the commit. A batch is folded exactly once per Idempotency-Key."""
-    return await call_endpoint("POST", "train", name, request)
+    return await call_endpoint(name, request)
 
 
 @router.post(
@@ -185,7 +190,7 @@ async def train(
 )
 async def eval_(name: LayerName, request: Request, _query: Annotated[EvalQuery, Query()]) -> Response:
     """Uses the newest committed state and does not change it. A batch may be empty."""
-    return await call_endpoint("POST", "eval", name, request)
+    return await call_endpoint(name, request)
 
 
 @router.post(
@@ -197,4 +202,4 @@ async def eval_(name: LayerName, request: Request, _query: Annotated[EvalQuery, 
 )
 async def inverse(name: LayerName, request: Request, _query: Annotated[ExpectQuery, Query()]) -> Response:
     """Like scikit-learn's inverse_transform. Values that `clip` bounded are not restored."""
-    return await call_endpoint("POST", "inverse", name, request)
+    return await call_endpoint(name, request)

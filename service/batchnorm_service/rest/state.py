@@ -55,7 +55,7 @@ async def get_state(
     name: LayerName, request: Request, _query: Annotated[TensorsQuery, Query()], _if_none_match: IfNoneMatch = None
 ) -> Response:
     """A safetensors file by default. With `wait` and If-None-Match, the response comes when there is another state."""
-    return await call_endpoint("GET", "state", name, request)
+    return await call_endpoint(name, request)
 
 
 async def read_state(layers: Layers, request: LayerRequest) -> Response:
@@ -82,7 +82,7 @@ async def _respond(layers: Layers, form: str, states: LayerStates) -> Response:
 
 
 async def _encode(layers: Layers, form: str, layer: Snapshot) -> list[Piece]:
-    return await layers.run_codec(text_bytes(form, layer.tensors.values()), encode, form, layer.tensors)
+    return await layers.encode(text_bytes(form, layer.tensors.values()), encode, form, layer.tensors)
 
 
 def _headers(layer: Snapshot) -> list[RawHeader]:

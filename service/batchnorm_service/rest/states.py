@@ -28,9 +28,9 @@ from .problems import problem_document
 from .queries import NoQuery, StatesQuery, parse_query
 from .responses import Response, respond_empty, respond_json
 from .routes import READ, TRAIN, GrantDependency, IfMatch, IfNoneMatch, LayersDependency, call_endpoint, tensor_router
+from .target import STATES
 from .waiting import VARY, find_states, respond_once
 
-PATH: Final = "/v1/state"
 _FORMS: Final = (SAFETENSORS,)
 _FILE: Final[dict[str, Any]] = {
     SAFETENSORS: {
@@ -46,7 +46,7 @@ router = tensor_router("state")
 
 
 @router.get(
-    PATH,
+    STATES,
     dependencies=[READ],
     summary="The tensors of several layers",
     responses=describe_responses(
@@ -65,7 +65,7 @@ async def get_states(
     Layers named by module paths make a torch state_dict. With `wait` and If-None-Match, the response comes when there
     is another state of one of the layers, or other layers.
     """
-    return await call_endpoint("GET", PATH, "", request)
+    return await call_endpoint("", request)
 
 
 async def read_states(layers: Layers, max_body_bytes: int, request: LayerRequest) -> Response:
@@ -79,7 +79,7 @@ async def read_states(layers: Layers, max_body_bytes: int, request: LayerRequest
     if found.states is None or found.known:
         return respond_empty(304, headers)
     return await respond_once(
-        layers, found.states, PATH, partial(_respond, layers, found.states, max_body_bytes, headers)
+        layers, found.states, STATES, partial(_respond, layers, found.states, max_body_bytes, headers)
     )
 
 
@@ -106,7 +106,7 @@ def _selection(request: LayerRequest, query: StatesQuery) -> Selection:
 
 
 @router.put(
-    PATH,
+    STATES,
     dependencies=[TRAIN],
     summary="Replace tensors of several layers",
     response_model=ManyReplaced,
@@ -135,7 +135,7 @@ async def replace_states(
     headers = read_headers(request.scope["headers"])
     content_type(headers, _FORMS)
     body = await read_body(headers, request.receive, request.app.state.options.max_body_bytes)
-    by_layer, versions = await layers.run_codec(len(body), _read_file, body)
+    by_layer, versions = await layers.decode(len(body), _read_file, body)
     valid: dict[str, Mapping[str, Tensor]] = {}
     results: dict[str, Done | Exception] = {}
     for name, tensors in by_layer.items():
