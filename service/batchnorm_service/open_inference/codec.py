@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -42,6 +43,7 @@ from .numbers import numbers_in, read_numbers
 HEADER_LENGTH: Final = "Inference-Header-Content-Length"
 _HEADER_LENGTH: Final = HEADER_LENGTH.lower().encode()
 
+_MAX_CACHED: Final = 1024  # bytes of JSON before the bytes of tensors
 _LARGE: Final = 1 << 14  # bytes of JSON; in less, the numbers are parsed with the rest
 _LARGEST_FRAME: Final = 1 << 14  # bytes of JSON beside the numbers
 _PIECE: Final = 1 << 17
@@ -103,7 +105,10 @@ def read_request(body: Buffer, length: int | None) -> InferenceCall:
             got=length,
         )
     text, rest = (view, view[:0]) if length is None else (view[:length], view[length:])
-    request, tensor = _load(text)
+    if length is not None and length <= _MAX_CACHED:
+        request, tensor = _cached_request(bytes(text)), None
+    else:
+        request, tensor = _load(text)
     given = request.inputs[0]
     is_text = given.parameters.binary_data_size is None
     tensor = _from_numbers(given, rest, tensor) if is_text else _from_bytes(given, rest)
@@ -260,6 +265,12 @@ def _load(text: memoryview) -> tuple[InferenceRequest, Tensor | None]:
             except (MalformedBody, UnusualError):
                 pass
     return _validated(load_json(text, refusal)), None
+
+
+@lru_cache(maxsize=256)
+def _cached_request(text: bytes) -> InferenceRequest:
+    """A request without numbers, of which a caller sends the same again and again. It is not modified."""
+    return _validated(load_json(text))
 
 
 def _validated(document: Any) -> InferenceRequest:
