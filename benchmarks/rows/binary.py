@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from benchmarks.bench import Bench
 from benchmarks.bodies import KIB, MIB, call, infer, safetensors
@@ -21,7 +21,7 @@ def metrics(bench: Bench) -> Iterator[Row]:
     """Processor time of a small eval, with metrics and without: the rate of calls varies more than they cost."""
 
     def used(server: Server) -> float:
-        return _used(bench, server, call(bench.layer("one", server=server), "eval", safetensors(8 * KIB)))
+        return _used(bench, server, [call(bench.layer("one", server=server), "eval", safetensors(8 * KIB))])
 
     on, off = bench.own_service("on"), bench.own_service("off", BATCHNORM_METRICS="0")
     for server in (on, off):
@@ -34,7 +34,8 @@ def metrics(bench: Bench) -> Iterator[Row]:
 def inference(bench: Bench) -> Iterator[Row]:
     """Processor time of a small eval by the Open Inference Protocol, with bytes both ways, and by V1."""
     layer = bench.layer("one")
-    by_v2, by_v1 = infer(layer, 8 * KIB), call(layer, "eval", safetensors(8 * KIB))
+    by_v2 = [infer(layer, 8 * KIB, number) for number in range(512)]  # each with an id of its own
+    by_v1 = [call(layer, "eval", safetensors(8 * KIB))]
     for each in (by_v2, by_v1):
         _used(bench, bench.service, each)
     pairs = in_turns(
@@ -46,11 +47,10 @@ def inference(bench: Bench) -> Iterator[Row]:
     yield ratio(what, Target(1.3, least=False), pairs, " µs", 1e6)
 
 
-def _used(bench: Bench, server: Server, each: bytes) -> float:
-    """The server's processor time for one such request, in seconds."""
+def _used(bench: Bench, server: Server, requests: Sequence[bytes]) -> float:
+    """The server's processor time for one of the requests, which are sent in turn, in seconds."""
     before = server.used()
-    load = Call(server.port, [each], 8)
-    done = drive(load, max(bench.pace.seconds / 2, 0.3))  # processor time is counted in steps of 0.01 s
+    done = drive(Call(server.port, requests, 8), max(bench.pace.seconds / 2, 0.3))  # time is counted in steps of 0.01 s
     return (server.used() - before) / len(done.latencies)
 
 
