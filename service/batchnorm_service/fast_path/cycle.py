@@ -86,7 +86,7 @@ class FastPathProtocol(CoalescingProtocol):
         return cycle if isinstance(cycle, FastPathCycle) else None
 
     def _new_fast_cycle(self) -> FastPathCycle | None:
-        if not isinstance(self.app, Gateway) or (target := self.app.fast_target(self.url)) is None:
+        if not isinstance(self.app, Gateway) or (found := self.app.fast_target(self.url)) is None:
             return None
         if self.cycle is not None and not self.cycle.response_complete:
             return None  # pipelined: uvicorn keeps responses in order
@@ -96,10 +96,10 @@ class FastPathProtocol(CoalescingProtocol):
         length = headers.get(b"content-length", b"")
         if not (length.isdigit() and len(length) <= 18 and self._is_plain(headers)):
             return None
-        size = int(length)
+        size, (target, query) = int(length), found
         if not self.app.admits(target, headers, size):
             return None
-        return FastPathCycle(self, self.app, target, headers, size)
+        return FastPathCycle(self, self.app, target, query, headers, size)
 
     def _is_plain(self, headers: Headers) -> bool:
         """Whether the headers need no special treatment by the server."""
@@ -118,6 +118,7 @@ class FastPathCycle:
         "_gateway",
         "_headers",
         "_protocol",
+        "_query",
         "_size",
         "_target",
         "disconnected",
@@ -129,7 +130,13 @@ class FastPathCycle:
     response_started = False
 
     def __init__(
-        self, protocol: FastPathProtocol, gateway: Gateway, target: Target, headers: Headers, size: int
+        self,
+        protocol: FastPathProtocol,
+        gateway: Gateway,
+        target: Target,
+        query: bytes,
+        headers: Headers,
+        size: int,
     ) -> None:
         self.keep_alive = True
         self.disconnected = False
@@ -138,6 +145,7 @@ class FastPathCycle:
         self._protocol = protocol
         self._gateway = gateway
         self._target = target
+        self._query = query
         self._headers = headers
         self._size = size
         self._body = _EMPTY
@@ -158,7 +166,7 @@ class FastPathCycle:
         self.reading = False
         # The connection references this cycle until its next request: release the body now.
         body, self._body = self._body if self._buffer is None else self._take_body(), _EMPTY
-        request = LayerRequest(self._target.layer or "", b"", self._headers, received=body)
+        request = LayerRequest(self._target.layer or "", self._query, self._headers, received=body)
         response = start(self._gateway.respond(self._target, request), self._protocol.loop)
         if isinstance(response, Response):
             self._send(response)

@@ -58,7 +58,7 @@ class Layers:
         self._runtime = runtime
         self._options = options or LayersOptions()
         self._executor = ComputeExecutor(self._options.device, self._options.inline_bytes, runtime)
-        self._cache = LayerCache(store, self._options, runtime, LayerMetrics(metrics or NoMetrics()))
+        self._cache = LayerCache(store, self._executor, self._options, runtime, LayerMetrics(metrics or NoMetrics()))
         self.batches: Final = Batches(self._cache, self._executor, runtime)
         self.history: Final = History(store, self._cache, self._executor, self._options, runtime)
         if metrics:

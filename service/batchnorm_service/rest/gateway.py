@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 
 _REQUEST_ID: Final = REQUEST_ID.lower().encode()
 _CLOSE: Final = (b"connection", b"close")
+_FAST_QUERIES: Final = frozenset({b"", b"normalize=running"})
+"""Query strings that the fast path passes on. A group needs ASGI, which tells when its client has disconnected."""
+
 _METHODS_WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 
 
@@ -140,12 +143,13 @@ class Gateway:
             accounting.close()
             context.log()
 
-    def fast_target(self, url: bytes) -> Target | None:
-        """The target of a POST that the fast path can serve (an endpoint of a layer, no query string), or None."""
-        if len(url) > MAX_CACHED_BYTES or b"?" in url or not url.startswith(b"/v1/"):
+    def fast_target(self, url: bytes) -> tuple[Target, bytes] | None:
+        """Target and query of a POST that the fast path can serve (an endpoint of a layer, few queries), or None."""
+        path, _, query = url.partition(b"?")
+        if len(url) > MAX_CACHED_BYTES or query not in _FAST_QUERIES or not url.startswith(b"/v1/"):
             return None
-        target = target_of(url)
-        return target if target.layer and ("POST", target.call) in self._fast_endpoints else None
+        target = target_of(path)
+        return (target, query) if target.layer and ("POST", target.call) in self._fast_endpoints else None
 
     def admits(self, target: Target, headers: Headers, size: int) -> bool:
         """Whether the fast path may read the body of this POST; if not, ASGI handles the request and responds why."""

@@ -27,7 +27,7 @@ class LayerRequest:
         query: the raw query string.
         headers: by lower-case name.
         received: the body, writable; None if it was not read yet. The fast path reads it before the endpoint runs.
-        grant: what the caller may do; the fast path, whose requests have no query, leaves out what depends on that.
+        grant: what the caller may do; the fast path leaves out what depends on that, which its queries do not ask for.
     """
 
     __slots__ = ("_receive", "grant", "headers", "name", "query", "received")
