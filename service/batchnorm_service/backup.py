@@ -6,6 +6,7 @@ A backup is written next to its final name, flushed, checked, and renamed: a fil
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import shutil
 import sqlite3
@@ -95,17 +96,49 @@ def _replacing(file: Path) -> Iterator[Path]:
     """A name for a new file, which is then checked and renamed to `file`; removed if anything fails."""
     partial = file.absolute().with_name(f"{file.name}.partial")
     try:
-        _remove(partial)  # of an earlier call that was killed
-        yield partial
-        check_backup(partial)
-        flush(partial)
-        partial.replace(file)
-        flush(file.absolute().parent)
+        with _alone(file):
+            try:
+                _remove(partial)  # of an earlier call that was killed
+                yield partial
+                check_backup(partial)
+                flush(partial)
+                partial.replace(file)
+                flush(file.absolute().parent)
+            finally:
+                with suppress(OSError):
+                    _remove(partial)
     except OSError as error:
         raise StoreError(f"{file} cannot be written: {error}") from error
-    finally:
-        with suppress(OSError):
-            _remove(partial)
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Lock a file that will be written, by a lock file, which only a call that is killed leaves behind.
+
+    Raises:
+        StoreRefusedError: another process writes it.
+    """
+    path = file.absolute().with_name(f"{file.name}.lock")
+    while True:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600), "wb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StoreRefusedError(f"{file} is being written by another process; try again later") from None
+            if _is_at(path, lock.fileno()):
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+        # Another call, which has just ended, has removed the file that this one has locked.
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _remove(partial: Path) -> None:

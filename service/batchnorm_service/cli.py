@@ -23,7 +23,9 @@ from batchnorm_service.backup import backup, restore
 from batchnorm_service.open_files import allow_open_files
 from batchnorm_service.settings import PREFIX, Settings, export, unknown_variables
 from batchnorm_service.store.base import Store, StoreDamagedError, StoreError, StoreRefusedError
-from batchnorm_service.tokens import Scope, TokenFileError, add_token, load_tokens, revoke_token
+from batchnorm_service.store.registry import store_from_url
+from batchnorm_service.telemetry.traces import TracesRefusedError
+from batchnorm_service.tokens import Scope, TokenFileError, add_token, describe_user, load_tokens, revoke_token
 from batchnorm_service.tokens.stored import is_prefix
 from batchnorm_service.transfer import ProgressCallback, Report, SameStoreError, migrate, store_to_move
 
@@ -93,6 +95,10 @@ def serve(
             f" {PREFIX}TOKENS_FILE or {PREFIX}TOKEN; --insecure ({PREFIX}INSECURE=1) serves without",
             code=2,
         )
+    try:
+        store_from_url(settings.store, settings.store_options())
+    except StoreRefusedError as error:
+        _fail(_describe_error(("store",), str(error), flags), code=2)
     # Imported late, because importing torch takes seconds: version, help and invalid flags need not wait for it.
     from batchnorm_service.server import CertificateError, PortUnavailableError, run  # noqa: PLC0415
     from batchnorm_service.workers import WorkersFailedError, run_workers  # noqa: PLC0415
@@ -106,7 +112,7 @@ def serve(
             run_workers(settings, _announce)
     except StoreDamagedError as error:
         _fail(f"{error}; restore a backup: batchnorm-service restore FILE --overwrite", code=2)
-    except (TokenFileError, CertificateError) as error:
+    except (TokenFileError, CertificateError, TracesRefusedError) as error:
         _fail(str(error), code=2)
     except (StoreRefusedError, PortUnavailableError, DeviceUnavailable, WorkersFailedError) as error:
         _fail(str(error), code=1)
@@ -125,7 +131,11 @@ def _create_token(
     if prefix is not None and not is_prefix(prefix):
         _fail(f"--prefix: no layer's name can start with {prefix!r}", code=2)
     with _token_file(file) as path:
+        new = not path.exists()
         token, stored = add_token(path, Scope.parse(scope), prefix or "")
+    if new:
+        owner = describe_user(path.stat().st_uid)
+        typer.echo(f"batchnorm-service: {path} is new; only {owner} can read it, so run the service as it", err=True)
     typer.echo(f"{stored.id}: scope {scope}, {_layers_of(stored.grant.prefix)}: {token}")
 
 
@@ -272,9 +282,13 @@ def _summary(report: Report) -> str:
 
 def _counts(report: Report) -> str:
     return (
-        f"{report.copied} layers copied, {report.present} were there and equal, {report.kept} earlier states,"
-        f" {report.pins} pins, {report.receipts} receipts"
+        f"{_count(report.copied, 'layer')} copied, {report.present} there and equal,"
+        f" {_count(report.kept, 'earlier state')}, {_count(report.pins, 'pin')}, {_count(report.receipts, 'receipt')}"
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _join_names(names: list[str]) -> str:

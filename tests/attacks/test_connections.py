@@ -77,14 +77,19 @@ async def test_hundreds_of_slow_readers(anyio_backend, many_files, attacked):
     await until(victim.serves)
 
 
-async def test_endless_trailers_and_headers(anyio_backend, many_files, attacked):
+async def test_endless_trailers_headers_and_chunk_extensions(anyio_backend, many_files, attacked):
     """Thousands of parsed headers were kept for each connection that was refused: 240 MB for 100 of them."""
     victim = attacked()
     assert await victim.serves()
     before = victim.memory()
     trailers = CHUNKED + b"%x\r\n%b\r\n0\r\n" % (len(BODY), BODY)
     header = b"a: b\r\n"
-    attacks = [(trailers, header), (b"GET / HTTP/1.1\r\n", header), (b"GET /", b"aaaaaa")]
+    attacks = [
+        (trailers, header),
+        (b"GET / HTTP/1.1\r\n", header),
+        (b"GET /", b"aaaaaa"),
+        (CHUNKED + b"1b;", b"aaaaaa"),
+    ]
     for head, more in attacks:
         async with victim.connections(100, head) as endless, asyncio.timeout(60):
             statuses = Counter()

@@ -120,7 +120,7 @@ def test_what_a_page_links_to_exists(page: Path) -> None:
 
 NAMED = [
     named
-    for page in ("testing", "reliability")
+    for page in ("testing", "reliability", "security")
     for named in re.findall(r"`(tests/[\w/]+(?:\.py)?)(?:::(\w+))?`", (README.parent / f"docs/{page}.md").read_text())
 ]
 
@@ -145,6 +145,15 @@ def test_every_promise_names_a_test() -> None:
         assert re.search(r"`tests/\w+", tests), row
         for setting in re.findall(r"`(BATCHNORM_\w+)`", settings):
             assert f"| `{setting}` |" in (README.parent / "docs/settings.md").read_text(), setting
+
+
+def test_every_answer_to_a_threat_names_a_test() -> None:
+    page = (README.parent / "docs/security.md").read_text()
+    rows = re.findall(r"^\| (.+) \|$", page.partition("## Threats")[2].partition("\n\n## ")[0], re.M)[1:]
+    assert len(rows) > 15
+    for row in rows:
+        _, answer, _, tests = row.split("|")
+        assert answer.startswith(" nothing: ") or re.search(r"`tests/\w+", tests), row
 
 
 def test_the_readme_lists_every_endpoint() -> None:

@@ -30,11 +30,18 @@ def chunked(trailers):
     return request + b"%x\r\n%b\r\n0\r\n%b\r\n" % (len(DOCUMENT), DOCUMENT, trailers)
 
 
+def in_chunks(extension):
+    """The document, a byte a chunk."""
+    chunks = b"".join(b"1%b\r\n%c\r\n" % (extension, byte) for byte in b" " * 300 + DOCUMENT)
+    return chunked(b"").replace(b"%x\r\n%b\r\n" % (len(DOCUMENT), DOCUMENT), chunks)
+
+
 WITHIN = {
     "headers, fast path": eval_with("X-A: b\r\n" * 17),
     "headers, ASGI": get("/v1/layers/bn", "X-A: b\r\n" * 19),
     "bytes": eval_with("X-A: " + "b" * 3900 + "\r\n"),
     "trailers": chunked(b"a: b\r\n" * 17),
+    "small chunks": in_chunks(b";a"),
     "URL": get(f"/v1/layers?prefix={'a' * 200}&after={'b' * 200}"),
 }
 BEYOND = {
@@ -86,6 +93,23 @@ async def test_what_is_beyond_is_413_and_names_the_setting(anyio_backend, monkey
         assert (status, headers["connection"], document["type"]) == (413, "close", "/problems/payload-too-large")
         assert document["detail"].endswith(f"BATCHNORM_MAX_{setting} allows")
         assert document["got"] > document["expected"]
+
+
+async def test_chunk_extensions_count_as_headers(anyio_backend, monkeypatch):
+    """Seen: gigabytes of them were read on one connection, for ever."""
+    async with serving(monkeypatch, **LIMITS) as service:
+        status, headers, body = await sent_in_pieces(service, in_chunks(b";" + b"a" * 50), 500)
+        assert (status, headers["connection"]) == (413, "close")
+        assert json.loads(body)["detail"].endswith("BATCHNORM_MAX_HEADER_BYTES allows")
+
+
+@pytest.mark.parametrize("coding", ["gzip, chunked", "deflate,chunked"])
+async def test_a_compressed_transfer_is_refused(anyio_backend, monkeypatch, coding):
+    """The parser accepts any coding before `chunked`, and the body was read as if it were not compressed."""
+    request = chunked(b"").replace(b"Transfer-Encoding: chunked", f"Transfer-Encoding: {coding}".encode())
+    async with serving(monkeypatch) as service:
+        ((status, _, body),) = await service.ask(request)
+        assert (status, json.loads(body)["field"]) == (415, "Transfer-Encoding")
 
 
 async def test_the_limit_of_connections(anyio_backend, monkeypatch):

@@ -27,6 +27,10 @@ from fuzz.streams import END
 
 MADE = datetime(2026, 1, 1, tzinfo=UTC)
 ROWS = [[0.5, -1, 2e3], [1e-7, 3, "NaN"]]
+INFERENCE = {
+    "inputs": [{"name": "input", "shape": [2, 2], "datatype": "FP32", "data": [1, 2, 3, 5]}],
+    "parameters": {"mode": "train"},
+}
 MOMENTS = {"count": 4, "mean": [0.5, -1.0], "var": [1.0, 2.5]}
 
 
@@ -178,6 +182,26 @@ def _chunked(call: str, *chunks: bytes) -> bytes:
     return _request(call, headers="Transfer-Encoding: chunked\r\n") + text
 
 
+def inference_requests() -> list[bytes]:
+    """A byte that says whether two follow with the length of the JSON object, and a body."""
+    tensor = {"name": "input", "shape": [2, 2], "datatype": "FP32"}
+    sized = tensor | {"shape": [1, 4], "parameters": {"binary_data_size": 16}}
+    wanted = [{"name": "output", "parameters": {"binary_data": True}}]
+    texts: list[Any] = [
+        {"inputs": [tensor | {"data": [1, -2.5, 1e-7, "NaN"]}], "id": "42"},
+        {"inputs": [tensor | {"data": [[0, 1], ["Infinity", 3.4e38]]}], "outputs": wanted},
+        {"parameters": {"mode": "train", "at": "a"}, "inputs": [tensor | {"datatype": "FP64", "data": [1, 2, 3, 4]}]},
+        {"inputs": [{"data": [0.1, 65504, 6e-8, 7], **tensor, "datatype": "FP16"}], "model_name": "m"},
+        {"inputs": [{"name": "input", "data": [0.1, 3e38, 1e-40, 7], "datatype": "BF16", "shape": [4]}]},
+        {"inputs": [tensor | {"shape": [0, 2], "data": []}]},
+    ]
+    requests = [b"\1" + json.dumps(text).encode() for text in texts]
+    for text in ({"inputs": [sized]}, {"inputs": [sized], "parameters": {"binary_data_output": True}}):
+        head = json.dumps(text).encode()
+        requests.append(b"\0" + len(head).to_bytes(2, "big") + head + np.float32([1, 2, 3, 4]).tobytes())
+    return [*requests, b"\0\0\0" + bytes(24)]
+
+
 def streams() -> list[bytes]:
     """A byte for the number of cuts, two for each, and requests."""
     batch = _safetensors({"input": np.float32([[1, 2], [3, 4]])})
@@ -196,6 +220,8 @@ def streams() -> list[bytes]:
         [_json("POST /v1/layers/bn/eval", {"input": [[1, 2]]}, "Upgrade: h2c\r\nConnection: Upgrade\r\n")],
         [_json("POST /v1/layers/bn/eval", {"input": [[1, 2]]}, "Connection: close\r\n"), _request("GET /healthz")],
         [_json("PUT /v1/layers/bm", {"num_features": 3}), _json("PUT /v1/layers/bm", {"num_features": 4})],
+        [_json("POST /v2/models/bn/infer", INFERENCE, "Idempotency-Key: k\r\n")] * 2,
+        [_json("POST /v2/models/bn/versions/1/infer", INFERENCE), _request("GET /v2/models/bn"), _request("GET /v2/x")],
         [_request("GET /nothing"), b"GARBAGE\r\n\r\n"],
         [b"POST /v1/layers/bn/eval HTTP/1.0\r\nContent-Length: 100\r\n\r\nnot all of it"],
     ]

@@ -25,6 +25,7 @@ NAMES: Final = (
     "written",
     "documents",
     "moments",
+    "inference",
     "heads",
     "records",
     "urls",

@@ -21,6 +21,7 @@ from typing import Any
 from uvicorn.server import ServerState
 
 from batchnorm_client.wire.documents import LayerConfig
+from batchnorm_service.app import INTERFACES
 from batchnorm_service.engine.state_dict import state_dict
 from batchnorm_service.fast_path.protocol import Protocol
 from batchnorm_service.layers import Layers, LayersOptions, records
@@ -100,7 +101,7 @@ async def _lifespan(_: Any) -> AsyncIterator[None]:
 
 @cache
 def _app(fast_path: bool) -> Any:
-    return build_app(_lifespan)  # making the routes takes longer than all the rest
+    return build_app(_lifespan, INTERFACES)  # making the routes takes longer than all the rest
 
 
 def answer_stream(data: bytes) -> None:

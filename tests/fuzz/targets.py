@@ -10,6 +10,7 @@ import torch
 
 from fuzz import examples
 from fuzz.documents import read_document, read_head, read_moments, read_tokens
+from fuzz.inference import read_inference
 from fuzz.stored import read_record, read_url
 from fuzz.streams import answer_stream
 from fuzz.tensors import read_json, read_npy, read_safetensors, write
@@ -41,6 +42,7 @@ TARGETS: Final = {
     "written": Target(write, examples.tensors, 512),
     "documents": Target(read_document, examples.documents),
     "moments": Target(read_moments, examples.moments),
+    "inference": Target(read_inference, examples.inference_requests),
     "heads": Target(read_head, examples.heads, 1024),
     "records": Target(read_record, examples.records),
     "urls": Target(read_url, examples.urls, 256),

@@ -14,6 +14,7 @@ from batchnorm_client.wire.errors import ProblemError
 from batchnorm_client.wire.tensors import json_writer, npy, regular_json, safetensors
 from batchnorm_service.fast_path.cycle import FastPathCycle
 from batchnorm_service.layers import records
+from batchnorm_service.open_inference import codec
 from batchnorm_service.rest import documents, many, negotiation
 from batchnorm_service.store.valkey import address
 from batchnorm_service.tokens import stored
@@ -61,6 +62,7 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "written": _instead(json_writer, "NON_FINITE", lambda names: dict(reversed(names.items()))),
     "documents": _instead(documents, "split_vectors", lambda split: lambda *text: (split(*text)[0], {})),
     "moments": _instead(many, "_layers", lambda read: lambda *text: dict.fromkeys(read(*text) or {}, 0)),
+    "inference": _instead(codec, "view_tensor", lambda view: lambda dtype, shape, data: view(dtype, shape[::-1], data)),
     "heads": _instead(negotiation, "_accepted", lambda accepted: lambda *text: (*accepted(*text), "text/html")),
     "records": _instead(records, "UNREADABLE", lambda _: LookupError),
     "urls": _instead(address, "_FORM", lambda _: SECRET),

@@ -99,6 +99,103 @@ async def test_a_pin_that_is_made_while_batches_come() -> None:
     assert (pin.version, pin.digest) == ((await layers.get("a")).version, (await layers.get("a")).digest)
 
 
+@pytest.mark.parametrize("version", [None, 2])
+async def test_a_pin_that_is_deleted_as_soon_as_it_is_made(version: int | None) -> None:
+    """Seen: 404, though the call had taken effect."""
+
+    class Deleting(MemoryStore):
+        async def pin(self, *args: Any) -> Any:
+            made = await super().pin(*args)
+            await self.unpin("a", made.pinned.stamp.incarnation, "best", 0)
+            return made
+
+    layers = await layer(Deleting())
+    await train(layers, "a", batch(1))
+    digest = (await layers.get("a")).digest
+    if version:
+        await train(layers, "a", batch(2))
+    pin, created = await layers.history.pin("a", "best", version, None)
+    assert (pin.version, pin.digest, created) == (2, digest, True)
+    assert (await layers.history.pins("a")).pins == []
+
+
+async def test_a_tag_that_is_deleted_before_the_repeat_is_answered_is_made_again() -> None:
+    class Deleting(MemoryStore):
+        deletes = False
+
+        async def kept(self, name: str) -> Any:
+            if self.deletes:
+                self.deletes = False
+                pinned = await self.load_kept(name, "best")
+                assert isinstance(pinned, Record)
+                await self.unpin(name, pinned.stamp.incarnation, "best", 0)
+            return await super().kept(name)
+
+    store = Deleting()
+    layers = await layer(store, LayersOptions(history_length=0))
+    pin, _ = await layers.history.pin("a", "best", None, "key")
+    store.deletes = True
+    again, created = await layers.history.pin("a", "best", None, "key")
+    assert created
+    assert (again.version, again.digest) == (pin.version, pin.digest)
+    assert [each.tag for each in (await layers.history.pins("a")).pins] == ["best"]
+
+
+async def test_a_tag_that_is_moved_while_it_is_read_has_the_digest_of_its_version() -> None:
+    """Seen: the digest of another state beside the version."""
+
+    class Moving(MemoryStore):
+        async def kept(self, name: str) -> Any:
+            found = await super().kept(name)
+            if moves:
+                newest = await self.load(name)
+                assert isinstance(newest, Record)
+                await self.unpin(name, newest.stamp.incarnation, "best", 100)
+                await self.pin(name, newest.stamp, "best", moves.pop(), 100)
+            return found
+
+    moves: list[bytes] = []
+    layers = await layer(Moving())
+    pin, _ = await layers.history.pin("a", "best", None, None)
+    await train(layers, "a", batch(1))
+    moves.append(b'{"at": "2020-01-01T00:00:00+00:00"}')
+    assert (await layers.history.get_pin("a", "best")) == pin
+    moved = await layers.history.get_pin("a", "best")
+    assert (moved.version, moved.digest) == (2, (await layers.get("a")).digest)
+
+
+async def test_each_state_is_loaded_and_digested_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 120 states of a million channels, each listing took 5 s."""
+
+    class Counting(MemoryStore):
+        loaded = 0
+
+        async def load_kept(self, *args: Any) -> Any:
+            self.loaded += 1
+            return await super().load_kept(*args)
+
+    store = Counting()
+    layers = await layer(store)
+    for seed in range(12):
+        await train(layers, "a", batch(seed))
+        await layers.history.pin("a", f"t{seed}", None, None)
+    first = await layers.history.list("a", 100, None), await layers.history.pins("a")
+    assert store.loaded == 12
+    for _ in range(3):
+        assert (await layers.history.list("a", 100, None), await layers.history.pins("a")) == first
+    assert store.loaded == 12
+    await train(layers, "a", batch(99))
+    assert len((await layers.history.list("a", 100, None)).history) == 14
+    assert store.loaded == 12, "the newest is in memory, and the one before was when it was listed"
+    monkeypatch.setattr("batchnorm_service.layers.history._DESCRIBED", 3)
+    assert (await layers.history.list("a", 100, None)).history[1:] == first[0].history
+    assert len(layers.history._described) <= 14
+    await layers.delete("a", None, with_pins=True)
+    await layers.create("a", LayerConfig(num_features=3))
+    assert [entry.operation for entry in (await layers.history.list("a", 100, None)).history] == ["create"]
+    assert len(layers.history._described) == 3
+
+
 @pytest.mark.parametrize("lost", ["before", "after"])
 async def test_a_pin_whose_reply_is_lost_is_made_once(lost: str) -> None:
     class Losing(MemoryStore):

@@ -1,5 +1,6 @@
 """The service over a store in memory; every test of a call runs by ASGI, and over a socket by the fast path."""
 
+import asyncio
 import contextlib
 
 import httpx
@@ -40,11 +41,15 @@ class Service:
         transport = Socket(self._port) if self._port and app is None else httpx.ASGITransport(app or self.gateway)
         return httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
 
+    async def connect(self):
+        """A connection, for requests that an HTTP library would not send; there is one by the fast path only."""
+        return await asyncio.open_connection("127.0.0.1", self._port)
+
 
 @contextlib.asynccontextmanager
-async def running(way, **settings):
+async def running(way, traces=None, **settings):
     chosen, store = Settings(fast_path=way == "fast path", **settings), MemoryStore()
-    gateway = create_app(chosen, store)
+    gateway = create_app(chosen, store, traces=traces)
     async with gateway.app.router.lifespan_context(gateway.app):
         if chosen.fast_path:
             async with listening(gateway, chosen) as (port, _):
@@ -71,7 +76,7 @@ def anyio_backend(way):
 
 @pytest.fixture
 def serve(way):
-    """`async with serve(token="t") as service:` for tests that need settings of their own."""
+    """`async with serve(token="t") as service:` for tests that need settings, or traces, of their own."""
     return lambda **settings: running(way, **settings)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from urllib.parse import unquote
 
 import numpy as np
@@ -298,6 +299,30 @@ async def test_bad_query_parameters(client, query, field):
     answer = await client.get(f"/v1/layers?{query}")
     check(answer, 422, "invalid-request")
     assert answer.json()["field"] == field
+
+
+async def test_numbers_in_queries_are_written_in_decimal_digits(client):
+    """Seen: `limit=+3`, `before=1_0` and a space were accepted. Of every operation that OpenAPI lists."""
+    document = (await client.get("/openapi.json")).json()
+    found = set()
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            for parameter in operation.get("parameters", ()):
+                schema = parameter.get("schema", {})
+                types = {each.get("type") for each in (schema, *schema.get("anyOf", ()))}
+                if parameter["in"] != "query" or not types & {"integer", "number"}:
+                    continue
+                name = parameter["name"]
+                found.add(name)
+                url = re.sub(r"\{\w+\}", "bn", path)
+                for lenient in ["%2B3", "1_0", "%203", "3%20", "%D9%A3", "0x3", "3."] + ["3.0"] * ("integer" in types):
+                    answer = await client.request(method, f"{url}?{name}={lenient}", json={})
+                    check(answer, 422, "invalid-request")
+                    assert answer.json()["field"] == name, (url, lenient)
+                    assert "decimal digits" in answer.json()["expected"]
+                answer = await client.request(method, f"{url}?{name}=3", json={})
+                assert answer.json().get("field") != name or "together" in answer.json()["detail"], url
+    assert found == {"limit", "before", "size", "timeout"}
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ OFFERED = (NPY, JSON, SAFETENSORS)  # the first is the default
         (f"{NPY};q=0, {JSON};q=0, {SAFETENSORS};q=0.001", [SAFETENSORS]),
         ("", [NPY]),
         ("json", [NPY]),
+        (f"{',' * 99}{JSON}", [JSON]),
+        (f"{',' * 100}{JSON}", [NPY]),  # further elements are not looked at
         (f"json, {SAFETENSORS}", [SAFETENSORS]),
         (f"{JSON};q=high, {SAFETENSORS};q=0.1", [SAFETENSORS]),
     ],

@@ -47,7 +47,7 @@ async def test_no_such_problem(client):
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1", "/v1/layers/", "/v2/layers", "/v1/layers/bn/nothing", "/v1/layers//train", "/healthz/", "//"]
+    "path", ["/v1", "/v1/layers/", "/v3/layers", "/v1/layers/bn/nothing", "/v1/layers//train", "/healthz/", "//"]
 )
 async def test_unknown_paths_are_404_and_never_redirected(client, path):
     answer = await client.get(f"http://test{path}")

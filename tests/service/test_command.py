@@ -59,8 +59,11 @@ def test_without_a_command_it_helps():
 @pytest.mark.parametrize(
     ("arguments", "variables", "status", "words"),
     [
-        (["--store", "mysql://localhost"], {}, 1, "mysql"),
-        (["--store", "sqlite:///:memory:"], {}, 1, "memory"),
+        (["--store", "mysql://localhost"], {}, 2, "--store: no store has the URL scheme 'mysql'"),
+        ([], {"BATCHNORM_STORE": "foo:"}, 2, "BATCHNORM_STORE: no store has the URL scheme 'foo'"),
+        (["--store", "sqlite:///:memory:"], {}, 2, "--store: "),
+        (["--store", "memory:", "--workers", "2"], {}, 2, "--store: memory: lives in one process"),
+        (["--store", "valkey://nowhere:port"], {}, 2, "--store: "),
         (["--store", "sqlite:////proc/nowhere/layers.db"], {}, 1, "/proc/nowhere"),
         (["--device", "cuda:77"], {"BATCHNORM_STORE": "memory:"}, 1, "cuda:77"),
         (["--host", "192.0.2.1", "--store", "memory:", "--insecure"], {}, 1, "192.0.2.1"),

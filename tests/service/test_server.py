@@ -144,7 +144,8 @@ def test_a_second_interrupt_stops_at_once_and_quietly(start):
         process.process.send_signal(signal.SIGINT)  # whenever this comes
         time.sleep(0.005)
     assert process.wait() == 0
-    assert process.output == printed
+    (line,) = [json.loads(line) for line in process.output.removeprefix(printed).splitlines()]
+    assert (line["outcome"], line["status"]) == ("store-unavailable", 503)
 
 
 def test_an_idle_connection_does_not_hold_up_a_stop(start):

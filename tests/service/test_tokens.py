@@ -139,6 +139,15 @@ def test_without_a_file_nothing_is_done():
     assert "BATCHNORM_TOKENS_FILE" in done.stderr
 
 
+def test_who_makes_the_file_is_told_whose_it_is(tokens):
+    first, second = (run(*TOKEN, "create", "--scope", "read", "--file", str(tokens)) for _ in range(2))
+    owner = tokens.owner()
+    assert first.stderr == (
+        f"batchnorm-service: {tokens} is new; only user {owner} can read it, so run the service as it\n"
+    )
+    assert second.stderr == ""
+
+
 def test_an_unknown_id_is_not_revoked(tokens):
     made = command(tokens, "create", "--scope", "read")
     assert "all layers" in made

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import pytest
 from store import valkey_servers
 from store.valkey_servers import free_port, wait_for
 
-from .conftest import COMMAND, environment
 from .traffic import KILLS, Traffic
 
 WORKERS = 4
@@ -84,17 +82,3 @@ def test_replicas_on_one_valkey_count_every_batch_once_whatever_is_killed(
     traffic = Traffic([replica.url for replica in replicas], kill, KILLS)
     traffic.check(traffic.run())
     assert [replica.stop() for replica in replicas] == [0, 0, 0]
-
-
-def test_a_store_in_memory_is_refused_in_words() -> None:
-    done = subprocess.run(
-        [*COMMAND, "--store", "memory:", "--workers", "2"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "memory: lives in one process" in done.stderr
-    assert "Traceback" not in done.stderr

@@ -171,6 +171,31 @@ async def test_a_backup_takes_the_place_of_an_earlier_one_only(path: Path, tmp_p
     assert names(tmp_path) == {"data", "backup.db", "mine.txt"}
 
 
+async def test_two_backups_to_one_file_at_once(path: Path, tmp_path: Path) -> None:
+    """Seen: both failed, as one removed what the other wrote. Backups to other files are not in the way."""
+    file = tmp_path / "backup.db"
+    (tmp_path / "backup.db.lock").write_bytes(b"")  # of one that was killed
+    halfway, go_on = threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        halfway.set()
+        go_on.wait(10)
+
+    first = asyncio.create_task(asyncio.to_thread(backup, moved(path), file, wait))
+    try:
+        assert await asyncio.to_thread(halfway.wait, 10)
+        with pytest.raises(StoreRefusedError, match="is being written by another process"):
+            await back_up(path, file)
+        await back_up(path, tmp_path / "other.db")
+    finally:
+        go_on.set()
+    await first
+    assert names(tmp_path) == {"data", "backup.db", "other.db"}
+    assert file.read_bytes() == (tmp_path / "other.db").read_bytes()
+    await back_up(path, file)
+    assert names(tmp_path) == {"data", "backup.db", "other.db"}
+
+
 @pytest.mark.parametrize("how", ["closed", "locked"])
 async def test_a_backup_that_fails_leaves_the_earlier_one(
     path: Path, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch

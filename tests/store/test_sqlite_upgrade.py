@@ -38,6 +38,8 @@ PAYLOADS = "1-a70aadd"  # receipts with payloads, no shards
 SHARDS = ["1-cac93be", "1-85768cf"]  # both: the first and the last release of that layout
 SECOND = "2-9a0a345"
 OLD = [FIRST, PAYLOADS, *SHARDS, SECOND]
+PRESENT = "3-6a7a5f4"
+ALL = [*OLD, PRESENT]
 COPY = "layers.db.schema-1.backup"
 
 
@@ -92,7 +94,7 @@ def tables(path: Path) -> set[tuple[str, str]]:
 # ------------------------------------------------------------------------------------------------- what is in the file
 
 
-@every(*OLD)
+@every(*ALL)
 async def test_all_rows_are_there_and_the_tables_are_those_of_a_new_file(path: Path, tmp_path: Path) -> None:
     old = contents(path)
     receipts = "incarnation, key, fingerprint, version, batch, expires"
@@ -120,7 +122,7 @@ def path_has_payloads(path: Path) -> bool:
         return "payload" in [name for _, name, *_ in connection.execute("PRAGMA table_info(receipts)")]
 
 
-@every(*OLD)
+@every(*ALL)
 async def test_training_goes_on_and_old_keys_are_replayed(path: Path) -> None:
     module = nn.BatchNorm1d(3)
     async with serving(SqliteStore(path)) as layers:
@@ -141,7 +143,7 @@ async def test_training_goes_on_and_old_keys_are_replayed(path: Path) -> None:
         assert np.array_equal((await layers.get("moving")).tensors["running_mean"].numpy(), module.running_mean.numpy())
 
 
-@every(*OLD)
+@every(*ALL)
 async def test_versions_of_a_deleted_layer_do_not_come_again(path: Path) -> None:
     async with serving(SqliteStore(path)):
         pass
@@ -154,7 +156,7 @@ async def test_versions_of_a_deleted_layer_do_not_come_again(path: Path) -> None
         await store.close()
 
 
-@every(PAYLOADS, *SHARDS, SECOND)
+@every(PAYLOADS, *SHARDS, SECOND, PRESENT)
 async def test_population_statistics_are_exact(path: Path, request: pytest.FixtureRequest) -> None:
     samples = np.array(MADE.SHARDS[0])
     async with serving(SqliteStore(path)) as layers:
@@ -178,8 +180,10 @@ async def test_population_statistics_are_exact(path: Path, request: pytest.Fixtu
         assert np.allclose(tensors["running_var"].numpy(), samples.var(0, ddof=1), rtol=1e-6)
 
 
-@every(*SHARDS, SECOND)
-async def test_members_of_old_groups_get_their_answers_and_open_groups_are_completed(path: Path) -> None:
+@every(*SHARDS, SECOND, PRESENT)
+async def test_members_of_old_groups_get_their_answers_and_open_groups_are_completed(
+    path: Path, request: pytest.FixtureRequest
+) -> None:
     shards = [np.array(shard, np.float32) for shard in MADE.SHARDS]
     expected = nn.BatchNorm1d(2)(torch.from_numpy(np.concatenate(shards))).detach().numpy()
     async with serving(SqliteStore(path)) as layers:
@@ -196,12 +200,52 @@ async def test_members_of_old_groups_get_their_answers_and_open_groups_are_compl
         gradients = await layers.batches.backward("grouped", lambda _: wire, "member-1", training=True, group=group)
         assert gradients.replayed
 
-        completed = await train(layers, "grouped", shards[1], "member-2", group=GroupCall("open", 2))
+        member = "open" if PRESENT in request.node.name else "member"
+        completed = await train(layers, "grouped", shards[1], f"{member}-2", group=GroupCall("open", 2))
         assert (completed.replayed, completed.num_batches_tracked) == (False, 2)
         assert np.allclose(completed.output.numpy(), expected[2:], rtol=1e-5, atol=1e-6)
-        first = await train(layers, "grouped", shards[0], "member-1", group=GroupCall("open", 2))
+        first = await train(layers, "grouped", shards[0], f"{member}-1", group=GroupCall("open", 2))
         assert np.allclose(first.output.numpy(), expected[:2], rtol=1e-5, atol=1e-6)
         assert (first.replayed, first.num_batches_tracked) == (True, 2)
+
+
+@every(PRESENT)
+async def test_history_and_pins_are_served_as_they_were(path: Path) -> None:
+    """Bit by bit, and rollback goes on from them. The next schema's step must keep them."""
+    module, states = nn.BatchNorm1d(3), []
+    for batch in (None, *MADE.BATCHES[:2]):
+        if batch is not None:
+            module(torch.tensor(batch))
+        states.append({name: value.numpy().tobytes() for name, value in module.state_dict().items()})
+    empty, first, second = states
+    async with serving(SqliteStore(path)) as layers:
+        digests = {}
+        for at, tensors in {
+            None: first,
+            "first": first,
+            "empty": empty,
+            8: empty,
+            7: second,
+            6: first,
+            5: empty,
+        }.items():
+            found = await layers.get("history", at)
+            assert {name: value.numpy().tobytes() for name, value in found.tensors.items()} == tensors, at
+            digests[found.version] = found.digest
+        history = (await layers.history.list("history", 10, None)).history
+        operations = ["rollback", "reset", "train", "train", "create"]
+        assert [(entry.version, entry.operation) for entry in history] == [
+            *zip((9, 8, 7, 6, 5), operations, strict=True)
+        ]
+        assert {entry.version: entry.digest for entry in history} == digests
+        pins = (await layers.history.pins("history")).pins
+        assert [(pin.tag, pin.version, pin.digest) for pin in pins] == [
+            ("empty", 8, digests[8]),
+            ("first", 6, digests[6]),
+        ]
+        assert (await layers.rollback("history", "first", "back", None))[1], "a repeat"
+        layer, _ = await layers.rollback("history", 7, None, None)
+        assert (layer.version, layer.num_batches_tracked, layer.digest) == (10, 2, digests[7])
 
 
 @every(FIRST)
@@ -212,7 +256,7 @@ def test_the_command_moves_an_old_file(path: Path) -> None:
     assert COPY in done.stderr, "whoever runs it is told of the copy"
 
 
-@every(*OLD)
+@every(*ALL)
 async def test_an_old_file_is_moved_to_another_store(path: Path, tmp_path: Path) -> None:
     layers, receipts = rows(path, "layers", "name, incarnation, data"), rows(path, "receipts", "incarnation, key")
     target = SqliteStore(tmp_path / "target.db")

@@ -478,7 +478,7 @@ async def test_the_command_moves_a_file_to_a_server(
     done = command("--from", source, "--to", url)
     assert done.returncode == 0, done.stderr
     assert done.stdout == (
-        f"{source} -> {guarded.url}: 3 layers copied, 0 were there and equal, 0 earlier states, 0 pins, 9 receipts;"
+        f"{source} -> {guarded.url}: 3 layers copied, 0 there and equal, 0 earlier states, 0 pins, 9 receipts;"
         " all read back\n"
     )
     assert done.stderr == "", "no bar where nobody looks"

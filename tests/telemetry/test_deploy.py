@@ -8,7 +8,7 @@ import promql_parser
 import pytest
 import yaml
 
-from batchnorm_service.rest.application import routes
+from batchnorm_service.app import ROUTES
 from batchnorm_service.telemetry.metrics import LABELS, METRICS
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ TARGETS = [(panel["title"], target) for panel in DASHBOARD["panels"] for target 
 SUFFIXES = {"histogram": ("_bucket", "_count", "_sum")}
 SERIES = {metric.name + suffix: metric for metric in METRICS for suffix in SUFFIXES.get(metric.kind, ("",))}
 BY_PROMETHEUS = {"instance", "job"}  # labels that a scrape adds
-VALUES = LABELS | {"route": tuple(routes())}
+VALUES = LABELS | {"route": tuple(ROUTES.templates())}
 
 
 def expressions():

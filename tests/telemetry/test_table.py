@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from batchnorm_client.wire.errors import PROBLEMS
-from batchnorm_service.rest.application import ROUTERS, route_of, routes
+from batchnorm_service.app import INTERFACES, ROUTES
+from batchnorm_service.rest.application import all_routers
 from batchnorm_service.store.base import Store
 from batchnorm_service.telemetry import metrics as table
 from batchnorm_service.telemetry.metrics import LABELS, METRICS, OUTCOMES
@@ -56,8 +57,9 @@ def test_labels_have_fixed_values():
 
 
 def test_every_route_is_a_label():
-    paths = {route.path for router in ROUTERS for route in router.routes}
-    assert set(routes()) == paths | {"other"}
+    paths = {route.path for router in all_routers(INTERFACES) for route in router.routes}
+    assert set(ROUTES.templates()) == paths | {"other"}
     for path in paths:
-        assert route_of(re.sub(r"\{\w+\}", "x", path)) == path
-    assert route_of("/nowhere") == route_of("/v1/layers/x/y/z") == route_of("") == "other"
+        assert ROUTES.template_of(re.sub(r"\{\w+\}", "x", path)) == path
+    for path in ("/nowhere", "/v1/layers/x/y/z", "/v2/models/x/y/z", ""):
+        assert ROUTES.template_of(path) == "other"

@@ -3,7 +3,10 @@
 import logging
 import os
 import stat
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +22,8 @@ from batchnorm_service.tokens import (
     load_tokens,
     revoke_token,
 )
+
+SERVICE = 54321  # a user without a name
 
 
 class Clock(Runtime):
@@ -49,6 +54,70 @@ def test_it_is_readable_by_its_owner_only(path):
     path.chmod(0o644)
     add_token(path, Scope.READ, "")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.fixture
+def shared():
+    """A token file of another user, in a directory that anybody may enter."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can be two users")
+    with tempfile.TemporaryDirectory() as directory:
+        os.chown(directory, SERVICE, SERVICE)
+        os.chmod(directory, 0o777)
+        yield Path(directory) / "tokens"
+
+
+@contextmanager
+def as_user(number):
+    os.seteuid(number)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_the_owner_of_the_directory_can_use_what_root_has_made(shared):
+    """Seen: the service could not read a file that root's `token create` had made."""
+    _, stored = add_token(shared, Scope.READ, "")
+    with as_user(SERVICE):
+        assert load_tokens(shared) == {stored.id: stored}
+        add_token(shared, Scope.READ, "")
+    revoke_token(shared, stored.id)
+    with as_user(SERVICE):
+        assert len(load_tokens(shared)) == 1
+
+
+def test_a_file_that_another_user_owns_is_left_alone_and_the_message_says_whose_it_is(shared):
+    """The owner could not read what another user has written."""
+    with as_user(SERVICE):
+        _, stored = add_token(shared, Scope.READ, "")
+    lock = shared.with_name("tokens.lock")
+    with as_user(SERVICE + 1):
+        for call in (load_tokens, TokenFile, lambda path: add_token(path, Scope.ADMIN, "")):
+            with pytest.raises(TokenFileError, match=rf"belongs to user {SERVICE} \(mode 0600\).* user {SERVICE + 1}$"):
+                call(shared)
+    lock.chmod(0o666)
+    shared.chmod(0o666)
+    with (
+        as_user(SERVICE + 1),
+        pytest.raises(TokenFileError, match=rf"belongs to user {SERVICE}, who could not read what"),
+    ):
+        add_token(shared, Scope.ADMIN, "")
+    assert load_tokens(shared) == {stored.id: stored}
+
+
+def test_a_running_service_says_why_it_cannot_read_the_file_again(shared, caplog):
+    clock = Clock()
+    with as_user(SERVICE):
+        add_token(shared, Scope.READ, "")
+        file = TokenFile(shared, clock)
+        before = file.current()
+    os.chown(shared, 0, 0)
+    clock.time += 2
+    with as_user(SERVICE):
+        assert file.current() == before
+    assert "it belongs to user root (mode 0600)" in caplog.text
+    assert "stay valid" in caplog.text
 
 
 @pytest.mark.parametrize(("mode", "warnings"), [(0o600, 0), (0o644, 0), (0o620, 1), (0o602, 1)])

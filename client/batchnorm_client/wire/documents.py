@@ -143,6 +143,12 @@ class LayerConfig(Document):
         """The ranks that a batch may have; None for any rank >= 2 (torch's BatchNorm1d/2d/3d)."""
         return _RANKS.get(self.dimensions)
 
+    @property
+    def smallest_rank(self) -> int:
+        """The smallest rank that a batch may have."""
+        axis = self.channel_axis
+        return min(self.input_ranks) if self.input_ranks else max(2, axis + 1 if axis > 0 else 1 - axis)
+
 
 def _kind(given: dict[str, Any]) -> Kind:
     """The kind of statistics of a config's fields so far; the default kind if the name was invalid."""

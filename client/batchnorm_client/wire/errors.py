@@ -176,6 +176,8 @@ class Forbidden(RequestError):
 
     The scope `read` allows calls that change nothing, `train` also creating layers, folding batches and setting
     tensors, `admin` every call. `expected` and `got` say what the call needs and what the token has.
+
+    Without tokens: a web page of another site made a browser send a call that changes something.
     """
 
     name, status, title = "forbidden", 403, "This token may not do that"

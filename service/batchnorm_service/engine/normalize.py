@@ -60,10 +60,8 @@ def check_input(config: LayerConfig, tensor: WireTensor, field: str = "input") -
 
 def empty_shape(config: LayerConfig) -> tuple[int, ...]:
     """The shape of an empty batch, of the smallest rank that the layer accepts."""
-    axis = config.channel_axis
-    rank = min(config.input_ranks) if config.input_ranks else max(2, axis + 1 if axis > 0 else 1 - axis)
-    shape = [0] * rank
-    shape[axis] = config.num_features
+    shape = [0] * config.smallest_rank
+    shape[config.channel_axis] = config.num_features
     return tuple(shape)
 
 

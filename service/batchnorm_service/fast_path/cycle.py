@@ -24,6 +24,8 @@ from batchnorm_service.rest import (
     Target,
     read_headers,
 )
+from batchnorm_service.telemetry import Span
+from batchnorm_service.tokens import Grant
 
 _EMPTY: Final = memoryview(b"")
 
@@ -97,9 +99,11 @@ class FastPathProtocol(CoalescingProtocol):
         if not (length.isdigit() and len(length) <= 18 and self._is_plain(headers)):
             return None
         size, (target, query) = int(length), found
-        if not self.app.admits(target, headers, size):
+        grant = self.app.admit(target, headers, size)
+        if grant is None:
             return None
-        return FastPathCycle(self, self.app, target, query, headers, size)
+        span = self.app.reports.begin("POST", target, headers)
+        return FastPathCycle(self, self.app, target, query, headers, size, grant, span)
 
     def _is_plain(self, headers: Headers) -> bool:
         """Whether the headers need no special treatment by the server."""
@@ -116,10 +120,12 @@ class FastPathCycle:
         "_body",
         "_buffer",
         "_gateway",
+        "_grant",
         "_headers",
         "_protocol",
         "_query",
         "_size",
+        "_span",
         "_target",
         "disconnected",
         "keep_alive",
@@ -137,6 +143,8 @@ class FastPathCycle:
         query: bytes,
         headers: Headers,
         size: int,
+        grant: Grant,
+        span: Span | None,
     ) -> None:
         self.keep_alive = True
         self.disconnected = False
@@ -148,6 +156,8 @@ class FastPathCycle:
         self._query = query
         self._headers = headers
         self._size = size
+        self._span = span
+        self._grant = grant
         self._body = _EMPTY
         self._buffer: BodyBuffer | None = None
 
@@ -166,8 +176,11 @@ class FastPathCycle:
         self.reading = False
         # The connection references this cycle until its next request: release the body now.
         body, self._body = self._body if self._buffer is None else self._take_body(), _EMPTY
-        request = LayerRequest(self._target.layer or "", self._query, self._headers, received=body)
-        response = start(self._gateway.respond(self._target, request), self._protocol.loop)
+        target = self._target
+        request = LayerRequest(
+            target.layer or "", self._query, self._headers, received=body, grant=self._grant, version=target.version
+        )
+        response = start(self._gateway.respond(target, request, self._span), self._protocol.loop)
         if isinstance(response, Response):
             self._send(response)
         else:
@@ -188,7 +201,7 @@ class FastPathCycle:
         """The client disconnected: release the body. A call that has started continues."""
         if self.reading:
             self.abandon()
-            self._gateway.disconnected(self._target)
+            self._gateway.disconnected(self._target, self._headers, self._span)
 
     def _receive_part(self, piece: bytes) -> None:
         if self._buffer is None:
@@ -216,7 +229,7 @@ class FastPathCycle:
         """Respond before the body is complete; the rest of it is discarded."""
         self.reading = False
         self._take_body()
-        self._send(self._gateway.refuse(problem, self._target, self._headers))
+        self._send(self._gateway.refuse(problem, self._target, self._headers, self._span))
 
     def _responded(self, task: Task[Response]) -> None:
         self._protocol.tasks.discard(task)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from array import array
 from asyncio import Transport
@@ -16,6 +15,7 @@ from batchnorm_client.wire.headers import REQUEST_ID
 from batchnorm_service.fast_path.cycle import FastPathProtocol
 from batchnorm_service.rest import Connections, Gateway, RequestLimits
 from batchnorm_service.rest.problems import respond_problem
+from batchnorm_service.rest.reports import Served
 from batchnorm_service.telemetry.metrics import OTHER
 
 LINGER_SECONDS: Final = 1.0
@@ -42,6 +42,7 @@ class Protocol(FastPathProtocol):
     """
 
     parser: _Parser
+    url = b""
     _in_head = False
     _refused = False
     _upgrade_offered = False
@@ -76,7 +77,8 @@ class Protocol(FastPathProtocol):
         """Data was received from the client."""
         if self._refused:
             return
-        self._ended = False
+        self._ended, self._body_bytes = False, 0
+        after_head = self._receiving and not self._in_head
         self._measure_head = self._in_head or len(data) > self._limits.header_bytes
         super().data_received(data)
         rest = memoryview(data)
@@ -84,6 +86,8 @@ class Protocol(FastPathProtocol):
             rest = rest[end:]
             self._reparse_without_upgrade(rest)
         if self._receiving and not self._refused:
+            if after_head and not (self._ended or self._in_trailers or self._fast_cycle()):  # which takes no chunks
+                self.count_framing(len(data))
             self._received_in_part(len(rest))
 
     def on_message_begin(self) -> None:
@@ -140,7 +144,7 @@ class Protocol(FastPathProtocol):
 
     def check_head(self) -> None:
         """See `TrailerProtocol`."""
-        self._limits.check(len(self.url or b""), self._head_fields, self._head_bytes)
+        self._limits.check(len(self.url), self._head_fields, self._head_bytes)
 
     def on_request_timeout(self) -> None:
         """See `DeadlineProtocol`."""
@@ -165,9 +169,10 @@ class Protocol(FastPathProtocol):
         self._refused, self._incoming = True, None
         if self._in_head:
             self.headers.clear()  # there may be thousands, and the connection is not closed at once
-        data = _refusal_bytes(problem)
+        request_id = uuid.uuid4().hex
+        data = _refusal_bytes(problem, "/v2" if self.url.startswith(b"/v2/") else "/", request_id)
         if isinstance(self.app, Gateway):
-            self.app.reports.report(OTHER, None, problem.name, time.perf_counter(), 0, 0)
+            self.app.reports.report(Served(OTHER, None, {}, request_id, problem.status, problem.name, 0.0, 0, 0))
         cycle = self.cycle
         waits = cycle is not None and not cycle.response_complete
         if self._receiving and not self._in_head:  # the refused request has a cycle, which is the newest
@@ -205,8 +210,8 @@ class _QueuedRefusal:
         self._protocol.send_and_close(self._data)
 
 
-def _refusal_bytes(problem: ProblemError) -> bytes:
-    response = respond_problem(problem, "/", request_id := uuid.uuid4().hex)
+def _refusal_bytes(problem: ProblemError, path: str, request_id: str) -> bytes:
+    response = respond_problem(problem, path, request_id)
     headers = [*response.raw_headers, (REQUEST_ID.lower().encode(), request_id.encode()), (b"connection", b"close")]
     head = f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}\r\n".encode()
     lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)

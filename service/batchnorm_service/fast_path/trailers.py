@@ -1,20 +1,29 @@
-"""Trailers of chunked requests: dropped, but counted towards the size limit of the head."""
+"""Trailers and chunk extensions of chunked requests: dropped, but counted towards the size limit of the head."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from batchnorm_service.fast_path.deadlines import DeadlineProtocol
 
+_CHUNKED_BYTES: Final = 9
+"""Bytes of a body of which each byte is a chunk, for each of these: size, line breaks, the byte, and some extension."""
+
 
 class TrailerProtocol(DeadlineProtocol):
-    """uvicorn HTTP protocol with a limit on trailers, which uvicorn would append to the headers without limit."""
+    """uvicorn HTTP protocol with a limit on what a chunked request has besides its body.
+
+    uvicorn would append trailers to the headers without limit, and the parser skips chunk extensions of any length.
+    """
 
     _head_bytes = 0
     """Size of the request line, headers and trailers so far; 0 for a head that came in one piece."""
 
     _head_fields = 0
     """Number of headers and trailers so far."""
+
+    _body_bytes = 0
+    """Bytes of a body in the data that is being read."""
 
     _in_trailers = False
     _counted = -1
@@ -32,6 +41,7 @@ class TrailerProtocol(DeadlineProtocol):
     def on_body(self, body: bytes) -> None:
         """A piece of a body has been read: this chunk is not the last."""
         self._in_trailers = False
+        self._body_bytes += len(body)
         super().on_body(body)
 
     def count_trailer(self, size: int) -> None:
@@ -43,6 +53,10 @@ class TrailerProtocol(DeadlineProtocol):
     def check_head(self) -> None:
         """Raises `PayloadTooLarge` if the request line, headers and trailers that have come exceed a limit."""
         raise NotImplementedError
+
+    def count_framing(self, size: int) -> None:
+        """Count data of `size` bytes, all of it after the head and before the trailers: body, and sizes of chunks."""
+        self._head_bytes += max(0, size - _CHUNKED_BYTES * self._body_bytes)
 
     def _received_in_part(self, size: int) -> None:
         super()._received_in_part(size)

@@ -70,7 +70,7 @@ class Batches:
                 return await self._train_shard(entry, read, key, group, nbytes=nbytes, statistics=statistics)
 
             async def prepare(layer: CommittedLayer) -> tuple[BatchSource, IdempotencyToken]:
-                wire = await self._executor.run_codec(nbytes, _input, read, layer.state)
+                wire = await self._executor.decode(nbytes, _input, read, layer.state)
                 token = await self._token(key, "train", wire)
                 return BatchSource(self._executor.batch(layer.state, wire), self._executor), token
 
@@ -87,7 +87,7 @@ class Batches:
         with self._cache.use(name) as entry:
 
             async def prepare(layer: CommittedLayer) -> tuple[ObservedSource, IdempotencyToken]:
-                wire = await self._executor.run_codec(nbytes, _input, read, layer.state)
+                wire = await self._executor.decode(nbytes, _input, read, layer.state)
                 token = await self._token(key, "train normalize=running", wire)
                 return ObservedSource(self._executor.batch(layer.state, wire), self._executor), token
 
@@ -108,7 +108,7 @@ class Batches:
                 return await self._fold_shard_moments(entry, read, key, group, nbytes)
 
             async def prepare(layer: CommittedLayer) -> tuple[PostedSource, IdempotencyToken]:
-                moments, token = await self._executor.run_codec(nbytes, _posted, self._runtime, read, layer.state, key)
+                moments, token = await self._executor.decode(nbytes, _posted, self._runtime, read, layer.state, key)
                 return PostedSource(moments, self._executor), token
 
             source, done = await self._fold(entry, prepare)
@@ -156,7 +156,7 @@ class Batches:
         With `at`, those of a kept version or of a tag. With `expect`, only if the state has that digest.
         """
         layer = await self._state(name, at, expect)
-        batch = self._executor.batch(layer.state, await self._executor.run_codec(nbytes, _input, read, layer.state))
+        batch = self._executor.batch(layer.state, await self._executor.decode(nbytes, _input, read, layer.state))
         return _unchanged(layer, *await self._evaluated(layer.state, batch, statistics=statistics))
 
     async def inverse(
@@ -164,7 +164,7 @@ class Batches:
     ) -> Normalized:
         """Undo eval's normalization of a batch, with the same `at` and `expect`. Does not change the layer."""
         layer = await self._state(name, at, expect)
-        batch = self._executor.batch(layer.state, await self._executor.run_codec(nbytes, _input, read, layer.state))
+        batch = self._executor.batch(layer.state, await self._executor.decode(nbytes, _input, read, layer.state))
         return _unchanged(layer, await self._executor.run(batch.nbytes, inverse_step, layer.state, batch), {})
 
     async def backward(
@@ -181,7 +181,7 @@ class Batches:
         with self._cache.use(name) as entry:
             layer = await entry.cached.fresh()
             state = layer.state
-            tensors = await self._executor.run_codec(nbytes, _batch_and_gradient, read, state)
+            tensors = await self._executor.decode(nbytes, _batch_and_gradient, read, state)
             batch, grad = (self._executor.batch(state, tensor) for tensor in tensors)
             size = batch.nbytes + grad.nbytes
             if group is None:
@@ -205,7 +205,7 @@ class Batches:
         self, entry: CacheEntry, read: Read, key: str | None, group: GroupCall, *, nbytes: int, statistics: bool
     ) -> Normalized:
         layer = await entry.cached.fresh()
-        wire = await self._executor.run_codec(nbytes, _input, read, layer.state)
+        wire = await self._executor.decode(nbytes, _input, read, layer.state)
         batch, member = self._executor.batch(layer.state, wire), await self._token(key, f"train {_name(group)}", wire)
         part = Part(*await self._executor.run(batch.nbytes, normalize.shard_moments, layer.state, batch))
         outcome = await _joined(entry, group, member, part, FoldGroup(layer, entry.queue))
@@ -222,7 +222,7 @@ class Batches:
     ) -> Folded:
         layer = await entry.cached.fresh()
         operation = f"moments {_name(group)}"
-        moments, member = await self._executor.run_codec(
+        moments, member = await self._executor.decode(
             nbytes, _posted_shard, self._runtime, read, layer.state, key, operation
         )
         part = Part(moments, empty_extremes(layer.state.config.num_features))

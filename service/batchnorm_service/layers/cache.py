@@ -50,7 +50,7 @@ class CacheEntry:
         self.kept = KeptStates(name, store)
         self.calls = StoreCalls(self.cached, store, options.store_timeout, runtime, metrics)
         self.queue = UpdateQueue(self.cached, self.kept, self.calls, executor, options, runtime, metrics)
-        self.groups = Groups(name, store, self.queue, self.calls, runtime, metrics)
+        self.groups = Groups(name, store, self.queue, self.calls, options, runtime, metrics)
         self.users = 0
 
     def __enter__(self) -> Self:

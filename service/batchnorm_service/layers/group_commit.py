@@ -45,6 +45,11 @@ class Plan:
         return sum(waiting.source.moments.batches for waiting, _ in self.folds)
 
     @property
+    def updates(self) -> list[Fold]:
+        """The folds alone."""
+        return [waiting for waiting, _ in self.folds]
+
+    @property
     def receipts(self) -> list[Receipt]:
         """A receipt for each fold, and for each key of a group's members.
 

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from batchnorm_client.wire.documents import HistoryEntry, HistoryPage, Pin, Pins
 from batchnorm_client.wire.errors import PinExists, TooManyPins, VersionNotFound
 
 from ..runtime import Runtime
 from ..store import base
-from ..store.base import Full, Missing, NotKept, Pinned, Receipt, Store
+from ..store.base import Committed, Full, Missing, NotKept, Pinned, Receipt, Stamp, Store
 from .cache import CacheEntry, LayerCache
 from .cached_state import layer_not_found
 from .compute import ComputeExecutor
 from .idempotency import IdempotencyToken, make_token
 from .kept_states import version_not_found
-from .records import CommittedLayer, now
+from .records import CommittedLayer, decode, now
 from .results import LayersOptions
 from .updates import refuse_reuse
+
+_DESCRIBED: Final = 10_000
+"""Entries of states in memory, of all layers together: about 1 KiB each. A state with a million channels takes 40 ms to
+load and digest, and a stamp stands for the same state for ever."""
 
 
 class History:
@@ -34,24 +40,25 @@ class History:
         self._executor = executor
         self._options = options
         self._runtime = runtime
+        self._described: OrderedDict[Stamp, HistoryEntry] = OrderedDict()
+
+    async def names(self, name: str) -> tuple[Sequence[int], Sequence[str]]:
+        """The versions of the newest and of the kept states, newest first, and the tags of the pins."""
+        with self._cache.use(name) as entry:
+            newest = (await entry.cached.fresh()).stamp.version
+            versions = sorted({newest, *await self._kept(entry)}, reverse=True)
+            return versions, [pin.tag for pin in await self._pins(entry)]
 
     async def list(self, name: str, limit: int, before: int | None) -> HistoryPage:
         """The newest state and those that are kept: up to `limit` with versions below `before`, newest first."""
         with self._cache.use(name) as entry:
             newest = await entry.cached.fresh()
-            kept, _ = await entry.calls.retry(lambda: self._store.kept(name))
-            if isinstance(kept, Missing):
-                raise layer_not_found(name)
-            versions = sorted({newest.stamp.version, *(stamp.version for stamp in kept)}, reverse=True)
-            if before is not None:
-                versions = [version for version in versions if version < before]
+            stamps = await self._kept(entry) | {newest.stamp.version: newest.stamp}
+            versions = sorted((each for each in stamps if before is None or each < before), reverse=True)
             found: list[HistoryEntry] = []
             for version in versions[:limit]:
-                try:
-                    layer = newest if version == newest.stamp.version else await entry.kept.get(version)
-                except VersionNotFound:
-                    continue  # no longer kept since the versions were listed
-                found.append(await self._entry(layer))
+                with suppress(VersionNotFound):  # no longer kept since the versions were listed
+                    found.append(await self._entry(entry, stamps[version], newest))
         return HistoryPage(history=found, next=versions[limit - 1] if len(versions) > limit else None)
 
     async def pin(self, name: str, tag: str, version: int | None, key: str | None) -> tuple[Pin, bool]:
@@ -67,41 +74,43 @@ class History:
         data, limit = _pack(now(self._runtime), token), self._options.max_pins
         with self._cache.use(name) as entry:
             stamp = None if version is None else (await entry.kept.get(version, "version")).stamp
-            outcome, _ = await entry.calls.retry(lambda: self._store.pin(name, stamp, tag, data, limit))
-            match outcome:
-                case Missing():
-                    raise layer_not_found(name)
-                case NotKept():
-                    raise version_not_found(name, version or tag, "version")
-                case Full():
-                    raise TooManyPins(
-                        f"layer {name!r} has {limit} pins, as many as BATCHNORM_MAX_PINS allows",
-                        field="tag",
-                        expected=limit,
-                    )
-                case Pinned(found) if found is not None and found.data != data:
-                    newest = version or (await entry.cached.fresh()).stamp.version
-                    _check_same(name, found, token, newest)
-                    return await self._document(entry, found), False
-                case _:  # done; or found done, after its reply was lost
-                    layer = await entry.kept.get(tag)
-                    return await self._document(entry, base.Pin(tag, layer.stamp.version, data)), True
+            while True:
+                outcome, _ = await entry.calls.retry(lambda: self._store.pin(name, stamp, tag, data, limit))
+                match outcome:
+                    case Committed(pinned=record):
+                        assert record is not None  # noqa: S101 - of a pin
+                        digest = await self._executor.digest(decode(record))
+                        return _document(base.Pin(tag, record.stamp.version, data), digest), True
+                    case Missing():
+                        raise layer_not_found(name)
+                    case NotKept():
+                        raise version_not_found(name, version or tag, "version")
+                    case Full():
+                        raise TooManyPins(
+                            f"layer {name!r} has {limit} pins, as many as BATCHNORM_MAX_PINS allows",
+                            field="tag",
+                            expected=limit,
+                        )
+                    case Pinned(found) if found is not None:
+                        mine = found.data == data  # its reply was lost
+                        if not mine:
+                            newest = version or (await entry.cached.fresh()).stamp.version
+                            _check_same(name, found, token, newest)
+                        if documents := (await self._documents(entry, [found])).pins:
+                            return documents[0], mine
+                        # It was deleted meanwhile, so there is no such pin: make it.
 
     async def pins(self, name: str) -> Pins:
         """All pins, by tag."""
         with self._cache.use(name) as entry:
-            found: list[Pin] = []
-            for pin in await self._pins(entry):
-                with suppress(VersionNotFound):  # deleted since the pins were listed
-                    found.append(await self._document(entry, pin))
-            return Pins(pins=found)
+            return await self._documents(entry, await self._pins(entry))
 
     async def get_pin(self, name: str, tag: str) -> Pin:
         """The pin of a tag. Raises `VersionNotFound` if there is none."""
         with self._cache.use(name) as entry:
-            for pin in await self._pins(entry):
-                if pin.tag == tag:
-                    return await self._document(entry, pin)
+            pins = [pin for pin in await self._pins(entry) if pin.tag == tag]
+            if documents := (await self._documents(entry, pins)).pins:
+                return documents[0]
         raise version_not_found(name, tag, "tag")
 
     async def unpin(self, name: str, tag: str) -> None:
@@ -120,8 +129,13 @@ class History:
             if isinstance(outcome, NotKept) and not repeated:
                 raise version_not_found(name, tag, "tag")
 
-    async def _entry(self, layer: CommittedLayer) -> HistoryEntry:
-        return HistoryEntry(
+    async def _entry(self, entry: CacheEntry, stamp: Stamp, newest: CommittedLayer | None = None) -> HistoryEntry:
+        """What the history says of a state. Raises `VersionNotFound` if it is neither `newest` nor kept any more."""
+        if (known := self._described.get(stamp)) is not None:
+            self._described.move_to_end(stamp)
+            return known
+        layer = newest if newest is not None and newest.stamp == stamp else await entry.kept.get(stamp.version)
+        known = self._described[layer.stamp] = HistoryEntry(
             version=layer.stamp.version,
             num_batches_tracked=layer.state.num_batches_tracked,
             samples_tracked=layer.state.samples_tracked,
@@ -129,11 +143,26 @@ class History:
             at=layer.updated_at,
             digest=await self._executor.digest(layer),
         )
+        while len(self._described) > _DESCRIBED:
+            self._described.popitem(last=False)
+        return known
 
-    async def _document(self, entry: CacheEntry, pin: base.Pin) -> Pin:
-        data: dict[str, Any] = json.loads(pin.data)
-        digest = await self._executor.digest(await entry.kept.get(pin.tag))
-        return Pin(tag=pin.tag, version=pin.version, digest=digest, at=datetime.fromisoformat(data["at"]))
+    async def _documents(self, entry: CacheEntry, pins: Sequence[base.Pin]) -> Pins:
+        """The pins with their digests, without those that are deleted meanwhile."""
+        stamps = await self._kept(entry) if pins else {}
+        found: list[Pin] = []
+        for pin in pins:
+            with suppress(VersionNotFound):
+                if (stamp := stamps.get(pin.version)) is not None:
+                    found.append(_document(pin, (await self._entry(entry, stamp)).digest))
+        return Pins(pins=found)
+
+    async def _kept(self, entry: CacheEntry) -> dict[int, Stamp]:
+        name = entry.cached.name
+        kept, _ = await entry.calls.retry(lambda: self._store.kept(name))
+        if isinstance(kept, Missing):
+            raise layer_not_found(name)
+        return {stamp.version: stamp for stamp in kept}
 
     async def _pins(self, entry: CacheEntry) -> tuple[base.Pin, ...]:
         name = entry.cached.name
@@ -147,6 +176,11 @@ def _pack(at: datetime, token: IdempotencyToken) -> bytes:
     """A pin's data in the store."""
     document = {"at": at.isoformat(), "key": token.key.hex(), "fingerprint": token.fingerprint.hex()}
     return json.dumps(document).encode()
+
+
+def _document(pin: base.Pin, digest: str) -> Pin:
+    data: dict[str, Any] = json.loads(pin.data)
+    return Pin(tag=pin.tag, version=pin.version, digest=digest, at=datetime.fromisoformat(data["at"]))
 
 
 def _check_same(name: str, pin: base.Pin, token: IdempotencyToken, version: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -28,7 +28,7 @@ from ..telemetry.metrics import RESIDENT_LAYERS
 from . import records
 from .batches import Batches, Read
 from .cache import CacheEntry, LayerCache
-from .compute import ComputeExecutor
+from .compute import ComputeExecutor, TracedExecutor
 from .history import History
 from .idempotency import IdempotencyToken, make_token
 from .records import CommittedLayer
@@ -42,9 +42,18 @@ R = TypeVar("R")
 class Layers:
     """Named layers in a store. All methods raise `batchnorm_client.wire.errors.ProblemError` for invalid calls.
 
+    Args:
+        store: open.
+        options: limits and defaults.
+        runtime: clock, random numbers, tasks, threads.
+        metrics: None if they are off.
+        traced: whether stages are recorded as spans.
+
     Attributes:
         batches: the operations that take a batch or its moments.
         history: kept states and pins.
+        decode, encode: call a function that reads a request or writes a response of about so many bytes: in a thread if
+            they are many.
     """
 
     def __init__(
@@ -53,11 +62,15 @@ class Layers:
         options: LayersOptions | None = None,
         runtime: Runtime = RUNTIME,
         metrics: Reporter | None = None,
+        *,
+        traced: bool = False,
     ) -> None:
         self._store = store
         self._runtime = runtime
         self._options = options or LayersOptions()
-        self._executor = ComputeExecutor(self._options.device, self._options.inline_bytes, runtime)
+        executor = TracedExecutor if traced else ComputeExecutor
+        self._executor = executor(self._options.device, self._options.inline_bytes, runtime)
+        self.decode, self.encode = self._executor.decode, self._executor.encode
         self._cache = LayerCache(store, self._executor, self._options, runtime, LayerMetrics(metrics or NoMetrics()))
         self.batches: Final = Batches(self._cache, self._executor, runtime)
         self.history: Final = History(store, self._cache, self._executor, self._options, runtime)
@@ -77,10 +90,6 @@ class Layers:
         """Return when the store answers; raises `StoreUnavailable` when it does not."""
         with _store_errors():
             await self._store.ping()
-
-    async def run_codec(self, nbytes: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Decode a request or encode a response of about `nbytes` bytes: in a thread if they are many."""
-        return await self._executor.run_codec(nbytes, function, *args, **kwargs)
 
     async def create(self, name: str, config: LayerConfig) -> tuple[Snapshot, bool]:
         """Create a layer, unless it exists; return it and whether it is new.
@@ -169,7 +178,7 @@ class Layers:
             while True:
                 layer = await entry.cached.latest_known()
                 try:
-                    tensors = await self._executor.run_codec(nbytes, read, state_dict.dtypes(layer.state))
+                    tensors = await self._executor.decode(nbytes, read, state_dict.dtypes(layer.state))
                 except ProblemError:
                     newest = await entry.cached.fresh()
                     check_version(if_match, newest)

@@ -29,6 +29,7 @@ class LayersOptions:
         history_length: how many states of a layer are kept, besides pinned ones.
         history_seconds: between two kept states while batches come.
         max_pins: maximum number of pins of a layer.
+        max_waiting_members: maximum number of calls that wait for the other members of their groups, of all layers.
     """
 
     device: str = "cpu"
@@ -42,6 +43,7 @@ class LayersOptions:
     history_length: int = 20
     history_seconds: float = 60.0
     max_pins: int = 100
+    max_waiting_members: int = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)

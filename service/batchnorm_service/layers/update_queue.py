@@ -20,6 +20,7 @@ from ..store.base import (
     Record,
     Stamp,
 )
+from ..telemetry import CURRENT_SPAN
 from ..telemetry.layers import LayerMetrics
 from .cached_state import CachedState, layer_not_found
 from .compute import ComputeExecutor
@@ -87,7 +88,10 @@ class UpdateQueue:
         self._metrics.queued += 1
         if self._task is None:
             self._task = self._runtime.create_task(self._drain())
-        return await queued.future
+        if (request := CURRENT_SPAN.get()) is None:
+            return await queued.future
+        with request.child("wait for the commit") as queued.span:
+            return await queued.future
 
     async def note(self, token: IdempotencyToken, incarnation: int, payload: bytes) -> Done:
         """Commit a receipt and nothing else. Raises `LayerNotFound` if that incarnation was deleted."""
@@ -99,6 +103,7 @@ class UpdateQueue:
             await asyncio.wait([self._task])
 
     async def _drain(self) -> None:
+        CURRENT_SPAN.set(None)  # the task has the context of the first call, but works for all
         try:
             while self._waiting:
                 taken = self._take()
@@ -148,7 +153,9 @@ class UpdateQueue:
                 await self._refuse(waiting, error)
             if not plan.folds:
                 return
-            outcome = await self._calls.commit("folds", layer.stamp, plan.record, plan.receipts, deadline, plan.keep)
+            outcome = await self._calls.commit(
+                "folds", plan.updates, layer.stamp, plan.record, plan.receipts, deadline, plan.keep
+            )
             self._backoff.record_duration(self._runtime.now() - began)
             match outcome:
                 case Committed(contenders):
@@ -227,7 +234,7 @@ class UpdateQueue:
             state = change.apply(layer.state)
             new, keep = self._retention.next(self._runtime, layer, state, change.operation, frequent=change.frequent)
             receipt = change.token.receipt(new.stamp.version, new.state.num_batches_tracked)
-            match await self._calls.commit("change", layer.stamp, record(new), [receipt], deadline, keep):
+            match await self._calls.commit("change", [change], layer.stamp, record(new), [receipt], deadline, keep):
                 case Committed():
                     self._cached.set(new)
                     settle(change, Done(new, receipt.version, receipt.batch, replayed=False))
@@ -254,7 +261,7 @@ class UpdateQueue:
             if layer.stamp.incarnation != note.incarnation:
                 raise layer_not_found(self._cached.name)
             receipt = note.token.receipt(layer.stamp.version, layer.state.num_batches_tracked, note.payload)
-            match await self._calls.commit("receipt", layer.stamp, None, [receipt], deadline):
+            match await self._calls.commit("receipt", [note], layer.stamp, None, [receipt], deadline):
                 case Committed():
                     settle(note, Done(layer, receipt.version, receipt.batch, replayed=False))
                     return

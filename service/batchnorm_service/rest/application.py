@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Final
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from batchnorm_client.wire.errors import MethodNotAllowed, ProblemError
 from batchnorm_service import __version__
 from batchnorm_service.layers import Layers
-from batchnorm_service.telemetry import Metrics
-from batchnorm_service.telemetry.metrics import DISCONNECTED, OTHER
+from batchnorm_service.telemetry import Metrics, RequestLog, Traces
+from batchnorm_service.telemetry.metrics import DISCONNECTED
 
 from .bodies import ClientGoneError
 from .connections import Connections, RequestLimits
@@ -28,6 +27,7 @@ from .gradients import GradientEndpoint
 from .gradients import router as gradient_routes
 from .health import router as health_routes
 from .history import router as history_routes
+from .interface import Interface, RouteTable
 from .layer_request import Endpoint
 from .layers import read_layer
 from .layers import router as layer_routes
@@ -40,9 +40,11 @@ from .normalize import router as normalize_routes
 from .openapi import openapi_document
 from .pages import router as page_routes
 from .problems import respond_problem
+from .reports import RequestReports
 from .responses import Response, respond_empty
 from .security import Guard, Rules
 from .state import router as state_routes
+from .target import LAYER
 from .transfers import Transfers
 
 ROUTERS: Final = (
@@ -56,7 +58,7 @@ ROUTERS: Final = (
     metrics_routes,
     page_routes,
 )
-"""All routers. Add a new route to the router of its module, and a new router to this tuple.
+"""The routers of the REST interface. Add a new route to the router of its module, and a new router to this tuple.
 
 A route without a rule (`security.needs`) that is not public is refused when the application is built.
 """
@@ -78,6 +80,8 @@ class ApiOptions:
         limits: limits on requests without their bodies.
         fast_path: whether endpoints may be called without ASGI.
         guard: checks bearer tokens.
+        log: writes requests to the log.
+        traces: None if they are off.
     """
 
     max_body_bytes: int = 64 << 20
@@ -90,14 +94,22 @@ class ApiOptions:
     limits: RequestLimits = field(default_factory=RequestLimits)
     fast_path: bool = True
     guard: Guard = field(default_factory=Guard)
+    log: RequestLog = field(default_factory=RequestLog)
+    traces: Traces | None = None
 
 
-def build_api(layers: Layers, options: ApiOptions, lifespan: Lifespan, metrics: Metrics | None = None) -> Gateway:
-    """The ASGI application over `layers`."""
-    return build_gateway(build_app(lifespan), layers, options, metrics)
+def build_api(
+    layers: Layers,
+    options: ApiOptions,
+    lifespan: Lifespan,
+    metrics: Metrics | None = None,
+    interfaces: Sequence[Interface] = (),
+) -> Gateway:
+    """The ASGI application over `layers`: the REST interface, and `interfaces` beside it."""
+    return build_gateway(build_app(lifespan, interfaces), layers, options, metrics)
 
 
-def build_app(lifespan: Lifespan) -> FastAPI:
+def build_app(lifespan: Lifespan, interfaces: Sequence[Interface] = ()) -> FastAPI:
     """FastAPI with every route."""
     app = FastAPI(
         title="Batch normalization",
@@ -109,6 +121,8 @@ def build_app(lifespan: Lifespan) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
+        # FastAPI's own spans do not see the fast path, and have the query; `telemetry` has ours for both.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
         exception_handlers={
             ProblemError: _handle_error,
             HTTPException: _handle_error,
@@ -117,23 +131,34 @@ def build_app(lifespan: Lifespan) -> FastAPI:
             Exception: _handle_error,
         },
     )
-    for router in ROUTERS:
+    routers = all_routers(interfaces)
+    app.state.interfaces, app.state.route_table, app.state.rules = interfaces, RouteTable(routers), Rules(routers)
+    for router in routers:
         app.include_router(router)
-    app.openapi = cache(lambda: openapi_document(app))  # type: ignore[method-assign]
+    models = [model for interface in interfaces for model in interface.models]
+    app.openapi = cache(lambda: openapi_document(app, models))  # type: ignore[method-assign]
     return app
+
+
+def all_routers(interfaces: Iterable[Interface]) -> tuple[APIRouter, ...]:
+    """The routers of the REST interface and of those beside it."""
+    return *ROUTERS, *(router for interface in interfaces for router in interface.routers)
 
 
 def build_gateway(app: FastAPI, layers: Layers, options: ApiOptions, metrics: Metrics | None = None) -> Gateway:
     """The gateway around `app`, whose routes then call `layers`, and which reports to `metrics`."""
     normalize_endpoints = NormalizeEndpoints(layers, options.max_body_bytes, options.max_elements)
     endpoints: dict[tuple[str, str], Endpoint] = {
-        ("GET", ""): partial(read_layer, layers),
-        ("POST", "train"): normalize_endpoints.train,
-        ("POST", "eval"): normalize_endpoints.eval,
-        ("POST", "inverse"): normalize_endpoints.inverse,
-        ("POST", "backward"): GradientEndpoint(layers, options.max_body_bytes, options.max_elements).backward,
-        ("POST", "moments"): MomentsEndpoint(layers, options.max_body_bytes).fold,
+        ("GET", LAYER): partial(read_layer, layers),
+        ("POST", f"{LAYER}/train"): normalize_endpoints.train,
+        ("POST", f"{LAYER}/eval"): normalize_endpoints.eval,
+        ("POST", f"{LAYER}/inverse"): normalize_endpoints.inverse,
+        ("POST", f"{LAYER}/backward"): GradientEndpoint(layers, options.max_body_bytes, options.max_elements).backward,
+        ("POST", f"{LAYER}/moments"): MomentsEndpoint(layers, options.max_body_bytes).fold,
     }
+    for interface in app.state.interfaces:
+        endpoints |= interface.endpoints(layers, options)
+    table: RouteTable = app.state.route_table
     app.state.layers, app.state.options, app.state.endpoints, app.state.metrics = layers, options, endpoints, metrics
     app.state.metrics_reader = MetricsReader(metrics) if metrics else None
     transfers = Transfers(
@@ -143,21 +168,16 @@ def build_gateway(app: FastAPI, layers: Layers, options: ApiOptions, metrics: Me
         app,
         endpoints,
         options.guard,
-        _rules(),
+        app.state.rules,
         transfers,
         Connections(options.max_connections),
+        RequestReports(metrics, options.log, options.traces, endpoints, table.template_of),
         limits=options.limits,
         max_body_bytes=options.max_body_bytes,
         max_concurrent_requests=options.max_concurrent_requests,
         fast_path=options.fast_path,
         metrics=metrics,
-        route_of=route_of,
     )
-
-
-@cache
-def _rules() -> Rules:
-    return Rules(ROUTERS)
 
 
 async def _handle_error(request: Request, error: Exception) -> Response:
@@ -176,30 +196,9 @@ async def _handle_client_gone(request: Request, _error: Exception) -> Response:
     return respond_empty(400)  # never sent: the connection is closed
 
 
-def route_of(path: str) -> str:
-    """The template of the route with this path, such as `/v1/layers/{name}`, or `other`."""
-    return next((route.path for route in _routes(path)), OTHER)
-
-
-def routes() -> list[str]:
-    """Everything that `route_of` returns."""
-    return [*{route.path: None for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)}, OTHER]
-
-
-def _routes(path: str) -> Iterator[APIRoute]:
-    for router in ROUTERS:
-        for route in router.routes:
-            if isinstance(route, APIRoute) and route.path_regex.fullmatch(path):
-                yield route
-
-
 def _method_not_allowed(request: Request) -> MethodNotAllowed:
-    """The problem for a wrong method, listing the methods of all routes of this path (starlette lists the first's)."""
     path = request.scope["path"]
-    methods = {method for route in _routes(path) for method in route.methods or ()}
-    if "GET" in methods:
-        methods.add("HEAD")
-    allowed = sorted(methods)
+    allowed = request.app.state.route_table.methods_of(path)
     return MethodNotAllowed(
         f"{path} takes {', '.join(allowed)}, not {request.method}", expected=allowed, got=request.method
     )

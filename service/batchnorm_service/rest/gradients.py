@@ -64,7 +64,7 @@ class GradientEndpoint:
         )
         done = await (request.cancel_on_disconnect(call) if group else call)
         size = text_bytes(form, done.gradients.values())
-        pieces = await self._layers.run_codec(size, encode, form, done.gradients, {"version": done.version})
+        pieces = await self._layers.encode(size, encode, form, done.gradients, {"version": done.version})
         headers = [(b"etag", etag(done.version)), (VERSION.lower().encode(), b"%d" % done.version)]
         return Response(200, form, pieces, [*headers, REPLAYED] if done.replayed else headers)
 
@@ -110,4 +110,4 @@ async def backward(
     In a group, each member gets grad_input as computed for the whole batch, and its shard's summand of grad_weight and
     grad_bias, as with SyncBatchNorm.
     """
-    return await call_endpoint("POST", "backward", name, request)
+    return await call_endpoint(name, request)

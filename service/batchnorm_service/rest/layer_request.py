@@ -27,10 +27,11 @@ class LayerRequest:
         query: the raw query string.
         headers: by lower-case name.
         received: the body, writable; None if it was not read yet. The fast path reads it before the endpoint runs.
-        grant: what the caller may do; the fast path leaves out what depends on that, which its queries do not ask for.
+        grant: what the caller may do.
+        version: the version or tag that the path names, or None.
     """
 
-    __slots__ = ("_receive", "grant", "headers", "name", "query", "received")
+    __slots__ = ("_receive", "grant", "headers", "name", "query", "received", "version")
 
     def __init__(
         self,
@@ -40,6 +41,7 @@ class LayerRequest:
         receive: Receive | None = None,
         received: Body | None = None,
         grant: Grant | None = None,
+        version: str | None = None,
     ) -> None:
         self.name = name
         self.query = query
@@ -47,6 +49,7 @@ class LayerRequest:
         self._receive = receive
         self.received = received
         self.grant = grant or _LEAST
+        self.version = version
 
     async def body(self, limit: int) -> Body:
         """The whole body, writable. Raises the same as `read_body`."""

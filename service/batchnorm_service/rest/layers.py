@@ -69,7 +69,7 @@ async def get_layer(
     name: LayerName, request: Request, _query: Annotated[StateQuery, Query()], _if_none_match: IfNoneMatch = None
 ) -> Response:
     """Tensors that the layer does not have are null."""
-    return await call_endpoint("GET", "", name, request)
+    return await call_endpoint(name, request)
 
 
 async def read_layer(layers: Layers, request: LayerRequest) -> Response:

@@ -64,7 +64,7 @@ class MomentsEndpoint:
         read = partial(decode, media, body)
         call = self._batches.fold_moments(request.name, read, key, nbytes=len(body), group=group)
         done = await (request.cancel_on_disconnect(call) if group else call)
-        return await self._layers.run_codec(text_bytes(JSON, done.moments.values()), _respond, done)
+        return await self._layers.encode(text_bytes(JSON, done.moments.values()), _respond, done)
 
 
 def _respond(done: Folded) -> Response:
@@ -180,7 +180,7 @@ async def fold_moments(
     A stack is `count` (M,), `mean` and `var` (M, C), of at most 65,536 batches. They are folded in this order, in one
     commit with one receipt, all or none. A refusal says which row is wrong, counted from 0, in its field `row`.
     """
-    return await call_endpoint("POST", "moments", name, request)
+    return await call_endpoint(name, request)
 
 
 @router.post(
@@ -205,7 +205,7 @@ async def fold_many_moments(
     headers = read_headers(request.scope["headers"])
     media = content_type(headers, _FORMS)
     body = await read_body(headers, request.receive, request.app.state.options.max_body_bytes)
-    by_layer = await layers.run_codec(len(body), _READERS[media], body)
+    by_layer = await layers.decode(len(body), _READERS[media], body)
     valid: dict[str, Moments] = {}
     results: dict[str, Any] = {}
     for name, moments in by_layer.items():

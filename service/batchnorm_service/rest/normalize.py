@@ -58,7 +58,7 @@ class NormalizeEndpoints:
         else:
             call = self._batches.train(name, read, key, nbytes=nbytes, statistics=statistics, group=group)
             done = await (request.cancel_on_disconnect(call) if group else call)
-        return await self._layers.run_codec(exchange.bytes_written(done), exchange.response, done)
+        return await self._layers.encode(exchange.bytes_written(done), exchange.response, done)
 
     async def eval(self, request: LayerRequest) -> Response:
         """Normalize a batch with the layer's running statistics."""
@@ -73,7 +73,7 @@ class NormalizeEndpoints:
             at=query.state,
             expect=query.expect,
         )
-        return await self._layers.run_codec(exchange.bytes_written(done), exchange.response, done)
+        return await self._layers.encode(exchange.bytes_written(done), exchange.response, done)
 
     async def inverse(self, request: LayerRequest) -> Response:
         """Undo what eval does to a batch."""
@@ -83,7 +83,7 @@ class NormalizeEndpoints:
         done = await self._batches.inverse(
             request.name, exchange.read, nbytes=exchange.bytes_read, at=query.state, expect=query.expect
         )
-        return await self._layers.run_codec(exchange.bytes_written(done), exchange.response, done)
+        return await self._layers.encode(exchange.bytes_written(done), exchange.response, done)
 
 
 class _TensorExchange:
@@ -121,17 +121,22 @@ class _TensorExchange:
     def response(self, done: Normalized) -> Response:
         """The response, in the media type that `read` chose."""
         fields = {"version": done.version, "num_batches_tracked": done.num_batches_tracked}
-        headers: list[RawHeader] = [
-            (b"etag", etag(done.version)),
-            (_VERSION, b"%d" % done.version),
-            (_BATCHES, b"%d" % done.num_batches_tracked),
-        ]
-        if done.replayed:
-            headers.append(REPLAYED)
-        if done.digest is not None:
-            headers.append((RAW_DIGEST, done.digest.encode()))
         pieces = encode(self._form, {"output": done.output, **done.statistics}, fields)
-        return Response(200, self._form, pieces, headers)
+        return Response(200, self._form, pieces, normalized_headers(done))
+
+
+def normalized_headers(done: Normalized) -> list[RawHeader]:
+    """The headers of a response with a normalized batch."""
+    headers: list[RawHeader] = [
+        (b"etag", etag(done.version)),
+        (_VERSION, b"%d" % done.version),
+        (_BATCHES, b"%d" % done.num_batches_tracked),
+    ]
+    if done.replayed:
+        headers.append(REPLAYED)
+    if done.digest is not None:
+        headers.append((RAW_DIGEST, done.digest.encode()))
+    return headers
 
 
 _PROBLEMS: Final = (
@@ -178,7 +183,7 @@ async def train(
     With `normalize=running` it is normalized with the running statistics right after its own fold, as VecNormalize of
     stable-baselines3 does; a repeat under its key, with the newest ones.
     """
-    return await call_endpoint("POST", "train", name, request)
+    return await call_endpoint(name, request)
 
 
 @router.post(
@@ -191,7 +196,7 @@ async def train(
 )
 async def eval_(name: LayerName, request: Request, _query: Annotated[EvalQuery, Query()]) -> Response:
     """Uses the newest committed state and does not change it. A batch may be empty."""
-    return await call_endpoint("POST", "eval", name, request)
+    return await call_endpoint(name, request)
 
 
 @router.post(
@@ -203,4 +208,4 @@ async def eval_(name: LayerName, request: Request, _query: Annotated[EvalQuery, 
 )
 async def inverse(name: LayerName, request: Request, _query: Annotated[ExpectQuery, Query()]) -> Response:
     """Like scikit-learn's inverse_transform. Values that `clip` bounded are not restored."""
-    return await call_endpoint("POST", "inverse", name, request)
+    return await call_endpoint(name, request)

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from batchnorm_client.wire import documents
@@ -15,10 +16,12 @@ from batchnorm_client.wire import media_types as forms
 from batchnorm_client.wire.errors import PROBLEMS
 from batchnorm_client.wire.tensors import CODECS
 
+from .problems import is_open_inference
+
 Json = dict[str, Any]
 
 # FastAPI does not list models of tensors and problems, and drops null defaults from the others.
-_MODELS: Final = (
+_MODELS: Final[tuple[type[BaseModel], ...]] = (
     documents.Layer,
     documents.LayerConfig,
     documents.LayerPage,
@@ -203,8 +206,8 @@ def _object(required: Json, optional: Json | None = None) -> Json:
     return {"type": "object", "properties": {**required, **(optional or {})}, "required": list(required)}
 
 
-def openapi_document(app: FastAPI) -> Json:
-    """The complete OpenAPI document of `app`."""
+def openapi_document(app: FastAPI, others: Sequence[type[BaseModel]] = ()) -> Json:
+    """The complete OpenAPI document of `app`, with the models `others` besides those of the REST interface."""
     document = get_openapi(
         title=app.title,
         version=app.version,
@@ -213,7 +216,7 @@ def openapi_document(app: FastAPI) -> Json:
         separate_input_output_schemas=False,
     )
     _, models = models_json_schema(
-        [(model, "validation") for model in _MODELS], ref_template="#/components/schemas/{model}"
+        [(model, "validation") for model in (*_MODELS, *others)], ref_template="#/components/schemas/{model}"
     )
     components = document["components"]
     schemas: Json = components["schemas"]
@@ -221,7 +224,7 @@ def openapi_document(app: FastAPI) -> Json:
     schemas["ProblemDocument"]["properties"]["type"]["enum"] = [f"/problems/{name}" for name in PROBLEMS]
     components["examples"] = CONFIG_EXAMPLES
     _add_links(document["paths"])
-    for operations in document["paths"].values():
+    for path, operations in document["paths"].items():
         for operation in operations.values():
             if "security" in operation:
                 operation["security"].insert(0, {})  # optional: a service without tokens needs none
@@ -234,7 +237,22 @@ def openapi_document(app: FastAPI) -> Json:
                 "headers": {"Allow": _RESPONSE_HEADERS["Allow"]},
                 "content": {forms.PROBLEM_JSON: {"schema": ref("ProblemDocument")}},
             }
+            if is_open_inference(path):
+                _use_inference_errors(operation["responses"])
     return document
+
+
+def _use_inference_errors(responses: Json) -> None:
+    """Replace problem documents by the errors of the Open Inference Protocol."""
+    for response in responses.values():
+        problem = response.get("content", {}).get(forms.PROBLEM_JSON)
+        if problem is not None:
+            examples = {
+                name: {"summary": example["summary"], "value": {"error": example["value"]["detail"]}}
+                for name, example in problem.get("examples", {}).items()
+            }
+            error = {"schema": ref("InferenceError")} | ({"examples": examples} if examples else {})
+            response["content"] = {forms.JSON: error}
 
 
 def _add_links(paths: Json) -> None:

@@ -1,4 +1,8 @@
-"""Turns exceptions into problem documents, application/problem+json (RFC 9457); no other module writes them."""
+"""Turns exceptions into responses; no other module writes them.
+
+They are problem documents, application/problem+json (RFC 9457); below /v2 they are what the Open Inference Protocol has
+in their place: `{"error": "..."}`, with the same statuses and headers.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from batchnorm_client.wire.errors import (
     Unauthenticated,
     shown,
 )
-from batchnorm_client.wire.media_types import PROBLEM_JSON
+from batchnorm_client.wire.media_types import JSON, PROBLEM_JSON
 
 from .responses import RawHeader, Response
 
@@ -33,12 +37,19 @@ def respond_problem(error: Exception, path: str, request_id: str) -> Response:
 
     An exception other than `ProblemError` is a bug: its traceback is logged, and the client gets the request id only.
     """
-    document = problem_document(error, path, request_id)
+    document, media_type = problem_document(error, path, request_id), PROBLEM_JSON
     problem = _problem(error, path)
+    if is_open_inference(path):
+        document, media_type = {"error": problem.detail}, JSON
     body = orjson.dumps(document, default=_to_json, option=_OPTIONS)
-    response = Response(problem.status, PROBLEM_JSON, [body], _headers(problem))
+    response = Response(problem.status, media_type, [body], _headers(problem))
     response.problem = problem.name
     return response
+
+
+def is_open_inference(path: str) -> bool:
+    """Whether errors at this path have the form of the Open Inference Protocol."""
+    return path == "/v2" or path.startswith("/v2/")
 
 
 def problem_document(error: Exception, path: str, request_id: str) -> dict[str, Any]:

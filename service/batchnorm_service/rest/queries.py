@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Final, Literal, TypeVar, cast
+from typing import Any, Final, Literal, TypeVar, cast, get_args
 from urllib.parse import parse_qsl
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -18,6 +20,12 @@ from batchnorm_service.layers import GroupCall
 from .documents import invalid_request
 
 MAX_MEMBERS: Final = 4096
+
+_NUMBERS: Final = (
+    (int, re.compile(r"-?[0-9]+"), "Input should be an integer in decimal digits"),
+    (float, re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?"), "Input should be a number in decimal digits"),
+)
+"""How numbers are written. pydantic also takes `+3`, `1_0`, `3.0` for an integer, and spaces around it."""
 
 
 class Query(BaseModel):
@@ -140,21 +148,25 @@ def parse_query(model: type[Q], query_string: bytes) -> Q:
 def _parse(model: type[Q], query_string: bytes) -> Q:
     if not query_string:
         return model()
-    known = list(model.model_fields)
+    known = {name: field.annotation for name, field in model.model_fields.items()}
     try:
         return model.model_validate(split_query(query_string, known))
     except ValidationError as error:
-        raise invalid_request(error.errors(include_url=False), known) from None
+        raise invalid_request(error.errors(include_url=False), list(known)) from None
 
 
 _parse_cached = lru_cache(maxsize=256)(_parse)
 
 
-def split_query(query_string: bytes, known: list[str]) -> dict[str, str]:
+def split_query(query_string: bytes, known: Mapping[str, Any]) -> dict[str, str]:
     """The query parameters as text.
 
+    Args:
+        query_string: as it was sent.
+        known: the annotation of each parameter; those of numbers must be written in decimal digits.
+
     Raises:
-        InvalidRequest: the query string cannot be read, or a parameter is unknown or repeated.
+        InvalidRequest: the query string cannot be read, or a parameter is unknown, repeated or no number.
     """
     try:
         pairs = parse_qsl(
@@ -165,7 +177,7 @@ def split_query(query_string: bytes, known: list[str]) -> dict[str, str]:
             max_num_fields=50,
         )
     except ValueError:
-        raise InvalidRequest("the query string cannot be read", field="query", expected=known) from None
+        raise InvalidRequest("the query string cannot be read", field="query", expected=list(known)) from None
     values: dict[str, str] = {}
     for name, value in pairs:
         if name in values:
@@ -173,9 +185,14 @@ def split_query(query_string: bytes, known: list[str]) -> dict[str, str]:
                 f"{name}: is given more than once", field=name, expected=f"one of {', '.join(known) or 'none'}"
             )
         values[name] = value
-    unknown = [name for name in values if name not in known]
-    if unknown:
-        raise invalid_request(
-            [ErrorDetails(type="extra_forbidden", loc=(name,), msg="", input=None) for name in unknown], known
-        )
+    wrong = [
+        ErrorDetails(type="extra_forbidden", loc=(name,), msg="", input=None) for name in values if name not in known
+    ] or [
+        ErrorDetails(type="number", loc=(name,), msg=message, input=value)
+        for name, value in values.items()
+        for number, pattern, message in _NUMBERS
+        if number in (known[name], *get_args(known[name])) and not pattern.fullmatch(value)
+    ]
+    if wrong:
+        raise invalid_request(wrong, list(known))
     return values

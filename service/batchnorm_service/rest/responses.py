@@ -96,7 +96,7 @@ async def respond_with_layer(
     """
     tags = [REPLAYED] if replayed else [(b"etag", etag(layer.version))]
     size = text_bytes(JSON, layer.tensors.values())
-    return await layers.run_codec(size, _respond_with_layer, status, layer, [*tags, *headers])
+    return await layers.encode(size, _respond_with_layer, status, layer, [*tags, *headers])
 
 
 def _respond_with_layer(status: int, layer: Snapshot, headers: Iterable[RawHeader]) -> Response:

@@ -34,7 +34,7 @@ from .negotiation import content_type
 from .preconditions import IF_MATCH_PATTERN, if_match
 from .queries import split_query
 from .responses import Response
-from .security import needs
+from .security import needs, refuse_other_sites
 
 READ: Final = needs(Scope.READ)
 TRAIN: Final = needs(Scope.TRAIN)
@@ -52,6 +52,7 @@ class DocumentRoute(APIRoute):
 
     A custom route class, as in FastAPI's guide "Custom Request and APIRoute class". Its handler raises:
 
+        Forbidden: a web page of another site sends it, and it may change something.
         InvalidRequest: a query parameter is unknown or repeated; a field of the body is unknown, missing or invalid.
         UnsupportedMediaType: the Content-Type is not JSON.
         PayloadTooLarge: the body is larger than `ApiOptions.max_body_bytes`.
@@ -61,11 +62,14 @@ class DocumentRoute(APIRoute):
     def get_route_handler(self) -> Handler:
         """FastAPI's handler, preceded by these checks."""
         handle = super().get_route_handler()
-        known = [field.alias for field in self.dependant.query_params]
+        known = {field.alias: field.field_info.annotation for field in self.dependant.query_params}
         body = self.body_field.field_info if self.body_field else None
         types = (JSON, MERGE_PATCH_JSON) if "PATCH" in (self.methods or ()) else (JSON,)
+        changes = self.methods != {"GET"}
 
         async def read_and_handle(request: Request) -> StarletteResponse:
+            if changes:
+                refuse_other_sites(read_headers(request.scope["headers"]))
             if request.scope["query_string"]:
                 split_query(request.scope["query_string"], known)
             if body is not None:
@@ -100,7 +104,7 @@ async def _read_document(
     if not (body or required):
         return _DocumentRequest(request, None)
     content_type(headers, types)
-    document = await request.app.state.layers.run_codec(len(body), parse_document, model, body)
+    document = await request.app.state.layers.decode(len(body), parse_document, model, body)
     return _DocumentRequest(request, document)
 
 
@@ -114,16 +118,19 @@ def tensor_router(tag: str = "layers") -> APIRouter:
     return APIRouter(tags=[tag], default_response_class=StarletteResponse)
 
 
-async def call_endpoint(method: str, call: str, name: str, request: Request) -> Response:
-    """The response of the endpoint that is registered for this method and call.
+async def call_endpoint(name: str, request: Request) -> Response:
+    """The response of the endpoint that is registered for this method and route.
 
     The gateway calls endpoints without FastAPI. Their FastAPI routes exist for the OpenAPI document, HEAD and 405, and
     call the same endpoints.
     """
-    endpoint: Endpoint = request.app.state.endpoints[method, call]
-    headers = read_headers(request.scope["headers"])
+    scope = request.scope
+    endpoint: Endpoint = request.app.state.endpoints[scope["method"], scope["route"].path]
+    headers, version = read_headers(scope["headers"]), scope["path_params"].get("version")
     grant: Grant = request.state.grant
-    return await endpoint(LayerRequest(name, request.scope["query_string"], headers, request.receive, grant=grant))
+    return await endpoint(
+        LayerRequest(name, scope["query_string"], headers, request.receive, grant=grant, version=version)
+    )
 
 
 async def _layers(request: Request) -> Layers:

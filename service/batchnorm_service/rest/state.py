@@ -61,7 +61,7 @@ async def get_state(
     if not matches_none(headers.get(b"if-none-match"), layer.version):
         return respond_empty(304, tags)
     size = text_bytes(form, layer.tensors.values())
-    return Response(200, form, await layers.run_codec(size, encode, form, layer.tensors), tags)
+    return Response(200, form, await layers.encode(size, encode, form, layer.tensors), tags)
 
 
 @router.put(

@@ -14,6 +14,11 @@ from starlette.types import Scope
 
 from batchnorm_client.wire.names import LAYER_NAME_PATTERN
 
+LAYER: Final = "/v1/layers/{name}"
+MODEL: Final = "/v2/models/{name}"
+MODEL_VERSION: Final = "/v2/models/{name}/versions/{version}"
+"""The templates of the paths that name a layer."""
+
 MAX_CACHED_BYTES: Final = 256
 """Longer paths are not cached. Paths of calls on layers are shorter: a name has at most 200 characters."""
 
@@ -23,10 +28,12 @@ class Target(NamedTuple):
 
     Attributes:
         path: normalized: unreserved characters unescaped, all others escaped.
-        versioned: whether it is below /v1. Such calls are never public, and count as running.
-        layer: the name in `/v1/layers/{layer}`, or None.
-        call: the segments after it, such as `train`, or empty.
+        versioned: whether it is below /v1, /v2/models or /v2/repository. Such calls are never public, and count as
+            running.
+        layer: the name in `/v1/layers/{name}` or `/v2/models/{name}`, or None.
+        call: the path's template, such as `/v1/layers/{name}/train`; empty without `layer`.
         named: False if `layer` is not a valid name.
+        version: the version or tag in `/v2/models/{name}/versions/{version}`, or None.
     """
 
     path: str
@@ -34,6 +41,7 @@ class Target(NamedTuple):
     layer: str | None
     call: str
     named: bool = True
+    version: str | None = None
 
 
 def read_target(scope: Scope) -> Target:
@@ -54,8 +62,16 @@ def target_of(raw: bytes, root: str = "") -> Target:
         path = "/".join(quote(segment, safe="!$&'()*+,;=:@") for segment in segments)
     match segments:
         case ["", "v1", "layers", layer, *rest] if layer:
-            return Target(path, True, layer, "/".join(rest), LAYER_NAME_PATTERN.fullmatch(layer) is not None)
-        case ["", "v1", *_]:
+            return Target(path, True, layer, "/".join([LAYER, *rest]), _is_name(layer))
+        case ["", "v2", "models", layer, "versions", version, *rest] if layer and version:
+            return Target(path, True, layer, "/".join([MODEL_VERSION, *rest]), _is_name(layer), version)
+        case ["", "v2", "models", layer, *rest] if layer:
+            return Target(path, True, layer, "/".join([MODEL, *rest]), _is_name(layer))
+        case ["", "v1", *_] | ["", "v2", "models" | "repository", *_]:
             return Target(path, True, None, "")
         case _:
             return Target(path, False, None, "")
+
+
+def _is_name(layer: str) -> bool:
+    return LAYER_NAME_PATTERN.fullmatch(layer) is not None

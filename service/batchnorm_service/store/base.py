@@ -90,9 +90,11 @@ class Committed:
         contenders: how many other commits of this record had a conflict within the last `CONTENDER_SECONDS` and have
             not succeeded since. A commit is identified by its first receipt key; one without receipts is not counted.
             None if the store does not count them, and after operations other than a commit.
+        pinned: after a pin, the record that it keeps; None after other operations.
     """
 
     contenders: int | None = field(default=None, compare=False, repr=False)
+    pinned: Record | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,9 +336,9 @@ class Store(Protocol):
     ) -> Committed | Pinned | Full | NotKept | Missing:
         """Durably pin the newest record, which is then kept too, or a kept one: that with this stamp.
 
-        With None, the newest, whatever its stamp is. If several outcomes apply: `Missing` if there is no record of that
-        name and incarnation, `Pinned` with the pin that has this tag already (which a repeat of a call returns),
-        `NotKept`, `Full` if the record has `limit` pins.
+        With None, the newest, whatever its stamp is; `Committed.pinned` is the record. If several outcomes apply:
+        `Missing` if there is no record of that name and incarnation, `Pinned` with the pin that has this tag already
+        (which a repeat of a call returns), `NotKept`, `Full` if the record has `limit` pins.
         """
         ...
 

@@ -209,7 +209,7 @@ class MemoryStore:
             return Full()
         self._keep(record)
         self._pins.setdefault(stamp.incarnation, {})[tag] = Pin(tag, stamp.version, data)
-        return Committed()
+        return Committed(pinned=record)
 
     async def pins(self, name: str) -> tuple[Pin, ...] | Missing:
         """See `Store.pins`."""

@@ -3,7 +3,7 @@
 Imports neither torch nor HTTP, so that the command `batchnorm-service token` starts at once.
 """
 
-from batchnorm_service.tokens.file import TokenFile, add_token, create_file, load_tokens, revoke_token
+from batchnorm_service.tokens.file import TokenFile, add_token, create_file, describe_user, load_tokens, revoke_token
 from batchnorm_service.tokens.grants import EVERYTHING, Grant, Scope
 from batchnorm_service.tokens.stored import MAX_TOKEN_BYTES, StoredToken, TokenFileError, find_token
 
@@ -17,6 +17,7 @@ __all__ = [
     "TokenFileError",
     "add_token",
     "create_file",
+    "describe_user",
     "find_token",
     "load_tokens",
     "revoke_token",

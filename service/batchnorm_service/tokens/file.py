@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import pwd
 import secrets
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -138,7 +139,7 @@ def _read(path: Path) -> tuple[dict[str, StoredToken], _Signature]:
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             log.warning("%s: other users may write it, and so make tokens: chmod go-w", path)
     except OSError as error:
-        raise TokenFileError(f"{path}: {error.strerror}") from error
+        raise TokenFileError(f"{path}: {_reason(path, error)}") from error
     try:
         return parse_tokens(data), _signature(status)
     except TokenFileError as error:
@@ -158,12 +159,13 @@ def _locked(path: Path) -> Iterator[Path]:
         # The lock is on a file of its own, because the token file is replaced by another file.
         lock = os.open(real.with_name(f"{real.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
+            _give_to_owner(real, lock)
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield real
         finally:
             os.close(lock)
     except OSError as error:
-        raise TokenFileError(f"{path}: {error.strerror}") from error
+        raise TokenFileError(f"{path}: {_reason(path, error)}") from error
 
 
 def _write(path: Path, tokens: Iterable[StoredToken]) -> None:
@@ -175,7 +177,7 @@ def _write(path: Path, tokens: Iterable[StoredToken]) -> None:
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with open(descriptor, "wb") as file:
-            _keep_owner(path, descriptor)
+            _give_to_owner(path, descriptor)
             file.write(data)
             file.flush()
             os.fsync(descriptor)
@@ -187,11 +189,40 @@ def _write(path: Path, tokens: Iterable[StoredToken]) -> None:
     _sync_directory(path.parent)
 
 
-def _keep_owner(path: Path, descriptor: int) -> None:
-    """Give the new file the owner of the old one: the service could not read what root has written."""
-    if os.geteuid() == 0 and path.exists():
-        old = path.stat()
-        os.fchown(descriptor, old.st_uid, old.st_gid)
+def _give_to_owner(path: Path, descriptor: int) -> None:
+    """Give a new file to the owner of the token file, or of its directory: the service could not read one of root's.
+
+    Raises:
+        TokenFileError: only root could.
+    """
+    owner = (path if path.exists() else path.parent).stat()
+    if os.geteuid() == 0:
+        os.fchown(descriptor, owner.st_uid, owner.st_gid)
+    elif path.exists() and owner.st_uid != os.geteuid():
+        raise TokenFileError(
+            f"{path} belongs to {describe_user(owner.st_uid)}, who could not read what"
+            f" {describe_user(os.geteuid())} writes; run the command as its owner or as root"
+        )
+
+
+def _reason(path: Path, error: OSError) -> str:
+    """What an error says, and why a file that is there cannot be used."""
+    if isinstance(error, PermissionError):
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            mode = stat.S_IMODE(status.st_mode)
+            return (
+                f"{error.strerror}: it belongs to {describe_user(status.st_uid)} (mode {mode:04o}), and this process to"
+                f" {describe_user(os.geteuid())}"
+            )
+    return str(error.strerror)
+
+
+def describe_user(number: int) -> str:
+    """The user with this number, by name if there is one."""
+    with contextlib.suppress(KeyError):
+        return f"user {pwd.getpwuid(number).pw_name}"
+    return f"user {number}"
 
 
 def _sync_directory(path: Path) -> None:

@@ -65,9 +65,23 @@ def fill(http: httpx.Client) -> None:
         http.post(
             "/v1/layers/grouped/train?group=open&size=2",
             json={"input": SHARDS[0]},
-            headers={"Idempotency-Key": "member-1"},
+            headers={"Idempotency-Key": "open-1"},  # "member-1" in files of schemas 1 and 2
             timeout=2,
         )
+
+
+def fill_history(http: httpx.Client) -> None:
+    """A batch, a pin of it, a batch, a reset, a pin, and back to the first pin; where the release has that."""
+    layer = "/v1/layers/history"
+    http.put(layer, json={"num_features": 3}).raise_for_status()
+    post(http, f"{layer}/train", {"input": BATCHES[0]}).raise_for_status()
+    if http.put(f"{layer}/pins/first", json={}).status_code in {404, 405}:
+        http.delete(layer).raise_for_status()
+        return
+    post(http, f"{layer}/train", {"input": BATCHES[1]}).raise_for_status()
+    post(http, f"{layer}/reset", {}).raise_for_status()
+    http.put(f"{layer}/pins/empty", json={}).raise_for_status()
+    post(http, f"{layer}/rollback", {"tag": "first"}, "back").raise_for_status()
 
 
 def main(checkout: Path, path: Path) -> None:
@@ -77,6 +91,7 @@ def main(checkout: Path, path: Path) -> None:
         | {
             "PYTHONPATH": f"{checkout / 'client'}{os.pathsep}{checkout / 'service'}",
             "BATCHNORM_RECEIPT_SECONDS": str(RECEIPT_SECONDS),
+            "BATCHNORM_HISTORY_SECONDS": "0",
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -88,6 +103,7 @@ def main(checkout: Path, path: Path) -> None:
     try:
         with httpx.Client(base_url=url, timeout=30) as http:
             fill(http)
+            fill_history(http)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()

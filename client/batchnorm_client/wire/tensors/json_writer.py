@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
@@ -39,6 +40,12 @@ def json_pieces(document: Mapping[str, Any]) -> list[Buffer]:
             pieces.append(orjson.dumps(value, option=_OPTIONS))
     pieces.append(b"}")
     return pieces
+
+
+def flat_pieces(tensor: Tensor) -> list[Buffer]:
+    """The text of one list with all of a tensor's numbers in C order, in pieces."""
+    flat = Tensor.unchecked(tensor.dtype, (math.prod(tensor.shape),), tensor.buffer)
+    return [*_list_pieces(widened(flat))] if tensor.nbytes else [b"[]"]
 
 
 def _listed(tensor: Tensor) -> Array | orjson.Fragment:

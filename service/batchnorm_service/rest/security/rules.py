@@ -14,7 +14,7 @@ from batchnorm_client.wire.errors import Forbidden, NotFound
 from batchnorm_service.layers import layer_not_found
 from batchnorm_service.tokens import Grant, Scope
 
-from ..target import Target
+from ..target import LAYER, Target
 
 PUBLIC_PATHS: Final = frozenset(
     {
@@ -35,8 +35,6 @@ PUBLIC_PATHS: Final = frozenset(
 
 PUBLIC_PARENTS: Final = ("/problems", "/v2/health")
 """Paths of one of these plus exactly one segment need no token either."""
-
-_LAYER: Final = "/v1/layers/{name}"
 
 _bearer = HTTPBearer(
     auto_error=False,
@@ -102,12 +100,10 @@ class Rules:
                     self._add(method, route, scope)
 
     def _add(self, method: str, route: APIRoute, scope: Scope) -> None:
-        call = route.path.removeprefix(_LAYER).lstrip("/")
-        if route.path.startswith(_LAYER) and "{" not in call:
-            self._calls[method, call] = scope
-        elif "{" not in route.path:
+        if "{" not in route.path:
             self._paths[method, route.path] = scope
         else:
+            self._calls[method, route.path] = scope  # found there if it is `Target.call`
             self._patterns.append((method, route.path_regex, scope))
 
     def check(self, grant: Grant, method: str, target: Target) -> None:
@@ -160,7 +156,7 @@ def check_layer(grant: Grant, method: str, target: Target) -> None:
     name = target.layer
     if name is None or grant.sees(name):
         return
-    if method == "PUT" and not target.call:
+    if method == "PUT" and target.call == LAYER:
         raise Forbidden(
             f"this token is for layers whose names start with {grant.prefix!r}",
             field="Authorization",

@@ -90,10 +90,7 @@ def load_kept(
         return Unchanged()
     if stamp == present:
         return load_record(connection, name) or Missing()
-    (data,) = connection.execute(
-        "SELECT data FROM kept WHERE incarnation = ? AND version = ?", (incarnation, version)
-    ).fetchone()
-    return Record(stamp, data)
+    return _load(connection, stamp)
 
 
 def pin(
@@ -114,7 +111,7 @@ def pin(
     if stamp == present:
         keep_newest(connection, name)
     _write_pin(connection, stamp.incarnation, Pin(tag, stamp.version, data))
-    return Committed()
+    return Committed(pinned=_load(connection, stamp))
 
 
 def pins(connection: sqlite3.Connection, name: str) -> tuple[Pin, ...] | Missing:
@@ -168,6 +165,14 @@ def _find(connection: sqlite3.Connection, present: Stamp, version: int) -> Stamp
         "SELECT commit_id FROM kept WHERE incarnation = ? AND version = ?", (present.incarnation, version)
     ).fetchone()
     return None if row is None else Stamp(present.incarnation, version, row[0])
+
+
+def _load(connection: sqlite3.Connection, stamp: Stamp) -> Record:
+    """The kept record with this stamp, which must be there."""
+    (data,) = connection.execute(
+        "SELECT data FROM kept WHERE incarnation = ? AND version = ?", (stamp.incarnation, stamp.version)
+    ).fetchone()
+    return Record(stamp, data)
 
 
 def _pin(connection: sqlite3.Connection, incarnation: int, tag: str) -> Pin | None:

@@ -98,7 +98,7 @@ if find(newest, version) ~= wanted then return {$NOT_KEPT} end
 if #own(KEYS[3], incarnation) >= tonumber(ARGV[4]) then return {$FULL} end
 if newest == wanted then redis.call('HSET', KEYS[2], newest, read(newest, newest)) end
 redis.call('HSET', KEYS[3], incarnation .. ARGV[2], version .. ARGV[3])
-return {$DONE}
+return {$DONE, wanted .. redis.call('HGET', KEYS[2], wanted)}
 """,
     writes=True,
 )
@@ -200,7 +200,7 @@ class History:
         )
         match reply[0]:
             case ReplyCode.DONE:
-                return Committed()
+                return Committed(pinned=unpack_record(reply[1]))
             case ReplyCode.PINNED:
                 return Pinned(_unpack_pin(tag.encode(), reply[1]))
             case ReplyCode.FULL:

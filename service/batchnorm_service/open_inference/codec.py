@@ -1,0 +1,301 @@
+"""Bodies of inference requests and responses: a JSON object, then the bytes of tensors (binary tensor data extension).
+
+    request: Inference-Header-Content-Length: n | n bytes of JSON | binary_data_size bytes of the input
+    response: the same with the output
+
+Without that header all of the body is JSON; with n = 0 all of it is the input ("raw binary request").
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+import orjson
+from pydantic import ValidationError
+
+from batchnorm_client.wire.documents import Document
+from batchnorm_client.wire.errors import InvalidRequest, MalformedBody, RequestError, ShapeMismatch
+from batchnorm_client.wire.tensors import Tensor, itemsize, load_json
+from batchnorm_client.wire.tensors.json_writer import flat_pieces
+from batchnorm_client.wire.tensors.regular_json import UnusualError
+from batchnorm_client.wire.tensors.tensor import Buffer, byte_view, checked_shape, view_tensor
+from batchnorm_service.rest.documents import invalid_request
+from batchnorm_service.rest.headers import Headers
+
+from .documents import (
+    DATATYPES,
+    DTYPES,
+    INPUT,
+    OUTPUT,
+    InferenceRequest,
+    InputParameters,
+    OutputParameters,
+    RequestInput,
+    RequestOutput,
+    RequestParameters,
+)
+from .numbers import numbers_in, read_numbers
+
+HEADER_LENGTH: Final = "Inference-Header-Content-Length"
+_HEADER_LENGTH: Final = HEADER_LENGTH.lower().encode()
+
+_LARGE: Final = 1 << 14  # bytes of JSON; in less, the numbers are parsed with the rest
+_LARGEST_FRAME: Final = 1 << 14  # bytes of JSON beside the numbers
+_PIECE: Final = 1 << 17
+_DATA: Final = b'"data"'
+_COLON: Final = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*(?=\[)")
+_NEXT_KEY: Final = re.compile(rb',[ \t\r\n]*"\w+"[ \t\r\n]*\Z')
+_LONGEST_KEY: Final = 64
+
+
+class InferenceCall(NamedTuple):
+    """An inference request that was read.
+
+    Attributes:
+        request: its JSON object.
+        tensor: the input.
+        binary: whether the output is to be sent as bytes.
+        text: whether the input or the output is JSON.
+    """
+
+    request: InferenceRequest
+    tensor: Tensor
+    binary: bool
+    text: bool
+
+
+def header_length(headers: Headers) -> int | None:
+    """How many bytes of the body are JSON; None for all of them.
+
+    Raises:
+        MalformedBody: the header is not a number, or repeated.
+    """
+    given = headers.get(_HEADER_LENGTH)
+    if given is None:
+        return None
+    if not (given.isdigit() and len(given) <= 18):
+        raise MalformedBody(
+            f"{HEADER_LENGTH} must be a number of bytes, and given once",
+            field=HEADER_LENGTH,
+            expected="a number",
+            got=given.decode("latin-1")[:100],
+        )
+    return int(given)
+
+
+def read_request(body: Buffer, length: int | None) -> InferenceCall:
+    """The inference request in a body whose first `length` bytes are JSON; None for all bytes.
+
+    Raises:
+        MalformedBody: not JSON, or the declared sizes are not those of the bytes that are there.
+        InvalidRequest: a field is unknown, missing or invalid; a number does not fit its datatype.
+        ShapeMismatch: the numbers do not have the declared shape.
+    """
+    view = byte_view(body)
+    if length is not None and length > len(view):
+        raise MalformedBody(
+            f"{HEADER_LENGTH} is {length}; the body has {len(view)} bytes",
+            field=HEADER_LENGTH,
+            expected=f"at most {len(view)}",
+            got=length,
+        )
+    text, rest = (view, view[:0]) if length is None else (view[:length], view[length:])
+    request, tensor = _load(text)
+    given = request.inputs[0]
+    is_text = given.parameters.binary_data_size is None
+    tensor = _from_numbers(given, rest, tensor) if is_text else _from_bytes(given, rest)
+    binary = request.parameters.binary_data_output
+    if request.outputs and (chosen := request.outputs[0].parameters.binary_data) is not None:
+        binary = chosen
+    return InferenceCall(request, tensor, binary, is_text or not binary)
+
+
+_OBJECTS: Final[Mapping[tuple[str, ...], type[Document]]] = {
+    (): InferenceRequest,
+    ("parameters",): RequestParameters,
+    ("inputs",): RequestInput,
+    ("inputs", "parameters"): InputParameters,
+    ("outputs",): RequestOutput,
+    ("outputs", "parameters"): OutputParameters,
+}
+"""By where they are in a request."""
+
+
+def _invalid(error: ValidationError) -> InvalidRequest:
+    """The problem; if a field is not known, it names those that are."""
+    errors = error.errors(include_url=False)
+    where = tuple(part for part in errors[0]["loc"][:-1] if isinstance(part, str))
+    return invalid_request(errors, list(_OBJECTS[where].model_fields) if where in _OBJECTS else [])
+
+
+RAW_REQUEST: Final = InferenceRequest.model_construct(
+    parameters=InferenceRequest.model_fields["parameters"].default.model_copy(update={"binary_data_output": True}),
+    inputs=[],
+)
+
+
+def read_raw(body: Buffer, dtype: str, shape: list[int]) -> InferenceCall:
+    """The inference request of a body that is the input only, whose one free dimension follows from its length.
+
+    Args:
+        body: the input's bytes.
+        dtype: of the layer.
+        shape: that the layer's metadata declare, with -1 for a free dimension.
+
+    Raises:
+        InvalidRequest: the shape has more than one free dimension.
+        MalformedBody: the length is no multiple of what the others make.
+    """
+    view = byte_view(body)
+    if shape.count(-1) != 1:
+        raise InvalidRequest(
+            f"{HEADER_LENGTH}: without a JSON object the input's shape is not known, of which {shape} are free",
+            field=HEADER_LENGTH,
+            expected="the length of a JSON object",
+            got=0,
+        )
+    step = itemsize(dtype) * math.prod(n for n in shape if n >= 0)
+    if len(view) % step:
+        raise MalformedBody(
+            f"{INPUT}: {dtype} of shape {shape} has a multiple of {step} bytes; the body has {len(view)}",
+            field=INPUT,
+            expected=step,
+            got=len(view),
+        )
+    whole = tuple(len(view) // step if n < 0 else n for n in shape)
+    return InferenceCall(RAW_REQUEST, view_tensor(dtype, whole, view), binary=True, text=False)
+
+
+def write_response(call: InferenceCall, document: Mapping[str, Any], tensor: Tensor) -> tuple[list[Buffer], int | None]:
+    """A response's body in pieces, and how many of its bytes are JSON; None for all of them.
+
+    Args:
+        call: the request.
+        document: the members of the JSON object beside `outputs`.
+        tensor: the output.
+    """
+    output: dict[str, Any] = {"name": OUTPUT, "shape": tensor.shape, "datatype": DATATYPES[tensor.dtype]}
+    if call.binary:
+        output["parameters"] = {"binary_data_size": tensor.nbytes}
+        head = orjson.dumps({**document, "outputs": [output]})
+        return [head, tensor.buffer] if tensor.nbytes else [head], len(head)
+    head = orjson.dumps({**document, "outputs": [output]})
+    return [head[:-3] + b',"data":', *flat_pieces(tensor), b"}]}"], None
+
+
+def _from_bytes(given: RequestInput, rest: memoryview) -> Tensor:
+    size = given.parameters.binary_data_size
+    if given.data is not None:
+        raise InvalidRequest(
+            "inputs.0: has data and binary_data_size; send one of them", field="inputs.0.data", expected="no data"
+        )
+    dtype = DTYPES[given.datatype]
+    shape = checked_shape(given.shape, itemsize(dtype), field=INPUT)
+    expected = math.prod(shape) * itemsize(dtype)
+    if size != expected:
+        raise MalformedBody(
+            f"{INPUT}: {given.datatype} of shape {given.shape} has {expected} bytes; binary_data_size is {size}",
+            field="inputs.0.parameters.binary_data_size",
+            expected=expected,
+            got=size,
+        )
+    _check_rest(rest, expected)
+    return view_tensor(dtype, shape, rest)
+
+
+def _from_numbers(given: RequestInput, rest: memoryview, tensor: Tensor | None) -> Tensor:
+    if given.data is None:
+        raise InvalidRequest(
+            "inputs.0.data: is missing, and so is the parameter binary_data_size",
+            field="inputs.0.data",
+            expected="a list of numbers",
+        )
+    _check_rest(rest, 0)
+    dtype = DTYPES[given.datatype]
+    shape = checked_shape(given.shape, itemsize(dtype), field=INPUT)
+    if tensor is None:
+        tensor = numbers_in(given.data, dtype)
+    if tensor.shape not in (shape, (math.prod(shape),)):
+        raise ShapeMismatch(
+            f"{INPUT}: the shape is {given.shape}; data has {list(tensor.shape)}",
+            field="inputs.0.data",
+            expected=given.shape,
+            got=list(tensor.shape),
+        )
+    return Tensor.unchecked(dtype, shape, tensor.buffer)
+
+
+def _check_rest(rest: memoryview, expected: int) -> None:
+    """Check how many bytes follow the JSON object."""
+    if len(rest) != expected:
+        raise MalformedBody(
+            f"the JSON object declares {expected} bytes of tensors; after it, as {HEADER_LENGTH} says where it ends,"
+            f" the body has {len(rest)}",
+            field=HEADER_LENGTH,
+            expected=expected,
+            got=len(rest),
+        )
+
+
+def _load(text: memoryview) -> tuple[InferenceRequest, Tensor | None]:
+    """A request; if it is large, with the tensor of the array `data`, which has `true` in its place.
+
+    Whatever is not read that way is parsed by one call, which decides why a request is refused.
+    """
+    refusal: RequestError | None = None
+    if len(text) >= _LARGE and (found := _find_numbers(text)) is not None:
+        begin, end = found
+        frame = b"".join([text[:begin], b"true", text[end:]])
+        # A backslash could write `data` in another way. Without, only the one key was `data`.
+        if b"\\" not in frame:
+            try:
+                request = _validated(load_json(frame))
+                if request.inputs[0].data is True:
+                    return request, read_numbers(text[begin:end], DTYPES[request.inputs[0].datatype])
+            except InvalidRequest as error:
+                refusal = error
+            except (MalformedBody, UnusualError):
+                pass
+    return _validated(load_json(text, refusal)), None
+
+
+def _validated(document: Any) -> InferenceRequest:
+    if not isinstance(document, dict):
+        raise MalformedBody("the body must be a JSON object", expected="an object")
+    try:
+        return InferenceRequest.model_validate(document)
+    except ValidationError as error:
+        raise _invalid(error) from None
+
+
+def _find_numbers(text: memoryview) -> tuple[int, int] | None:
+    """Where the array of the only key `data` begins and ends; None if it is unclear, or too much is beside it.
+
+    Such an array has no braces and no colons. So it ends before the first brace, or before the next key.
+    """
+    key = _find(text, _DATA, 0)
+    colon = None if key < 0 else _COLON.match(text, key + len(_DATA))
+    if colon is None:
+        return None
+    begin = colon.end()
+    end = _find(text, b"}", begin)
+    if end < 0 or begin + len(text) - end > _LARGEST_FRAME:
+        return None
+    if (following := _find(text[:end], b":", begin)) >= 0:
+        next_key = _NEXT_KEY.search(text, max(begin, following - _LONGEST_KEY), following)
+        if next_key is None:
+            return None
+        end = next_key.start()
+    return (begin, end) if _find(text, _DATA, end) < 0 else None
+
+
+def _find(text: memoryview, what: bytes, start: int) -> int:
+    """Where some bytes are, from `start` on; -1 if they are not. In pieces, between which other threads may run."""
+    for begin in range(start, len(text), _PIECE):
+        at = bytes(text[begin : begin + _PIECE + len(what) - 1]).find(what)
+        if at >= 0:
+            return begin + at
+    return -1
