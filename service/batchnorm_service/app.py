@@ -80,6 +80,7 @@ def create_app(
             history_seconds=settings.history_seconds,
             max_pins=settings.max_pins,
             max_waiting_members=group_share(settings.max_concurrent_requests),
+            waiting_calls=settings.max_waiting_calls,
         ),
         metrics=metrics,
         traced=traces is not None,

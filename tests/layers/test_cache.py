@@ -69,6 +69,7 @@ async def test_only_the_slot_that_was_used_is_dropped_by_its_name(monkeypatch: p
                 RUNTIME,
                 LayerMetrics(NoMetrics()),
                 lambda _: None,
+                lambda _: None,
             )
         assert entries.get("a") is other
 

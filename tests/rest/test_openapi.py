@@ -31,6 +31,7 @@ CALLS = {
     "/v1/layers/{name}/backward": {"post"},
     "/v1/layers/{name}/moments": {"post"},
     "/v1/moments": {"post"},
+    "/v1/state": {"get", "put"},
     "/v2": {"get"},
     "/v2/health/live": {"get"},
     "/v2/health/ready": {"get"},

@@ -363,3 +363,16 @@ class ManyFolded(Document):
     """What became of them: a result or a problem for each layer."""
 
     layers: dict[str, FoldedDocument | ProblemDocument]
+
+
+class ReplacedDocument(Document):
+    """A layer whose tensors were replaced."""
+
+    version: int
+    num_batches_tracked: int
+
+
+class ManyReplaced(Document):
+    """What became of the tensors of many layers: a result or a problem for each."""
+
+    layers: dict[str, ReplacedDocument | ProblemDocument]

@@ -76,7 +76,9 @@ class FastPathProtocol(CoalescingProtocol):
         self._set_idle()
 
     def shutdown(self) -> None:
-        """The server stops. A request that is still being received is handed over to uvicorn's own cycle."""
+        """The server stops: calls that wait for a change end, and a partly received request goes to uvicorn's cycle."""
+        if isinstance(self.app, Gateway):
+            self.app.stop_waiting()
         if (cycle := self._fast_cycle()) is not None and cycle.reading:
             self.cycle = None  # type: ignore[assignment]
             super().on_headers_complete()

@@ -30,6 +30,7 @@ class LayersOptions:
         history_seconds: between two kept states while batches come.
         max_pins: maximum number of pins of a layer.
         max_waiting_members: maximum number of calls that wait for the other members of their groups, of all layers.
+        waiting_calls: maximum number of calls that wait until layers change.
     """
 
     device: str = "cpu"
@@ -44,6 +45,7 @@ class LayersOptions:
     history_seconds: float = 60.0
     max_pins: int = 100
     max_waiting_members: int = 1 << 30
+    waiting_calls: int = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class Snapshot:
         samples_tracked: how many values per channel were folded.
         tensors: by their names in torch's state_dict; only those that the layer has.
         digest: of the state: see `state_digest`.
+        tag: identifies the state among all that the name ever had.
     """
 
     name: str
@@ -71,6 +74,7 @@ class Snapshot:
     samples_tracked: int
     tensors: Mapping[str, Tensor]
     digest: str
+    tag: str
 
 
 class Normalized(NamedTuple):
