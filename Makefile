@@ -10,7 +10,7 @@ INFERENCE := .venv-inference
 LOWEST := .venv-lowest
 SUPPLY := .venv-supply
 
-.PHONY: help run test test-quick test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak soak-crashes simulate mutants machines schemathesis fuzz fuzz-keep lock sbom licences dist image image-check clean
+.PHONY: help run test coverage test-quick test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak soak-crashes simulate mutants machines schemathesis fuzz fuzz-keep lock sbom licences dist image image-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -18,8 +18,11 @@ help: ## list the targets
 run: $(VENV)/service.stamp ## start the service on 127.0.0.1:8000
 	@exec $(BIN)/batchnorm-service serve $(ARGS)
 
-test: check $(GENERATORS)/generators.stamp $(INFERENCE)/clients.stamp ## lint, types, dependency rules, and every test with coverage
-	$(BIN)/pytest --numprocesses 2 --dist worksteal --cov --cov-report term $(ARGS)
+test: check $(GENERATORS)/generators.stamp $(INFERENCE)/clients.stamp ## lint, types, dependency rules, and every test
+	$(BIN)/pytest --numprocesses 3 --dist worksteal $(ARGS)
+
+coverage: $(VENV)/dev.stamp ## every test, and which lines none reaches (it takes half as long again)
+	$(BIN)/pytest --numprocesses 3 --dist worksteal --cov --cov-report term-missing $(ARGS)
 
 test-quick: check ## the same in a minute: only the tests that start no processes and do not wait
 	$(BIN)/pytest --numprocesses 2 --dist worksteal -m "not slow" $(ARGS)
@@ -98,7 +101,7 @@ $(LOWEST)/lowest.stamp: pyproject.toml tests/install/lowest.py
 	@echo "Setting up $(LOWEST) (once) ..."
 	@$(PYTHON) -m venv --clear $(LOWEST)
 	@$(PYTHON) tests/install/lowest.py > $(LOWEST)/lowest.txt
-	@$(LOWEST)/bin/python -m pip --disable-pip-version-check --quiet install -c $(LOWEST)/lowest.txt --editable '.[service,torch,demo,dev]'
+	@$(LOWEST)/bin/python -m pip --disable-pip-version-check --quiet install -c $(LOWEST)/lowest.txt --editable '.[service,otel,torch,demo,dev]'
 	@touch $@
 
 soak: MINUTES = 30
@@ -147,7 +150,7 @@ $(VENV)/fuzz.stamp: $(VENV)/dev.stamp
 	@echo "Setting up .venv-bench (once) ..."
 	@.venv-bench/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-bench
 	@.venv-bench/bin/python -m pip --disable-pip-version-check --quiet install $(CONSTRAINTS) "$$(grep '^torch==' constraints.txt)"
-	@.venv-bench/bin/python -m pip --disable-pip-version-check --quiet install $(CONSTRAINTS) --editable '.[service]' py-spy
+	@.venv-bench/bin/python -m pip --disable-pip-version-check --quiet install $(CONSTRAINTS) --editable '.[service,otel]' py-spy
 	@touch $@
 
 LOCK = UV_CUSTOM_COMPILE_COMMAND="make lock" $(SUPPLY)/bin/uv pip compile --quiet --universal --generate-hashes --no-annotate \
@@ -155,8 +158,8 @@ LOCK = UV_CUSTOM_COMPILE_COMMAND="make lock" $(SUPPLY)/bin/uv pip compile --quie
 ANY_TORCH := --no-emit-package torch --excludes requirements/cuda.txt
 
 lock: $(SUPPLY)/supply.stamp ## write the versions of constraints.txt with hashes to requirements/*.txt
-	$(LOCK) pyproject.toml --extra service $(ANY_TORCH) --output-file requirements/service.txt
-	$(LOCK) pyproject.toml --extra service --extra torch --extra demo --extra dev $(ANY_TORCH) --output-file requirements/dev.txt
+	$(LOCK) pyproject.toml --extra service --extra otel $(ANY_TORCH) --output-file requirements/service.txt
+	$(LOCK) pyproject.toml --extra service --extra otel --extra torch --extra demo --extra dev $(ANY_TORCH) --output-file requirements/dev.txt
 	grep '^torch==' constraints.txt | $(LOCK) - --output-file requirements/torch.txt
 	$(LOCK) requirements/supply.in --output-file requirements/supply.txt
 

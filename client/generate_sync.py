@@ -48,7 +48,7 @@ SENTENCES = {
     "Connections of `AsyncClient`.": "Connections of `Client`; threads may share them.",
     """            # An HTTP client that was passed in has its own sockets, which do not check the deadline.
 """: "",
-    ", nullcontext() if given is None else anyio.move_on_after(attempts.left())": "",
+    "                nullcontext() if given is None else anyio.move_on_after(attempts.left()),\n": "",
     "        raise attempts.timed_out()\n": "",
 }
 """Text that differs between the two clients, and its replacement."""

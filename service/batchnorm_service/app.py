@@ -22,11 +22,13 @@ from batchnorm_service.rest import ApiOptions, Gateway, RequestLimits, build_api
 from batchnorm_service.rest.application import all_routers
 from batchnorm_service.rest.interface import Interface, RouteTable
 from batchnorm_service.rest.security import Guard
-from batchnorm_service.settings import Settings
+from batchnorm_service.rest.shares import group_share
+from batchnorm_service.settings import PREFIX, Settings
 from batchnorm_service.store.base import Store
 from batchnorm_service.store.measured import measured
 from batchnorm_service.store.registry import store_from_url
-from batchnorm_service.telemetry import Metrics
+from batchnorm_service.telemetry import Metrics, RequestLog, Traces
+from batchnorm_service.telemetry.traces import TracesRefusedError
 from batchnorm_service.tokens import TokenFile, create_file
 
 INTERFACES: Final[tuple[Interface, ...]] = (OPEN_INFERENCE,)
@@ -39,7 +41,10 @@ _GAUGES_SECONDS: Final = 1.0
 
 
 def create_app(
-    settings: Settings | None = None, store: Store | None = None, metrics_directory: Path | None = None
+    settings: Settings | None = None,
+    store: Store | None = None,
+    metrics_directory: Path | None = None,
+    traces: Traces | None = None,
 ) -> Gateway:
     """The service as an ASGI application. Its lifespan opens the store and the layers, and closes them.
 
@@ -47,13 +52,16 @@ def create_app(
         settings: by default, read from the environment.
         store: a store that is not open yet; by default, the one that `settings.store` names.
         metrics_directory: where the processes of the service share their metrics; None if this is the only one.
+        traces: by default, if `settings.traces` says so, those that the environment configures.
 
     Raises:
         StoreRefusedError: `settings.store` is invalid.
         TokenFileError: `settings.tokens_file` cannot be read or made, or is damaged.
+        TracesRefusedError: traces cannot be exported.
     """
     settings = settings or Settings()
     guard = make_guard(settings)
+    traces = traces or make_traces(settings)
     store = store or make_store(settings)
     torch.set_num_threads(settings.threads)
     metrics = _metrics(metrics_directory) if settings.metrics else None
@@ -71,8 +79,11 @@ def create_app(
             history_length=settings.history_length,
             history_seconds=settings.history_seconds,
             max_pins=settings.max_pins,
+            max_waiting_members=group_share(settings.max_concurrent_requests),
+            waiting_calls=settings.max_waiting_calls,
         ),
         metrics=metrics,
+        traced=traces is not None,
     )
 
     @asynccontextmanager
@@ -87,6 +98,8 @@ def create_app(
                 await layers.close()
         finally:
             await store.close()
+            if traces is not None:
+                await asyncio.to_thread(traces.close)
 
     gateway = build_api(
         layers,
@@ -101,6 +114,8 @@ def create_app(
             limits=RequestLimits(settings.max_header_bytes, settings.max_headers, settings.max_url_bytes),
             fast_path=settings.fast_path,
             guard=guard,
+            log=RequestLog(access=settings.access_log, slow_seconds=settings.slow_call_seconds),
+            traces=traces,
         ),
         lifespan,
         metrics,
@@ -139,6 +154,19 @@ async def _reading_gauges(metrics: Metrics | None) -> AsyncGenerator[None]:
 def make_store(settings: Settings) -> Store:
     """Create the store that `settings.store` names, without opening it. Raises `StoreRefusedError` if it is invalid."""
     return store_from_url(settings.store, settings.store_options())
+
+
+def make_traces(settings: Settings) -> Traces | None:
+    """The traces that the environment configures; None if they are off. Raises `TracesRefusedError`."""
+    if not settings.traces:
+        return None
+    try:
+        from batchnorm_service.telemetry.otel import traces_from_environment  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError as error:
+        raise TracesRefusedError(
+            f"{PREFIX}TRACES needs OpenTelemetry: pip install 'batchnorm-service[service,otel]' ({error})"
+        ) from error
+    return traces_from_environment()
 
 
 def make_guard(settings: Settings) -> Guard:

@@ -24,6 +24,7 @@ from batchnorm_service.open_files import allow_open_files
 from batchnorm_service.settings import PREFIX, Settings, export, unknown_variables
 from batchnorm_service.store.base import Store, StoreDamagedError, StoreError, StoreRefusedError
 from batchnorm_service.store.registry import store_from_url
+from batchnorm_service.telemetry.traces import TracesRefusedError
 from batchnorm_service.tokens import Scope, TokenFileError, add_token, describe_user, load_tokens, revoke_token
 from batchnorm_service.tokens.stored import is_prefix
 from batchnorm_service.transfer import ProgressCallback, Report, SameStoreError, migrate, store_to_move
@@ -111,7 +112,7 @@ def serve(
             run_workers(settings, _announce)
     except StoreDamagedError as error:
         _fail(f"{error}; restore a backup: batchnorm-service restore FILE --overwrite", code=2)
-    except (TokenFileError, CertificateError) as error:
+    except (TokenFileError, CertificateError, TracesRefusedError) as error:
         _fail(str(error), code=2)
     except (StoreRefusedError, PortUnavailableError, DeviceUnavailable, WorkersFailedError) as error:
         _fail(str(error), code=1)

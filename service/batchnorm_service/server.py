@@ -19,6 +19,7 @@ from batchnorm_service.fast_path.protocol import Protocol
 from batchnorm_service.memory import settle_memory
 from batchnorm_service.rest import Gateway
 from batchnorm_service.settings import Settings
+from batchnorm_service.telemetry.logs import configure_logging
 
 BACKLOG = 2048
 _SIGNALS = signal.SIGTERM, signal.SIGINT
@@ -67,8 +68,9 @@ def run(settings: Settings, announce: Announce) -> None:
         StoreRefusedError: the store cannot be opened.
         TokenFileError: the token file cannot be read or made, or is damaged.
         DeviceUnavailable: the default device is not available.
+        TracesRefusedError: traces cannot be exported.
     """
-    configure_logging(settings)
+    set_up_logging(settings)
     check_certificate(settings)
     with listen(settings.host, settings.port) as listener:
         gateway = create_app(settings)
@@ -175,11 +177,11 @@ def _reason(error: OSError | UnicodeError) -> str:
     return error.strerror or str(error)
 
 
-def configure_logging(settings: Settings) -> None:
-    """Log to stderr, one line per event; uvicorn's messages below warnings only at the debug level."""
-    level = settings.log_level.upper()
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
-    logging.getLogger("uvicorn").setLevel(level if settings.log_level in {"debug", "error"} else "WARNING")
+def set_up_logging(settings: Settings) -> None:
+    """Configure the log; uvicorn's messages below warnings only at the debug level."""
+    configure_logging(settings.log_level)
+    level = settings.log_level.upper() if settings.log_level in {"debug", "error"} else "WARNING"
+    logging.getLogger("uvicorn").setLevel(level)
     logging.getLogger("uvicorn.error").addFilter(_is_not_cancellation)
     logging.getLogger("asyncio").setLevel("WARNING")
 

@@ -48,7 +48,13 @@ class Settings(BaseSettings):
     """The device of layers whose config names none: `cpu`, `cuda` or `cuda:N`."""
 
     log_level: LogLevel = "info"
-    """The log level: `debug` (a line per request), `info`, `warning` or `error`."""
+    """The log level: `debug`, `info`, `warning` or `error`."""
+
+    access_log: bool = False
+    """Whether every request is logged, at the level `info`."""
+
+    slow_call_seconds: float = Field(1, ge=0, allow_inf_nan=False)
+    """Requests that take this long are logged, at the level `warning`; 0 for none."""
 
     max_body_bytes: int = Field(64 << 20, ge=1 << 10, le=1 << 40)
     """The largest request body; larger ones get 413."""
@@ -110,6 +116,10 @@ class Settings(BaseSettings):
     max_concurrent_requests: int = Field(512, ge=1)
     """Maximum concurrent calls; beyond it calls get 503. Times the largest body, it bounds their memory. From 16 on,
     some are kept free for layers with few calls."""
+
+    max_waiting_calls: int = Field(10_000, ge=1)
+    """Maximum calls that wait until layers change (`wait`), per process; beyond it they get 503. They do not count as
+    running. Each holds a connection."""
 
     read_timeout_seconds: float = Field(30, gt=0, allow_inf_nan=False)
     """A request gets 408 if no byte of it arrives for this time, or after this time less than 1 KiB/s on average."""
@@ -175,6 +185,9 @@ class Settings(BaseSettings):
 
     metrics: bool = True
     """Whether `/metrics` has metrics for Prometheus, and calls are counted."""
+
+    traces: bool = False
+    """Whether sampled requests are exported as OpenTelemetry traces, as the standard OTEL_* variables say."""
 
     shutdown_seconds: int = Field(30, ge=0)
     """How long a shutdown waits for running requests."""

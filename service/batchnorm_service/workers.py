@@ -14,10 +14,10 @@ import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors.multiprocess import Multiprocess, Process
 
-from batchnorm_service.app import create_app, make_store, open_token_file
+from batchnorm_service.app import create_app, make_store, make_traces, open_token_file
 from batchnorm_service.memory import settle_memory
 from batchnorm_service.rest import Gateway
-from batchnorm_service.server import Announce, address, check_certificate, configure_logging, listen, uvicorn_config
+from batchnorm_service.server import Announce, address, check_certificate, listen, set_up_logging, uvicorn_config
 from batchnorm_service.settings import Settings
 from batchnorm_service.store.base import Store, StoreError, StoreLostError
 from batchnorm_service.store.sqlite.identity import FileIds
@@ -43,10 +43,13 @@ def run_workers(settings: Settings, announce: Announce) -> None:
         CertificateError: the certificate or its key cannot be used.
         StoreRefusedError: the store cannot be opened, or not by several processes.
         TokenFileError: the token file cannot be read or made, or is damaged.
+        TracesRefusedError: traces cannot be exported.
         WorkersFailedError: the workers do not start (see their log), or all have ended after the store was lost.
     """
-    configure_logging(settings)
+    set_up_logging(settings)
     check_certificate(settings)
+    if (traces := make_traces(settings)) is not None:  # here, so that the error is reported once
+        traces.close()
     if settings.tokens_file is not None:
         open_token_file(settings.tokens_file)  # here, so that its first token is printed by one process only
     store = make_store(settings)
@@ -166,7 +169,7 @@ class Supervisor(Multiprocess):
 def worker(files: FileIds, metrics_directory: Path) -> Gateway:
     """Create the application of one worker; an SQLite store must have these files."""
     settings = Settings()
-    configure_logging(settings)
+    set_up_logging(settings)
     store = make_store(settings)
     if isinstance(store, SqliteStore):
         store.files.expected = files

@@ -39,7 +39,9 @@ def needed(*extras):
 
 
 @pytest.mark.parametrize("python", PYTHONS)
-@pytest.mark.parametrize(("name", "extras"), [("service", ["service"]), ("dev", ["service", "torch", "demo", "dev"])])
+@pytest.mark.parametrize(
+    ("name", "extras"), [("service", ["service", "otel"]), ("dev", ["service", "otel", "torch", "demo", "dev"])]
+)
 def test_a_lock_has_what_the_project_asks_for(name, extras, python):
     """After a change of pyproject.toml or constraints.txt: make lock."""
     versions = locked(name, python) | {"torch": (pins()["torch"], 0)}

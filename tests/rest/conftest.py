@@ -47,9 +47,9 @@ class Service:
 
 
 @contextlib.asynccontextmanager
-async def running(way, **settings):
+async def running(way, traces=None, **settings):
     chosen, store = Settings(fast_path=way == "fast path", **settings), MemoryStore()
-    gateway = create_app(chosen, store)
+    gateway = create_app(chosen, store, traces=traces)
     async with gateway.app.router.lifespan_context(gateway.app):
         if chosen.fast_path:
             async with listening(gateway, chosen) as (port, _):
@@ -76,7 +76,7 @@ def anyio_backend(way):
 
 @pytest.fixture
 def serve(way):
-    """`async with serve(token="t") as service:` for tests that need settings of their own."""
+    """`async with serve(token="t") as service:` for tests that need settings, or traces, of their own."""
     return lambda **settings: running(way, **settings)
 
 

@@ -146,14 +146,6 @@ async def test_a_refused_expect_100_closes_the_connection(service, call):
     assert sent.headers[b"connection"] == b"close"
 
 
-async def test_a_log_line_per_request_at_debug(service, client, caplog):
-    with caplog.at_level(logging.DEBUG, logger="batchnorm_service.rest.gateway"):
-        await client.get("/healthz", headers={"X-Request-ID": "id"})
-    (record,) = caplog.records
-    assert record.getMessage().startswith("GET /healthz 200 ")
-    assert record.getMessage().endswith(" id")
-
-
 async def test_a_path_without_its_raw_form(service, bn):
     sent = Sent()
     without = scope(method="GET", path="/v1/layers/bn")

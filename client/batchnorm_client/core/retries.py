@@ -72,6 +72,7 @@ class Attempts(Generic[T]):
         request: what to send next.
         outcome_unknown: whether a failed attempt may have taken effect.
         deadline: seconds for the call with all its attempts; infinite if there is none.
+        tries: how many attempts have failed.
     """
 
     def __init__(self, request: Request[T], retry: Retry, runtime: Runtime) -> None:
@@ -80,7 +81,7 @@ class Attempts(Generic[T]):
         self.deadline = math.inf if retry.deadline is None else retry.deadline + request.waits
         self._retry = retry
         self._runtime = runtime
-        self._tries = 0
+        self.tries = 0
         self._unconfirmed: BatchNormError | None = None
         self._end = runtime.now() + self.deadline
 
@@ -129,13 +130,13 @@ class Attempts(Generic[T]):
         """
         self.outcome_unknown |= not self.request.reads and may_have_taken_effect(error)
         error.outcome_unknown = self.outcome_unknown
-        self._tries += 1
+        self.tries += 1
         follow_up = self.request.confirm(error) if self.outcome_unknown and self.request.confirm else None
         if error is self._unconfirmed or (follow_up is None and not self._may_repeat(error)):
             raise error
         wait = 0.0 if follow_up else self._wait(error)
-        if self._tries >= self._retry.attempts or self._runtime.now() + wait >= self._end:
-            error.add_note(f"after {self._tries} tries")
+        if self.tries >= self._retry.attempts or self._runtime.now() + wait >= self._end:
+            error.add_note(f"after {self.tries} tries")
             raise error
         self._warn(error, wait, follow_up)
         if follow_up is not None:
@@ -154,7 +155,7 @@ class Attempts(Generic[T]):
             error,
             what,
             wait,
-            self._tries + 1,
+            self.tries + 1,
             self._retry.attempts,
             end,
         )
@@ -163,7 +164,7 @@ class Attempts(Generic[T]):
         return _is_transient(error) and (self.request.repeat_if_unknown or not self.outcome_unknown)
 
     def _wait(self, error: BatchNormError) -> float:
-        wait = min(self._retry.wait_max, self._retry.wait_initial * 2.0 ** min(self._tries - 1, 60))
+        wait = min(self._retry.wait_max, self._retry.wait_initial * 2.0 ** min(self.tries - 1, 60))
         wait *= 0.5 + 0.5 * self._runtime.random()
         asked = getattr(error, "retry_after", None)
         return wait if asked is None else wait + float(asked)

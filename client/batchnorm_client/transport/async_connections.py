@@ -13,6 +13,7 @@ from batchnorm_client.core import Attempts, Response
 from batchnorm_client.transport.network import seconds_left
 from batchnorm_client.transport.pools import PoolPerProcess, async_transport
 from batchnorm_client.transport.requests import ResponseBuffer, ServiceEndpoint
+from batchnorm_client.transport.tracing import client_span
 
 
 class AsyncConnections(PoolPerProcess[httpx.AsyncHTTPTransport, httpx.AsyncClient]):
@@ -41,8 +42,12 @@ class AsyncConnections(PoolPerProcess[httpx.AsyncHTTPTransport, httpx.AsyncClien
         token = seconds_left.set(attempts.left)
         try:
             # An HTTP client that was passed in has its own sockets, which do not check the deadline.
-            with self.errors(attempts), nullcontext() if given is None else anyio.move_on_after(attempts.left()):
-                request = self.endpoint.build_request(attempts)
+            with (
+                client_span(attempts, self.endpoint.shown) as span,
+                self.errors(attempts),
+                nullcontext() if given is None else anyio.move_on_after(attempts.left()),
+            ):
+                request = self.endpoint.build_request(attempts, span.headers)
                 response = await send(request)
                 try:
                     buffer = ResponseBuffer(response, attempts.remaining)
@@ -50,7 +55,7 @@ class AsyncConnections(PoolPerProcess[httpx.AsyncHTTPTransport, httpx.AsyncClien
                         buffer.add(part)
                 finally:
                     await response.aclose()
-                return buffer.response()
+                return span.answered(buffer.response())
         finally:
             seconds_left.reset(token)
             if pool is not None and self.closed:  # during the call, whose connection returned to the pool after that

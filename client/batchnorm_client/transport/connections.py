@@ -12,6 +12,7 @@ from batchnorm_client.core import Attempts, Response
 from batchnorm_client.transport.network import seconds_left
 from batchnorm_client.transport.pools import PoolPerProcess, sync_transport
 from batchnorm_client.transport.requests import ResponseBuffer, ServiceEndpoint
+from batchnorm_client.transport.tracing import client_span
 
 
 class Connections(PoolPerProcess[httpx.HTTPTransport, httpx.Client]):
@@ -39,8 +40,11 @@ class Connections(PoolPerProcess[httpx.HTTPTransport, httpx.Client]):
             send = partial(self.usable(given).send, stream=True)
         token = seconds_left.set(attempts.left)
         try:
-            with self.errors(attempts):
-                request = self.endpoint.build_request(attempts)
+            with (
+                client_span(attempts, self.endpoint.shown) as span,
+                self.errors(attempts),
+            ):
+                request = self.endpoint.build_request(attempts, span.headers)
                 response = send(request)
                 try:
                     buffer = ResponseBuffer(response, attempts.remaining)
@@ -48,7 +52,7 @@ class Connections(PoolPerProcess[httpx.HTTPTransport, httpx.Client]):
                         buffer.add(part)
                 finally:
                     response.close()
-                return buffer.response()
+                return span.answered(buffer.response())
         finally:
             seconds_left.reset(token)
             if pool is not None and self.closed:  # during the call, whose connection returned to the pool after that

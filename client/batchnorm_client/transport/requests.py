@@ -44,6 +44,7 @@ class ServiceEndpoint:
     Attributes:
         base: the service's URL, without a slash at its end.
         address: its scheme, host and port.
+        shown: the URL without credentials.
         proxy: the proxy to use; None also with an HTTP client that was passed in, which has its own.
         options: arguments of an httpx transport.
 
@@ -72,6 +73,7 @@ class ServiceEndpoint:
         self._timeout = httpx.Timeout(options.get("timeout", TIMEOUT))
         self.base = str(url).rstrip("/")
         self.address = f"{url.scheme}://{url.netloc.decode('ascii')}"
+        self.shown = self.address + url.path.rstrip("/")
         self.options = with_ssl_context(
             {name: value for name, value in options.items() if name not in {"timeout", "proxy"}}
         )
@@ -92,8 +94,8 @@ class ServiceEndpoint:
         if given is None and url.userinfo:  # as httpx does: it takes precedence over a token
             self._headers["Authorization"] = f"Basic {b64encode(_credentials(url)).decode('ascii')}"
 
-    def build_request(self, attempts: Attempts[Any]) -> httpx.Request:
-        """A request of httpx, whose timeouts end at the deadline.
+    def build_request(self, attempts: Attempts[Any], more: Mapping[str, str] | None = None) -> httpx.Request:
+        """A request of httpx, whose timeouts end at the deadline; `more` are headers besides those of the call.
 
         Raises:
             TimedOut: the deadline has passed.
@@ -101,7 +103,7 @@ class ServiceEndpoint:
         remaining, request, http = attempts.remaining(), attempts.request, self._given
         size, url = request.size, _url(self.base + request.target)
         timeout = _capped(_with_longer_read(self._timeout if http is None else http.timeout, request.waits), remaining)
-        headers = {**self._headers, **request.headers}
+        headers = {**self._headers, **(more or {}), **request.headers}
         joined = b"".join(request.pieces) if size <= BLOCK else None
         blocks = None if joined is not None else _Blocks(request.pieces, attempts.remaining)
         if blocks is not None or (http is None and request.method in _WITH_BODY):

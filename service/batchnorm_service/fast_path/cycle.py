@@ -24,6 +24,7 @@ from batchnorm_service.rest import (
     Target,
     read_headers,
 )
+from batchnorm_service.telemetry import Span
 from batchnorm_service.tokens import Grant
 
 _EMPTY: Final = memoryview(b"")
@@ -75,7 +76,9 @@ class FastPathProtocol(CoalescingProtocol):
         self._set_idle()
 
     def shutdown(self) -> None:
-        """The server stops. A request that is still being received is handed over to uvicorn's own cycle."""
+        """The server stops: calls that wait for a change end, and a partly received request goes to uvicorn's cycle."""
+        if isinstance(self.app, Gateway):
+            self.app.stop_waiting()
         if (cycle := self._fast_cycle()) is not None and cycle.reading:
             self.cycle = None  # type: ignore[assignment]
             super().on_headers_complete()
@@ -87,7 +90,7 @@ class FastPathProtocol(CoalescingProtocol):
         return cycle if isinstance(cycle, FastPathCycle) else None
 
     def _new_fast_cycle(self) -> FastPathCycle | None:
-        if not isinstance(self.app, Gateway) or (target := self.app.fast_target(self.url)) is None:
+        if not isinstance(self.app, Gateway) or (found := self.app.fast_target(self.url)) is None:
             return None
         if self.cycle is not None and not self.cycle.response_complete:
             return None  # pipelined: uvicorn keeps responses in order
@@ -97,9 +100,12 @@ class FastPathProtocol(CoalescingProtocol):
         length = headers.get(b"content-length", b"")
         if not (length.isdigit() and len(length) <= 18 and self._is_plain(headers)):
             return None
-        size = int(length)
+        size, (target, query) = int(length), found
         grant = self.app.admit(target, headers, size)
-        return None if grant is None else FastPathCycle(self, self.app, target, headers, size, grant)
+        if grant is None:
+            return None
+        span = self.app.reports.begin("POST", target, headers)
+        return FastPathCycle(self, self.app, target, query, headers, size, grant, span)
 
     def _is_plain(self, headers: Headers) -> bool:
         """Whether the headers need no special treatment by the server."""
@@ -119,7 +125,9 @@ class FastPathCycle:
         "_grant",
         "_headers",
         "_protocol",
+        "_query",
         "_size",
+        "_span",
         "_target",
         "disconnected",
         "keep_alive",
@@ -130,7 +138,15 @@ class FastPathCycle:
     response_started = False
 
     def __init__(
-        self, protocol: FastPathProtocol, gateway: Gateway, target: Target, headers: Headers, size: int, grant: Grant
+        self,
+        protocol: FastPathProtocol,
+        gateway: Gateway,
+        target: Target,
+        query: bytes,
+        headers: Headers,
+        size: int,
+        grant: Grant,
+        span: Span | None,
     ) -> None:
         self.keep_alive = True
         self.disconnected = False
@@ -139,8 +155,10 @@ class FastPathCycle:
         self._protocol = protocol
         self._gateway = gateway
         self._target = target
+        self._query = query
         self._headers = headers
         self._size = size
+        self._span = span
         self._grant = grant
         self._body = _EMPTY
         self._buffer: BodyBuffer | None = None
@@ -162,9 +180,9 @@ class FastPathCycle:
         body, self._body = self._body if self._buffer is None else self._take_body(), _EMPTY
         target = self._target
         request = LayerRequest(
-            target.layer or "", b"", self._headers, received=body, grant=self._grant, version=target.version
+            target.layer or "", self._query, self._headers, received=body, grant=self._grant, version=target.version
         )
-        response = start(self._gateway.respond(target, request), self._protocol.loop)
+        response = start(self._gateway.respond(target, request, self._span), self._protocol.loop)
         if isinstance(response, Response):
             self._send(response)
         else:
@@ -185,7 +203,7 @@ class FastPathCycle:
         """The client disconnected: release the body. A call that has started continues."""
         if self.reading:
             self.abandon()
-            self._gateway.disconnected(self._target)
+            self._gateway.disconnected(self._target, self._headers, self._span)
 
     def _receive_part(self, piece: bytes) -> None:
         if self._buffer is None:
@@ -213,7 +231,7 @@ class FastPathCycle:
         """Respond before the body is complete; the rest of it is discarded."""
         self.reading = False
         self._take_body()
-        self._send(self._gateway.refuse(problem, self._target, self._headers))
+        self._send(self._gateway.refuse(problem, self._target, self._headers, self._span))
 
     def _responded(self, task: Task[Response]) -> None:
         self._protocol.tasks.discard(task)

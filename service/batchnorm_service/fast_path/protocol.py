@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from array import array
 from asyncio import Transport
@@ -16,6 +15,7 @@ from batchnorm_client.wire.headers import REQUEST_ID
 from batchnorm_service.fast_path.cycle import FastPathProtocol
 from batchnorm_service.rest import Connections, Gateway, RequestLimits
 from batchnorm_service.rest.problems import respond_problem
+from batchnorm_service.rest.reports import Served
 from batchnorm_service.telemetry.metrics import OTHER
 
 LINGER_SECONDS: Final = 1.0
@@ -169,9 +169,10 @@ class Protocol(FastPathProtocol):
         self._refused, self._incoming = True, None
         if self._in_head:
             self.headers.clear()  # there may be thousands, and the connection is not closed at once
-        data = _refusal_bytes(problem, "/v2" if self.url.startswith(b"/v2/") else "/")
+        request_id = uuid.uuid4().hex
+        data = _refusal_bytes(problem, "/v2" if self.url.startswith(b"/v2/") else "/", request_id)
         if isinstance(self.app, Gateway):
-            self.app.reports.report(OTHER, None, problem.name, time.perf_counter(), 0, 0)
+            self.app.reports.report(Served(OTHER, None, {}, request_id, problem.status, problem.name, 0.0, 0, 0))
         cycle = self.cycle
         waits = cycle is not None and not cycle.response_complete
         if self._receiving and not self._in_head:  # the refused request has a cycle, which is the newest
@@ -209,8 +210,8 @@ class _QueuedRefusal:
         self._protocol.send_and_close(self._data)
 
 
-def _refusal_bytes(problem: ProblemError, path: str) -> bytes:
-    response = respond_problem(problem, path, request_id := uuid.uuid4().hex)
+def _refusal_bytes(problem: ProblemError, path: str, request_id: str) -> bytes:
+    response = respond_problem(problem, path, request_id)
     headers = [*response.raw_headers, (REQUEST_ID.lower().encode(), request_id.encode()), (b"connection", b"close")]
     head = f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}\r\n".encode()
     lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)

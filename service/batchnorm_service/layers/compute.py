@@ -21,6 +21,7 @@ from ..engine.staging import staged
 from ..engine.state import LayerState
 from ..engine.tensors import to_torch
 from ..runtime import Runtime
+from ..telemetry import CURRENT_SPAN
 from .fair_pool import FairPool
 from .records import CommittedLayer
 
@@ -109,6 +110,9 @@ class ComputeExecutor:
             return function(*args, **kwargs)
         return await self._codec_pool.run(function, *args, **kwargs)
 
+    decode = encode = run_codec
+    """Reading a request and writing a response; other uses of a codec are no stage, see `TracedExecutor`."""
+
     async def digest(self, layer: CommittedLayer) -> str:
         """The digest of a layer's state; of one with many channels, it is computed in a thread."""
         nbytes = 4 * 8 * layer.state.config.num_features  # at most four vectors of float64
@@ -119,3 +123,28 @@ class ComputeExecutor:
         self._codec_pool.shutdown()
         self._pool.shutdown()
         self._device_pool.shutdown()
+
+
+class TracedExecutor(ComputeExecutor):
+    """Records decoding, arithmetic and encoding as stages of the request, if that is sampled."""
+
+    async def run(self, nbytes: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """See `ComputeExecutor`."""
+        if (request := CURRENT_SPAN.get()) is None:
+            return await super().run(nbytes, function, *args, **kwargs)
+        with request.child("normalize"):
+            return await super().run(nbytes, function, *args, **kwargs)
+
+    async def decode(self, nbytes: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """See `ComputeExecutor`."""
+        if (request := CURRENT_SPAN.get()) is None:
+            return await self.run_codec(nbytes, function, *args, **kwargs)
+        with request.child("decode"):
+            return await self.run_codec(nbytes, function, *args, **kwargs)
+
+    async def encode(self, nbytes: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """See `ComputeExecutor`."""
+        if (request := CURRENT_SPAN.get()) is None:
+            return await self.run_codec(nbytes, function, *args, **kwargs)
+        with request.child("encode"):
+            return await self.run_codec(nbytes, function, *args, **kwargs)

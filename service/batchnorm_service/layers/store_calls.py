@@ -23,9 +23,10 @@ from ..store.base import (
     StoreLostError,
 )
 from ..telemetry.layers import LayerMetrics, Update
+from ..telemetry.traces import commit_span
 from .cached_state import CachedState
 from .idempotency import IdempotencyToken
-from .updates import Done, ReplacedError, replay
+from .updates import Done, Queued, ReplacedError, replay
 
 T = TypeVar("T")
 
@@ -96,17 +97,34 @@ class StoreCalls:
     async def commit(
         self,
         update: Update,
+        waiting: Sequence[Queued],
         expected: Stamp,
         new: Record | None,
         receipts: Sequence[Receipt],
         deadline: float,
         keep: int = 0,
     ) -> Committed | Conflict | Missing | Duplicates:
-        """Commit; after an unknown outcome, commit the same again, which the receipts make idempotent."""
+        """Commit; after an unknown outcome, commit the same again, which the receipts make idempotent.
+
+        Args:
+            update: what it is for.
+            waiting: the updates that it holds.
+            expected: the stamp that the record must have.
+            new: the record; None for receipts alone.
+            receipts: those of the updates.
+            deadline: until when it is repeated.
+            keep: how many earlier states are kept.
+        """
         name = self._cached.name
-        outcome, repeated = await self._retry(lambda: self._store.commit(name, expected, new, receipts, keep), deadline)
-        if repeated and isinstance(outcome, Duplicates) and set(outcome.receipts) == set(receipts):
-            outcome = Committed()
+        spans = [each.span for each in waiting if each.span is not None]
+        with commit_span(spans, {"batchnorm.layer": name, "batchnorm.updates": len(waiting)}) as span:
+            outcome, repeated = await self._retry(
+                lambda: self._store.commit(name, expected, new, receipts, keep), deadline
+            )
+            if repeated and isinstance(outcome, Duplicates) and set(outcome.receipts) == set(receipts):
+                outcome = Committed()
+            if span is not None:
+                span.attributes["batchnorm.result"] = type(outcome).__name__.lower()
         if isinstance(outcome, Committed):
             self._metrics.committed(update, len(receipts))
         elif isinstance(outcome, Conflict):

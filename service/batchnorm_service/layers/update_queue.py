@@ -20,8 +20,10 @@ from ..store.base import (
     Record,
     Stamp,
 )
+from ..telemetry import CURRENT_SPAN
 from ..telemetry.layers import LayerMetrics
 from .cached_state import CachedState, layer_not_found
+from .compute import ComputeExecutor
 from .contention import ContentionBackoff
 from .group_commit import make_plan
 from .idempotency import IdempotencyToken
@@ -46,6 +48,7 @@ class UpdateQueue:
         cached: CachedState,
         kept: KeptStates,
         calls: StoreCalls,
+        executor: ComputeExecutor,
         options: LayersOptions,
         runtime: Runtime,
         metrics: LayerMetrics,
@@ -53,6 +56,7 @@ class UpdateQueue:
         self._cached = cached
         self._kept = kept
         self._calls = calls
+        self._executor = executor
         self._length = options.queue_length
         self._retention = Retention(options.history_length, options.history_seconds)
         self._runtime = runtime
@@ -84,7 +88,10 @@ class UpdateQueue:
         self._metrics.queued += 1
         if self._task is None:
             self._task = self._runtime.create_task(self._drain())
-        return await queued.future
+        if (request := CURRENT_SPAN.get()) is None:
+            return await queued.future
+        with request.child("wait for the commit") as queued.span:
+            return await queued.future
 
     async def note(self, token: IdempotencyToken, incarnation: int, payload: bytes) -> Done:
         """Commit a receipt and nothing else. Raises `LayerNotFound` if that incarnation was deleted."""
@@ -96,6 +103,7 @@ class UpdateQueue:
             await asyncio.wait([self._task])
 
     async def _drain(self) -> None:
+        CURRENT_SPAN.set(None)  # the task has the context of the first call, but works for all
         try:
             while self._waiting:
                 taken = self._take()
@@ -140,18 +148,20 @@ class UpdateQueue:
         while folds := [waiting for waiting in taken if isinstance(waiting, Fold) and not waiting.future.done()]:
             layer = await self._cached.latest_known()
             began = self._runtime.now()
-            plan = await make_plan(self._runtime, self._retention, layer, folds)
+            plan = await make_plan(self._executor, self._runtime, self._retention, layer, folds)
             for waiting, error in plan.refused:
                 await self._refuse(waiting, error)
             if not plan.folds:
                 return
-            outcome = await self._calls.commit("folds", layer.stamp, plan.record, plan.receipts, deadline, plan.keep)
+            outcome = await self._calls.commit(
+                "folds", plan.updates, layer.stamp, plan.record, plan.receipts, deadline, plan.keep
+            )
             self._backoff.record_duration(self._runtime.now() - began)
             match outcome:
                 case Committed(contenders):
                     self._cached.set(plan.layer)
                     if plan.record is not None:
-                        self._metrics.folded(len(plan.folds))
+                        self._metrics.folded(plan.batches)
                     plan.settle()
                     committed = plan.layer.stamp
                     del plan, folds  # frees the batches before the pause
@@ -224,7 +234,7 @@ class UpdateQueue:
             state = change.apply(layer.state)
             new, keep = self._retention.next(self._runtime, layer, state, change.operation, frequent=change.frequent)
             receipt = change.token.receipt(new.stamp.version, new.state.num_batches_tracked)
-            match await self._calls.commit("change", layer.stamp, record(new), [receipt], deadline, keep):
+            match await self._calls.commit("change", [change], layer.stamp, record(new), [receipt], deadline, keep):
                 case Committed():
                     self._cached.set(new)
                     settle(change, Done(new, receipt.version, receipt.batch, replayed=False))
@@ -251,7 +261,7 @@ class UpdateQueue:
             if layer.stamp.incarnation != note.incarnation:
                 raise layer_not_found(self._cached.name)
             receipt = note.token.receipt(layer.stamp.version, layer.state.num_batches_tracked, note.payload)
-            match await self._calls.commit("receipt", layer.stamp, None, [receipt], deadline):
+            match await self._calls.commit("receipt", [note], layer.stamp, None, [receipt], deadline):
                 case Committed():
                     settle(note, Done(layer, receipt.version, receipt.batch, replayed=False))
                     return

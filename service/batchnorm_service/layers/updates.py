@@ -11,12 +11,13 @@ from batchnorm_client.wire.errors import IdempotencyKeyReused, ProblemError, Ver
 
 from ..engine.state import LayerState
 from ..store.base import Receipt
+from ..telemetry import Span
 from .idempotency import IdempotencyToken
 from .moments_source import MomentsSource
 from .records import CommittedLayer
 
-IfMatch = frozenset[int] | None
-"""The versions that satisfy the caller's precondition; None if any does."""
+IfMatch = frozenset[int | str] | None
+"""The versions, and tags of states (`Stamp.tag`), that satisfy the caller's precondition; None if any does."""
 
 
 class Done(NamedTuple):
@@ -46,6 +47,7 @@ class Change:
         if_match: the precondition.
         incarnation: of the layer that the request was decoded for, if it depends on that.
         frequent: whether it may come as often as batches do: see `Retention`.
+        span: of the wait for the commit, if the request is sampled.
         future: completed once the change is durable or refused.
     """
 
@@ -55,6 +57,7 @@ class Change:
     if_match: IfMatch = None
     incarnation: int | None = None
     frequent: bool = False
+    span: Span | None = None
     future: asyncio.Future[Done] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -68,6 +71,7 @@ class Fold:
         source: computes the moments.
         members: of a group: the shards' fingerprints by their callers' keys. Each key gets its own receipt, so that it
             cannot be used for another call.
+        span: as of a `Change`.
         future: completed once the fold is durable or refused.
     """
 
@@ -75,6 +79,7 @@ class Fold:
     incarnation: int
     source: MomentsSource
     members: dict[bytes, bytes] = field(default_factory=dict)
+    span: Span | None = None
     future: asyncio.Future[Done] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -85,6 +90,7 @@ class Note:
     token: IdempotencyToken
     incarnation: int
     payload: bytes
+    span: Span | None = None
     future: asyncio.Future[Done] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -94,6 +100,7 @@ class Deletion:
 
     if_match: IfMatch = None
     with_pins: bool = False
+    span: Span | None = None
     future: asyncio.Future[Done] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -105,13 +112,13 @@ class ReplacedError(Exception):
 
 
 def check_version(if_match: IfMatch, layer: CommittedLayer) -> None:
-    """Raise `VersionMismatch` unless the layer's version satisfies the precondition."""
-    if if_match is not None and layer.stamp.version not in if_match:
+    """Raise `VersionMismatch` unless the layer's version or state satisfies the precondition."""
+    if if_match is not None and if_match.isdisjoint((layer.stamp.version, layer.stamp.tag)):
         raise VersionMismatch(
             f"the layer has version {layer.stamp.version}",
             field="If-Match",
             expected=layer.stamp.version,
-            got=sorted(if_match),
+            got=sorted(if_match, key=str),
         )
 
 

@@ -73,7 +73,7 @@ class InferEndpoint:
             done = await self._normalize(request, call, read, key)
             computed = perf_counter_ns()
             size = 0 if call.binary else text_bytes(JSON, (done.output,))
-            response = await self._layers.run_codec(size, _respond, request.name, call, done)
+            response = await self._layers.encode(size, _respond, request.name, call, done)
         except Exception:
             self._statistics.fail(request.name, perf_counter_ns() - began, exists=exists)
             raise
@@ -87,7 +87,7 @@ class InferEndpoint:
             return read_raw(body, config.dtype, model_shape(config))
         # Bytes that do not begin at a multiple of their size are copied.
         size = length if length is not None and length % 8 == 0 else len(body)
-        return await self._layers.run_codec(size, read_request, body, length)
+        return await self._layers.decode(size, read_request, body, length)
 
     async def _normalize(self, request: LayerRequest, call: InferenceCall, read: Read, key: str | None) -> Normalized:
         parameters = call.request.parameters

@@ -68,7 +68,7 @@ async def repository_index(request: Request, layers: LayersDependency, grant: Gr
     if body:
         parse_document(IndexRequest, body)
     found = await _all_layers(layers, grant.prefix)
-    return await layers.run_codec(64 * len(found), _respond_with_index, found)
+    return await layers.encode(64 * len(found), _respond_with_index, found)
 
 
 async def _all_layers(layers: Layers, prefix: str) -> list[LayerSummary]:

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from batchnorm_client.wire.errors import MethodNotAllowed, ProblemError
 from batchnorm_service import __version__
 from batchnorm_service.layers import Layers
-from batchnorm_service.telemetry import Metrics
+from batchnorm_service.telemetry import Metrics, RequestLog, Traces
 from batchnorm_service.telemetry.metrics import DISCONNECTED
 
 from .bodies import ClientGoneError
@@ -40,15 +40,20 @@ from .normalize import router as normalize_routes
 from .openapi import openapi_document
 from .pages import router as page_routes
 from .problems import respond_problem
+from .reports import RequestReports
 from .responses import Response, respond_empty
 from .security import Guard, Rules
+from .state import read_state
 from .state import router as state_routes
-from .target import LAYER
+from .states import read_states
+from .states import router as states_routes
+from .target import LAYER, STATES
 from .transfers import Transfers
 
 ROUTERS: Final = (
     layer_routes,
     state_routes,
+    states_routes,
     normalize_routes,
     gradient_routes,
     moments_routes,
@@ -79,6 +84,8 @@ class ApiOptions:
         limits: limits on requests without their bodies.
         fast_path: whether endpoints may be called without ASGI.
         guard: checks bearer tokens.
+        log: writes requests to the log.
+        traces: None if they are off.
     """
 
     max_body_bytes: int = 64 << 20
@@ -91,6 +98,8 @@ class ApiOptions:
     limits: RequestLimits = field(default_factory=RequestLimits)
     fast_path: bool = True
     guard: Guard = field(default_factory=Guard)
+    log: RequestLog = field(default_factory=RequestLog)
+    traces: Traces | None = None
 
 
 def build_api(
@@ -116,6 +125,8 @@ def build_app(lifespan: Lifespan, interfaces: Sequence[Interface] = ()) -> FastA
         docs_url=None,
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
+        # FastAPI's own spans do not see the fast path, and have the query; `telemetry` has ours for both.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
         exception_handlers={
             ProblemError: _handle_error,
             HTTPException: _handle_error,
@@ -143,6 +154,8 @@ def build_gateway(app: FastAPI, layers: Layers, options: ApiOptions, metrics: Me
     normalize_endpoints = NormalizeEndpoints(layers, options.max_body_bytes, options.max_elements)
     endpoints: dict[tuple[str, str], Endpoint] = {
         ("GET", LAYER): partial(read_layer, layers),
+        ("GET", f"{LAYER}/state"): partial(read_state, layers),
+        ("GET", STATES): partial(read_states, layers, options.max_body_bytes),
         ("POST", f"{LAYER}/train"): normalize_endpoints.train,
         ("POST", f"{LAYER}/eval"): normalize_endpoints.eval,
         ("POST", f"{LAYER}/inverse"): normalize_endpoints.inverse,
@@ -164,12 +177,13 @@ def build_gateway(app: FastAPI, layers: Layers, options: ApiOptions, metrics: Me
         app.state.rules,
         transfers,
         Connections(options.max_connections),
+        RequestReports(metrics, options.log, options.traces, endpoints, table.template_of),
         limits=options.limits,
         max_body_bytes=options.max_body_bytes,
         max_concurrent_requests=options.max_concurrent_requests,
         fast_path=options.fast_path,
         metrics=metrics,
-        route_of=table.template_of,
+        stop_waiting=layers.states.watches.stop,
     )
 
 

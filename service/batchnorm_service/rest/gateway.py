@@ -7,10 +7,9 @@ requests for anything else go to FastAPI.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from fastapi import FastAPI
@@ -21,8 +20,8 @@ from batchnorm_client.wire.errors import ProblemError, StoreUnavailable
 from batchnorm_client.wire.headers import REQUEST_ID
 from batchnorm_client.wire.names import check_layer_name
 from batchnorm_service.layers import CALLED_LAYER
-from batchnorm_service.telemetry import Metrics
-from batchnorm_service.telemetry.metrics import BUFFERED_BYTES, DISCONNECTED, OTHER, RUNNING_CALLS, STATUS_CLASSES
+from batchnorm_service.telemetry import CURRENT_SPAN, Metrics, Span
+from batchnorm_service.telemetry.metrics import BUFFERED_BYTES, DISCONNECTED, RUNNING_CALLS, STATUS_CLASSES
 from batchnorm_service.tokens import Grant, Scope
 
 from .bodies import ClientGoneError
@@ -30,17 +29,17 @@ from .connections import Connections, RequestLimits
 from .headers import Headers, read_headers, request_id
 from .layer_request import Endpoint, LayerRequest
 from .problems import respond_problem
-from .reports import RequestReports
+from .reports import RequestReports, Served
 from .responses import JOIN_BYTES, RawHeader, Response
 from .security import Guard, Rules, WrongTokenError, check_layer
 from .shares import REFUSAL_COST, CallShares, call_cost
 from .target import MAX_CACHED_BYTES, Target, read_target, target_of
 from .transfers import Transfers
 
-log = logging.getLogger(__name__)
-
 _REQUEST_ID: Final = REQUEST_ID.lower().encode()
 _CLOSE: Final = (b"connection", b"close")
+_FAST_QUERIES: Final = frozenset({b"", b"normalize=running"})
+"""Query strings that the fast path passes on. A group needs ASGI, which tells when its client has disconnected."""
 _LAYER_PATHS: Final = (b"/v1/layers/", b"/v2/models/")
 _METHODS_WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 
@@ -63,13 +62,13 @@ class Gateway:
         max_concurrent_requests: further calls are refused while this many run; calls on one layer earlier. A call runs
             from the end of its request body until its response is ready to be sent.
         fast_path: whether endpoints may be called without ASGI.
-        metrics: None if they are off.
-        route_of: the template of a path that FastAPI routes.
+        reports: where every response is reported.
+        metrics: reads the running calls and buffered bytes; None if they are off.
+        stop_waiting: ends the calls that wait for a change of layers.
 
     Attributes:
         app: the wrapped FastAPI application.
-        guard, transfers, connections, limits: as above.
-        reports: where every response is reported.
+        guard, transfers, connections, limits, reports: as above.
         shares: which calls may run now.
     """
 
@@ -81,13 +80,14 @@ class Gateway:
         rules: Rules,
         transfers: Transfers,
         connections: Connections,
+        reports: RequestReports,
         *,
         limits: RequestLimits,
         max_body_bytes: int,
         max_concurrent_requests: int,
         fast_path: bool,
         metrics: Metrics | None = None,
-        route_of: Callable[[str], str] = lambda _path: OTHER,
+        stop_waiting: Callable[[], object] = lambda: None,
     ) -> None:
         self.app = app
         self.transfers = transfers
@@ -99,8 +99,10 @@ class Gateway:
         self.guard = guard
         self._rules = rules
         self.shares = CallShares(max_concurrent_requests)
-        self.reports = RequestReports(metrics, endpoints, route_of)
-        self._posts = self.reports.posts
+        self.reports = reports
+        self._posts = reports.posts
+        self._logged_from = reports.log.seconds
+        self._stop_waiting = stop_waiting
         if metrics:
             metrics.gauge(RUNNING_CALLS, lambda: self.running)
             metrics.gauge(BUFFERED_BYTES, lambda: transfers.buffered)
@@ -113,26 +115,35 @@ class Gateway:
         headers, target, method = read_headers(scope["headers"]), read_target(scope), scope["method"]
         CALLED_LAYER.set(target.layer)
         accounting = _RequestAccounting(self, receive, send, target)
-        context = _RequestContext(self, method, target, headers, accounting)
+        span = self.reports.begin(method, target, headers)
+        context = _RequestContext(self, method, target, headers, accounting, span)
+        before = CURRENT_SPAN.set(span)
         try:
             try:
                 grant = self._admit(target, headers, method)
             except WrongTokenError:
                 context.close = not await self.guard.failures.delay(_address(scope))
+                accounting.began = time.perf_counter()  # the delay is on purpose, and not the call's time
                 raise
             if method not in _METHODS_WITH_BODY:
                 await accounting.enter()
-            endpoint = self._endpoints.get((method, target.call)) if target.layer else None
-            if target.layer and endpoint:
-                query, receive_body = scope["query_string"], accounting.receive
-                request = LayerRequest(target.layer, query, headers, receive_body, grant=grant, version=target.version)
+            endpoint = self._endpoints.get((method, target.call)) if target.call else None
+            if endpoint:
+                request = LayerRequest(
+                    target.layer or "",
+                    scope["query_string"],
+                    headers,
+                    accounting.receive,
+                    grant=grant,
+                    version=target.version,
+                    waiting=accounting.waiting,
+                )
                 await context.send_response(await endpoint(request), accounting.send)
             else:
                 inner = _inner(scope, target, headers, context.request_id, grant)
                 await self.app(inner, accounting.receive, context.completing(accounting.send, inner["state"]))
         except ClientGoneError:
             context.report(DISCONNECTED, 0)
-            log.debug("request %s: the client disconnected", context.request_id)
         except asyncio.CancelledError:
             await context.fail(_stopping(), send)
             raise
@@ -140,14 +151,15 @@ class Gateway:
             await context.fail(error, send)
         finally:
             accounting.close()
-            context.log()
+            CURRENT_SPAN.reset(before)
 
-    def fast_target(self, url: bytes) -> Target | None:
-        """The target of a POST that the fast path can serve (an endpoint of a layer, no query string), or None."""
-        if len(url) > MAX_CACHED_BYTES or b"?" in url or not url.startswith(_LAYER_PATHS):
+    def fast_target(self, url: bytes) -> tuple[Target, bytes] | None:
+        """Target and query of a POST that the fast path can serve (an endpoint of a layer, few queries), or None."""
+        path, _, query = url.partition(b"?")
+        if len(url) > MAX_CACHED_BYTES or query not in _FAST_QUERIES or not url.startswith(_LAYER_PATHS):
             return None
-        target = target_of(url)
-        return target if target.layer and ("POST", target.call) in self._fast_endpoints else None
+        target = target_of(path)
+        return (target, query) if target.layer and ("POST", target.call) in self._fast_endpoints else None
 
     def admit(self, target: Target, headers: Headers, size: int) -> Grant | None:
         """What the caller of a POST of the fast path may do; None if the request is for ASGI, which responds why."""
@@ -156,21 +168,27 @@ class Gateway:
                 return self._admit(target, headers, "POST")
         return None
 
+    def stop_waiting(self) -> None:
+        """The server stops: end the calls that wait for a change of layers, and let none begin."""
+        self._stop_waiting()
+
     @property
     def running(self) -> int:
         """How many calls run now."""
         return self.shares.running
 
-    async def respond(self, target: Target, request: LayerRequest) -> Response:
+    async def respond(self, target: Target, request: LayerRequest, span: Span | None = None) -> Response:
         """The response to a POST of the fast path whose body was read. Problems are responses; it never raises."""
         name, began, size = request_id(request.headers), time.perf_counter(), len(request.received or b"")
+        if span is not None:
+            CURRENT_SPAN.set(span)  # in the context that this coroutine was started with
         try:
             response = await self._respond(target, request, size)
         except asyncio.CancelledError:
             response = respond_problem(_stopping(), target.path, name)
         except Exception as error:
             response = respond_problem(error, target.path, name)
-        return self._completed(response, target, began, name, size)
+        return self._completed(response, target, request.headers, began, name, size, span)
 
     async def _respond(self, target: Target, request: LayerRequest, size: int) -> Response:
         layer, shares, cost = target.layer, self.shares, call_cost(size)
@@ -188,22 +206,37 @@ class Gateway:
             if refusal is None:
                 shares.leave(layer)
 
-    def refuse(self, problem: ProblemError, target: Target, headers: Headers) -> Response:
+    def refuse(self, problem: ProblemError, target: Target, headers: Headers, span: Span | None) -> Response:
         """The response to a POST of the fast path that is refused before its body is complete."""
         name = request_id(headers)
-        return self._completed(respond_problem(problem, target.path, name), target, time.perf_counter(), name, 0)
+        response = respond_problem(problem, target.path, name)
+        return self._completed(response, target, headers, time.perf_counter(), name, 0, span)
 
-    def disconnected(self, target: Target) -> None:
-        """Count a POST of the fast path whose client disconnected before its body was complete."""
-        self.reports.report("POST", target, DISCONNECTED, time.perf_counter(), 0, 0)
+    def disconnected(self, target: Target, headers: Headers, span: Span | None) -> None:
+        """Report a POST of the fast path whose client disconnected before its body was complete."""
+        name = request_id(headers)
+        self.reports.report(Served("POST", target, headers, name, 0, DISCONNECTED, 0.0, 0, 0), span)
 
-    def _completed(self, response: Response, target: Target, began: float, request_id: str, received: int) -> Response:
+    def _completed(
+        self,
+        response: Response,
+        target: Target,
+        headers: Headers,
+        began: float,
+        request_id: str,
+        received: int,
+        span: Span | None,
+    ) -> Response:
         """Add the request id to a response of the fast path, whose requests have no Expect header; report it."""
         response.raw_headers.append((_REQUEST_ID, request_id.encode()))
+        seconds = time.perf_counter() - began
         if (route := self._posts.get(target.call)) is not None:
-            route.report(response.problem, time.perf_counter() - began, received, response.size)
-        if log.isEnabledFor(logging.DEBUG):
-            _log_request("POST", target, response.status_code, began, request_id)
+            route.report(response.problem, seconds, received, response.size)
+        status = response.status_code
+        if span is not None or seconds >= self._logged_from or status >= 500:
+            outcome, sent = response.outcome, response.size
+            served = Served("POST", target, headers, request_id, status, outcome, seconds, received, sent)
+            self.reports.describe(served, span)
         return response
 
     def _admit(self, target: Target, headers: Headers, method: str) -> Grant | None:
@@ -289,6 +322,16 @@ class _RequestAccounting:
         if message["type"] == "http.response.body":
             self._release(min(self._buffered, len(message["body"])))
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While the call waits for a change, it does not count as running, and the time is not reported as its own."""
+        self.close()
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.began += time.perf_counter() - began
+
     def close(self) -> None:
         """Undo what is still counted. May be called several times."""
         self._release(self._buffered)
@@ -302,13 +345,19 @@ class _RequestAccounting:
 
 
 class _RequestContext:
-    """Request id, status and start time of one ASGI request; adds the headers that every response has.
+    """Request id, status and span of one ASGI request; adds the headers that every response has.
 
     Set `close` to close the connection after the response.
     """
 
     def __init__(
-        self, gateway: Gateway, method: str, target: Target, headers: Headers, accounting: _RequestAccounting
+        self,
+        gateway: Gateway,
+        method: str,
+        target: Target,
+        headers: Headers,
+        accounting: _RequestAccounting,
+        span: Span | None,
     ) -> None:
         self.request_id = request_id(headers)
         self.status = 0
@@ -316,8 +365,9 @@ class _RequestContext:
         self._reports = gateway.reports
         self._method = method
         self._target = target
+        self._headers = headers
         self._accounting = accounting
-        self._began = time.perf_counter()
+        self._span = span
         self._expects = b"expect" in headers
 
     async def send_response(self, response: Response, send: Send) -> None:
@@ -341,13 +391,24 @@ class _RequestContext:
         if self.status == 0:
             await self.send_response(respond_problem(error, self._target.path, self.request_id), send)
 
-    def log(self) -> None:
-        if log.isEnabledFor(logging.DEBUG):
-            _log_request(self._method, self._target, self.status, self._began, self.request_id)
-
     def report(self, outcome: str, sent: int) -> None:
-        began, received = self._accounting.began, self._accounting.received
-        self._reports.report(self._method, self._target, outcome, began, received, sent)
+        accounting = self._accounting
+        seconds = time.perf_counter() - accounting.began
+        span, self._span = self._span, None
+        self._reports.report(
+            Served(
+                self._method,
+                self._target,
+                self._headers,
+                self.request_id,
+                self.status,
+                outcome,
+                seconds,
+                accounting.received,
+                sent,
+            ),
+            span,
+        )
 
     def _complete(self, status: int, headers: list[RawHeader], outcome: str) -> None:
         self.status = status
@@ -359,11 +420,6 @@ class _RequestContext:
             # A client that waits for 100 Continue may now omit the body or send it: what follows on this connection
             # could be either that body or the next request.
             headers.append(_CLOSE)
-
-
-def _log_request(method: str, target: Target, status: int, began: float, request_id: str) -> None:
-    milliseconds = (time.perf_counter() - began) * 1e3
-    log.debug("%s %s %d %.2f ms %s", method, target.path, status, milliseconds, request_id)
 
 
 def _address(scope: AsgiScope) -> str:

@@ -64,7 +64,7 @@ class GradientEndpoint:
         )
         done = await (request.cancel_on_disconnect(call) if group else call)
         size = text_bytes(form, done.gradients.values())
-        pieces = await self._layers.run_codec(size, encode, form, done.gradients, {"version": done.version})
+        pieces = await self._layers.encode(size, encode, form, done.gradients, {"version": done.version})
         headers = [(b"etag", etag(done.version)), (VERSION.lower().encode(), b"%d" % done.version)]
         return Response(200, form, pieces, [*headers, REPLAYED] if done.replayed else headers)
 

@@ -1,15 +1,46 @@
-"""Reports every response to the metrics, whichever way its request came."""
+"""Reports every response to the metrics, the log and the traces, whichever way its request came."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
+from typing import Final, NamedTuple
 
-from batchnorm_service.telemetry import Metrics
-from batchnorm_service.telemetry.metrics import OTHER
+from batchnorm_service.telemetry import Metrics, RequestLog, Span, Traces
+from batchnorm_service.telemetry.metrics import LABELS, OTHER
 from batchnorm_service.telemetry.requests import RequestMetrics, RouteMetrics
+from batchnorm_service.telemetry.trace_context import read_trace_context
+from batchnorm_service.telemetry.traces import ERROR_TYPE
 
+from .headers import Headers
 from .target import Target
+
+_UNTRACED: Final = frozenset({"/healthz", "/readyz", "/metrics"})
+"""What monitoring asks all the time."""
+
+
+class Served(NamedTuple):
+    """A request, and the response that is about to be sent.
+
+    Attributes:
+        method: of the request.
+        target: of the request; None if it was refused before it was parsed.
+        headers: of the request.
+        request_id: the response's X-Request-ID.
+        status: of the response; 0 if the client left before it.
+        outcome: one of `OUTCOMES`.
+        seconds: since the request was complete.
+        received, sent: bytes of the two bodies.
+    """
+
+    method: str
+    target: Target | None
+    headers: Headers
+    request_id: str
+    status: int
+    outcome: str
+    seconds: float
+    received: int
+    sent: int
 
 
 class RequestReports:
@@ -17,41 +48,102 @@ class RequestReports:
 
     Args:
         metrics: None if they are off.
+        log: writes requests.
+        traces: None if they are off.
         endpoints: by method and path's template.
         route_of: the template of any other path.
 
     Attributes:
+        log: as above.
         posts: of the fast path, by the template; empty if metrics are off.
     """
 
     def __init__(
-        self, metrics: Metrics | None, endpoints: Iterable[tuple[str, str]], route_of: Callable[[str], str]
+        self,
+        metrics: Metrics | None,
+        log: RequestLog,
+        traces: Traces | None,
+        endpoints: Iterable[tuple[str, str]],
+        route_of: Callable[[str], str],
     ) -> None:
+        self.log = log
+        self._traces = traces
         self._requests = RequestMetrics(metrics) if metrics else None
         self._route_of = route_of
+        self._known = frozenset(endpoints)
         self._endpoints: dict[tuple[str, str], RouteMetrics] = {}
         self.posts: dict[str, RouteMetrics] = {}
         if self._requests:
-            for method, call in endpoints:
+            for method, call in self._known:
                 route = self._requests.of(method, call)
                 self._endpoints[method, call] = route
                 if method == "POST":
                     self.posts[call] = route
 
-    def report(self, method: str, target: Target | None, outcome: str, began: float, received: int, sent: int) -> None:
-        """Report a response that is about to be sent.
+    def begin(self, method: str, target: Target, headers: Headers) -> Span | None:
+        """The span of a request that begins; None if it is not sampled."""
+        if self._traces is None or target.path in _UNTRACED:
+            return None
+        return self._traces.begin(headers, method)
 
-        Args:
-            method: of the request.
-            target: of the request; None if it was refused before it was parsed.
-            outcome: one of `OUTCOMES`.
-            began: when the request was complete, by `time.perf_counter`.
-            received: bytes of the request's body.
-            sent: bytes of the response's body.
-        """
-        if self._requests is None:
-            return
-        route = self._endpoints.get((method, target.call)) if target is not None and target.layer else None
-        if route is None:
-            route = self._requests.of(method, OTHER if target is None else self._route_of(target.path))
-        route.report(outcome, time.perf_counter() - began, received, sent)
+    def report(self, served: Served, span: Span | None = None) -> None:
+        """Report a response that is about to be sent, and end the request's span."""
+        if self._requests is not None:
+            target = served.target
+            route = self._endpoints.get((served.method, target.call)) if target is not None and target.call else None
+            if route is None:
+                route = self._requests.of(served.method, self._template(served))
+            route.report(served.outcome, served.seconds, served.received, served.sent)
+        if span is not None or self.log.wants(served.status, served.seconds):
+            self.describe(served, span)
+
+    def describe(self, served: Served, span: Span | None) -> None:
+        """Write a request to the log, if that wants it, and end its span."""
+        route, target = self._template(served), served.target
+        layer = target.layer if target is not None and target.named else None
+        if span is not None:
+            _end(span, served, route, layer)
+        if self.log.wants(served.status, served.seconds):
+            traced = span or read_trace_context(served.headers)
+            self.log.write(
+                served.status,
+                served.seconds,
+                request_id=served.request_id,
+                trace_id=None if traced is None else f"{traced.trace_id:032x}",
+                span_id=None if span is None else f"{span.span_id:016x}",
+                method=served.method,
+                route=route,
+                layer=layer,
+                outcome=served.outcome,
+                bytes_received=served.received,
+                bytes_sent=served.sent,
+            )
+
+    def _template(self, served: Served) -> str:
+        target = served.target
+        if target is None:
+            return OTHER
+        known = target.call and (served.method, target.call) in self._known
+        return target.call if known else self._route_of(target.path)
+
+
+def _end(span: Span, served: Served, route: str, layer: str | None) -> None:
+    """End the span of a request, named and described as OpenTelemetry's conventions for HTTP say."""
+    method = served.method if served.method in LABELS["method"] else "_OTHER"
+    span.name = f"{'HTTP' if method == '_OTHER' else method} {route}"
+    span.attributes |= {
+        "http.request.method": method,
+        "http.route": route,
+        "http.request.body.size": served.received,
+        "http.response.body.size": served.sent,
+        "batchnorm.outcome": served.outcome,
+        "batchnorm.request_id": served.request_id,
+    }
+    if layer is not None:
+        span.attributes["batchnorm.layer"] = layer
+    if served.status:
+        span.attributes["http.response.status_code"] = served.status
+    if served.status >= 500:
+        span.attributes[ERROR_TYPE] = served.outcome
+        span.failed = True
+    span.end()

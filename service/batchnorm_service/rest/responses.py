@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from copy import copy
+from typing import Any, Final, Self
 
 import orjson
 from starlette import responses
@@ -61,6 +62,12 @@ class Response(responses.Response):
         """One of `telemetry.metrics.OUTCOMES`."""
         return self.problem or STATUS_CLASSES[self.status_code // 100]
 
+    def copy(self) -> Self:
+        """A response with the same body, and headers of its own."""
+        copied = copy(self)
+        copied.raw_headers = [*self.raw_headers]
+        return copied
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response as ASGI messages."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -96,7 +103,7 @@ async def respond_with_layer(
     """
     tags = [REPLAYED] if replayed else [(b"etag", etag(layer.version))]
     size = text_bytes(JSON, layer.tensors.values())
-    return await layers.run_codec(size, _respond_with_layer, status, layer, [*tags, *headers])
+    return await layers.encode(size, _respond_with_layer, status, layer, [*tags, *headers])
 
 
 def _respond_with_layer(status: int, layer: Snapshot, headers: Iterable[RawHeader]) -> Response:
