@@ -11,6 +11,7 @@ from ..runtime import Runtime
 from ..store.base import Store
 from ..telemetry.layers import LayerMetrics
 from .cached_state import CachedState
+from .compute import ComputeExecutor
 from .groups import Groups
 from .kept_states import KeptStates
 from .records import CommittedLayer
@@ -27,6 +28,7 @@ class CacheEntry:
     Args:
         name: the layer's name.
         store: the store of its record.
+        executor: where large stacks of moments are folded.
         options: limits of its queue and of its staleness.
         runtime: clock, random numbers, tasks.
         metrics: what is reported of it.
@@ -38,6 +40,7 @@ class CacheEntry:
         self,
         name: str,
         store: Store,
+        executor: ComputeExecutor,
         options: LayersOptions,
         runtime: Runtime,
         metrics: LayerMetrics,
@@ -48,7 +51,7 @@ class CacheEntry:
         self.cached = CachedState(name, store, options.max_staleness, runtime, metrics, changed)
         self.kept = KeptStates(name, store)
         self.calls = StoreCalls(self.cached, store, options.store_timeout, runtime, metrics)
-        self.queue = UpdateQueue(self.cached, self.kept, self.calls, options, runtime, metrics)
+        self.queue = UpdateQueue(self.cached, self.kept, self.calls, executor, options, runtime, metrics)
         self.groups = Groups(name, store, self.queue, self.calls, options, runtime, metrics)
         self.users = 0
 
@@ -74,8 +77,16 @@ class LayerCache:
         changed: called with a layer's name when there is, or may be, another state of it.
     """
 
-    def __init__(self, store: Store, options: LayersOptions, runtime: Runtime, metrics: LayerMetrics) -> None:
+    def __init__(
+        self,
+        store: Store,
+        executor: ComputeExecutor,
+        options: LayersOptions,
+        runtime: Runtime,
+        metrics: LayerMetrics,
+    ) -> None:
         self._store = store
+        self._executor = executor
         self._runtime = runtime
         self._options = options
         self._metrics = metrics
@@ -112,7 +123,14 @@ class LayerCache:
         entry = self._entries.get(name)
         if entry is None:
             entry = self._entries[name] = CacheEntry(
-                name, self._store, self._options, self._runtime, self._metrics, self._forget, self._report_change
+                name,
+                self._store,
+                self._executor,
+                self._options,
+                self._runtime,
+                self._metrics,
+                self._forget,
+                self._report_change,
             )
             self._evict(entry)
         else:

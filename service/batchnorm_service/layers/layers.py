@@ -72,7 +72,7 @@ class Layers:
         executor = TracedExecutor if traced else ComputeExecutor
         self._executor = executor(self._options.device, self._options.inline_bytes, runtime)
         self.decode, self.encode = self._executor.decode, self._executor.encode
-        self._cache = LayerCache(store, self._options, runtime, LayerMetrics(metrics or NoMetrics()))
+        self._cache = LayerCache(store, self._executor, self._options, runtime, LayerMetrics(metrics or NoMetrics()))
         self.batches: Final = Batches(self._cache, self._executor, runtime)
         self.history: Final = History(store, self._cache, self._executor, self._options, runtime)
         self.states: Final = States(store, self._cache, self._executor, self._options.waiting_calls, runtime)

@@ -105,6 +105,7 @@ class Folded:
         version: the version after the commit that folded them.
         num_batches_tracked: after that fold.
         replayed: whether an earlier call with the same key had folded them.
+        rows: how many batches a stack had; None without a stack.
         count: of all shards of a group, in values per channel; None without a group.
         moments: mean and var (biased), (C,) float64, of all shards of a group; empty without a group.
     """
@@ -112,6 +113,7 @@ class Folded:
     version: int
     num_batches_tracked: int
     replayed: bool
+    rows: int | None = None
     count: int | None = None
     moments: Mapping[str, Tensor] = field(default_factory=dict)
 

@@ -38,6 +38,8 @@ from .transfers import Transfers
 
 _REQUEST_ID: Final = REQUEST_ID.lower().encode()
 _CLOSE: Final = (b"connection", b"close")
+_FAST_QUERIES: Final = frozenset({b"", b"normalize=running"})
+"""Query strings that the fast path passes on. A group needs ASGI, which tells when its client has disconnected."""
 _LAYER_PATHS: Final = (b"/v1/layers/", b"/v2/models/")
 _METHODS_WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 
@@ -151,12 +153,13 @@ class Gateway:
             accounting.close()
             CURRENT_SPAN.reset(before)
 
-    def fast_target(self, url: bytes) -> Target | None:
-        """The target of a POST that the fast path can serve (an endpoint of a layer, no query string), or None."""
-        if len(url) > MAX_CACHED_BYTES or b"?" in url or not url.startswith(_LAYER_PATHS):
+    def fast_target(self, url: bytes) -> tuple[Target, bytes] | None:
+        """Target and query of a POST that the fast path can serve (an endpoint of a layer, few queries), or None."""
+        path, _, query = url.partition(b"?")
+        if len(url) > MAX_CACHED_BYTES or query not in _FAST_QUERIES or not url.startswith(_LAYER_PATHS):
             return None
-        target = target_of(url)
-        return target if target.layer and ("POST", target.call) in self._fast_endpoints else None
+        target = target_of(path)
+        return (target, query) if target.layer and ("POST", target.call) in self._fast_endpoints else None
 
     def admit(self, target: Target, headers: Headers, size: int) -> Grant | None:
         """What the caller of a POST of the fast path may do; None if the request is for ASGI, which responds why."""

@@ -154,6 +154,19 @@ class MomentsQuery(GroupQuery):
 class TrainQuery(GroupQuery, StatisticsQuery):
     """Query parameters of train."""
 
+    normalize: Literal["batch", "running"] = Field(
+        "batch",
+        description="with `running`, the batch is folded and then normalized with the running statistics right after "
+        "its own fold; not in a group, nor for a layer that tracks none",
+    )
+
+    @field_validator("normalize")
+    @classmethod
+    def _not_in_a_group(cls, normalize: str, info: ValidationInfo) -> str:
+        if normalize == "running" and info.data.get("group") is not None:
+            raise ValueError("a group's shards are normalized with the statistics of the whole batch: batch only")
+        return normalize
+
 
 class BackwardQuery(GroupQuery):
     """Query parameters of backward."""

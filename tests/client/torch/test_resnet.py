@@ -148,10 +148,10 @@ def test_20_steps_of_two_members_of_a_group(client, name):
     optimizer, *optimizers = (sgd(model) for model in (whole, *members))
     parts = (slice(0, 3), slice(3, 8))
     with ThreadPoolExecutor(2) as pool:
-        for x, labels in batches():
-            expected = step(whole, optimizer, x.double(), labels)
+        for x, labels in ((x.double(), labels) for x, labels in batches()):
+            expected = step(whole, optimizer, x, labels)
 
-            def work(member, x=x.double(), labels=labels):
+            def work(member, x=x, labels=labels):
                 part = parts[member]
                 share = len(labels[part]) / len(labels)
                 return step(members[member], optimizers[member], x[part], labels[part], share)
