@@ -24,6 +24,7 @@ from batchnorm_service.layers.retention import Retention
 from batchnorm_service.layers.shared_check import SharedCheck
 from batchnorm_service.layers.store_calls import StoreCalls
 from batchnorm_service.layers.update_queue import UpdateQueue
+from batchnorm_service.layers.watches import Watch
 from batchnorm_service.store.base import Committed, Conflict, Duplicates, Record, Stamp, StoreError
 from batchnorm_service.store.memory import MemoryStore
 from batchnorm_service.store.sqlite.thread import SqliteThread
@@ -295,6 +296,10 @@ def a_rollback_leaves_the_counters(patch: Patch) -> None:
     patch.setattr(UpdateQueue, "submit", partly)
 
 
+def a_commit_wakes_no_wait(patch: Patch) -> None:
+    patch.setattr(Watch, "changed", lambda self: None)
+
+
 def an_error_is_said_to_have_had_no_effect(patch: Patch) -> None:
     patch.setattr(retries, "may_have_taken_effect", lambda _: False)
 
@@ -326,6 +331,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
         a_deleted_pin_is_served_from_memory,
         the_state_before_a_reset_is_not_kept,
         a_rollback_leaves_the_counters,
+        a_commit_wakes_no_wait,
         an_error_is_said_to_have_had_no_effect,
     )
 }
