@@ -7,13 +7,14 @@ from typing import Final
 
 from benchmarks.bench import Bench
 from benchmarks.figures import Row
-from benchmarks.rows import binary, client, documents, memory, peers, start, tail
+from benchmarks.rows import binary, client, documents, frames, memory, peers, start, tail
 
 ROWS: Final[dict[str, Callable[[Bench], Iterator[Row]]]] = {
     "eval": binary.evaluate,
     "metrics": binary.metrics,
     "train": binary.train,
     "layers": binary.many_layers,
+    "frames": frames.frames,
     "json": documents.json,
     "peers": peers.peers,
     "tail": tail.tail,
