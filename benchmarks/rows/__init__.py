@@ -12,6 +12,7 @@ from benchmarks.rows import binary, client, documents, frames, memory, peers, st
 ROWS: Final[dict[str, Callable[[Bench], Iterator[Row]]]] = {
     "eval": binary.evaluate,
     "metrics": binary.metrics,
+    "inference": binary.inference,
     "train": binary.train,
     "layers": binary.many_layers,
     "frames": frames.frames,
