@@ -7,32 +7,13 @@ from collections.abc import Iterator
 from benchmarks.bench import Bench
 from benchmarks.bodies import KIB, MIB, call, safetensors
 from benchmarks.figures import Row, Target, in_turns, ratio
-from benchmarks.load import Call, drive, request
-from benchmarks.process import Server
+from benchmarks.load import Call, request
 
 
 def evaluate(bench: Bench) -> Iterator[Row]:
     """Eval from small to large."""
     for size, connections, least in ((8 * KIB, 8, 0.4), (256 * KIB, 8, 0.95), (8 * MIB, 4, 0.85)):
         yield _against_echo(bench, "eval", size, connections, least)
-
-
-def metrics(bench: Bench) -> Iterator[Row]:
-    """Processor time of a small eval, with metrics and without: the rate of calls varies more than they cost."""
-    body, connections = safetensors(8 * KIB), 8
-
-    def used(server: Server) -> float:
-        before = server.used()
-        load = Call(server.port, [call(bench.layer("one", server=server), "eval", body)], connections)
-        done = drive(load, max(bench.pace.seconds / 2, 0.3))  # processor time is counted in steps of 0.01 s
-        return (server.used() - before) / len(done.latencies)
-
-    on, off = bench.own_service("on"), bench.own_service("off", BATCHNORM_METRICS="0")
-    for server in (on, off):
-        used(server)
-    pairs = in_turns(4 * bench.pace.rounds, lambda: used(on), lambda: used(off))
-    what = "processor time of an eval of 8 KiB, 8 connections, against one without metrics"
-    yield ratio(what, Target(1.05, least=False), pairs, " µs", 1e6)
 
 
 def train(bench: Bench) -> Iterator[Row]:
