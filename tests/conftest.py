@@ -1,13 +1,16 @@
 """What every test shares."""
 
 import gc
+from functools import cache
 from itertools import chain
 from types import FunctionType
 
+import httpx
 import pytest
 import torch
 
 torch.set_num_threads(1)  # as the service does: torch rounds sums in an order that depends on it
+httpx._transports.default.create_ssl_context = cache(httpx.create_ssl_context)  # else each `httpx.get` takes 50 ms
 
 _measured = pytest.StashKey[list[str]]()
 

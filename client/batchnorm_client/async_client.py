@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 from batchnorm_client.async_layer import AsyncRemoteLayer
 from batchnorm_client.core import Attempts, Request, Retry, calls
 from batchnorm_client.core.runtime import AsyncRuntime
-from batchnorm_client.options import HttpOptions, LayerOptions
+from batchnorm_client.options import Cast, HttpOptions, LayerOptions
 from batchnorm_client.results import FoldResult
 from batchnorm_client.wire.documents import LayerSummary
 from batchnorm_client.wire.errors import BatchNormError, NoAnswer, ProblemError
@@ -123,7 +123,9 @@ class AsyncClient:
         await self._call(calls.create(name, num_features, options))
         return self.layer(name)
 
-    def layer(self, name: str, *, at: int | str | None = None, expect: str | None = None) -> AsyncRemoteLayer:
+    def layer(
+        self, name: str, *, at: int | str | None = None, expect: str | None = None, cast: Cast | None = None
+    ) -> AsyncRemoteLayer:
         """A handle for a layer. Makes no call: a layer that does not exist is noticed when the handle is used.
 
         With `at` or `expect` the handle only reads: it evaluates with exactly this state, or raises.
@@ -132,11 +134,13 @@ class AsyncClient:
             name: of the layer.
             at: a kept version, or the tag of a pin, instead of the newest state.
             expect: the digest that this state, or the newest one, must have, as `AsyncRemoteLayer.pin` returned it.
+            cast: the dtype that batches are converted to before they are sent, such as "float32" for float64
+                observations of a float32 layer. By default they are sent as they are, or refused.
 
         Raises:
             InvalidRequest: not a valid layer name, version, tag or digest.
         """
-        return AsyncRemoteLayer(self, name, at=at, expect=expect)
+        return AsyncRemoteLayer(self, name, at=at, expect=expect, cast=cast)
 
     async def layers(self, prefix: str = "") -> AsyncIterator[LayerSummary]:
         """All layers whose names start with `prefix`, by name: `async for layer in client.layers()`.
@@ -158,7 +162,7 @@ class AsyncClient:
         """Fold moments into many layers in one call. Each layer is folded once, or not at all.
 
         Args:
-            layers: (count, mean, var) by layer name, as `AsyncRemoteLayer.fold_moments` takes them.
+            layers: (count, mean, var) by layer name, as `AsyncRemoteLayer.fold_moments` takes them; stacks, too.
             key: an idempotency key, which applies to each layer separately: a repeat folds what was not folded yet. Or
                 one key per layer, by layer name. A request carries one key, so layers with different keys are sent in
                 separate requests, one after the other. If one of them fails, its exception is raised, and those before

@@ -11,9 +11,10 @@ import numpy.typing as npt
 from batchnorm_client.arrays import A, to_numpy, to_torch
 from batchnorm_client.core import calls, history_calls, local
 from batchnorm_client.core.group_member import GroupMember
+from batchnorm_client.core.samples import as_batch, as_given
 from batchnorm_client.core.state_choice import StateChoice
 from batchnorm_client.kernels.state import LocalState
-from batchnorm_client.options import LayerChanges, Mode, What
+from batchnorm_client.options import Cast, LayerChanges, Mode, Normalize, What
 from batchnorm_client.results import EvalResult, FoldResult, Gradients, TrainResult
 from batchnorm_client.wire.documents import HistoryEntry, Layer, Pin
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from batchnorm_client.async_client import AsyncClient
-    from batchnorm_client.options import Numbers, StateDict
+    from batchnorm_client.options import Numbers, Rows, StateDict
 
 
 class AsyncRemoteLayer:
@@ -32,6 +33,9 @@ class AsyncRemoteLayer:
     `DigestMismatch` if it has another digest. `history` and `pins` list those of the layer. All other methods raise
     ValueError before anything is sent.
 
+    Where a batch is taken, one sample, (C,), may be given instead, and the output is one sample, too. `cast` is how
+    float64 observations are sent to a float32 layer; without it they are refused, because precision would be lost.
+
     Every method may also raise `LayerNotFound`; `Unauthenticated` and `Forbidden`; `Overloaded`, `StoreUnavailable`,
     `ConnectionFailed` and `TimedOut` after all attempts; `UnexpectedAnswer`.
 
@@ -39,15 +43,23 @@ class AsyncRemoteLayer:
         name: of the layer.
         at: the version or tag that is read; None for the newest state.
         expect: the digest that the state must have; None for any.
+        cast: the dtype that batches are converted to; outputs have it, too. None for no conversion.
     """
 
     def __init__(
-        self, client: AsyncClient, name: str, *, at: int | str | None = None, expect: str | None = None
+        self,
+        client: AsyncClient,
+        name: str,
+        *,
+        at: int | str | None = None,
+        expect: str | None = None,
+        cast: Cast | None = None,
     ) -> None:
         calls.layer_path(name)
         self.name = name
         self.at = at
         self.expect = expect
+        self.cast = cast
         self._choice = StateChoice.of(at, expect)
         self._client = client
         self._cached_state: LocalState | None = None  # of eval_local and train_local; revalidated before each use
@@ -56,21 +68,25 @@ class AsyncRemoteLayer:
         self,
         x: A,
         *,
+        normalize: Normalize = "batch",
         key: str | None = None,
         statistics: bool = False,
         group: str | None = None,
         size: int | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - the service looks at it
     ) -> TrainResult[A]:
-        """Normalize a batch with its own statistics, and fold them into the running statistics, exactly once.
+        """Fold a batch's statistics into the running statistics, exactly once, and normalize it.
 
         Args:
             x: (N, C, *), or with the channels where the layer's `channel_axis` says; a numpy array or a torch tensor.
                 float16, bfloat16 or float32 for a float32 layer, float64 for a float64 layer. Gradients do not flow.
+            normalize: "batch", with the batch's own statistics, as in training; or "running", with the running
+                statistics right after this batch was folded, as observations are normalized in reinforcement
+                learning. A repeat under the same key is then normalized with the newest ones. Not in a group.
             key: an idempotency key: a repeat with the same key and batch is not counted again, whoever sends it, for as
                 long as the service keeps receipts (one hour by default). By default a new one, which makes the
                 client's own retries safe.
-            statistics: also return the batch's mean, biased variance and inverse standard deviation.
+            statistics: also return the mean, biased variance and inverse standard deviation that were used.
             group: makes `x` a shard of a synchronized batch with this id, not used before: every shard is normalized
                 with the statistics of all, which are folded once. A shard may be empty.
             size: how many members the group has.
@@ -83,16 +99,18 @@ class AsyncRemoteLayer:
             GroupIncomplete: not all members came in time. Nothing was folded; start again with another id.
             GroupClosed: the group is complete, or has timed out.
             GroupMismatch: the group has another size.
+            InvalidRequest: "running" in a group, or for a layer that tracks no running statistics.
             NonFinite: NaN, infinity or overflow, unless the layer allows them.
             IdempotencyKeyReused: the key belongs to another batch.
             PayloadTooLarge: the batch is larger than the service takes.
             TypeError: `x` is no array, or has a dtype that cannot be sent.
         """
         self._choice.check_writable(self.name, "train")
-        member = GroupMember.of(group, size, timeout)
-        return await self._client._call(
-            calls.train(self.name, x, key=self._client._key(key), statistics=statistics, member=member)
+        member, batch, key = GroupMember.of(group, size, timeout), as_batch(x, self.cast), self._client._key(key)
+        result = await self._client._call(
+            calls.train(self.name, batch, key=key, statistics=statistics, normalize=normalize, member=member)
         )
+        return as_given(x, result)
 
     async def train_local(
         self,
@@ -125,20 +143,20 @@ class AsyncRemoteLayer:
             As `train`. In a group, an output that overflows is only detected after the group was folded.
         """
         self._choice.check_writable(self.name, "train_local")
-        state, member = await self._state(), GroupMember.of(group, size, timeout)
+        state, member, batch = await self._state(), GroupMember.of(group, size, timeout), as_batch(x, self.cast)
         run = self._client._runtime.run
-        step = await run(partial(local.train_step, state, x)) if member is None else None
-        moments = await run(partial(local.shard_moments, state, x)) if step is None else step.moments
+        step = await run(partial(local.train_step, state, batch)) if member is None else None
+        moments = await run(partial(local.shard_moments, state, batch)) if step is None else step.moments
         done = await self._client._call(
             calls.fold_moments(self.name, moments, key=self._client._key(key), member=member)
         )
-        return await run(partial(local.trained, state, x, step, done, statistics=statistics))
+        return as_given(x, await run(partial(local.trained, state, batch, step, done, statistics=statistics)))
 
     async def fold_moments(
         self,
-        count: int,
-        mean: Numbers,
-        var: Numbers,
+        count: int | Numbers,
+        mean: Rows,
+        var: Rows,
         *,
         key: str | None = None,
         group: str | None = None,
@@ -147,17 +165,20 @@ class AsyncRemoteLayer:
     ) -> FoldResult:
         """Fold the moments of a batch into the running statistics, exactly once, without sending the batch.
 
+        Or those of a stack of up to 65,536 batches, in their order: in one call and one commit, all or none, and much
+        faster than one by one.
+
         Args:
-            count: values per channel, N*H*W.
-            mean: (C,), of any float dtype; a list, numpy array or torch tensor.
-            var: (C,), biased: divided by count.
+            count: values per channel, N*H*W; (M,) integers for a stack.
+            mean: (C,), of any float dtype; a list, numpy array or torch tensor; (M, C) for a stack.
+            var: as mean; biased: divided by count.
             key: as for `train`.
             group: as for `train`; the result has count, mean and var of all shards, and count may be 0.
             size: as for `train`.
             timeout: as for `train`.
 
         Raises:
-            As `train`.
+            As `train`. Of a stack, `fields["row"]` says which row is wrong, counted from 0.
         """
         self._choice.check_writable(self.name, "fold_moments")
         member = GroupMember.of(group, size, timeout)
@@ -176,7 +197,9 @@ class AsyncRemoteLayer:
             ShapeMismatch, DtypeMismatch, PayloadTooLarge, TypeError: as for `train`.
             TooFewValues: one value per channel, and the layer has no running statistics.
         """
-        return await self._client._call(calls.evaluate(self.name, x, statistics=statistics, choice=self._choice))
+        batch = as_batch(x, self.cast)
+        result = await self._client._call(calls.evaluate(self.name, batch, statistics=statistics, choice=self._choice))
+        return as_given(x, result)
 
     async def eval_local(self, x: A, *, statistics: bool = False) -> EvalResult[A]:
         """As `eval`, but the batch is not sent. The layer's state is cached, and read again only if it has changed.
@@ -195,8 +218,9 @@ class AsyncRemoteLayer:
         Raises:
             As `eval`.
         """
-        state = await self._state()
-        return await self._client._runtime.run(partial(local.eval_step, state, x, statistics=statistics))
+        state, batch = await self._state(), as_batch(x, self.cast)
+        result = await self._client._runtime.run(partial(local.eval_step, state, batch, statistics=statistics))
+        return as_given(x, result)
 
     async def inverse(self, y: A) -> EvalResult[A]:
         """Undo `eval`: (y - bias) / weight * sqrt(running_var + eps) + running_mean. Clipped values are not restored.
@@ -208,7 +232,8 @@ class AsyncRemoteLayer:
             InvalidRequest: the layer has no running statistics, or a weight is 0.
             ShapeMismatch, DtypeMismatch, PayloadTooLarge, TypeError: as for `train`.
         """
-        return await self._client._call(calls.inverse(self.name, y, self._choice))
+        result = await self._client._call(calls.inverse(self.name, as_batch(y, self.cast), self._choice))
+        return as_given(y, result)
 
     async def backward(
         self,
@@ -240,9 +265,11 @@ class AsyncRemoteLayer:
         """
         self._choice.check_writable(self.name, "backward")
         member = GroupMember.of(group, size, timeout)
-        return await self._client._call(
-            calls.backward(self.name, x, grad_output, mode=mode, key=self._client._key(key), member=member)
+        tensors = as_batch(x, self.cast), as_batch(grad_output, self.cast)
+        found = await self._client._call(
+            calls.backward(self.name, *tensors, mode=mode, key=self._client._key(key), member=member)
         )
+        return as_given(x, found, "grad_input")
 
     async def inspect(self) -> Layer:
         """The layer's config, counters, state and digest, as of its newest commit, or of the state that is read."""

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     File = str | os.PathLike[str]
     Numbers = npt.NDArray[Any] | torch.Tensor | Sequence[float]
-    Moments = tuple[int, Numbers, Numbers]
+    Rows = Numbers | Sequence[Sequence[float]]
+    Moments = tuple[int | Numbers, Rows, Rows]
     from batchnorm_client.wire.tensors import Tensor
 
     StateDict = Mapping[str, npt.NDArray[Any] | torch.Tensor | Tensor | int]
@@ -106,3 +107,9 @@ What = Literal["running_stats", "parameters", "all"]
 
 Mode = Literal["train", "eval"]
 """The step whose gradient is computed."""
+
+Normalize = Literal["batch", "running"]
+"""What `train` normalizes with: the batch's own statistics, or the running ones right after its own fold."""
+
+Cast = Literal["float16", "float32", "float64"]
+"""The dtype that batches are converted to before they are sent."""

@@ -48,7 +48,7 @@ class EvalResult(Generic[A]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainResult(Generic[A]):
-    """A batch that was normalized with its own statistics, which were folded into the running statistics.
+    """A batch whose statistics were folded into the running ones, normalized with its own or with the running ones.
 
     Attributes:
         output: of the input's type, shape, dtype and device; numpy arrays are writable.
@@ -76,6 +76,7 @@ class FoldResult:
         count: values per channel of all shards of a group; None without a group.
         mean: (C,) float64, of all shards of a group; None without a group.
         var: (C,) float64, biased, of all shards of a group; None without a group.
+        folded: how many batches; more than 1 for a stack.
     """
 
     version: int
@@ -84,6 +85,7 @@ class FoldResult:
     count: int | None = None
     mean: npt.NDArray[Any] | None = None
     var: npt.NDArray[Any] | None = None
+    folded: int = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -22,6 +22,7 @@ from batchnorm_service.rest import ApiOptions, Gateway, RequestLimits, build_api
 from batchnorm_service.rest.application import all_routers
 from batchnorm_service.rest.interface import Interface, RouteTable
 from batchnorm_service.rest.security import Guard
+from batchnorm_service.rest.shares import group_share
 from batchnorm_service.settings import PREFIX, Settings
 from batchnorm_service.store.base import Store
 from batchnorm_service.store.measured import measured
@@ -78,6 +79,8 @@ def create_app(
             history_length=settings.history_length,
             history_seconds=settings.history_seconds,
             max_pins=settings.max_pins,
+            max_waiting_members=group_share(settings.max_concurrent_requests),
+            waiting_calls=settings.max_waiting_calls,
         ),
         metrics=metrics,
         traced=traces is not None,

@@ -117,6 +117,10 @@ class Settings(BaseSettings):
     """Maximum concurrent calls; beyond it calls get 503. Times the largest body, it bounds their memory. From 16 on,
     some are kept free for layers with few calls."""
 
+    max_waiting_calls: int = Field(10_000, ge=1)
+    """Maximum calls that wait until layers change (`wait`), per process; beyond it they get 503. They do not count as
+    running. Each holds a connection."""
+
     read_timeout_seconds: float = Field(30, gt=0, allow_inf_nan=False)
     """A request gets 408 if no byte of it arrives for this time, or after this time less than 1 KiB/s on average."""
 

@@ -86,7 +86,6 @@ def test_what_httpx_takes_is_left_alone():
     own = ssl.create_default_context()
     assert with_ssl_context({"verify": own, "trust_env": False}) == {"verify": own, "trust_env": False}
     assert with_ssl_context({"verify": False}) == {"verify": False}
-    assert with_ssl_context({}) == {"verify": True}
 
 
 def test_a_directory_of_authorities(certificate, tmp_path):

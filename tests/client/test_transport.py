@@ -11,6 +11,7 @@ import pytest
 
 from batchnorm_client import AsyncClient, Client, ConnectionFailed, Retry, TimedOut, UnexpectedAnswer
 from batchnorm_client.core import Attempts, Request
+from batchnorm_client.transport.credentials import with_ssl_context
 from batchnorm_client.transport.requests import BLOCK, TIMEOUT, ServiceEndpoint
 from client.harness import StoppedClock
 
@@ -308,3 +309,11 @@ def test_json_of_the_wire(connect, name):
         {"momentum": None, "weight": [1, "Infinity"]},
         {"what": "all"},
     ]
+
+
+def test_certificate_authorities_are_read_once():
+    """Reading them takes 50 ms, which a client of an http:// URL would pay too."""
+    contexts = [with_ssl_context({})["verify"] for _ in range(2)]
+    assert contexts[0] is contexts[1]
+    assert contexts[0].verify_mode is ssl.CERT_REQUIRED
+    assert with_ssl_context({"trust_env": False})["verify"] is not contexts[0]

@@ -44,7 +44,7 @@ async def train(layers: Layers, name: str, array: np.ndarray, key: str | None = 
 
 
 async def fold_moments(
-    layers: Layers, name: str, count: int, mean: np.ndarray, var: np.ndarray, key: str | None = None
+    layers: Layers, name: str, count: int | np.ndarray, mean: np.ndarray, var: np.ndarray, key: str | None = None
 ) -> Folded:
     tensors = {"count": Tensor.of(np.array(count, np.int64)), "mean": Tensor.of(mean), "var": Tensor.of(var)}
     return await started(layers.batches.fold_moments(name, lambda _: tensors, key))

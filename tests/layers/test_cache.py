@@ -62,7 +62,14 @@ async def test_only_the_slot_that_was_used_is_dropped_by_its_name(monkeypatch: p
         entries = layers._cache
         with entries.use("a"):
             other = entries._entries["a"] = cache.CacheEntry(
-                "a", MemoryStore(), layers._options, RUNTIME, LayerMetrics(NoMetrics()), lambda _: None
+                "a",
+                MemoryStore(),
+                layers._executor,
+                layers._options,
+                RUNTIME,
+                LayerMetrics(NoMetrics()),
+                lambda _: None,
+                lambda _: None,
             )
         assert entries.get("a") is other
 

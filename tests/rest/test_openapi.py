@@ -31,6 +31,7 @@ CALLS = {
     "/v1/layers/{name}/backward": {"post"},
     "/v1/layers/{name}/moments": {"post"},
     "/v1/moments": {"post"},
+    "/v1/state": {"get", "put"},
     "/v2": {"get"},
     "/v2/health/live": {"get"},
     "/v2/health/ready": {"get"},
@@ -103,7 +104,7 @@ async def test_the_hot_calls_have_all_three_forms(document, call):
     headers = {"X-Request-ID", "ETag", "Batchnorm-Version", "Num-Batches-Tracked"}
     assert set(answer["headers"]) == headers | {"Idempotent-Replay" if call == "train" else "Batchnorm-Digest"}
     parameters = {parameter["name"] for parameter in operation["parameters"]}
-    own = {"Idempotency-Key", "group", "size", "timeout"} if call == "train" else {"at", "expect"}
+    own = {"Idempotency-Key", "group", "size", "timeout", "normalize"} if call == "train" else {"at", "expect"}
     assert parameters == {"name", "statistics", "X-Request-ID"} | own
 
 

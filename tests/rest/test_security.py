@@ -97,6 +97,8 @@ SCOPES = {
     ("PUT", "/v1/layers/{name}/state"): "train",
     ("POST", "/v1/layers/{name}/train"): "train",
     ("POST", "/v1/moments"): "train",
+    ("GET", "/v1/state"): "read",
+    ("PUT", "/v1/state"): "train",
     ("GET", "/v2/models/{name}"): "read",
     ("POST", "/v2/models/{name}/infer"): "read",
     ("GET", "/v2/models/{name}/ready"): "read",

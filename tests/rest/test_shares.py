@@ -10,7 +10,7 @@ from safetensors.numpy import save
 from batchnorm_client.wire.media_types import SAFETENSORS
 from batchnorm_service.rest.shares import REFUSAL_COST, CallShares, call_cost
 from batchnorm_service.store.memory import MemoryStore
-from fast_path.running import answer, post, serving, until
+from fast_path.running import answer, post, put, serving, until
 
 pytestmark = pytest.mark.anyio
 
@@ -150,3 +150,24 @@ async def test_trains_that_wait_for_their_commits_leave_room_for_other_layers(an
     assert statuses[200] + statuses[503] == 40
     assert statuses[200] >= 16
     assert all(headers["retry-after"] == "1" for status, headers, _ in answers if status == 503)
+
+
+async def test_members_that_wait_for_groups_leave_room_for_other_calls(anyio_backend, monkeypatch):
+    """Seen: one caller took all slots for ten minutes, with groups of several layers that nobody completes."""
+    async with serving(monkeypatch, max_concurrent_requests=18) as service:
+        for number in range(6):
+            assert (await service.ask(put(f"g{number}", "")))[0][0] == 201
+        members = [await asyncio.open_connection("127.0.0.1", service.port) for _ in range(17)]
+        for number, (_, writer) in enumerate(members):
+            await until(lambda number=number: service.gateway.running == number)
+            path = f"/v1/layers/g{number % 6}/train?group={number}&size=2&timeout=60"
+            writer.write(post(path, BATCH, SAFETENSORS))
+        status, headers, body = await answer(members[-1][0])
+        assert (status, headers["retry-after"]) == (503, "1")
+        assert b"BATCHNORM_MAX_CONCURRENT_REQUESTS" in body
+        for path in ("/v1/layers/bm/eval", "/v1/layers/g0/train"):
+            assert (await service.ask(post(path, BATCH, SAFETENSORS)))[0][0] == 200
+        assert service.gateway.running == 16
+        for _, writer in members:
+            writer.transport.abort()
+        await until(lambda: service.gateway.running == 0)

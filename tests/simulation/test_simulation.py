@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import islice
 
 import pytest
 
@@ -32,9 +33,10 @@ def test_no_promise_is_broken(first: int) -> None:
 def test_most_calls_succeed(replicas: int, threaded: bool) -> None:
     """A world in which nothing succeeds breaks no promise: its checker would check nothing."""
     plans = (Plan.draw(seed) for seed in range(200))
-    worlds = [World(plan).run() for plan in plans if (plan.replicas, plan.threaded) == (replicas, threaded)][:20]
+    chosen = (plan for plan in plans if (plan.replicas, plan.threaded) == (replicas, threaded))
+    worlds = [World(plan).run() for plan in islice(chosen, 8)]
     operations = [one for world in worlds for one in world.operations if one.kind in ("train", "eval", "inspect")]
-    assert len(operations) > 200
+    assert len(operations) > 80
     assert sum(one.acknowledged for one in operations) > len(operations) / 2
 
 

@@ -17,7 +17,7 @@ from batchnorm_client.core.messages import Request
 from batchnorm_client.core.state_choice import NEWEST, StateChoice
 from batchnorm_client.core.unknown_outcome import confirm_deleted, confirm_replaced, confirm_updated
 from batchnorm_client.kernels.state import LocalState
-from batchnorm_client.options import LayerChanges, LayerOptions, Mode, What
+from batchnorm_client.options import LayerChanges, LayerOptions, Mode, Normalize, What
 from batchnorm_client.results import EvalResult, FoldResult, Gradients, TrainResult
 from batchnorm_client.wire.documents import Layer, LayerPage
 from batchnorm_client.wire.errors import InvalidRequest, ProblemError
@@ -27,7 +27,7 @@ from batchnorm_client.wire.names import check_layer_name
 from batchnorm_client.wire.tensors import Tensor, encode, json_pieces
 
 if TYPE_CHECKING:
-    from batchnorm_client.options import Moments, Numbers, StateDict
+    from batchnorm_client.options import Moments, Rows, StateDict
 
 _PAGE = 1000
 _WRITE = orjson.OPT_SERIALIZE_NUMPY
@@ -136,13 +136,19 @@ def replace_state(name: str, state_dict: StateDict, if_match: int | None) -> Req
 
 
 def train(
-    name: str, batch: A, *, key: str, statistics: bool, member: GroupMember | None = None
+    name: str,
+    batch: A,
+    *,
+    key: str,
+    statistics: bool = False,
+    normalize: Normalize = "batch",
+    member: GroupMember | None = None,
 ) -> Request[TrainResult[A]]:
-    """Normalize with the batch's statistics, and fold them. With the key, every repeat is safe."""
+    """Fold the batch's statistics, and normalize with them or with the running ones. With the key, a repeat is safe."""
     tensor = to_wire(batch)
     return Request(
         "POST",
-        _target(name, "train", statistics=statistics, member=member),
+        _target(name, "train", statistics=statistics, normalize=normalize, member=member),
         partial(readers.trained, tensor.shape, batch),
         headers=_TENSORS | key_header(key),
         pieces=encode(SAFETENSORS, {"input": tensor}),
@@ -187,7 +193,7 @@ def backward(
 
 
 def fold_moments(name: str, moments: Moments, *, key: str, member: GroupMember | None = None) -> Request[FoldResult]:
-    """Fold the moments of a batch, which is not sent. With the key, every repeat is safe."""
+    """Fold the moments of a batch, or of a stack of batches, which are not sent. With the key, every repeat is safe."""
     return Request(
         "POST",
         _target(name, "moments", member=member),
@@ -254,10 +260,12 @@ def _target(
     *,
     statistics: bool = False,
     mode: Mode | None = None,
+    normalize: Normalize = "batch",
     member: GroupMember | None = None,
     choice: StateChoice = NEWEST,
 ) -> str:
-    query: dict[str, Any] = {"statistics": "true"} if statistics else {}
+    query: dict[str, Any] = {"normalize": normalize} if normalize != "batch" else {}
+    query |= {"statistics": "true"} if statistics else {}
     chosen = {"mode": mode, "at": choice.at, "expect": choice.expect}
     query |= {name: value for name, value in chosen.items() if value is not None}
     if member is not None:
@@ -273,7 +281,12 @@ def _at(path: str, choice: StateChoice) -> str:
 def _moments(moments: Moments) -> dict[str, Tensor]:
     count, mean, var = moments
     tensors = {"mean": _vector(mean), "var": _vector(var)}
-    return {"count": Tensor.of(np.array(int(count), np.int64))} | tensors
+    counts: Any = np.asarray(count)
+    if counts.ndim == 0:
+        return {"count": Tensor.of(np.array(int(counts), np.int64))} | tensors
+    if counts.size and not np.issubdtype(counts.dtype, np.integer):
+        raise TypeError(f"the counts of a stack are integers, not {counts.dtype}")
+    return {"count": Tensor.of(counts.astype(np.int64))} | tensors
 
 
 def key_header(key: str) -> dict[str, str]:
@@ -294,7 +307,7 @@ def if_match_header(version: int | None) -> dict[str, str]:
     return {} if version is None else {"If-Match": f'"{version:d}"'}
 
 
-def _vector(values: Numbers) -> Tensor:
+def _vector(values: Rows) -> Tensor:
     if isinstance(values, list | tuple):
         values = np.asarray(values, np.float64)
     return to_wire(values)

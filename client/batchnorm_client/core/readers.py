@@ -166,7 +166,9 @@ def _check_numbers(choice: StateChoice, name: str, state: LocalState) -> None:
 def _folded(document: dict[str, Any]) -> FoldResult:
     found = FoldedDocument.model_validate(document, extra="ignore")
     mean, var = (None if one is None else np.array(one) for one in (found.mean, found.var))
-    return FoldResult(found.version, found.num_batches_tracked, found.replayed, found.count, mean, var)
+    return FoldResult(
+        found.version, found.num_batches_tracked, found.replayed, found.count, mean, var, found.folded or 1
+    )
 
 
 def _is_replay(response: Response) -> bool:

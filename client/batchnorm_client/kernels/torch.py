@@ -46,6 +46,19 @@ def train_kernel(
     return output, mean, var, invstd
 
 
+def batch_statistics(batch: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The mean and the unbiased variance that `train_kernel` computes, from the same code of torch's, without output.
+
+    Args:
+        batch: (N, C, *), at least two values per channel.
+        dtype: of the layer's state.
+    """
+    mean = torch.zeros(batch.shape[1], dtype=dtype, device=batch.device)
+    var = torch.zeros(batch.shape[1], dtype=dtype, device=batch.device)
+    torch.batch_norm_update_stats(batch, mean, var, 1.0)
+    return mean, var
+
+
 def is_narrow(batch: Tensor, weight: Tensor | None, tracks: bool) -> bool:
     """Whether torch's kernel keeps mean and deviation in half precision, as it does without any tensor in float32.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import ssl
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ def with_ssl_context(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     verify, cert = options.get("verify", True), options.get("cert")
     others = {name: value for name, value in options.items() if name not in {"verify", "cert"}}
+    if verify is True and cert is None:
+        variables = (os.environ.get(name) for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"))
+        return others | {"verify": _default_context(options.get("trust_env", True), *variables)}
     if isinstance(verify, bool | ssl.SSLContext) and cert is None:
         return others | {"verify": verify}
     if isinstance(verify, str | os.PathLike):
@@ -62,6 +66,12 @@ def with_ssl_context(options: Mapping[str, Any]) -> dict[str, Any]:
         except OSError as error:
             raise ValueError(f"{' and '.join(map(os.fspath, files[:2]))}: {_reason(error)}") from error
     return others | {"verify": context}
+
+
+@cache
+def _default_context(trust_env: bool, *_variables: str | None) -> ssl.SSLContext:
+    """httpx's, made once: reading all authorities takes 50 ms, also for a client of an http:// URL."""
+    return httpx.create_ssl_context(trust_env=trust_env)
 
 
 def _trusting(authorities: str | os.PathLike[str]) -> ssl.SSLContext:

@@ -324,12 +324,21 @@ class ProblemDocument(BaseModel):
     instance: str
 
 
-class MomentsDocument(Document):
-    """The moments of a batch: what a layer's running statistics need of it."""
+MAX_ROWS: Final = 65_536
+"""The most batches whose moments are folded as one stack."""
 
-    count: int = Field(ge=0, le=2**63 - 1, description="values per channel, N*H*W")
-    mean: Vector
-    var: Vector = Field(description="biased: divided by count")
+
+_Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+
+
+class MomentsDocument(Document):
+    """The moments of a batch: what a layer's running statistics need of it. Of M batches, each field has M rows."""
+
+    count: _Count | Annotated[list[_Count], Field(min_length=1, max_length=MAX_ROWS)] = Field(
+        description="values per channel, N*H*W; (M,) for a stack"
+    )
+    mean: Vector | list[Vector] = Field(description="(C,); (M, C) for a stack")
+    var: Vector | list[Vector] = Field(description="as mean; biased: divided by count")
 
 
 class FoldedDocument(Document):
@@ -338,6 +347,7 @@ class FoldedDocument(Document):
     version: int
     num_batches_tracked: int
     replayed: bool = False
+    folded: int | None = Field(None, description="how many batches the stack had")
     count: int | None = None
     mean: Vector | None = None
     var: Vector | None = None
@@ -353,3 +363,16 @@ class ManyFolded(Document):
     """What became of them: a result or a problem for each layer."""
 
     layers: dict[str, FoldedDocument | ProblemDocument]
+
+
+class ReplacedDocument(Document):
+    """A layer whose tensors were replaced."""
+
+    version: int
+    num_batches_tracked: int
+
+
+class ManyReplaced(Document):
+    """What became of the tensors of many layers: a result or a problem for each."""
+
+    layers: dict[str, ReplacedDocument | ProblemDocument]

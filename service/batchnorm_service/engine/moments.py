@@ -43,6 +43,11 @@ class Moments:
     correction: int
     strided: bool = False
 
+    @property
+    def batches(self) -> int:
+        """How many batches they are of."""
+        return 1
+
     def unbiased_var(self) -> Channels:
         """The variance divided by count - 1: what feeds running_var."""
         return self.var if self.correction == 1 else self.var * (self.count / (self.count - 1))

@@ -17,7 +17,7 @@ import torch
 
 from batchnorm_client.kernels import checks
 from batchnorm_client.kernels.checks import check_enough, least_values
-from batchnorm_client.kernels.torch import is_narrow, train_kernel
+from batchnorm_client.kernels.torch import batch_statistics, is_narrow, train_kernel
 from batchnorm_client.wire.documents import LayerConfig
 from batchnorm_client.wire.statistics import STATISTICS
 from batchnorm_client.wire.tensors import Tensor as WireTensor
@@ -90,6 +90,31 @@ def train_step(state: LayerState, batch: Batch) -> TrainStep:
         _check_finite(state, step, count)
     output = _finish_output(config, config.clip, step.output)
     return step if output is step.output else step._replace(output=output)
+
+
+def batch_moments(state: LayerState, batch: Batch) -> Moments:
+    """The moments of a batch that is not normalized with them: those of `train_step`.
+
+    Args:
+        state: the layer, whose tracking is on; its tensors are not used.
+        batch: a tensor that passed `check_input`, on the layer's device.
+
+    Raises:
+        TooFewValues: fewer than two values per channel; for population statistics, none.
+        NonFinite: NaN, infinity or overflow of the moments, and the layer rejects that.
+    """
+    config = state.config
+    count = values_per_channel(config, batch)
+    check_enough(count, least_values(config))
+    moved = channels_second(config, batch)
+    if STATISTICS[config.statistics].exact_moments:
+        moments = exact_moments(moved) if moved.is_cpu else merge_launched(moved, fetch(moved, *launch_moments(moved)))
+    else:
+        mean, var = fetch(moved, *batch_statistics(moved, state.dtype))
+        moments = Moments(count, mean, var, 1, strided=not is_dense(moved))
+    if config.non_finite == "reject":
+        moments.check_finite()
+    return moments
 
 
 def shard_moments(state: LayerState, batch: Batch) -> tuple[Moments, Extremes]:

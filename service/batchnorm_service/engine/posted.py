@@ -1,4 +1,4 @@
-"""Decodes moments that a caller sent instead of a batch."""
+"""Decodes moments that a caller sent instead of batches: of one batch, or of a stack."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ from collections.abc import Mapping
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from batchnorm_client.kernels.checks import check_enough, least_values
-from batchnorm_client.wire.documents import LayerConfig
+from batchnorm_client.wire.documents import MAX_ROWS, LayerConfig
 from batchnorm_client.wire.errors import DtypeMismatch, InvalidRequest, ShapeMismatch
 from batchnorm_client.wire.tensors import Tensor as WireTensor
 
-from .moments import Channels, Moments
+from .moments import Moments
+from .moments_stack import MomentsStack
 from .tensors import to_torch, to_wire
+
+Posted = Moments | MomentsStack
 
 MOMENT_DTYPES: Final = {"count": "int64", "mean": "float64", "var": "float64"}
 """The tensors of a batch's moments, and the dtypes that JSON numbers get."""
@@ -21,40 +25,85 @@ MOMENT_DTYPES: Final = {"count": "int64", "mean": "float64", "var": "float64"}
 _FLOATS: Final = ("float16", "bfloat16", "float32", "float64")
 
 
-def posted_moments(
-    config: LayerConfig, tensors: Mapping[str, WireTensor], *, least: int | None = None
-) -> tuple[Moments, tuple[WireTensor, ...]]:
+def posted_moments(config: LayerConfig, tensors: Mapping[str, WireTensor]) -> tuple[Posted, tuple[WireTensor, ...]]:
     """The moments, and their tensors converted to float64, so that the fingerprint does not depend on their dtype.
 
     Args:
         config: the layer's config.
-        tensors: count (an int64 scalar), mean and var (biased), (C,) of any float dtype.
-        least: the minimum of values per channel; by default that of training.
+        tensors: count (an int64 scalar), mean and var (biased), (C,) of any float dtype; or of M batches: count (M,),
+            mean and var (M, C).
 
     Raises:
-        InvalidRequest: a tensor is missing, or count or a variance is negative.
+        InvalidRequest: a tensor is missing, there are no rows or too many, or a count or variance is negative.
         ShapeMismatch, DtypeMismatch: a tensor has another shape or dtype.
-        TooFewValues: the count is less than `least`.
+        TooFewValues: a count is less than training needs.
     """
-    for name in MOMENT_DTYPES:
-        if name not in tensors:
-            raise InvalidRequest(f"{name} is missing", field=name, expected=list(MOMENT_DTYPES), got=list(tensors))
-    count = _count(tensors["count"])
-    mean, var = (_channels(config, tensors[name], name) for name in ("mean", "var"))
+    if "count" not in tensors or len(tensors["count"].shape) != 1:
+        return _moments(config, tensors, least_values(config), "one number, or (M,) for a stack")
+    _check_names(tensors)
+    rows = tensors["count"].shape[0]
+    _check_int64(tensors["count"])
+    if not 1 <= rows <= MAX_ROWS:
+        raise InvalidRequest(
+            f"a stack has 1 to {MAX_ROWS} rows, got {rows}", field="count", expected=f"1 to {MAX_ROWS} rows", got=rows
+        )
+    mean, var = (_channels(tensors[name], name, rows, config.num_features) for name in ("mean", "var"))
+    stack = MomentsStack(to_torch(tensors["count"]).tolist(), mean.numpy(), var.numpy())
+    stack.check_signs()
+    stack.check_enough(least_values(config))
+    return stack, (tensors["count"], to_wire(mean), to_wire(var))
+
+
+def posted_shard(config: LayerConfig, tensors: Mapping[str, WireTensor]) -> tuple[Moments, tuple[WireTensor, ...]]:
+    """As `posted_moments`, of one shard of a synchronized batch, which may be empty."""
+    return _moments(config, tensors, 0, "one number: a group's shard is one batch")
+
+
+def check_posted(config: LayerConfig, moments: Posted) -> None:
+    """Check moments that were decoded for another state of the layer.
+
+    Raises:
+        TooFewValues: a count is less than training needs.
+        NonFinite: NaN or infinity, and the layer rejects that.
+    """
+    if isinstance(moments, MomentsStack):
+        moments.check_enough(least_values(config))
+    else:
+        check_enough(moments.count, least_values(config), "count")
+    if config.non_finite == "reject":
+        moments.check_finite("mean", "var")
+
+
+def _moments(
+    config: LayerConfig, tensors: Mapping[str, WireTensor], least: int, rule: str
+) -> tuple[Moments, tuple[WireTensor, ...]]:
+    _check_names(tensors)
+    count = _count(tensors["count"], rule)
+    mean, var = (_channels(tensors[name], name, config.num_features) for name in ("mean", "var"))
     if bool((var < 0).any()):
         raise InvalidRequest("var must not be negative", field="var", expected=">= 0", got=float(var.min()))
-    check_enough(count, least_values(config) if least is None else least, "count")
+    check_enough(count, least, "count")
     return Moments(count, mean, var, correction=0), (tensors["count"], to_wire(mean), to_wire(var))
 
 
-def _count(tensor: WireTensor) -> int:
+def _check_names(tensors: Mapping[str, WireTensor]) -> None:
+    for name in MOMENT_DTYPES:
+        if name not in tensors:
+            raise InvalidRequest(f"{name} is missing", field=name, expected=list(MOMENT_DTYPES), got=list(tensors))
+
+
+def _check_int64(tensor: WireTensor) -> None:
     if tensor.dtype != "int64":
         raise DtypeMismatch(
             f"count must be int64, got {tensor.dtype}", field="count", expected="int64", got=tensor.dtype
         )
+
+
+def _count(tensor: WireTensor, rule: str) -> int:
+    _check_int64(tensor)
     if tensor.shape != ():
         raise ShapeMismatch(
-            f"count must be one number, got shape {tensor.shape}", field="count", expected=[], got=list(tensor.shape)
+            f"count must be {rule}, got shape {tensor.shape}", field="count", expected=[], got=list(tensor.shape)
         )
     count = int(to_torch(tensor))
     if count < 0:
@@ -62,16 +111,16 @@ def _count(tensor: WireTensor) -> int:
     return count
 
 
-def _channels(config: LayerConfig, tensor: WireTensor, name: str) -> Channels:
+def _channels(tensor: WireTensor, name: str, *shape: int) -> Tensor:
     if tensor.dtype not in _FLOATS:
         raise DtypeMismatch(
             f"{name} must be a float, got {tensor.dtype}", field=name, expected=_FLOATS, got=tensor.dtype
         )
-    if tensor.shape != (config.num_features,):
+    if tensor.shape != shape:
         raise ShapeMismatch(
-            f"{name} must have shape ({config.num_features},), got {tensor.shape}",
+            f"{name} must have shape {shape}, got {tensor.shape}",
             field=name,
-            expected=[config.num_features],
+            expected=list(shape),
             got=list(tensor.shape),
         )
     return to_torch(tensor).to(torch.float64)

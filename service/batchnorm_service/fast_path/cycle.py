@@ -76,7 +76,9 @@ class FastPathProtocol(CoalescingProtocol):
         self._set_idle()
 
     def shutdown(self) -> None:
-        """The server stops. A request that is still being received is handed over to uvicorn's own cycle."""
+        """The server stops: calls that wait for a change end, and a partly received request goes to uvicorn's cycle."""
+        if isinstance(self.app, Gateway):
+            self.app.stop_waiting()
         if (cycle := self._fast_cycle()) is not None and cycle.reading:
             self.cycle = None  # type: ignore[assignment]
             super().on_headers_complete()
@@ -88,7 +90,7 @@ class FastPathProtocol(CoalescingProtocol):
         return cycle if isinstance(cycle, FastPathCycle) else None
 
     def _new_fast_cycle(self) -> FastPathCycle | None:
-        if not isinstance(self.app, Gateway) or (target := self.app.fast_target(self.url)) is None:
+        if not isinstance(self.app, Gateway) or (found := self.app.fast_target(self.url)) is None:
             return None
         if self.cycle is not None and not self.cycle.response_complete:
             return None  # pipelined: uvicorn keeps responses in order
@@ -98,13 +100,13 @@ class FastPathProtocol(CoalescingProtocol):
         length = headers.get(b"content-length", b"")
         if not (length.isdigit() and len(length) <= 18 and self._is_plain(headers)):
             return None
-        size = int(length)
+        size, (target, query) = int(length), found
         grant = self.app.admit(target, headers, size)
         if grant is None:
             return None
         traces = self.app.reports.traces
         span = None if traces is None else traces.begin(headers, "POST")
-        return FastPathCycle(self, self.app, target, headers, size, grant, span)
+        return FastPathCycle(self, self.app, target, query, headers, size, grant, span)
 
     def _is_plain(self, headers: Headers) -> bool:
         """Whether the headers need no special treatment by the server."""
@@ -124,6 +126,7 @@ class FastPathCycle:
         "_grant",
         "_headers",
         "_protocol",
+        "_query",
         "_size",
         "_span",
         "_target",
@@ -140,6 +143,7 @@ class FastPathCycle:
         protocol: FastPathProtocol,
         gateway: Gateway,
         target: Target,
+        query: bytes,
         headers: Headers,
         size: int,
         grant: Grant,
@@ -152,6 +156,7 @@ class FastPathCycle:
         self._protocol = protocol
         self._gateway = gateway
         self._target = target
+        self._query = query
         self._headers = headers
         self._size = size
         self._span = span
@@ -176,7 +181,7 @@ class FastPathCycle:
         body, self._body = self._body if self._buffer is None else self._take_body(), _EMPTY
         target = self._target
         request = LayerRequest(
-            target.layer or "", b"", self._headers, received=body, grant=self._grant, version=target.version
+            target.layer or "", self._query, self._headers, received=body, grant=self._grant, version=target.version
         )
         response = start(self._gateway.respond(target, request, self._span), self._protocol.loop)
         if isinstance(response, Response):

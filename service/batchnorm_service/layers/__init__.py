@@ -5,19 +5,29 @@ from .batches import Batches
 from .cached_state import layer_not_found
 from .fair_pool import CALLED_LAYER
 from .groups import GroupCall
+from .layer_states import LayerStates
 from .layers import Layers
 from .results import Differentiated, Folded, LayersOptions, Normalized, Snapshot
+from .states import MAX_LAYERS, Found, is_known
+from .updates import Done
+from .watches import Selection
 
 __all__ = [
     "CALLED_LAYER",
+    "MAX_LAYERS",
     "MOMENT_DTYPES",
     "Batches",
     "Differentiated",
+    "Done",
     "Folded",
+    "Found",
     "GroupCall",
+    "LayerStates",
     "Layers",
     "LayersOptions",
     "Normalized",
+    "Selection",
     "Snapshot",
+    "is_known",
     "layer_not_found",
 ]

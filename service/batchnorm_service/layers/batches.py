@@ -14,8 +14,9 @@ from batchnorm_client.wire.tensors import Tensor, require
 from ..engine import gradients, normalize
 from ..engine.inverse import inverse_step
 from ..engine.moments import Moments, empty_extremes
+from ..engine.moments_stack import MomentsStack
 from ..engine.normalize import TrainStep
-from ..engine.posted import MOMENT_DTYPES, posted_moments
+from ..engine.posted import MOMENT_DTYPES, Posted, posted_moments, posted_shard
 from ..engine.state import LayerState
 from ..engine.tensors import to_wire
 from ..runtime import Runtime
@@ -24,7 +25,7 @@ from .cached_state import CachedState, layer_not_found
 from .compute import ComputeExecutor
 from .groups import GroupCall, Operation, Outcome
 from .idempotency import IdempotencyToken, make_token
-from .moments_source import BatchSource, MomentsSource, PostedSource
+from .moments_source import BatchSource, MomentsSource, ObservedSource, PostedSource
 from .records import CommittedLayer
 from .results import Differentiated, Folded, Normalized
 from .synchronized import FoldGroup, GradientGroup, Part
@@ -76,22 +77,43 @@ class Batches:
             source, done = await self._fold(entry, prepare)
             return _normalized(await source.output(done.layer.state), done, statistics=statistics)
 
+    async def observe(
+        self, name: str, read: Read, key: str | None, *, nbytes: int = 0, statistics: bool = False
+    ) -> Normalized:
+        """Fold a batch as `train` does, then normalize it with the running statistics right after its own fold.
+
+        A replay is normalized with the newest ones. The layer must track running statistics.
+        """
+        with self._cache.use(name) as entry:
+
+            async def prepare(layer: CommittedLayer) -> tuple[ObservedSource, IdempotencyToken]:
+                wire = await self._executor.decode(nbytes, _input, read, layer.state)
+                token = await self._token(key, "train normalize=running", wire)
+                return ObservedSource(self._executor.batch(layer.state, wire), self._executor), token
+
+            source, done = await self._fold(entry, prepare)
+            state = done.layer.state if done.replayed else source.after
+            output, named = await self._evaluated(state, source.batch, statistics=statistics)
+            return Normalized(to_wire(output), done.version, done.batch, done.replayed, _to_wire(named))
+
     async def fold_moments(
         self, name: str, read: Read, key: str | None, *, nbytes: int = 0, group: GroupCall | None = None
     ) -> Folded:
-        """Fold the moments of a batch that the caller keeps. With `group`, those of all shards are folded once."""
+        """Fold the moments of a batch that the caller keeps, or of a stack of batches, in their order and all or none.
+
+        With `group`, those of all shards are folded once.
+        """
         with self._cache.use(name) as entry:
             if group is not None:
                 return await self._fold_shard_moments(entry, read, key, group, nbytes)
 
             async def prepare(layer: CommittedLayer) -> tuple[PostedSource, IdempotencyToken]:
-                moments, token = await self._executor.decode(
-                    nbytes, _posted, self._runtime, read, layer.state, key, "moments"
-                )
-                return PostedSource(moments), token
+                moments, token = await self._executor.decode(nbytes, _posted, self._runtime, read, layer.state, key)
+                return PostedSource(moments, self._executor), token
 
-            _, done = await self._fold(entry, prepare)
-            return Folded(done.version, done.batch, done.replayed)
+            source, done = await self._fold(entry, prepare)
+            rows = source.moments.batches if isinstance(source.moments, MomentsStack) else None
+            return Folded(done.version, done.batch, done.replayed, rows)
 
     async def fold_many(
         self, moments: Mapping[str, Mapping[str, Tensor] | ProblemError], key: str | None
@@ -135,11 +157,7 @@ class Batches:
         """
         layer = await self._state(name, at, expect)
         batch = self._executor.batch(layer.state, await self._executor.decode(nbytes, _input, read, layer.state))
-        output = await self._executor.run(batch.nbytes, normalize.eval_step, layer.state, batch)
-        named: dict[str, torch.Tensor] = {}
-        if statistics:
-            named = await self._executor.run(batch.nbytes, normalize.eval_statistics, layer.state, batch)
-        return _unchanged(layer, output, named)
+        return _unchanged(layer, *await self._evaluated(layer.state, batch, statistics=statistics))
 
     async def inverse(
         self, name: str, read: Read, *, nbytes: int = 0, at: int | str | None = None, expect: str | None = None
@@ -205,12 +223,23 @@ class Batches:
         layer = await entry.cached.fresh()
         operation = f"moments {_name(group)}"
         moments, member = await self._executor.decode(
-            nbytes, _posted, self._runtime, read, layer.state, key, operation, least=0
+            nbytes, _posted_shard, self._runtime, read, layer.state, key, operation
         )
         part = Part(moments, empty_extremes(layer.state.config.num_features))
         outcome = await _joined(entry, group, member, part, FoldGroup(layer, entry.queue))
         whole = outcome.whole.moments
-        return Folded(outcome.version, outcome.batch, outcome.replayed, whole.count, _to_wire(_moments(whole)))
+        return Folded(
+            outcome.version, outcome.batch, outcome.replayed, count=whole.count, moments=_to_wire(_moments(whole))
+        )
+
+    async def _evaluated(
+        self, state: LayerState, batch: torch.Tensor, *, statistics: bool
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """A batch normalized with the running statistics, and these, if they are asked for."""
+        output = await self._executor.run(batch.nbytes, normalize.eval_step, state, batch)
+        if not statistics:
+            return output, {}
+        return output, await self._executor.run(batch.nbytes, normalize.eval_statistics, state, batch)
 
     async def _token(self, key: str | None, operation: str, *tensors: Tensor) -> IdempotencyToken:
         """The idempotency token of a call; with a key, the fingerprint of a large batch is computed in a thread."""
@@ -298,10 +327,15 @@ def _input(read: Read, state: LayerState) -> Tensor:
     return tensor
 
 
-def _posted(
-    runtime: Runtime, read: Read, state: LayerState, key: str | None, operation: str, *, least: int | None = None
+def _posted(runtime: Runtime, read: Read, state: LayerState, key: str | None) -> tuple[Posted, IdempotencyToken]:
+    moments, tensors = posted_moments(state.config, read(MOMENT_DTYPES))
+    return moments, make_token(runtime, key, "moments", *tensors)
+
+
+def _posted_shard(
+    runtime: Runtime, read: Read, state: LayerState, key: str | None, operation: str
 ) -> tuple[Moments, IdempotencyToken]:
-    moments, tensors = posted_moments(state.config, read(MOMENT_DTYPES), least=least)
+    moments, tensors = posted_shard(state.config, read(MOMENT_DTYPES))
     return moments, make_token(runtime, key, operation, *tensors)
 
 

@@ -11,6 +11,7 @@ from ..runtime import Runtime
 from ..store.base import Store
 from ..telemetry.layers import LayerMetrics
 from .cached_state import CachedState
+from .compute import ComputeExecutor
 from .groups import Groups
 from .kept_states import KeptStates
 from .records import CommittedLayer
@@ -27,27 +28,31 @@ class CacheEntry:
     Args:
         name: the layer's name.
         store: the store of its record.
+        executor: where large stacks of moments are folded.
         options: limits of its queue and of its staleness.
         runtime: clock, random numbers, tasks.
         metrics: what is reported of it.
         unused: called when the last user leaves the entry of a name that has no layer.
+        changed: called with the name when there is, or may be, another state.
     """
 
     def __init__(
         self,
         name: str,
         store: Store,
+        executor: ComputeExecutor,
         options: LayersOptions,
         runtime: Runtime,
         metrics: LayerMetrics,
         unused: Callable[[CacheEntry], object],
+        changed: Callable[[str], object],
     ) -> None:
         self._unused = unused
-        self.cached = CachedState(name, store, options.max_staleness, runtime, metrics)
+        self.cached = CachedState(name, store, options.max_staleness, runtime, metrics, changed)
         self.kept = KeptStates(name, store)
         self.calls = StoreCalls(self.cached, store, options.store_timeout, runtime, metrics)
-        self.queue = UpdateQueue(self.cached, self.kept, self.calls, options, runtime, metrics)
-        self.groups = Groups(name, store, self.queue, self.calls, runtime, metrics)
+        self.queue = UpdateQueue(self.cached, self.kept, self.calls, executor, options, runtime, metrics)
+        self.groups = Groups(name, store, self.queue, self.calls, options, runtime, metrics)
         self.users = 0
 
     def __enter__(self) -> Self:
@@ -66,14 +71,27 @@ class CacheEntry:
 
 
 class LayerCache:
-    """All cached layers, by name."""
+    """All cached layers, by name.
 
-    def __init__(self, store: Store, options: LayersOptions, runtime: Runtime, metrics: LayerMetrics) -> None:
+    Attributes:
+        changed: called with a layer's name when there is, or may be, another state of it.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        executor: ComputeExecutor,
+        options: LayersOptions,
+        runtime: Runtime,
+        metrics: LayerMetrics,
+    ) -> None:
         self._store = store
+        self._executor = executor
         self._runtime = runtime
         self._options = options
         self._metrics = metrics
         self._report_hit = metrics.hits.add
+        self.changed: Callable[[str], object] = lambda _name: None
         self._entries: OrderedDict[str, CacheEntry] = OrderedDict()
 
     def __len__(self) -> int:
@@ -105,7 +123,14 @@ class LayerCache:
         entry = self._entries.get(name)
         if entry is None:
             entry = self._entries[name] = CacheEntry(
-                name, self._store, self._options, self._runtime, self._metrics, self._forget
+                name,
+                self._store,
+                self._executor,
+                self._options,
+                self._runtime,
+                self._metrics,
+                self._forget,
+                self._report_change,
             )
             self._evict(entry)
         else:
@@ -116,6 +141,9 @@ class LayerCache:
         """Return when all queues are empty and their last updates are committed or refused."""
         for entry in list(self._entries.values()):
             await entry.queue.drained()
+
+    def _report_change(self, name: str) -> None:
+        self.changed(name)
 
     def _forget(self, entry: CacheEntry) -> None:
         """Remove this entry, unless a newer one has replaced it."""

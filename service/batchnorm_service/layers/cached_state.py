@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from batchnorm_client.wire.errors import LayerNotFound, StoreUnavailable
 
@@ -16,12 +17,28 @@ from .shared_check import SharedCheck
 class CachedState:
     """Cache of one layer's committed state.
 
+    Args:
+        name: the layer's name.
+        store: the store of its record.
+        max_staleness: see `fresh`.
+        runtime: clock, tasks.
+        metrics: what is reported of lookups.
+        changed: called with the name when there is, or may be, another state.
+
     Attributes:
         name: the layer's name.
         layer: the last known committed state; None if not loaded, or after a commit with an unknown outcome.
     """
 
-    def __init__(self, name: str, store: Store, max_staleness: float, runtime: Runtime, metrics: LayerMetrics) -> None:
+    def __init__(
+        self,
+        name: str,
+        store: Store,
+        max_staleness: float,
+        runtime: Runtime,
+        metrics: LayerMetrics,
+        changed: Callable[[str], object] = lambda _name: None,
+    ) -> None:
         self._runtime = runtime
         self.name = name
         self.layer: CommittedLayer | None = None
@@ -31,6 +48,7 @@ class CachedState:
         self._changes = 0
         self._check = SharedCheck(self._load, runtime)
         self._metrics = metrics
+        self._changed = changed
 
     @property
     def idle(self) -> bool:
@@ -41,6 +59,7 @@ class CachedState:
         """Set the state after a commit; None if it is unknown."""
         self.layer = layer
         self._changes += 1
+        self._changed(self.name)
 
     async def latest_known(self) -> CommittedLayer:
         """A committed state, perhaps not the newest: enough where a commit will compare its stamp.
@@ -86,7 +105,7 @@ class CachedState:
         try:
             found = await self._store.load(self.name, unless)
         except StoreError as error:
-            raise StoreUnavailable(f"the store does not answer: {error}", retry_after=1) from error
+            raise store_unavailable(error) from error
         if isinstance(found, Unchanged):
             assert cached is not None  # noqa: S101 - the load had a stamp
             if changes == self._changes:
@@ -97,6 +116,8 @@ class CachedState:
         # enough for this call, which arrived before the load began, but must not replace `self.layer`.
         if changes == self._changes:
             self.layer, self._checked = loaded, began
+        if cached is not None:
+            self._changed(self.name)
         if loaded is None:
             raise layer_not_found(self.name)
         return loaded
@@ -107,3 +128,8 @@ def layer_not_found(name: str) -> LayerNotFound:
     return LayerNotFound(
         f"there is no layer {name!r}; create it with PUT /v1/layers/{name}", field="name", expected="a layer", got=name
     )
+
+
+def store_unavailable(error: StoreError) -> StoreUnavailable:
+    """The problem for a failed call of the store."""
+    return StoreUnavailable(f"the store does not answer: {error}", retry_after=1)

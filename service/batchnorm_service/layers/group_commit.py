@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 from batchnorm_client.wire.errors import ProblemError
 
+from ..engine.moments_stack import MomentsStack
+from ..engine.posted import Posted
 from ..engine.running_statistics import fold, fold_many
 from ..engine.state import LayerState
 from ..runtime import Runtime
 from ..store.base import Receipt, Record
+from .compute import ComputeExecutor
 from .records import CommittedLayer, record
 from .retention import Retention
 from .updates import Done, Fold, ReplacedError, replay, settle
@@ -35,6 +38,11 @@ class Plan:
     repeats: tuple[Fold, ...]
     refused: tuple[tuple[Fold, Exception], ...]
     keep: int
+
+    @property
+    def batches(self) -> int:
+        """How many batches are folded: a fold may be of a stack."""
+        return sum(waiting.source.moments.batches for waiting, _ in self.folds)
 
     @property
     def updates(self) -> list[Fold]:
@@ -71,7 +79,13 @@ class Plan:
         return waiting.token.receipt(self.layer.stamp.version, batch, waiting.source.payload)
 
 
-async def make_plan(runtime: Runtime, retention: Retention, layer: CommittedLayer, waiting: Sequence[Fold]) -> Plan:
+async def make_plan(
+    executor: ComputeExecutor,
+    runtime: Runtime,
+    retention: Retention,
+    layer: CommittedLayer,
+    waiting: Sequence[Fold],
+) -> Plan:
     """Fold the waiting folds onto `layer`, in order. Those of another incarnation fail with `ReplacedError`."""
     current = [one for one in waiting if one.incarnation == layer.stamp.incarnation]
     for one in waiting:
@@ -80,32 +94,53 @@ async def make_plan(runtime: Runtime, retention: Retention, layer: CommittedLaye
     bug: Exception | None = None
     if len({one.token.key for one in current}) == len(current):
         try:
-            return await _plan_together(runtime, retention, layer, current)
+            return await _plan_together(executor, runtime, retention, layer, current)
         except ProblemError:
             pass
         except Exception as error:
             bug = error
     # One by one, because a fold that is refused must not keep the others from being folded.
-    plan = await _plan_one_by_one(runtime, retention, layer, current)
+    plan = await _plan_one_by_one(executor, runtime, retention, layer, current)
     if bug is not None and not plan.refused:
         raise bug  # a bug in `fold_many`: succeeding more slowly would hide it
     return plan
 
 
 async def _plan_together(
-    runtime: Runtime, retention: Retention, layer: CommittedLayer, waiting: Sequence[Fold]
+    executor: ComputeExecutor,
+    runtime: Runtime,
+    retention: Retention,
+    layer: CommittedLayer,
+    waiting: Sequence[Fold],
 ) -> Plan:
     """The plan if keys are unique and no fold is refused; raises for the first that is."""
     for one in waiting:
         await _compute(layer, one)
-    state = fold_many(layer.state, [one.source.moments for one in waiting])
-    first = layer.state.num_batches_tracked
-    step = 1 if layer.state.tracks else 0
-    return _plan(runtime, retention, layer, state, [(one, first + step * n) for n, one in enumerate(waiting, 1)])
+    state, batch = layer.state, layer.state.num_batches_tracked
+    folds: list[tuple[Fold, int]] = []
+    together: list[Posted] = []  # moments that were not folded yet
+    for one in waiting:
+        together.append(one.source.moments)
+        batch += one.source.moments.batches if state.tracks else 0
+        folds.append((one, batch))
+        if one.source.needs_state:
+            state, together = await executor.run_codec(_cost(*together), fold_many, state, together), []
+            one.source.folded(state)
+    state = await executor.run_codec(_cost(*together), fold_many, state, together)
+    return _plan(runtime, retention, layer, state, folds)
+
+
+def _cost(*folds: Posted) -> int:
+    """The argument of `run_codec`: a large stack is folded in a thread, which often holds the GIL, as codecs do."""
+    return sum(moments.cost for moments in folds if isinstance(moments, MomentsStack))
 
 
 async def _plan_one_by_one(
-    runtime: Runtime, retention: Retention, layer: CommittedLayer, waiting: Sequence[Fold]
+    executor: ComputeExecutor,
+    runtime: Runtime,
+    retention: Retention,
+    layer: CommittedLayer,
+    waiting: Sequence[Fold],
 ) -> Plan:
     """The plan with repeated keys and refused folds taken out."""
     state = layer.state
@@ -119,7 +154,8 @@ async def _plan_one_by_one(
             continue
         try:
             await _compute(layer, one)
-            state = fold(state, one.source.moments)
+            state = await executor.run_codec(_cost(one.source.moments), fold, state, one.source.moments)
+            one.source.folded(state)
         except Exception as error:
             refused.append((one, error))
             continue

@@ -18,6 +18,7 @@ from batchnorm_client.wire.errors import (
     GroupIncomplete,
     GroupMismatch,
     IdempotencyKeyReused,
+    Overloaded,
     StoreUnavailable,
 )
 
@@ -26,6 +27,7 @@ from ..store.base import GroupStatus, Missing, Shard, Store, StoreError
 from ..telemetry.layers import LayerMetrics
 from .group_result import GroupResult
 from .idempotency import IdempotencyToken, group_token
+from .results import LayersOptions
 from .store_calls import StoreCalls
 from .update_queue import UpdateQueue
 from .updates import ReplacedError, refuse_reuse
@@ -113,9 +115,11 @@ class Groups:
         store: Store,
         queue: UpdateQueue,
         calls: StoreCalls,
+        options: LayersOptions,
         runtime: Runtime,
         metrics: LayerMetrics,
     ) -> None:
+        self._max_waiting = options.max_waiting_members
         self._runtime = runtime
         self._name = name
         self._store = store
@@ -132,9 +136,16 @@ class Groups:
             GroupClosed: the group is closed or full, and this call is not one of its members.
             GroupMismatch: the group has another size.
             IdempotencyKeyReused: the key was used for another batch, shard or group.
+            Overloaded: too many members of any groups wait, here. Nothing was done.
             ReplacedError: the layer was deleted.
             ProblemError: folding the whole was refused; every member raises it.
         """
+        if self._metrics.waiting_in_groups >= self._max_waiting:
+            raise Overloaded(
+                f"{self._max_waiting} calls wait for the other members of their groups:"
+                " BATCHNORM_MAX_CONCURRENT_REQUESTS leaves the rest to other calls",
+                retry_after=1,
+            )
         name = group_token(operation.name, call.id)
         shard = Shard(member.key, member.fingerprint, operation.pack(part))
         deadline, pause, joined, added = self._runtime.now() + call.timeout, _MIN_POLL_SECONDS, False, False

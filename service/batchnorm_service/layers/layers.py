@@ -6,15 +6,12 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from typing import Final, ParamSpec, TypeVar
 
 from batchnorm_client.wire.documents import LayerConfig, LayerPage, LayerUpdate
 from batchnorm_client.wire.errors import (
     InvalidRequest,
     LayerExists,
-    ProblemError,
-    StoreUnavailable,
     TooManyLayers,
     VersionNotFound,
 )
@@ -24,16 +21,19 @@ from ..runtime import RUNTIME, Runtime
 from ..store.base import Exists, Full, Store, StoreError
 from ..telemetry import NoMetrics, Reporter
 from ..telemetry.layers import LayerMetrics
-from ..telemetry.metrics import RESIDENT_LAYERS
+from ..telemetry.metrics import RESIDENT_LAYERS, WAITING_CALLS
 from . import records
 from .batches import Batches, Read
 from .cache import CacheEntry, LayerCache
+from .cached_state import store_unavailable
 from .compute import ComputeExecutor
 from .history import History
 from .idempotency import IdempotencyToken, make_token
+from .layer_states import LayerStates
 from .records import CommittedLayer
 from .results import LayersOptions, Snapshot
-from .updates import Change, Deletion, Done, IfMatch, ReplacedError, check_version
+from .states import States
+from .updates import Change, Deletion, Done, IfMatch, ReplacedError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -51,6 +51,7 @@ class Layers:
 
     Attributes:
         batches: the operations that take a batch or its moments.
+        states: the states of several layers, and calls that wait for others.
         history: kept states and pins.
         decode, encode: call a function that reads a request or writes a response of about so many bytes: in a thread if
             they are many.
@@ -70,11 +71,14 @@ class Layers:
         self._options = options or LayersOptions()
         self._executor = ComputeExecutor(self._options.device, self._options.inline_bytes, runtime, traced=traced)
         self.decode, self.encode = self._executor.decode, self._executor.encode
-        self._cache = LayerCache(store, self._options, runtime, LayerMetrics(metrics or NoMetrics()))
+        self._cache = LayerCache(store, self._executor, self._options, runtime, LayerMetrics(metrics or NoMetrics()))
         self.batches: Final = Batches(self._cache, self._executor, runtime)
         self.history: Final = History(store, self._cache, self._executor, self._options, runtime)
+        self.states: Final = States(store, self._cache, self._executor, self._options.waiting_calls, runtime)
+        self._cache.changed = self.states.watches.changed
         if metrics:
             metrics.gauge(RESIDENT_LAYERS, self._cache.__len__)
+            metrics.gauge(WAITING_CALLS, lambda: self.states.watches.waiting)
 
     async def open(self) -> None:
         """Check that the default device is available. Raises `DeviceUnavailable`."""
@@ -82,6 +86,7 @@ class Layers:
 
     async def close(self) -> None:
         """Return when every queued update is committed or refused."""
+        await self.states.watches.closed()
         await self._cache.drained()
         self._executor.close()
 
@@ -108,8 +113,11 @@ class Layers:
             )
         self._executor.device(config.device)
         data = records.encode_new(state.initial_state(config), records.now(self._runtime))
-        with _store_errors():
-            outcome = await self._store.create(name, data, self._options.max_layers)
+        try:
+            with _store_errors():
+                outcome = await self._store.create(name, data, self._options.max_layers)
+        finally:  # it may have taken effect, whatever is raised
+            self.states.watches.changed(name)
         if isinstance(outcome, Full):
             raise TooManyLayers(
                 f"the store holds {self._options.max_layers} layers, as many as BATCHNORM_MAX_LAYERS allows",
@@ -126,6 +134,11 @@ class Layers:
         """The layer's newest committed state, or that of a kept version or of a tag."""
         with self._cache.use(name) as entry:
             return await self._snapshot(name, await (entry.cached.fresh() if at is None else entry.kept.get(at)))
+
+    async def snapshot(self, states: LayerStates) -> Snapshot:
+        """The one layer of these states."""
+        ((name, layer),) = states.layers.items()
+        return await self._snapshot(name, layer)
 
     async def list(self, prefix: str, after: str, limit: int) -> LayerPage:
         """Up to `limit` layers whose names start with `prefix` and sort after `after`, by name."""
@@ -173,22 +186,7 @@ class Layers:
 
     async def replace_state(self, name: str, read: Read, if_match: IfMatch, *, nbytes: int = 0) -> Snapshot:
         """Replace the tensors that `read` returns. With large `nbytes`, the body's size, `read` runs in a thread."""
-        with self._cache.use(name) as entry:
-            while True:
-                layer = await entry.cached.latest_known()
-                try:
-                    tensors = await self._executor.decode(nbytes, read, state_dict.dtypes(layer.state))
-                except ProblemError:
-                    newest = await entry.cached.fresh()
-                    check_version(if_match, newest)
-                    if newest.stamp.incarnation != layer.stamp.incarnation:
-                        continue  # decoded for a layer that was deleted
-                    raise
-                replaced = partial(state_dict.replace_tensors, tensors=tensors)
-                token = make_token(self._runtime, None, "")
-                change = Change(token, "replace", replaced, if_match, layer.stamp.incarnation)
-                with suppress(ReplacedError):
-                    return (await self._result(name, await entry.queue.submit(change)))[0]
+        return (await self._result(name, await self.states.replace(name, read, if_match, nbytes=nbytes)))[0]
 
     async def delete(self, name: str, if_match: IfMatch, *, with_pins: bool = False) -> None:
         """Remove the layer, its receipts and its history; one that has pins only if `with_pins`."""
@@ -212,6 +210,7 @@ class Layers:
             samples_tracked=layer.state.samples_tracked,
             tensors=state_dict.state_dict(layer.state),
             digest=await self._executor.digest(layer),
+            tag=layer.stamp.tag,
         )
 
 
@@ -241,4 +240,4 @@ def _store_errors() -> Iterator[None]:
     try:
         yield
     except StoreError as error:
-        raise StoreUnavailable(f"the store does not answer: {error}", retry_after=1) from error
+        raise store_unavailable(error) from error

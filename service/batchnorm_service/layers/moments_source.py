@@ -7,10 +7,19 @@ from typing import Protocol
 
 import torch
 
-from batchnorm_client.kernels.checks import check_enough, least_values
+from batchnorm_client.wire.errors import InvalidRequest
 
 from ..engine.moments import Extremes, Moments
-from ..engine.normalize import OutputParameters, TrainStep, check_whole, output_parameters, train_step
+from ..engine.moments_stack import MomentsStack
+from ..engine.normalize import (
+    OutputParameters,
+    TrainStep,
+    batch_moments,
+    check_whole,
+    output_parameters,
+    train_step,
+)
+from ..engine.posted import Posted, check_posted
 from ..engine.state import LayerState
 from .compute import ComputeExecutor
 
@@ -20,20 +29,41 @@ class MomentsSource(Protocol):
 
     Attributes:
         basis: the state for which `compute` last ran.
-        moments: the moments to fold.
         payload: the payload of the fold's receipt.
     """
 
     basis: LayerState
-    moments: Moments
     payload: bytes
+
+    @property
+    def moments(self) -> Posted:
+        """The moments to fold, of a batch or a stack of batches."""
+        ...
+
+    def folded(self, state: LayerState) -> None:
+        """Take the state right after this fold, if `needs_state`. Called again when the commit has to be repeated."""
+        ...
+
+    @property
+    def needs_state(self) -> bool:
+        """Whether `folded` has to be called."""
+        ...
 
     async def compute(self, state: LayerState) -> None:
         """Compute them for this state of the layer. Raises `ProblemError` if it refuses the batch."""
         ...
 
 
-class BatchSource:
+class _NeedsNoState:
+    """A source for which the state after its fold does not matter."""
+
+    needs_state = False
+
+    def folded(self, _state: LayerState) -> None:
+        """See `MomentsSource`."""
+
+
+class BatchSource(_NeedsNoState):
     """A batch that is normalized with its own statistics."""
 
     basis: LayerState
@@ -62,24 +92,59 @@ class BatchSource:
         self.basis, self.moments = state, self._step.moments
 
 
-class PostedSource:
+class ObservedSource:
+    """A batch that is normalized with the running statistics right after its own fold.
+
+    Attributes:
+        batch: the batch.
+        after: the state right after the fold.
+    """
+
+    basis: LayerState
+    moments: Moments
+    after: LayerState
+    payload = b""
+    needs_state = True
+
+    def __init__(self, batch: torch.Tensor, executor: ComputeExecutor) -> None:
+        self.batch = batch
+        self._executor = executor
+
+    def folded(self, state: LayerState) -> None:
+        """See `MomentsSource`."""
+        self.after = state
+
+    async def compute(self, state: LayerState) -> None:
+        """See `MomentsSource`."""
+        if not state.tracks:
+            raise InvalidRequest(
+                "normalize=running needs running statistics, and the layer tracks none",
+                field="normalize",
+                expected="batch",
+                got="running",
+            )
+        self.moments = await self._executor.run(self.batch.nbytes, batch_moments, state, self.batch)
+        self.basis = state
+
+
+class PostedSource(_NeedsNoState):
     """Moments that a caller sent."""
 
     basis: LayerState
     payload = b""
 
-    def __init__(self, moments: Moments) -> None:
+    def __init__(self, moments: Posted, executor: ComputeExecutor) -> None:
         self.moments = moments
+        self._executor = executor
 
     async def compute(self, state: LayerState) -> None:
         """See `MomentsSource`."""
-        check_enough(self.moments.count, least_values(state.config), "count")
-        if state.config.non_finite == "reject":
-            self.moments.check_finite("mean", "var")
+        cost = self.moments.cost if isinstance(self.moments, MomentsStack) else 0
+        await self._executor.run_codec(cost, check_posted, state.config, self.moments)
         self.basis = state
 
 
-class GroupSource:
+class GroupSource(_NeedsNoState):
     """The merged shards of a synchronized batch. Each shard is normalized by the replica that received it."""
 
     basis: LayerState

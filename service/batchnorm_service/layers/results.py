@@ -29,6 +29,8 @@ class LayersOptions:
         history_length: how many states of a layer are kept, besides pinned ones.
         history_seconds: between two kept states while batches come.
         max_pins: maximum number of pins of a layer.
+        max_waiting_members: maximum number of calls that wait for the other members of their groups, of all layers.
+        waiting_calls: maximum number of calls that wait until layers change.
     """
 
     device: str = "cpu"
@@ -42,6 +44,8 @@ class LayersOptions:
     history_length: int = 20
     history_seconds: float = 60.0
     max_pins: int = 100
+    max_waiting_members: int = 1 << 30
+    waiting_calls: int = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,7 @@ class Snapshot:
         samples_tracked: how many values per channel were folded.
         tensors: by their names in torch's state_dict; only those that the layer has.
         digest: of the state: see `state_digest`.
+        tag: identifies the state among all that the name ever had.
     """
 
     name: str
@@ -69,6 +74,7 @@ class Snapshot:
     samples_tracked: int
     tensors: Mapping[str, Tensor]
     digest: str
+    tag: str
 
 
 class Normalized(NamedTuple):
@@ -99,6 +105,7 @@ class Folded:
         version: the version after the commit that folded them.
         num_batches_tracked: after that fold.
         replayed: whether an earlier call with the same key had folded them.
+        rows: how many batches a stack had; None without a stack.
         count: of all shards of a group, in values per channel; None without a group.
         moments: mean and var (biased), (C,) float64, of all shards of a group; empty without a group.
     """
@@ -106,6 +113,7 @@ class Folded:
     version: int
     num_batches_tracked: int
     replayed: bool
+    rows: int | None = None
     count: int | None = None
     moments: Mapping[str, Tensor] = field(default_factory=dict)
 

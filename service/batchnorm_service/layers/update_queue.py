@@ -23,6 +23,7 @@ from ..store.base import (
 from ..telemetry import CURRENT_SPAN
 from ..telemetry.layers import LayerMetrics
 from .cached_state import CachedState, layer_not_found
+from .compute import ComputeExecutor
 from .contention import ContentionBackoff
 from .group_commit import make_plan
 from .idempotency import IdempotencyToken
@@ -47,6 +48,7 @@ class UpdateQueue:
         cached: CachedState,
         kept: KeptStates,
         calls: StoreCalls,
+        executor: ComputeExecutor,
         options: LayersOptions,
         runtime: Runtime,
         metrics: LayerMetrics,
@@ -54,6 +56,7 @@ class UpdateQueue:
         self._cached = cached
         self._kept = kept
         self._calls = calls
+        self._executor = executor
         self._length = options.queue_length
         self._retention = Retention(options.history_length, options.history_seconds)
         self._runtime = runtime
@@ -145,7 +148,7 @@ class UpdateQueue:
         while folds := [waiting for waiting in taken if isinstance(waiting, Fold) and not waiting.future.done()]:
             layer = await self._cached.latest_known()
             began = self._runtime.now()
-            plan = await make_plan(self._runtime, self._retention, layer, folds)
+            plan = await make_plan(self._executor, self._runtime, self._retention, layer, folds)
             for waiting, error in plan.refused:
                 await self._refuse(waiting, error)
             if not plan.folds:
@@ -158,7 +161,7 @@ class UpdateQueue:
                 case Committed(contenders):
                     self._cached.set(plan.layer)
                     if plan.record is not None:
-                        self._metrics.folded(len(plan.folds))
+                        self._metrics.folded(plan.batches)
                     plan.settle()
                     committed = plan.layer.stamp
                     del plan, folds  # frees the batches before the pause

@@ -16,8 +16,8 @@ from .idempotency import IdempotencyToken
 from .moments_source import MomentsSource
 from .records import CommittedLayer
 
-IfMatch = frozenset[int] | None
-"""The versions that satisfy the caller's precondition; None if any does."""
+IfMatch = frozenset[int | str] | None
+"""The versions, and tags of states (`Stamp.tag`), that satisfy the caller's precondition; None if any does."""
 
 
 class Done(NamedTuple):
@@ -112,13 +112,13 @@ class ReplacedError(Exception):
 
 
 def check_version(if_match: IfMatch, layer: CommittedLayer) -> None:
-    """Raise `VersionMismatch` unless the layer's version satisfies the precondition."""
-    if if_match is not None and layer.stamp.version not in if_match:
+    """Raise `VersionMismatch` unless the layer's version or state satisfies the precondition."""
+    if if_match is not None and if_match.isdisjoint((layer.stamp.version, layer.stamp.tag)):
         raise VersionMismatch(
             f"the layer has version {layer.stamp.version}",
             field="If-Match",
             expected=layer.stamp.version,
-            got=sorted(if_match),
+            got=sorted(if_match, key=str),
         )
 
 

@@ -43,13 +43,17 @@ from .problems import respond_problem
 from .reports import RequestReports
 from .responses import Response, respond_empty
 from .security import Guard, Rules
+from .state import read_state
 from .state import router as state_routes
-from .target import LAYER
+from .states import read_states
+from .states import router as states_routes
+from .target import LAYER, STATES
 from .transfers import Transfers
 
 ROUTERS: Final = (
     layer_routes,
     state_routes,
+    states_routes,
     normalize_routes,
     gradient_routes,
     moments_routes,
@@ -150,6 +154,8 @@ def build_gateway(app: FastAPI, layers: Layers, options: ApiOptions, metrics: Me
     normalize_endpoints = NormalizeEndpoints(layers, options.max_body_bytes, options.max_elements)
     endpoints: dict[tuple[str, str], Endpoint] = {
         ("GET", LAYER): partial(read_layer, layers),
+        ("GET", f"{LAYER}/state"): partial(read_state, layers),
+        ("GET", STATES): partial(read_states, layers, options.max_body_bytes),
         ("POST", f"{LAYER}/train"): normalize_endpoints.train,
         ("POST", f"{LAYER}/eval"): normalize_endpoints.eval,
         ("POST", f"{LAYER}/inverse"): normalize_endpoints.inverse,
@@ -177,6 +183,7 @@ def build_gateway(app: FastAPI, layers: Layers, options: ApiOptions, metrics: Me
         max_concurrent_requests=options.max_concurrent_requests,
         fast_path=options.fast_path,
         metrics=metrics,
+        stop_waiting=layers.states.watches.stop,
     )
 
 

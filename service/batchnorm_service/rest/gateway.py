@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from fastapi import FastAPI
@@ -38,6 +38,8 @@ from .transfers import Transfers
 
 _REQUEST_ID: Final = REQUEST_ID.lower().encode()
 _CLOSE: Final = (b"connection", b"close")
+_FAST_QUERIES: Final = frozenset({b"", b"normalize=running"})
+"""Query strings that the fast path passes on. A group needs ASGI, which tells when its client has disconnected."""
 _LAYER_PATHS: Final = (b"/v1/layers/", b"/v2/models/")
 _METHODS_WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 
@@ -62,6 +64,7 @@ class Gateway:
         fast_path: whether endpoints may be called without ASGI.
         reports: where every response is reported.
         metrics: reads the running calls and buffered bytes; None if they are off.
+        stop_waiting: ends the calls that wait for a change of layers.
 
     Attributes:
         app: the wrapped FastAPI application.
@@ -84,6 +87,7 @@ class Gateway:
         max_concurrent_requests: int,
         fast_path: bool,
         metrics: Metrics | None = None,
+        stop_waiting: Callable[[], object] = lambda: None,
     ) -> None:
         self.app = app
         self.transfers = transfers
@@ -98,6 +102,7 @@ class Gateway:
         self.reports = reports
         self._posts = reports.posts
         self._logged_from = reports.log.seconds
+        self._stop_waiting = stop_waiting
         if metrics:
             metrics.gauge(RUNNING_CALLS, lambda: self.running)
             metrics.gauge(BUFFERED_BYTES, lambda: transfers.buffered)
@@ -122,10 +127,17 @@ class Gateway:
                 raise
             if method not in _METHODS_WITH_BODY:
                 await accounting.enter()
-            endpoint = self._endpoints.get((method, target.call)) if target.layer else None
-            if target.layer and endpoint:
-                query, receive_body = scope["query_string"], accounting.receive
-                request = LayerRequest(target.layer, query, headers, receive_body, grant=grant, version=target.version)
+            endpoint = self._endpoints.get((method, target.call)) if target.call else None
+            if endpoint:
+                request = LayerRequest(
+                    target.layer or "",
+                    scope["query_string"],
+                    headers,
+                    accounting.receive,
+                    grant=grant,
+                    version=target.version,
+                    waiting=accounting.waiting,
+                )
                 await context.send_response(await endpoint(request), accounting.send)
             else:
                 inner = _inner(scope, target, headers, context.request_id, grant)
@@ -141,12 +153,13 @@ class Gateway:
             accounting.close()
             CURRENT_SPAN.reset(before)
 
-    def fast_target(self, url: bytes) -> Target | None:
-        """The target of a POST that the fast path can serve (an endpoint of a layer, no query string), or None."""
-        if len(url) > MAX_CACHED_BYTES or b"?" in url or not url.startswith(_LAYER_PATHS):
+    def fast_target(self, url: bytes) -> tuple[Target, bytes] | None:
+        """Target and query of a POST that the fast path can serve (an endpoint of a layer, few queries), or None."""
+        path, _, query = url.partition(b"?")
+        if len(url) > MAX_CACHED_BYTES or query not in _FAST_QUERIES or not url.startswith(_LAYER_PATHS):
             return None
-        target = target_of(url)
-        return target if target.layer and ("POST", target.call) in self._fast_endpoints else None
+        target = target_of(path)
+        return (target, query) if target.layer and ("POST", target.call) in self._fast_endpoints else None
 
     def admit(self, target: Target, headers: Headers, size: int) -> Grant | None:
         """What the caller of a POST of the fast path may do; None if the request is for ASGI, which responds why."""
@@ -154,6 +167,10 @@ class Gateway:
             if size <= self._max_body_bytes:
                 return self._admit(target, headers, "POST")
         return None
+
+    def stop_waiting(self) -> None:
+        """The server stops: end the calls that wait for a change of layers, and let none begin."""
+        self._stop_waiting()
 
     @property
     def running(self) -> int:
@@ -304,6 +321,16 @@ class _RequestAccounting:
         await self._send(message)
         if message["type"] == "http.response.body":
             self._release(min(self._buffered, len(message["body"])))
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While the call waits for a change, it does not count as running, and the time is not reported as its own."""
+        self.close()
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.began += time.perf_counter() - began
 
     def close(self) -> None:
         """Undo what is still counted. May be called several times."""

@@ -1,8 +1,9 @@
-"""A request to an endpoint of a layer, independent of the transport (ASGI or fast path)."""
+"""A request to an endpoint that is called without FastAPI, independent of the transport (ASGI or fast path)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 from starlette.types import Receive
@@ -20,18 +21,19 @@ _LEAST = Grant(Scope.READ)
 
 
 class LayerRequest:
-    """A request to an endpoint of a layer.
+    """A request to an endpoint of a layer, or of several layers.
 
     Attributes:
-        name: the layer's name, already validated.
+        name: the layer's name, already validated; empty for calls on several layers.
         query: the raw query string.
         headers: by lower-case name.
         received: the body, writable; None if it was not read yet. The fast path reads it before the endpoint runs.
         grant: what the caller may do.
         version: the version or tag that the path names, or None.
+        waiting: entered while the call waits for a change; it does not count as running then.
     """
 
-    __slots__ = ("_receive", "grant", "headers", "name", "query", "received", "version")
+    __slots__ = ("_receive", "grant", "headers", "name", "query", "received", "version", "waiting")
 
     def __init__(
         self,
@@ -42,6 +44,7 @@ class LayerRequest:
         received: Body | None = None,
         grant: Grant | None = None,
         version: str | None = None,
+        waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.name = name
         self.query = query
@@ -50,6 +53,7 @@ class LayerRequest:
         self.received = received
         self.grant = grant or _LEAST
         self.version = version
+        self.waiting = waiting
 
     async def body(self, limit: int) -> Body:
         """The whole body, writable. Raises the same as `read_body`."""

@@ -1,4 +1,4 @@
-"""Endpoints that fold moments instead of batches: of one layer, and of many layers in one call."""
+"""Endpoints that fold moments instead of batches, one or a stack of them: of one layer, and of many layers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class MomentsEndpoint:
         self._max_body_bytes = max_body_bytes
 
     async def fold(self, request: LayerRequest) -> Response:
-        """Fold the moments of a batch that the client keeps."""
+        """Fold the moments of a batch that the client keeps, or of a stack of batches."""
         group = parse_query(MomentsQuery, request.query).group_call
         key = idempotency_key(request.headers)
         media = content_type(request.headers, _FORMS)
@@ -76,7 +76,8 @@ def _respond(done: Folded) -> Response:
 
 
 def _document(done: Folded) -> dict[str, Any]:
-    return {"version": done.version, "num_batches_tracked": done.num_batches_tracked}
+    document = {"version": done.version, "num_batches_tracked": done.num_batches_tracked}
+    return document if done.rows is None else document | {"folded": done.rows}
 
 
 def _result_document(name: str, result: Folded | Exception, request_id: str) -> dict[str, Any]:
@@ -119,12 +120,18 @@ def _many_from_safetensors(body: bytes | bytearray | memoryview) -> Mapping[str,
     tensors, _ = decode_safetensors(body)
     layers: dict[str, dict[str, Tensor]] = {}
     for path, tensor in tensors.items():
-        layer, _, name = path.rpartition("/")
+        layer, _, name = path.rpartition("/" if "/" in path else ".")  # no layer's name has a slash
         if name not in _MOMENTS:
             raise InvalidRequest(
-                f"the tensor {shown(path)} is not known", field=path[:200], expected="{layer}/count, mean or var"
+                f"the tensor {shown(path)} is not known", field=path[:200], expected="{layer}.count, mean or var"
             )
-        layers.setdefault(layer, {})[name] = tensor
+        if name in layers.setdefault(layer, {}):
+            raise InvalidRequest(
+                f"{name} of {shown(layer)} is given twice, with a dot and with a slash",
+                field=path[:200],
+                expected="one of them",
+            )
+        layers[layer][name] = tensor
     return dict(_bounded(layers))
 
 
@@ -143,11 +150,11 @@ router = tensor_router()
 @router.post(
     "/v1/layers/{name}/moments",
     dependencies=[TRAIN],
-    summary="Fold the moments of a batch that the client keeps",
+    summary="Fold the moments of a batch that the client keeps, or of a stack of batches",
     response_model=FoldedDocument,
     response_class=JSONResponse,
     responses=describe_responses(
-        "Folded; count, mean and var only for a group",
+        "Folded; `folded` only for a stack; count, mean and var only for a group",
         "ETag",
         IDEMPOTENT_REPLAY,
         problems=(
@@ -168,7 +175,11 @@ router = tensor_router()
 async def fold_moments(
     name: LayerName, request: Request, _query: Annotated[MomentsQuery, Query()], _key: IdempotencyKey
 ) -> Response:
-    """`count` is values per channel, `var` is biased. A group's response has count, mean and var of all shards."""
+    """`count` is values per channel, `var` is biased. A group's response has count, mean and var of all shards.
+
+    A stack is `count` (M,), `mean` and `var` (M, C), of at most 65,536 batches. They are folded in this order, in one
+    commit with one receipt, all or none. A refusal says which row is wrong, counted from 0, in its field `row`.
+    """
     return await call_endpoint(name, request)
 
 
@@ -180,13 +191,16 @@ async def fold_moments(
     response_class=JSONResponse,
     responses=describe_responses("One result or problem for each layer", problems=_PROBLEMS),
     openapi_extra=tensor_body(
-        _FORMS, "ManyMoments", "count, mean and var of each layer, named {layer}/count and so on"
+        _FORMS, "ManyMoments", "count, mean and var of each layer, named {layer}.count and so on"
     ),
 )
 async def fold_many_moments(
     request: Request, layers: LayersDependency, key: IdempotencyKey, grant: GrantDependency
 ) -> Response:
-    """Atomic per layer, not over all. An Idempotency-Key applies per layer: a retry folds only those that failed."""
+    """Atomic per layer, not over all. An Idempotency-Key applies per layer: a retry folds only those that failed.
+
+    Each layer's moments may be a stack, as in `POST /v1/layers/{name}/moments`.
+    """
     parse_query(NoQuery, request.scope["query_string"])
     headers = read_headers(request.scope["headers"])
     media = content_type(headers, _FORMS)

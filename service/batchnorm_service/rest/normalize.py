@@ -47,15 +47,17 @@ class NormalizeEndpoints:
         self._max_elements = max_elements
 
     async def train(self, request: LayerRequest) -> Response:
-        """Normalize a batch with its own statistics and fold them into the layer's."""
+        """Fold a batch, and normalize it with its own statistics or, if asked for, with the running ones."""
         query = parse_query(TrainQuery, request.query)
         exchange = _TensorExchange(request.headers, self._max_elements, statistics=query.statistics == "true")
         key, group = idempotency_key(request.headers), query.group_call
         exchange.body = request.received or await request.body(self._max_body_bytes)
-        call = self._batches.train(
-            request.name, exchange.read, key, nbytes=exchange.bytes_read, statistics=exchange.statistics, group=group
-        )
-        done = await (request.cancel_on_disconnect(call) if group else call)
+        name, read, nbytes, statistics = request.name, exchange.read, exchange.bytes_read, exchange.statistics
+        if query.normalize == "running":
+            done = await self._batches.observe(name, read, key, nbytes=nbytes, statistics=statistics)
+        else:
+            call = self._batches.train(name, read, key, nbytes=nbytes, statistics=statistics, group=group)
+            done = await (request.cancel_on_disconnect(call) if group else call)
         return await self._layers.encode(exchange.bytes_written(done), exchange.response, done)
 
     async def eval(self, request: LayerRequest) -> Response:
@@ -176,7 +178,11 @@ router = tensor_router()
 async def train(
     name: LayerName, request: Request, _query: Annotated[TrainQuery, Query()], _key: IdempotencyKey
 ) -> Response:
-    """Responds after the commit. A batch is folded exactly once per Idempotency-Key."""
+    """Responds after the commit. A batch is folded exactly once per Idempotency-Key.
+
+    With `normalize=running` it is normalized with the running statistics right after its own fold, as VecNormalize of
+    stable-baselines3 does; a repeat under its key, with the newest ones.
+    """
     return await call_endpoint(name, request)
 
 

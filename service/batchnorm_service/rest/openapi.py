@@ -34,6 +34,7 @@ _MODELS: Final[tuple[type[BaseModel], ...]] = (
     documents.FoldedDocument,
     documents.ManyFolded,
     documents.ManyMoments,
+    documents.ManyReplaced,
     documents.MomentsDocument,
     documents.ProblemDocument,
     documents.ResetRequest,
@@ -47,7 +48,7 @@ _ALWAYS: Final = (
     "store-unavailable",
 )
 _TEXT: Final[Json] = {"type": "string"}
-_BINARY: Final[Json] = {"type": "string", "format": "binary"}
+BINARY: Final[Json] = {"type": "string", "format": "binary"}
 
 _REQUEST_ID: Final[Json] = {
     "name": wire_headers.REQUEST_ID,
@@ -59,7 +60,7 @@ _REQUEST_ID: Final[Json] = {
 }
 _RESPONSE_HEADERS: Final[dict[str, Json]] = {
     wire_headers.REQUEST_ID: {"description": "the caller's, or a new one", "schema": _TEXT},
-    "ETag": {"description": "the layer's version in quotes", "schema": _TEXT},
+    "ETag": {"description": "the layer's version in quotes; of states, a text that identifies them", "schema": _TEXT},
     wire_headers.VERSION: {"description": "the layer's version", "schema": {"type": "integer"}},
     wire_headers.NUM_BATCHES_TRACKED: {"description": "batches folded so far", "schema": {"type": "integer"}},
     wire_headers.DIGEST: {"description": "the digest of the state that was used", "schema": _TEXT},
@@ -122,7 +123,7 @@ def describe_responses(
     success = _with_headers({"description": description} | ({"content": content} if content else {}), headers)
     responses: dict[int | str, Json] = {status: success}
     if unchanged:
-        responses[304] = _with_headers({"description": "The version is one of those in If-None-Match"}, ("ETag",))
+        responses[304] = _with_headers({"description": "The state is one of those in If-None-Match"}, ("ETag",))
     return responses | problem_responses((*problems, *_ALWAYS, *(_GUARDED if guarded else ())))
 
 
@@ -172,7 +173,7 @@ def tensor_content(media_types: Sequence[str], document: Json, names: str) -> Js
     for media in media_types:
         row = CODECS[media]
         description = f"{row.description}: {names}" if row.several else row.description
-        content[media] = {"schema": document if media == forms.JSON else {**_BINARY, "description": description}}
+        content[media] = {"schema": document if media == forms.JSON else {**BINARY, "description": description}}
     return content
 
 

@@ -1,4 +1,4 @@
-"""ETags from layer versions, and the preconditions If-Match and If-None-Match (RFC 9110, 13)."""
+"""ETags of layers and of their states, and the preconditions If-Match and If-None-Match (RFC 9110, 13)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TAG = r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"'
 IF_MATCH_PATTERN: Final = r'^(\*|(W/)?"[!#-~]*"(, *(W/)?"[!#-~]*")*)$'
 """For the OpenAPI document: `*` or a list of tags, without rarities of the grammar that `if_match` also takes."""
 _TAGS = re.compile(rf"[ \t,]*{_TAG}(?:[ \t]*,[ \t,]*{_TAG})*[ \t,]*")
-_STRONG_VERSION = re.compile(r'(?<!W/)"(0|[1-9][0-9]{0,18})"')
+_STRONG_TAG = re.compile(r'(?<!W/)"((?:0|[1-9][0-9]{0,18})(?:-[0-9a-f]{1,16})?|[0-9a-f]{32})"')
 _ANY_VERSION = re.compile(r'"(0|[1-9][0-9]{0,18})"')
 
 
@@ -20,8 +20,13 @@ def etag(version: int) -> bytes:
     return b'"%d"' % version
 
 
-def if_match(header: str | None) -> frozenset[int] | None:
-    """The versions that satisfy an If-Match header; None if any does (no header, or `*`).
+def state_etag(tag: str) -> bytes:
+    """The ETag of the state of one layer, or of several."""
+    return b'"%b"' % tag.encode()
+
+
+def if_match(header: str | None) -> frozenset[int | str] | None:
+    """The versions and tags of states that satisfy an If-Match header; None if any does (no header, or `*`).
 
     RFC 9110, 13.1.1: a list of entity tags with strong comparison. Weak tags and tags that this service never issued
     match nothing. A malformed header is refused: ignoring it would drop the client's precondition, and treating it as
@@ -39,7 +44,7 @@ def if_match(header: str | None) -> frozenset[int] | None:
             expected='"<version>"',
             got=header[:200],
         )
-    return frozenset(int(version) for version in _STRONG_VERSION.findall(header))
+    return frozenset(int(tag) if tag.isdigit() and len(tag) < 20 else tag for tag in _STRONG_TAG.findall(header))
 
 
 def matches_none(header: bytes | None, version: int) -> bool:
@@ -53,3 +58,16 @@ def matches_none(header: bytes | None, version: int) -> bool:
     if text.strip() == "*":
         return False
     return not (_TAGS.fullmatch(text) and str(version) in _ANY_VERSION.findall(text))
+
+
+def known_tags(header: bytes | None) -> frozenset[str] | None:
+    """The tags in an If-None-Match header, `*` for any; None if there is no header, or a malformed one.
+
+    A state is known by its ETag, or, as that of one layer, by its version.
+    """
+    if header is None:
+        return None
+    text = header.decode("latin-1").strip()
+    if text == "*":
+        return frozenset("*")
+    return frozenset(tag[tag.index('"') + 1 : -1] for tag in re.findall(_TAG, text)) if _TAGS.fullmatch(text) else None

@@ -54,6 +54,49 @@ class StateQuery(Query):
         return int(self.at) if self.at is not None and self.at.isdecimal() else self.at
 
 
+class WaitQuery(Query):
+    """Query parameter of the calls that may wait for another state."""
+
+    wait: float | None = Field(
+        None,
+        ge=0,
+        le=60,
+        allow_inf_nan=False,
+        description="with If-None-Match: seconds to wait for another state before the response is 304",
+    )
+
+
+class TensorsQuery(WaitQuery, StateQuery):  # in this order, `at` is validated first
+    """Query parameters of a layer's state."""
+
+    @field_validator("wait")
+    @classmethod
+    def _waits_for_the_newest(cls, wait: float | None, info: ValidationInfo) -> float | None:
+        if wait is not None and info.data.get("at") is not None:
+            raise ValueError("a kept state does not change: wait does not go with at")
+        return wait
+
+
+class StatesQuery(WaitQuery):
+    """Query parameters of the states of several layers."""
+
+    prefix: str | None = Field(None, min_length=1, max_length=200, description="all layers whose names start with this")
+    names: str | None = Field(
+        None,
+        min_length=1,
+        max_length=1 << 15,
+        validate_default=True,
+        description="the layers' names, separated by commas",
+    )
+
+    @field_validator("names")
+    @classmethod
+    def _one_of_both(cls, names: str | None, info: ValidationInfo) -> str | None:
+        if "prefix" in info.data and (names is None) == (info.data["prefix"] is None):
+            raise ValueError("either prefix or names must be given")
+        return names
+
+
 class ExpectQuery(StateQuery):
     """Query parameters of inverse."""
 
@@ -111,6 +154,19 @@ class MomentsQuery(GroupQuery):
 class TrainQuery(GroupQuery, StatisticsQuery):
     """Query parameters of train."""
 
+    normalize: Literal["batch", "running"] = Field(
+        "batch",
+        description="with `running`, the batch is folded and then normalized with the running statistics right after "
+        "its own fold; not in a group, nor for a layer that tracks none",
+    )
+
+    @field_validator("normalize")
+    @classmethod
+    def _not_in_a_group(cls, normalize: str, info: ValidationInfo) -> str:
+        if normalize == "running" and info.data.get("group") is not None:
+            raise ValueError("a group's shards are normalized with the statistics of the whole batch: batch only")
+        return normalize
+
 
 class BackwardQuery(GroupQuery):
     """Query parameters of backward."""
@@ -133,11 +189,9 @@ def parse_query(model: type[Q], query_string: bytes) -> Q:
 
 
 def _parse(model: type[Q], query_string: bytes) -> Q:
-    if not query_string:
-        return model()
     known = {name: field.annotation for name, field in model.model_fields.items()}
     try:
-        return model.model_validate(split_query(query_string, known))
+        return model.model_validate(split_query(query_string, known) if query_string else {})
     except ValidationError as error:
         raise invalid_request(error.errors(include_url=False), list(known)) from None
 

@@ -90,7 +90,7 @@ class RequestReports:
         """Report a response that is about to be sent, and end the request's span."""
         if self._requests is not None:
             target = served.target
-            route = self._endpoints.get((served.method, target.call)) if target is not None and target.layer else None
+            route = self._endpoints.get((served.method, target.call)) if target is not None and target.call else None
             if route is None:
                 route = self._requests.of(served.method, self._template(served))
             route.report(served.outcome, served.seconds, served.received, served.sent)
@@ -123,7 +123,7 @@ class RequestReports:
         target = served.target
         if target is None:
             return OTHER
-        known = target.layer and (served.method, target.call) in self._known
+        known = target.call and (served.method, target.call) in self._known
         return target.call if known else self._route_of(target.path)
 
 

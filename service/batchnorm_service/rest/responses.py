@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from copy import copy
+from typing import Any, Final, Self
 
 import orjson
 from starlette import responses
@@ -60,6 +61,12 @@ class Response(responses.Response):
     def outcome(self) -> str:
         """One of `telemetry.metrics.OUTCOMES`."""
         return self.problem or STATUS_CLASSES[self.status_code // 100]
+
+    def copy(self) -> Self:
+        """A response with the same body, and headers of its own."""
+        copied = copy(self)
+        copied.raw_headers = [*self.raw_headers]
+        return copied
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response as ASGI messages."""

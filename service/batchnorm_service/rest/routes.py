@@ -152,7 +152,7 @@ async def _if_match(
             json_schema_extra={"pattern": IF_MATCH_PATTERN},
         ),
     ] = None,
-) -> frozenset[int] | None:
+) -> frozenset[int | str] | None:
     return if_match(given)
 
 
@@ -174,7 +174,7 @@ LayerName = Annotated[str, Path(pattern=f"^{LAYER_NAME_PATTERN.pattern}$", descr
 LayersDependency = Annotated[Layers, Depends(_layers)]
 GrantDependency = Annotated[Grant, Depends(_grant)]
 """What the caller may do."""
-IfMatch = Annotated[frozenset[int] | None, Depends(_if_match)]
-"""The versions that satisfy If-Match; None for any."""
+IfMatch = Annotated[frozenset[int | str] | None, Depends(_if_match)]
+"""The versions and tags of states that satisfy If-Match; None for any."""
 IfNoneMatch = Annotated[str | None, Header(alias="If-None-Match", description="304 at these versions")]
 IdempotencyKey = Annotated[str | None, Depends(_idempotency_key)]

@@ -36,6 +36,15 @@ def call_cost(size: int) -> int:
     return _CALL_COST + size
 
 
+def group_share(slots: int) -> int:
+    """How many of the running calls may wait for the other members of their groups: as many as one layer may have.
+
+    They may wait for minutes and cost nothing: otherwise a caller who joins groups of several layers, which nobody
+    completes, would take all slots.
+    """
+    return slots if slots < _MIN_SLOTS else slots * _SHARE // (_SHARE + 1)
+
+
 class CallShares:
     """Limits the running calls, and starts only some of each layer's calls in one turn of the event loop.
 

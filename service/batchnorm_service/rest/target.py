@@ -19,6 +19,8 @@ MODEL: Final = "/v2/models/{name}"
 MODEL_VERSION: Final = "/v2/models/{name}/versions/{version}"
 """The templates of the paths that name a layer."""
 
+STATES: Final = "/v1/state"
+
 MAX_CACHED_BYTES: Final = 256
 """Longer paths are not cached. Paths of calls on layers are shorter: a name has at most 200 characters."""
 
@@ -31,7 +33,7 @@ class Target(NamedTuple):
         versioned: whether it is below /v1, /v2/models or /v2/repository. Such calls are never public, and count as
             running.
         layer: the name in `/v1/layers/{name}` or `/v2/models/{name}`, or None.
-        call: the path's template, such as `/v1/layers/{name}/train`; empty without `layer`.
+        call: the path's template, such as `/v1/layers/{name}/train`, if it names a layer or is `STATES`; or empty.
         named: False if `layer` is not a valid name.
         version: the version or tag in `/v2/models/{name}/versions/{version}`, or None.
     """
@@ -67,6 +69,8 @@ def target_of(raw: bytes, root: str = "") -> Target:
             return Target(path, True, layer, "/".join([MODEL_VERSION, *rest]), _is_name(layer), version)
         case ["", "v2", "models", layer, *rest] if layer:
             return Target(path, True, layer, "/".join([MODEL, *rest]), _is_name(layer))
+        case ["", "v1", "state"]:
+            return Target(path, True, None, STATES)
         case ["", "v1", *_] | ["", "v2", "models" | "repository", *_]:
             return Target(path, True, None, "")
         case _:

@@ -41,6 +41,11 @@ class Stamp(NamedTuple):
         """The stamp of the next commit, with a new random `commit_id`."""
         return Stamp(self.incarnation, self.version + 1, commit_id)
 
+    @property
+    def tag(self) -> str:
+        """A text that no other state of this name has, also if a failover has used its version again."""
+        return f"{self.version}-{self.commit_id:x}"
+
 
 @dataclass(frozen=True, slots=True)
 class Record:

@@ -88,6 +88,7 @@ REQUESTS: Final = _metric("requests_total", "counter", "Requests answered.", _RE
 REQUEST_BYTES: Final = _metric("request_bytes_total", "counter", "Bytes of request bodies.", _REQUEST)
 RESPONSE_BYTES: Final = _metric("response_bytes_total", "counter", "Bytes of response bodies.", _REQUEST)
 RUNNING_CALLS: Final = _metric("running_calls", "gauge", "Calls that run now.")
+WAITING_CALLS: Final = _metric("waiting_calls", "gauge", "Calls that wait until layers change.")
 BUFFERED_BYTES: Final = _metric("buffered_bytes", "gauge", "Bytes of incomplete requests and unsent responses.")
 
 FOLDS: Final = _metric("folds_total", "counter", "Batches folded into a layer and committed.")

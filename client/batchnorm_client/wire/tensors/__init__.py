@@ -10,11 +10,17 @@ nothing on the word of a header.
 from batchnorm_client.wire.tensors.codecs import CODECS, Codec, bytes_read, codec, decode, encode, require
 from batchnorm_client.wire.tensors.json import json_tensors, load_json, split_vectors
 from batchnorm_client.wire.tensors.json_writer import json_pieces, widened
-from batchnorm_client.wire.tensors.safetensors import decode_safetensors, decode_safetensors_header, encode_safetensors
+from batchnorm_client.wire.tensors.safetensors import (
+    MANY_LAYERS_HEADER,
+    decode_safetensors,
+    decode_safetensors_header,
+    encode_safetensors,
+)
 from batchnorm_client.wire.tensors.tensor import Tensor, itemsize
 
 __all__ = [
     "CODECS",
+    "MANY_LAYERS_HEADER",
     "Codec",
     "Tensor",
     "bytes_read",

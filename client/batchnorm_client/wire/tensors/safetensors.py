@@ -28,6 +28,9 @@ from batchnorm_client.wire.tensors.tensor import (
 
 _METADATA: Final = "__metadata__"
 _MAX_HEADER: Final = 1 << 20  # a layer has fewer than ten tensors
+MANY_LAYERS_HEADER: Final = 1 << 23
+"""The largest header of a file with the states of many layers: 120 bytes for each tensor of 10,000 layers."""
+
 _MAX_CACHED: Final = 512  # what calls send; the headers of records are longer, and each is another
 _ENTRY: Final = {"dtype", "shape", "data_offsets"}
 _NAMES: Final = {
@@ -76,23 +79,23 @@ class _Layout(NamedTuple):
     size: int
 
 
-def decode_safetensors(body: Buffer) -> tuple[dict[str, Tensor], dict[str, str]]:
+def decode_safetensors(body: Buffer, *, max_header: int = _MAX_HEADER) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A file's tensors, as views of the body in the header's order, and its metadata.
 
-    Of a name that the header has twice, the last counts.
+    Of a name that the header has twice, the last counts. A header of more than `max_header` bytes is refused.
 
     Raises:
         MalformedBody: the header lies, or is not one; the tensors do not cover the data exactly.
         DtypeMismatch: a dtype of less than a byte.
     """
-    tensors, layout = _view(body)
+    tensors, layout = _view(body, max_header)
     return tensors, dict(layout.metadata)
 
 
-def _view(body: Buffer) -> tuple[dict[str, Tensor], _Layout]:
+def _view(body: Buffer, max_header: int = _MAX_HEADER) -> tuple[dict[str, Tensor], _Layout]:
     """A file's tensors, and its header."""
     view = byte_view(body)
-    text, start = _split(view)
+    text, start = _split(view, max_header)
     layout = _cached_layout(text) if len(text) < _MAX_CACHED else _layout(text)
     if len(view) != start + layout.size:
         raise MalformedBody(
@@ -179,14 +182,14 @@ def _head(header: Mapping[str, Any]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _split(view: memoryview) -> tuple[bytes, int]:
+def _split(view: memoryview, max_header: int = _MAX_HEADER) -> tuple[bytes, int]:
     """The header's text, and where the data start."""
     length = int.from_bytes(view[:8], "little")
     start = 8 + length
     if len(view) < 8 or start > len(view):
         raise MalformedBody("the safetensors header is cut off, or its length lies")
-    if length > _MAX_HEADER:
-        raise MalformedBody("the safetensors header is too large", expected=_MAX_HEADER, got=length)
+    if length > max_header:
+        raise MalformedBody("the safetensors header is too large", expected=max_header, got=length)
     return bytes(view[8:start]), start
 
 

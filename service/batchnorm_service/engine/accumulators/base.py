@@ -15,6 +15,7 @@ from batchnorm_client.wire.documents import LayerConfig
 from batchnorm_client.wire.tensors import Tensor as WireTensor
 
 from ..moments import Moments, check_finite, check_fits
+from ..moments_stack import MomentsStack
 
 if TYPE_CHECKING:  # `state` imports the accumulators
     from ..state import LayerState
@@ -58,6 +59,13 @@ class Accumulator(ABC):
             state = self.fold(state, moments)
         return state
 
+    def fold_stack(self, state: LayerState, stack: MomentsStack) -> LayerState:
+        """The state after the batches of a stack, in their order: that of `fold_many`, or within 1e-12 of it.
+
+        Override it to be faster. It must raise if `fold` would raise for any of the batches.
+        """
+        return self.fold_many(state, list(stack.rows()))
+
     def layout(self, channels: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """dtype and shape, by name, of a layer's tensors beyond those in torch's state_dict.
 
@@ -95,12 +103,12 @@ def running_of(state: LayerState) -> Array:
     return np.array((state.running_mean.numpy(), state.running_var.numpy()))
 
 
-def advance(state: LayerState, batches: Sequence[Moments], running: Array, accumulated: Any = None) -> LayerState:
+def advance(state: LayerState, counts: Sequence[int], running: Array, accumulated: Any = None) -> LayerState:
     """The state with new running statistics, and counters advanced by the folded batches.
 
     Args:
         state: before the batches.
-        batches: the folded batches.
+        counts: values per channel of each folded batch.
         running: (2, C), in the layer's dtype: running mean, and unbiased running variance. In numpy, whose operations
             on C numbers have less overhead than torch's.
         accumulated: the new `LayerState.accumulated`.
@@ -109,8 +117,8 @@ def advance(state: LayerState, batches: Sequence[Moments], running: Array, accum
         InvalidRequest: a counter would exceed 64 bits.
         NonFinite: the running statistics are not finite, and the layer rejects that.
     """
-    count = state.num_batches_tracked + len(batches)
-    samples = state.samples_tracked + sum([moments.count for moments in batches])
+    count = state.num_batches_tracked + len(counts)
+    samples = state.samples_tracked + sum(counts)
     check_fits(BATCHES, count)
     check_fits(SAMPLES, samples)
     running_mean, running_var = torch.from_numpy(running[0]), torch.from_numpy(running[1])

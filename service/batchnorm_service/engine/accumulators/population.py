@@ -17,7 +17,7 @@ every w_i by k: V1 and M2 by k, V2 by k^2.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,6 +30,7 @@ from batchnorm_client.wire.errors import InvalidRequest
 from batchnorm_client.wire.tensors import Tensor as WireTensor
 
 from ..moments import Channels, Moments
+from ..moments_stack import MomentsStack
 from ..tensors import counter_to_wire, to_torch, to_wire
 from .base import SAMPLES, Accumulator, advance
 
@@ -42,6 +43,9 @@ WEIGHTS: Final = "population_weights"
 """(2,) float64: the sums of the samples' weights and of their squares; absent if every sample has weight 1."""
 
 _DERIVED: Final = ("running_mean", "running_var")
+_LEAST_FREEDOM: Final = 1e-9
+"""Of the unbiased variance, as a part of the weight."""
+
 _TINY: Final = 1e-300  # with a lower decay rate, the weights of any number of samples round to 1 in float64
 
 
@@ -56,7 +60,13 @@ class Population(Accumulator):
     def fold(self, state: LayerState, moments: Moments) -> LayerState:
         """The state after one more batch."""
         sums: PopulationSums = state.accumulated.fold(moments, state.config.half_life)
-        return advance(state, [moments], np.array([vector.numpy() for vector in sums.running(state.dtype)]), sums)
+        return _advance(state, [moments.count], sums)
+
+    def fold_stack(self, state: LayerState, stack: MomentsStack) -> LayerState:
+        """The state after the batches of a stack, merged in one step unless something on the way could overflow."""
+        if not _stays_finite(state, stack):
+            return super().fold_stack(state, stack)
+        return _advance(state, stack.counts, state.accumulated.fold_stack(stack, state.config.half_life))
 
     def layout(self, channels: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """The sample counter and the sums."""
@@ -137,6 +147,25 @@ class PopulationSums:
         total, mean, m2 = merge(old, new)
         return PopulationSums(mean, m2, total, self.squares * keep**2 + weight * (weight / batch.count))
 
+    def fold_stack(self, stack: MomentsStack, half_life: float | None) -> PopulationSums:
+        """The sums after the batches of a stack."""
+        counts = np.array(stack.counts, np.float64)
+        weights, kept = counts, np.ones(len(counts) + 1)  # of each batch's samples; by batch, after those from it on
+        if half_life is not None:
+            rate = math.log(2) / half_life
+            weights = np.array([_decay(count, half_life)[1] for count in stack.counts])
+            kept = np.exp(-rate * np.append(np.cumsum(counts[::-1])[::-1], 0.0))
+        weights = weights * kept[1:]
+        total, squares = float(weights.sum()), float((weights * (weights / counts)).sum())
+        # The distances from the first row's mean are small numbers, whatever the offset of all of them.
+        mean = stack.mean[0] + weights @ (stack.mean - stack.mean[0]) / total
+        gaps = stack.mean - mean
+        m2 = weights @ stack.var + weights @ (gaps * gaps)
+        keep = float(kept[0])
+        old = Sums(self.weight * keep, self.mean, self.m2 * keep)
+        merged = merge(old, Sums(total, torch.from_numpy(mean), torch.from_numpy(m2)))
+        return PopulationSums(merged.mean, merged.m2, merged.weight, self.squares * keep**2 + squares)
+
     def unbiased_var(self) -> Channels:
         """M2 / (weight - squares / weight), which is M2 / (n - 1) if every weight is 1.
 
@@ -144,11 +173,28 @@ class PopulationSums:
         """
         freedom = self.weight - self.squares / self.weight if self.weight else 0.0
         # The threshold is above 0 because of rounding errors: one sample has 0 degrees of freedom.
-        return self.m2 / freedom if freedom > 1e-9 * self.weight else torch.ones_like(self.m2)
+        return self.m2 / freedom if freedom > _LEAST_FREEDOM * self.weight else torch.ones_like(self.m2)
 
     def running(self, dtype: torch.dtype) -> tuple[Channels, Channels]:
         """The running mean and variance, (C,), in the layer's dtype."""
         return self.mean.to(dtype), self.unbiased_var().to(dtype)
+
+
+def _advance(state: LayerState, counts: Sequence[int], sums: PopulationSums) -> LayerState:
+    return advance(state, counts, np.array([vector.numpy() for vector in sums.running(state.dtype)]), sums)
+
+
+def _stays_finite(state: LayerState, stack: MomentsStack) -> bool:
+    """Whether the statistics are finite after every row, by a bound: each is of samples that these moments describe.
+
+    The variance of samples is at most the largest variance of a batch plus the square of the largest distance of two
+    means. Weights may make the unbiased one larger by the threshold in `unbiased_var`.
+    """
+    sums: PopulationSums = state.accumulated
+    old_var = float(sums.m2.max()) / sums.weight if sums.weight else 0.0
+    mean = max(float(np.abs(stack.mean).max()), float(sums.mean.abs().max()))
+    bound = max(float(stack.var.max()), old_var) + 4 * mean * mean
+    return bound < _LEAST_FREEDOM * torch.finfo(state.dtype).max
 
 
 def _check_weights(samples: int, weight: float, squares: float) -> None:
