@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CONSTRAINTS := -c constraints.txt
 GENERATORS := .venv-generators
+INFERENCE := .venv-inference
 LOWEST := .venv-lowest
 SUPPLY := .venv-supply
 
@@ -17,7 +18,7 @@ help: ## list the targets
 run: $(VENV)/service.stamp ## start the service on 127.0.0.1:8000
 	@exec $(BIN)/batchnorm-service serve $(ARGS)
 
-test: check $(GENERATORS)/generators.stamp ## lint, types, dependency rules, and every test
+test: check $(GENERATORS)/generators.stamp $(INFERENCE)/clients.stamp ## lint, types, dependency rules, and every test
 	$(BIN)/pytest --numprocesses 3 --dist worksteal $(ARGS)
 
 coverage: $(VENV)/dev.stamp ## every test, and which lines none reaches (it takes half as long again)
@@ -84,6 +85,13 @@ $(GENERATORS)/generators.stamp: tests/generators/requirements.txt tests/generato
 	@$(GENERATORS)/bin/python -m pip --disable-pip-version-check --quiet install -r tests/generators/requirements.txt
 	@cp tests/generators/package.json tests/generators/package-lock.json $(GENERATORS)
 	@if command -v npm > /dev/null; then npm ci --prefix $(GENERATORS) --silent --no-audit --no-fund; fi
+	@touch $@
+
+# The clients of the Open Inference Protocol that tests/open_inference/clients runs.
+$(INFERENCE)/clients.stamp: tests/open_inference/clients/requirements.txt
+	@echo "Setting up $(INFERENCE) (once) ..."
+	@$(PYTHON) -m venv --clear $(INFERENCE)
+	@$(INFERENCE)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --no-compile -r $<
 	@touch $@
 
 test-lowest: $(LOWEST)/lowest.stamp ## the tests with the lowest versions that pyproject.toml allows
@@ -192,4 +200,4 @@ $(SUPPLY)/supply.stamp: requirements/supply.txt
 	@touch $@
 
 clean: ## remove everything that the targets created
-	rm -rf $(VENV) $(GENERATORS) $(LOWEST) $(SUPPLY) build dist .venv-bench .venv-bench-* .coverage .coverage.* .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(GENERATORS) $(INFERENCE) $(LOWEST) $(SUPPLY) build dist .venv-bench .venv-bench-* .coverage .coverage.* .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -13,6 +13,7 @@ ROWS: Final[dict[str, Callable[[Bench], Iterator[Row]]]] = {
     "eval": binary.evaluate,
     "metrics": telemetry.metrics,
     "telemetry": telemetry.telemetry,
+    "inference": binary.inference,
     "train": binary.train,
     "layers": binary.many_layers,
     "json": documents.json,

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from benchmarks.bench import Bench
 from benchmarks.bodies import KIB, call, safetensors
 from benchmarks.figures import Row, Target, in_turns, ratio
-from benchmarks.load import Call, drive
 from benchmarks.process import Server, opponent
+from benchmarks.rows.binary import used
 
 _OFF = {"BATCHNORM_METRICS": "0", "BATCHNORM_SLOW_CALL_SECONDS": "0"}
 
@@ -46,16 +46,11 @@ def _services(bench: Bench, *variables: dict[str, str]) -> list[Server]:
 
 
 def _compare(bench: Bench, what: str, most: float, on: Server, off: Server) -> Row:
-    body = safetensors(8 * KIB)
-
-    def used(server: Server) -> float:
-        before = server.used()
-        load = Call(server.port, [call(bench.layer("one", server=server), "eval", body)], 8)
-        done = drive(load, max(bench.pace.seconds / 2, 0.3))  # processor time is counted in steps of 0.01 s
-        return (server.used() - before) / len(done.latencies)
+    def spent(server: Server) -> float:
+        return used(bench, server, [call(bench.layer("one", server=server), "eval", safetensors(8 * KIB))])
 
     for server in (on, off):
-        used(server)
-    pairs = in_turns(4 * bench.pace.rounds, lambda: used(on), lambda: used(off))
+        spent(server)
+    pairs = in_turns(4 * bench.pace.rounds, lambda: spent(on), lambda: spent(off))
     described = f"processor time of an eval of 8 KiB, 8 connections, {what}, against none of it"
     return ratio(described, Target(most, least=False), pairs, " µs", 1e6)

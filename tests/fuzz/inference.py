@@ -43,11 +43,12 @@ def read_inference(data: bytes) -> None:
     else:
         same(rest, b"", "bytes after numbers")
         _check_numbers(tensor, _flat(given["data"]))
+    same(found.id, document.get("id"), "the id")
     _check_response(found, document.get("id"))
 
 
 def _comparable(found: Any) -> Any:
-    return found if isinstance(found, Refused) else (found.binary, found.request.id, raw(found.tensor))
+    return found if isinstance(found, Refused) else (found.binary, found.id, raw(found.tensor))
 
 
 def _flat(nested: Any) -> list[float]:

@@ -53,6 +53,7 @@ DOCUMENTS = {
     "a number for a bool": (request(parameters={"binary_data_output": 1}), 422, "parameters.binary_data_output"),
     "a number for the id": (request(id=42), 422, "id: Input should be a valid string"),
     "another input": (request(changed(name="x")), 422, "inputs.0.name: Input should be 'input'"),
+    "two mistakes": (request(changed(name="x"), id=42), 422, "valid string; inputs.0.name: Input should be 'input'"),
     "another output": (request(outputs=[{"name": "y"}]), 422, "outputs.0.name: Input should be 'output'"),
     "two outputs": (request(outputs=[{"name": "output"}] * 2), 422, "outputs: List should have at most 1 item"),
     "a class count": (

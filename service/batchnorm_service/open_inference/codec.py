@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -42,12 +43,14 @@ from .numbers import numbers_in, read_numbers
 HEADER_LENGTH: Final = "Inference-Header-Content-Length"
 _HEADER_LENGTH: Final = HEADER_LENGTH.lower().encode()
 
+_MAX_CACHED: Final = 1024  # bytes of JSON before the bytes of tensors
 _LARGE: Final = 1 << 14  # bytes of JSON; in less, the numbers are parsed with the rest
 _LARGEST_FRAME: Final = 1 << 14  # bytes of JSON beside the numbers
 _PIECE: Final = 1 << 17
 _DATA: Final = b'"data"'
 _COLON: Final = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*(?=\[)")
 _NEXT_KEY: Final = re.compile(rb',[ \t\r\n]*"\w+"[ \t\r\n]*\Z')
+_ID: Final = re.compile(rb'"id"[ \t\r\n]*:[ \t\r\n]*"([ !#-\[\]-~]{1,200})"')
 _LONGEST_KEY: Final = 64
 
 
@@ -55,13 +58,15 @@ class InferenceCall(NamedTuple):
     """An inference request that was read.
 
     Attributes:
-        request: its JSON object.
+        request: its JSON object, of which `id` does not count.
+        id: its id.
         tensor: the input.
         binary: whether the output is to be sent as bytes.
         text: whether the input or the output is JSON.
     """
 
     request: InferenceRequest
+    id: str | None
     tensor: Tensor
     binary: bool
     text: bool
@@ -103,14 +108,19 @@ def read_request(body: Buffer, length: int | None) -> InferenceCall:
             got=length,
         )
     text, rest = (view, view[:0]) if length is None else (view[:length], view[length:])
-    request, tensor = _load(text)
+    tensor = None
+    if length is not None and length <= _MAX_CACHED:
+        request, name = _remembered(bytes(text))
+    else:
+        request, tensor = _load(text)
+        name = request.id
     given = request.inputs[0]
     is_text = given.parameters.binary_data_size is None
     tensor = _from_numbers(given, rest, tensor) if is_text else _from_bytes(given, rest)
     binary = request.parameters.binary_data_output
     if request.outputs and (chosen := request.outputs[0].parameters.binary_data) is not None:
         binary = chosen
-    return InferenceCall(request, tensor, binary, is_text or not binary)
+    return InferenceCall(request, name, tensor, binary, is_text or not binary)
 
 
 _OBJECTS: Final[Mapping[tuple[str, ...], type[Document]]] = {
@@ -166,7 +176,7 @@ def read_raw(body: Buffer, dtype: str, shape: list[int]) -> InferenceCall:
             got=len(view),
         )
     whole = tuple(len(view) // step if n < 0 else n for n in shape)
-    return InferenceCall(RAW_REQUEST, view_tensor(dtype, whole, view), binary=True, text=False)
+    return InferenceCall(RAW_REQUEST, None, view_tensor(dtype, whole, view), binary=True, text=False)
 
 
 def write_response(call: InferenceCall, document: Mapping[str, Any], tensor: Tensor) -> tuple[list[Buffer], int | None]:
@@ -260,6 +270,22 @@ def _load(text: memoryview) -> tuple[InferenceRequest, Tensor | None]:
             except (MalformedBody, UnusualError):
                 pass
     return _validated(load_json(text, refusal)), None
+
+
+def _remembered(text: bytes) -> tuple[InferenceRequest, str | None]:
+    """A request without numbers, and its id, which alone is often another than in the requests before."""
+    found = _ID.search(text)
+    # Without backslashes, no string has a quote, and no other text is this key.
+    if found is None or b"\\" in text or text.count(b'"id"') > 1:
+        request = _cached_request(text)
+        return request, request.id
+    return _cached_request(text[: found.start(1)] + text[found.end(1) :]), found[1].decode()
+
+
+@lru_cache(maxsize=256)
+def _cached_request(text: bytes) -> InferenceRequest:
+    """A request without numbers, of which a caller sends the same again and again. It is not modified."""
+    return _validated(load_json(text))
 
 
 def _validated(document: Any) -> InferenceRequest:
