@@ -29,6 +29,7 @@ from .numbers import read_numbers
 _MAX_CACHED: Final = 1024  # bytes of JSON before the bytes of tensors
 _LARGE: Final = 1 << 14  # bytes of JSON; in less, the numbers are parsed with the rest
 _LARGEST_FRAME: Final = 1 << 14  # bytes of JSON beside the numbers
+_MOST_MEMBERS: Final = 1000
 _PIECE: Final = 1 << 17
 _DATA: Final = b'"data"'
 _COLON: Final = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*(?=\[)")
@@ -83,6 +84,8 @@ def _load(text: memoryview) -> tuple[InferenceRequest, Tensor | None]:
                 refusal = error
             except (MalformedBody, UnusualError):
                 pass
+    if len(text) >= _LARGE:
+        _check_members(text)
     return _validated(load_json(text, refusal)), None
 
 
@@ -109,6 +112,17 @@ def _validated(document: Any) -> InferenceRequest:
         return InferenceRequest.model_validate(document)
     except ValidationError as error:
         raise _invalid(error) from None
+
+
+def _check_members(text: memoryview) -> None:
+    """Refuse an object with very many members: pydantic would describe each that is not known."""
+    colons = sum(bytes(text[begin : begin + _PIECE]).count(b":") for begin in range(0, len(text), _PIECE))
+    if colons > _MOST_MEMBERS:
+        raise InvalidRequest(
+            f"body: more than {_MOST_MEMBERS} members; an inference request has about ten",
+            field="body",
+            expected=f"at most {_MOST_MEMBERS} members",
+        )
 
 
 def _find_numbers(text: memoryview) -> tuple[int, int] | None:
