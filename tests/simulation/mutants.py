@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from batchnorm_client.core import retries
+from batchnorm_service.engine.moments_stack import MomentsStack
 from batchnorm_service.layers import group_commit, groups, moments_source, update_queue, updates
 from batchnorm_service.layers.cache import LayerCache
 from batchnorm_service.layers.cached_state import CachedState
@@ -300,6 +301,34 @@ def a_commit_wakes_no_wait(patch: Patch) -> None:
     patch.setattr(Watch, "changed", lambda self: None)
 
 
+def a_frame_is_folded_in_part_after_a_lost_race(patch: Patch) -> None:
+    fold_many, tried = group_commit.fold_many, list[Any]()
+
+    def resumed(state: Any, folds: Any) -> Any:
+        rest = [_without_its_first_row(one) if any(one is each for each in tried) else one for one in folds]
+        tried.extend(folds)
+        return fold_many(state, rest)
+
+    patch.setattr(group_commit, "fold_many", resumed)
+
+
+def _without_its_first_row(moments: Any) -> Any:
+    if moments.batches == 1:
+        return moments
+    return MomentsStack(moments.counts[1:], moments.mean[1:], moments.var[1:])
+
+
+def an_observation_sees_batches_that_were_folded_after_it(patch: Patch) -> None:
+    settle = Plan.settle
+
+    def late(self: Plan) -> None:
+        for waiting, _ in self.folds:
+            waiting.source.folded(self.layer.state)
+        settle(self)
+
+    patch.setattr(Plan, "settle", late)
+
+
 def an_error_is_said_to_have_had_no_effect(patch: Patch) -> None:
     patch.setattr(retries, "may_have_taken_effect", lambda _: False)
 
@@ -332,6 +361,8 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
         the_state_before_a_reset_is_not_kept,
         a_rollback_leaves_the_counters,
         a_commit_wakes_no_wait,
+        a_frame_is_folded_in_part_after_a_lost_race,
+        an_observation_sees_batches_that_were_folded_after_it,
         an_error_is_said_to_have_had_no_effect,
     )
 }

@@ -16,7 +16,9 @@ from simulation.operations import Operation, Script
 CHANNELS = 3
 _TAGS = ("best", "ckpt-1")
 _KINDS = {
-    "train": 40,
+    "train": 32,
+    "observe": 8,
+    "frame": 8,
     "eval": 22,
     "inspect": 10,
     "fold_moments": 8,
@@ -70,7 +72,7 @@ def draw_scripts(  # noqa: C901, PLR0912 - a case for each kind
     """Two to ten clients. A group's members are steps of different clients with the same group."""
     scripts = [Script() for _ in range(random.randint(2, 10))]
     numpy = np.random.default_rng(random.getrandbits(32))
-    keyed: list[tuple[str, dict[str, Any]]] = []
+    keyed: list[tuple[str, str, dict[str, Any]]] = []
     busy = busy or random.random() < 0.5
     for number in range(length):
         kind, layer = random.choices(list(weights), list(weights.values()))[0], random.choice(layers)
@@ -80,13 +82,19 @@ def draw_scripts(  # noqa: C901, PLR0912 - a case for each kind
         match kind:
             case "train":
                 arguments = {"batch": batch, "key": f"train-{number}"}
-                keyed.append((layer, arguments))
+                keyed.append((layer, kind, arguments))
+            case "observe":
+                kind, arguments = "train", {"batch": batch, "key": f"observe-{number}", "normalize": "running"}
+                keyed.append((layer, kind, arguments))
+            case "frame":
+                kind, arguments = "fold_moments", {"batch": _frame(random, numpy), "key": f"frame-{number}"}
+                keyed.append((layer, kind, arguments))
             case "fold_moments":
                 arguments = {"batch": batch, "key": f"moments-{number}"}
             case "refused":
                 kind, arguments = "train", {"batch": batch * np.float32("nan"), "key": f"refused-{number}"}
             case "many":
-                batches = {name: _batch(random, numpy) for name in layers}
+                batches = {name: random.choice((_batch, _frame))(random, numpy) for name in layers}
                 arguments = {"batches": batches, "key": f"many-{number}"}
             case "group":
                 group = {"group": f"group-{number}", "timeout": random.choice((0.5, 5.0))}
@@ -97,9 +105,11 @@ def draw_scripts(  # noqa: C901, PLR0912 - a case for each kind
             case "repeat":
                 if not keyed:
                     continue
-                (layer, arguments), kind = random.choice(keyed), "train"
-                if random.random() < 0.2:  # the same key for another batch
-                    arguments = {"batch": batch, "key": arguments["key"]}
+                layer, kind, arguments = random.choice(keyed)
+                if random.random() < 0.2:  # the same key for another batch, or for as many others
+                    rows = arguments["batch"]
+                    other = [_batch(random, numpy) for _ in rows] if isinstance(rows, list) else batch
+                    arguments = arguments | {"batch": other}
             case "reset":
                 what = random.choice(("running_stats", "parameters", "all"))
                 arguments = {"what": what, "key": f"reset-{number}"}
@@ -132,6 +142,11 @@ def draw_scripts(  # noqa: C901, PLR0912 - a case for each kind
 
 def _batch(random: Random, numpy: np.random.Generator) -> np.ndarray:
     return numpy.normal(3, 2, (random.randint(2, 6), CHANNELS)).astype(np.float32)
+
+
+def _frame(random: Random, numpy: np.random.Generator) -> list[np.ndarray]:
+    """Batches whose moments are sent as one stack."""
+    return [_batch(random, numpy) for _ in range(random.randint(1, 4))]
 
 
 def _vector(numpy: np.random.Generator) -> np.ndarray:
@@ -232,7 +247,7 @@ class Caller:
             case "train" if "group" in arguments:
                 return await layer.train(batch, key=key, group=arguments["group"], size=2, timeout=arguments["timeout"])
             case "train":
-                return await layer.train(batch, key=key)
+                return await layer.train(batch, key=key, normalize=arguments.get("normalize", "batch"))
             case "fold_moments":
                 return await layer.fold_moments(*moments(batch), key=key)
             case "many":
@@ -275,8 +290,11 @@ class Caller:
         raise AssertionError(kind)
 
 
-def moments(batch: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
-    """Count, mean and biased variance, in float64."""
+def moments(batch: np.ndarray | list[np.ndarray]) -> tuple[Any, np.ndarray, np.ndarray]:
+    """Count, mean and biased variance, in float64; of a frame, stacked."""
+    if isinstance(batch, list):
+        counts, means, variances = (np.array(each) for each in zip(*map(moments, batch), strict=True))
+        return counts, means, variances
     wide = batch.astype(np.float64)
     return len(wide), wide.mean(0), wide.var(0)
 
