@@ -160,6 +160,14 @@ async def test_large_json_that_is_wrong(client, untouched):
         assert words in error(answer, status), (there, instead)
 
 
+async def test_very_many_members_are_not_looked_at(client, untouched):
+    """Seen: 130,000 unknown parameters took 0.7 s, because each was described."""
+    many = {f"k{number}": 1 for number in range(20_000)}
+    for document in (request(parameters=many), request(**many), request(changed(**many))):
+        answer = await client.post("/v2/models/bn/infer", json=document)
+        assert "more than 1000 members" in error(answer, 422)
+
+
 async def test_of_a_key_that_is_there_twice_the_last_counts(client, untouched):
     """As in all JSON that the service reads."""
     data = json.dumps([0.5, 2] * 4000)
