@@ -97,7 +97,14 @@ def a_retry_has_a_new_key(patch: Patch) -> None:
 
 def an_unknown_outcome_is_taken_for_success(patch: Patch) -> None:
     async def hopeful(
-        self: StoreCalls, update: Any, expected: Any, new: Any, receipts: Any, deadline: float, keep: int = 0
+        self: StoreCalls,
+        update: Any,
+        waiting: Any,
+        expected: Any,
+        new: Any,
+        receipts: Any,
+        deadline: float,
+        keep: int = 0,
     ) -> Any:
         try:
             return await self._store.commit(self._cached.name, expected, new, receipts, keep)
@@ -109,7 +116,14 @@ def an_unknown_outcome_is_taken_for_success(patch: Patch) -> None:
 
 def an_unknown_outcome_is_folded_anew(patch: Patch) -> None:
     async def commit(
-        self: StoreCalls, update: Any, expected: Any, new: Any, receipts: Any, deadline: float, keep: int = 0
+        self: StoreCalls,
+        update: Any,
+        waiting: Any,
+        expected: Any,
+        new: Any,
+        receipts: Any,
+        deadline: float,
+        keep: int = 0,
     ) -> Any:
         tries = 0
         while True:
