@@ -25,6 +25,7 @@ from batchnorm_service.layers.retention import Retention
 from batchnorm_service.layers.shared_check import SharedCheck
 from batchnorm_service.layers.store_calls import StoreCalls
 from batchnorm_service.layers.update_queue import UpdateQueue
+from batchnorm_service.layers.watches import Watch
 from batchnorm_service.store.base import Committed, Conflict, Duplicates, Record, Stamp, StoreError
 from batchnorm_service.store.memory import MemoryStore
 from batchnorm_service.store.sqlite.thread import SqliteThread
@@ -310,6 +311,10 @@ def a_rollback_leaves_the_counters(patch: Patch) -> None:
     patch.setattr(UpdateQueue, "submit", partly)
 
 
+def a_commit_wakes_no_wait(patch: Patch) -> None:
+    patch.setattr(Watch, "changed", lambda self: None)
+
+
 def a_frame_is_folded_in_part_after_a_lost_race(patch: Patch) -> None:
     fold_many, tried = group_commit.fold_many, list[Any]()
 
@@ -369,6 +374,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
         a_deleted_pin_is_served_from_memory,
         the_state_before_a_reset_is_not_kept,
         a_rollback_leaves_the_counters,
+        a_commit_wakes_no_wait,
         a_frame_is_folded_in_part_after_a_lost_race,
         an_observation_sees_batches_that_were_folded_after_it,
         an_error_is_said_to_have_had_no_effect,

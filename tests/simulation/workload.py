@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from batchnorm_client import AsyncClient, Retry
+from batchnorm_client import AsyncClient, LayerStates, Retry
 from batchnorm_client.wire.errors import BatchNormError
 from simulation.faults import Faults
 from simulation.operations import Operation, Script
@@ -39,10 +39,18 @@ _KINDS = {
     "eval_at": 4,
     "rollback": 4,
     "history": 2,
+    "load_states": 3,
+    "wait": 3,
 }
 
 TRAIN_AND_READ = {"train": 40, "eval": 30, "inspect": 10}
 """What finds a state that is taken for another."""
+
+TRAIN_AND_WAIT = {"wait": 20, "load_states": 1, "eval": 5}
+"""What finds a wait that misses a commit."""
+
+_OF_MANY = {"many": ("fold_moments", "batches", "batch"), "load_states": ("load_state_dict", "state_dicts", "tensors")}
+"""Calls on many layers: what they are for each of them, and the names of their arguments."""
 
 
 def draw_configs(random: Random) -> dict[str, dict[str, Any]]:
@@ -118,6 +126,12 @@ def draw_scripts(  # noqa: C901, PLR0912 - a case for each kind
                 arguments = {"to": _state(random), "key": f"rollback-{number}"}
             case "delete":
                 arguments = {"with_pins": random.random() < 0.5}
+            case "load_states":
+                given = {name: {"weight": _vector(numpy), "bias": _vector(numpy)} for name in layers}
+                arguments = {"state_dicts": given}
+            case "wait":
+                arguments = {"names": layers, "seconds": random.choice((0.2, 3.0))}
+                arguments |= {"batch": batch, "key": f"beside-{number}"}
             case "load_state_dict":
                 arguments = {"tensors": {"weight": _vector(numpy), "bias": _vector(numpy)}}
             case _:
@@ -179,14 +193,14 @@ class Caller:
         """All steps, one after the other."""
         for pause, kind, layer, arguments in script.steps:
             await asyncio.sleep(pause)
-            names = list(arguments["batches"]) if kind == "many" else [layer]
+            names = list(arguments[_OF_MANY[kind][1]]) if kind in _OF_MANY else [layer]
             begun = [self._begin(kind, name, arguments) for name in names]
             patience = self._random.expovariate(2) if self._random.random() < self._faults.gives_up else None
             try:
                 async with asyncio.timeout(patience):
                     result = await self._call(kind, layer, arguments)
                 for operation in begun:
-                    self._end(operation, result[operation.layer] if kind == "many" else result)
+                    self._end(operation, result[operation.layer] if kind in _OF_MANY else result)
             except TimeoutError:
                 for operation in begun:
                     operation.gave_up = True
@@ -199,8 +213,11 @@ class Caller:
         return asyncio.get_running_loop().time()
 
     def _begin(self, kind: str, layer: str, arguments: dict[str, Any]) -> Operation:
-        if kind == "many":
-            kind, arguments = "fold_moments", {"batch": arguments["batches"][layer], "key": arguments["key"]}
+        if kind in _OF_MANY:
+            kind, many, one = _OF_MANY[kind]
+            arguments = {name: value for name, value in arguments.items() if name != many} | {
+                one: arguments[many][layer]
+            }
         operation = Operation(kind, layer, arguments, self._now())
         self._operations.append(operation)
         return operation
@@ -211,6 +228,18 @@ class Caller:
             operation.error = result
         else:
             operation.result = result
+
+    async def _wait(self, name: str, arguments: dict[str, Any]) -> tuple[LayerStates, LayerStates]:
+        """Wait for other states than those of now, while a batch is on its way that makes one."""
+        names = arguments["names"]
+        known = await self._client.states(names)
+        train = asyncio.ensure_future(
+            self.carry_out(Script([(0.0, "train", name, {"batch": arguments["batch"], "key": arguments["key"]})]))
+        )
+        try:
+            return known, await self._client.states(names, known=known, wait=arguments["seconds"])
+        finally:
+            await train
 
     async def _call(self, kind: str, name: str, arguments: dict[str, Any]) -> Any:  # noqa: C901, PLR0911, PLR0912 - the same
         layer, batch, key = self._client.layer(name), arguments.get("batch"), arguments.get("key")
@@ -240,6 +269,10 @@ class Caller:
                 return await layer.update(if_match=arguments["if_match"], **arguments["changes"])
             case "load_state_dict":
                 return await layer.load_state_dict(arguments["tensors"])
+            case "load_states":
+                return await self._client.load_states(arguments["state_dicts"])
+            case "wait":
+                return await self._wait(name, arguments)
             case "delete":
                 return await layer.delete(with_pins=arguments["with_pins"])
             case "pin":
