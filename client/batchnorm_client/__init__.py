@@ -16,7 +16,15 @@ from batchnorm_client.client import Client
 from batchnorm_client.core import Retry
 from batchnorm_client.layer import RemoteLayer
 from batchnorm_client.options import LayerChanges, LayerOptions
-from batchnorm_client.results import BatchStatistics, EvalResult, FoldResult, Gradients, TrainResult
+from batchnorm_client.results import (
+    BatchStatistics,
+    EvalResult,
+    FoldResult,
+    Gradients,
+    LayerStates,
+    Replaced,
+    TrainResult,
+)
 from batchnorm_client.wire.documents import HistoryEntry, Layer, LayerConfig, LayerSummary, Pin
 from batchnorm_client.wire.errors import (
     PROBLEMS,
@@ -91,6 +99,7 @@ __all__ = [
     "LayerNotFound",
     "LayerOptions",
     "LayerPinned",
+    "LayerStates",
     "LayerSummary",
     "MalformedBody",
     "MethodNotAllowed",
@@ -105,6 +114,7 @@ __all__ = [
     "PinExists",
     "ProblemError",
     "RemoteLayer",
+    "Replaced",
     "RequestError",
     "RequestTimeout",
     "Retry",

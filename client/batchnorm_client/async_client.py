@@ -7,20 +7,20 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
 from batchnorm_client.async_layer import AsyncRemoteLayer
-from batchnorm_client.core import Attempts, Request, Retry, calls
+from batchnorm_client.core import Attempts, Request, Retry, calls, state_calls
 from batchnorm_client.core.runtime import AsyncRuntime
 from batchnorm_client.options import Cast, HttpOptions, LayerOptions
-from batchnorm_client.results import FoldResult
+from batchnorm_client.results import FoldResult, LayerStates, Replaced
 from batchnorm_client.wire.documents import LayerSummary
 from batchnorm_client.wire.errors import BatchNormError, NoAnswer, ProblemError
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     import httpx
 
-    from batchnorm_client.options import Moments
+    from batchnorm_client.options import Moments, StateDict
 
 T = TypeVar("T")
 
@@ -38,13 +38,15 @@ class AsyncClient:
 
         inspect, state_dict, layers, eval,
         eval_local, inverse, backward,
-        history, pins                       always: they change nothing
+        history, pins, states               always: they change nothing
         create_layer, train, reset,
         train_local, fold_moments,
         rollback, pin                       always: the service recognizes the repeat
         update                              always: it sets values; `if_match` also protects the updates of others
         unpin                               only while no attempt can have taken effect; then it asks whether the pin
                                             is gone
+        load_states                         of weights and biases only, without versions: always; else only while no
+                                            attempt can have taken effect
         load_state_dict, delete             with `if_match` always; without it only while no attempt can have taken
                                             effect. After that they raise, with `outcome_unknown` set
 
@@ -179,6 +181,47 @@ class AsyncClient:
             folded = await self._call(request)
             results |= folded
         return {name: results[name] for name in layers}
+
+    async def states(
+        self,
+        names: Collection[str] | None = None,
+        *,
+        prefix: str | None = None,
+        known: LayerStates | None = None,
+        wait: float = 0.0,
+    ) -> LayerStates:
+        """The tensors of several layers, such as all of a model, in one call. Each layer's are of its newest commit.
+
+        Args:
+            names: of the layers.
+            prefix: instead of names: all layers whose names start with this.
+            known: the result of an earlier call: it is returned, and nothing is read, if it is still current.
+            wait: seconds, at most 60, to wait for other states than the known ones before `known` is returned.
+
+        Raises:
+            ValueError: neither names nor a prefix are given, or both; or `wait` without `known`.
+            LayerNotFound: there is no layer of one of the names.
+            PayloadTooLarge: they are larger than the service's largest body.
+            Overloaded: too many calls wait.
+        """
+        return await self._call(state_calls.states(names, prefix, known, wait))
+
+    async def load_states(
+        self, state_dicts: Mapping[str, StateDict], *, versions: Mapping[str, int] | None = None
+    ) -> dict[str, Replaced | ProblemError]:
+        """Replace tensors of several layers in one call. Each layer gets all that is given for it, or nothing.
+
+        Args:
+            state_dicts: by layer name; as `AsyncRemoteLayer.load_state_dict` takes them.
+            versions: by layer name: replace this layer's tensors only if it has this version.
+
+        Returns:
+            By layer name: the result, or the exception that a call for this layer alone would have raised.
+
+        Raises:
+            ValueError: `versions` has layers without tensors. Nothing was sent.
+        """
+        return await self._call(state_calls.replace_states(state_dicts, versions or {}))
 
     async def ready(self) -> bool:
         """Whether the service is ready. One request without retries; False also if the service cannot be reached."""

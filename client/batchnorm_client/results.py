@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Generic
 
 import numpy.typing as npt
 
 from batchnorm_client.arrays import A
+from batchnorm_client.wire.documents import LayerConfig
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,6 +65,36 @@ class TrainResult(Generic[A]):
     num_batches_tracked: int
     replayed: bool = False
     statistics: BatchStatistics[A] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerStates:
+    """The states of several layers, each of one commit.
+
+    Attributes:
+        tensors: by layer name and by their names in torch's state_dict.
+        configs: by layer name.
+        versions: by layer name.
+        etag: identifies these states.
+    """
+
+    tensors: Mapping[str, Mapping[str, npt.NDArray[Any]]]
+    configs: Mapping[str, LayerConfig]
+    versions: Mapping[str, int]
+    etag: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Replaced:
+    """A layer whose tensors were replaced.
+
+    Attributes:
+        version: of the commit that replaced them.
+        num_batches_tracked: right after it.
+    """
+
+    version: int
+    num_batches_tracked: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)

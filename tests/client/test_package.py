@@ -21,8 +21,10 @@ RESULTS = {
     "HistoryEntry",
     "Layer",
     "LayerConfig",
+    "LayerStates",
     "LayerSummary",
     "Pin",
+    "Replaced",
     "TrainResult",
 }
 OPTIONS = {"LayerChanges", "LayerOptions"}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
 import numpy as np
 import orjson
@@ -13,12 +13,31 @@ from batchnorm_client.core.messages import Response
 from batchnorm_client.core.problems import may_have_taken_effect, problem_of
 from batchnorm_client.core.state_choice import StateChoice
 from batchnorm_client.kernels.state import LocalState
-from batchnorm_client.results import BatchStatistics, EvalResult, FoldResult, Gradients, TrainResult
-from batchnorm_client.wire.documents import FoldedDocument, HistoryPage, Layer, LayerPage, Pin, Pins
+from batchnorm_client.results import (
+    BatchStatistics,
+    EvalResult,
+    FoldResult,
+    Gradients,
+    LayerStates,
+    Replaced,
+    TrainResult,
+)
+from batchnorm_client.wire.documents import (
+    FoldedDocument,
+    HistoryPage,
+    Layer,
+    LayerConfig,
+    LayerPage,
+    Pin,
+    Pins,
+    ReplacedDocument,
+)
 from batchnorm_client.wire.errors import ProblemError
 from batchnorm_client.wire.headers import DIGEST, IDEMPOTENT_REPLAY, NUM_BATCHES_TRACKED, REQUEST_ID, VERSION
 from batchnorm_client.wire.media_types import JSON, SAFETENSORS
-from batchnorm_client.wire.tensors import Tensor, decode_safetensors
+from batchnorm_client.wire.tensors import MANY_LAYERS_HEADER, Tensor, decode_safetensors
+
+R = TypeVar("R")
 
 _STATISTICS = ("batch_mean", "batch_var", "batch_invstd")
 
@@ -125,9 +144,15 @@ def folded(response: Response) -> FoldResult:
 
 def many_folded(names: Collection[str], response: Response) -> dict[str, FoldResult | ProblemError]:
     """The response to moments of many layers, which has a result for each of them."""
+    return _results(names, response, _folded)
+
+
+def _results(
+    names: Collection[str], response: Response, read: Callable[[dict[str, Any]], R]
+) -> dict[str, R | ProblemError]:
     _check_form(response, JSON)
     request_id = response.headers.get(REQUEST_ID.lower())
-    results: dict[str, FoldResult | ProblemError] = {}
+    results: dict[str, R | ProblemError] = {}
     for name, document in orjson.loads(response.body)["layers"].items():
         if "type" in document:
             error = problem_of(document, request_id)
@@ -136,10 +161,38 @@ def many_folded(names: Collection[str], response: Response) -> dict[str, FoldRes
             error.outcome_unknown = may_have_taken_effect(error)
             results[name] = error
         else:
-            results[name] = _folded(document)
+            results[name] = read(document)
     if results.keys() != set(names):
-        raise ValueError(f"moments of {sorted(names)} were sent, and the results are those of {sorted(results)}")
+        raise ValueError(f"layers {sorted(names)} were sent, and the results are those of {sorted(results)}")
     return results
+
+
+def many_replaced(names: Collection[str], response: Response) -> dict[str, Replaced | ProblemError]:
+    """The response to tensors of many layers, which has a result for each of them."""
+    return _results(names, response, _replaced)
+
+
+def layer_states(known: LayerStates | None, response: Response) -> LayerStates:
+    """The states of several layers; the known ones if the service says that they are current."""
+    if response.status == 304:
+        if known is None:
+            raise ValueError("a 304 to a call without a condition")
+        return known
+    _check_form(response, SAFETENSORS)
+    try:
+        tensors, metadata = decode_safetensors(response.body, max_header=MANY_LAYERS_HEADER)
+    except ProblemError as error:  # it is the response that is malformed, not the request
+        raise ValueError(str(error)) from error
+    versions: dict[str, int] = orjson.loads(metadata["versions"])
+    configs = {
+        name: LayerConfig.model_validate(config, extra="ignore")
+        for name, config in orjson.loads(metadata["configs"]).items()
+    }
+    by_layer: dict[str, dict[str, Any]] = {name: {} for name in versions}
+    for path, tensor in tensors.items():
+        name, _, tensor_name = path.rpartition(".")
+        by_layer[name][tensor_name] = tensor.numpy()
+    return LayerStates(by_layer, configs, versions, response.headers["etag"])
 
 
 def local_state(choice: StateChoice, cached: LocalState | None, response: Response) -> LocalState:
@@ -169,6 +222,11 @@ def _folded(document: dict[str, Any]) -> FoldResult:
     return FoldResult(
         found.version, found.num_batches_tracked, found.replayed, found.count, mean, var, found.folded or 1
     )
+
+
+def _replaced(document: dict[str, Any]) -> Replaced:
+    found = ReplacedDocument.model_validate(document, extra="ignore")
+    return Replaced(found.version, found.num_batches_tracked)
 
 
 def _is_replay(response: Response) -> bool:

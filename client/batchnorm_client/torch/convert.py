@@ -13,6 +13,7 @@ from batchnorm_client import Client, LayerOptions
 from batchnorm_client.torch.batchnorms import REMOTE
 from batchnorm_client.torch.groups import Compute
 from batchnorm_client.torch.kept import check_fits, expected_digests, read_kept
+from batchnorm_client.torch.model_calls import ModelCalls
 from batchnorm_client.torch.modules import RemoteBatchNorm, layer_options
 from batchnorm_client.torch.pending_moments import PendingMoments
 from batchnorm_client.torch.plain import M, swap
@@ -110,6 +111,8 @@ def convert_batchnorm(
     for local, remote in zip(found.values(), remotes, strict=True):
         _move_parameters(local, remote)
     converted = swap(module, dict(zip(found.values(), remotes, strict=True)))
+    if remotes and not frozen:
+        _call_together(converted, remotes, client)
     if remotes and not frozen and options.get("compute") == "local" and options.get("group") is None:
         _fold_together(converted, remotes, client)
     return cast(M, converted)
@@ -135,6 +138,14 @@ def _check_kept(
     for layer, local in zip(kept, found.values(), strict=True):
         check_fits(layer, local.num_features, _layer_options(local, "reject"))
         parameters_of(layer, local)
+
+
+def _call_together(root: nn.Module, remotes: list[RemoteBatchNorm], client: Client) -> None:
+    calls = ModelCalls(client)
+    for remote in remotes:
+        remote._calls = calls
+        calls.join(remote)
+    calls.attach(root)
 
 
 def _fold_together(root: nn.Module, remotes: list[RemoteBatchNorm], client: Client) -> None:

@@ -10,7 +10,7 @@ from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm_client import Client, Layer, LayerChanges, LayerOptions
-from batchnorm_client.core.local import train_step
+from batchnorm_client.core.local import eval_step, train_step
 from batchnorm_client.kernels.state import LocalState
 from batchnorm_client.results import BatchStatistics
 from batchnorm_client.torch.autograd import normalize, normalize_shard
@@ -126,6 +126,7 @@ class RemoteBatchNorm(RemoteRunningStatistics):
         self.compute = compute
         self.is_frozen = frozen
         self._pending = None
+        self._calls = None
         self.track_running_stats = self._tracks = track_running_stats
         self.client = client
         self.state_dtype, self._device = dtype, torch.device("cpu" if device is None else device)
@@ -192,10 +193,15 @@ class RemoteBatchNorm(RemoteRunningStatistics):
             return self._empty(input)
         if shared:
             self._shared = shared.next()
+            if self._calls is not None:
+                self._calls.begin()
             self.push()
             return normalize_shard(shared, input, self.weight, self.bias)
-        if self._trains and self.compute == "local":
+        together = self._calls is not None and self._calls.begin()
+        if not self.sends_parameters:
             self._send(self._options())
+        elif together:  # the pass has sent what was pending; these parameters may have changed since it began
+            self._send(self._options() | self.changed_parameters())
         else:
             self.push()
         return normalize(self._normalize, input, self.weight, self.bias, own=own, eps=self.eps)
@@ -214,7 +220,11 @@ class RemoteBatchNorm(RemoteRunningStatistics):
 
     def _local(self, x: Tensor, statistics: bool) -> tuple[Tensor, BatchStatistics[Tensor] | None]:
         if not self._trains:
-            result = self.layer.eval_local(x, statistics=statistics)
+            state = None if self._calls is None else self._calls.state(self.name)
+            if state is None:
+                result = self.layer.eval_local(x, statistics=statistics)
+            else:
+                result = eval_step(state, x, statistics=statistics)
             return result.output, result.statistics
         tracks = self._tracks and self.track_running_stats
         config = self._config.model_copy(update={"eps": self.eps, "track_running_stats": tracks})
@@ -257,7 +267,7 @@ class RemoteBatchNorm(RemoteRunningStatistics):
                 "pull() takes back the change, revert(model) makes modules that can be trained"
             )
         if changes:
-            known, self._known = self._known, {}  # until it is certain what the service has
+            known = self.forget_sent()
             self.layer.update(**cast(LayerChanges, changes))
             self._known = known | changes
 
@@ -308,7 +318,7 @@ class RemoteBatchNorm(RemoteRunningStatistics):
         if not state and not parameters:
             return
         self.flush()
-        known, self._known = self._known, {}  # until it is certain what the service has
+        known = self.forget_sent()
         self.layer.load_state_dict(state | parameters)
         self._known = known | parameters
 
@@ -318,16 +328,43 @@ class RemoteBatchNorm(RemoteRunningStatistics):
             options["track_running_stats"] = self.track_running_stats
         return options
 
+    @property
+    def evaluates_here(self) -> bool:
+        """Whether a batch is normalized in this process with the layer's running statistics."""
+        return self.compute == "local" and not self._trains
+
+    @property
+    def sends_parameters(self) -> bool:
+        """Whether weight and bias are sent before the module is used."""
+        return self.compute != "local" or not self._trains
+
+    def changed_parameters(self) -> dict[str, Tensor]:
+        """Copies of weight and bias, on the CPU, those that changed since they were last sent or read."""
+        return _on_the_cpu(self._changes(self._checked_parameters()))
+
+    def forget_sent(self) -> dict[str, Any]:
+        """What the service has, which is uncertain from now on, until `remember_sent`."""
+        known, self._known = self._known, {}
+        self._forget_state()
+        return known
+
+    def remember_sent(self, known: dict[str, Any]) -> None:
+        """The service has these options and parameters."""
+        self._known = known
+
     def _parameters_to_send(self) -> dict[str, Tensor]:
         """Copies of weight and bias, on the CPU."""
-        parameters = {field: value.detach() for field, value in self.named_parameters(recurse=False)}
+        return _on_the_cpu(self._checked_parameters())
+
+    def _checked_parameters(self) -> dict[str, Tensor]:
+        parameters = {field: value.detach() for field, value in self._parameters.items() if value is not None}
         for field, value in parameters.items():
             if value.dtype != self.state_dtype:
                 raise TypeError(
                     f"{field} is {value.dtype}, but layer {self.name!r} is {self.state_dtype}: leave the parameters of "
                     f"{type(self).__name__} in its dtype; only its input may be half precision"
                 )
-        return {field: torch.empty_like(value, device="cpu").copy_(value) for field, value in parameters.items()}
+        return parameters
 
 
 def layer_options(
@@ -353,6 +390,11 @@ def layer_options(
 def without_bias(leave_out: bool) -> dict[str, bool]:
     """torch's argument for a module without bias, which older versions do not have."""
     return {"bias": False} if leave_out else {}
+
+
+def _on_the_cpu(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies, which stay as they are."""
+    return {field: torch.empty_like(value, device="cpu").copy_(value) for field, value in parameters.items()}
 
 
 def _same(known: Any, value: Any) -> bool:

@@ -44,6 +44,8 @@ def revert(module: nn.Module) -> nn.Module:
     for remote in remotes:
         if remote._pending is not None:
             remote._pending.leave(remote)
+        if remote._calls is not None:
+            remote._calls.leave(remote)
     return reverted
 
 
@@ -82,9 +84,9 @@ def snapshot(module: nn.Module, *, at: str | None = None) -> nn.Module:
     for remote, layer in zip(remotes, kept, strict=True):
         memo[id(remote)] = _copied(remote, layer, at, memo)  # copy.deepcopy uses what is in the memo
     copied = copy.deepcopy(module, memo)
-    for pending in {remote._pending for remote in remotes if remote._pending is not None}:
+    for hooked in {one for remote in remotes for one in (remote._pending, remote._calls) if one is not None}:
         for found in copied.modules():
-            pending.detach(found)
+            hooked.detach(found)
     return copied
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm_client import Layer, RemoteLayer
+from batchnorm_client.torch.model_calls import ModelCalls
 from batchnorm_client.torch.pending_moments import PendingMoments
 
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
@@ -51,6 +52,8 @@ class RemoteRunningStatistics(_BatchNorm):
     """Whether the layer was created with running statistics; `track_running_stats` may be toggled later."""
     _pending: PendingMoments | None
     """Pending moments that are sent together with those of other modules."""
+    _calls: ModelCalls | None
+    """Calls that are made together with those of other modules."""
     _device: torch.device
     """The device of tensors that are read, if the module has no parameters."""
 
@@ -66,6 +69,11 @@ class RemoteRunningStatistics(_BatchNorm):
         """Send pending moments, also those of the other modules of the model; see `convert_batchnorm`."""
         if self._pending is not None:
             self._pending.flush()
+
+    def _forget_state(self) -> None:
+        """This module changes its layer."""
+        if self._calls is not None:
+            self._calls.forget(self.layer.name)
 
     def _read(self, name: str) -> Tensor | None:
         if name in self._buffers:  # while a state_dict is loaded
@@ -92,6 +100,7 @@ class RemoteRunningStatistics(_BatchNorm):
             raise ValueError(f"{name}: whether a layer keeps running statistics is decided when it is created")
         self.flush()
         self.layer.load_state_dict({name: self._typed(name, value)})
+        self._forget_state()
 
     def _typed(self, name: str, value: Tensor) -> Tensor:
         return value.to(torch.long if name == "num_batches_tracked" else self.state_dtype)
@@ -128,6 +137,7 @@ class RemoteRunningStatistics(_BatchNorm):
         if "layer" in self.__dict__ and self.track_running_stats and self._tracks:
             self.push()  # the service also checks whether tracking is on
             self.layer.reset("running_stats")
+            self._forget_state()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

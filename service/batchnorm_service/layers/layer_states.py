@@ -15,7 +15,7 @@ from batchnorm_client.wire.tensors import Tensor, encode_safetensors, itemsize
 
 from ..engine.state_dict import state_dict
 from ..runtime import Runtime
-from .records import CommittedLayer
+from .records import CommittedLayer, config_text
 
 T = TypeVar("T")
 Buffers = list[bytes | bytearray | memoryview]
@@ -54,7 +54,7 @@ class LayerStates:
         return 4 * len(self.layers)
 
     def file(self, max_bytes: int) -> Buffers:
-        """A safetensors file with tensors named `<layer>.<tensor>`, and the layers' versions in its metadata.
+        """A safetensors file with tensors named `<layer>.<tensor>`, and the layers' versions and configs as metadata.
 
         Raises:
             PayloadTooLarge: it would be larger than `max_bytes`.
@@ -68,7 +68,9 @@ class LayerStates:
             check_size(size, max_bytes)
         versions = {name: layer.stamp.version for name, layer in self.layers.items()}
         wide_first = sorted(tensors.items(), key=lambda item: -itemsize(item[1].dtype))
-        pieces: Buffers = list(encode_safetensors(dict(wide_first), {"versions": json.dumps(versions)}))
+        configs = ",".join(f'"{name}":{config_text(layer)}' for name, layer in self.layers.items())
+        metadata = {"versions": json.dumps(versions), "configs": f"{{{configs}}}"}
+        pieces: Buffers = list(encode_safetensors(dict(wide_first), metadata))
         check_size(size + len(pieces[0]), max_bytes)
         return pieces
 

@@ -56,6 +56,11 @@ class CommittedLayer:
         return digest(self.state)
 
 
+def config_text(layer: CommittedLayer) -> str:
+    """The layer's config as JSON."""
+    return _dump(layer.state.config)
+
+
 def now(runtime: Runtime) -> datetime:
     """The wall clock's time, in UTC."""
     return datetime.fromtimestamp(runtime.wall(), UTC)

@@ -37,7 +37,8 @@ _FILE: Final[dict[str, Any]] = {
         "schema": {
             **BINARY,
             "description": "A safetensors file with tensors named `<layer>.<tensor>`, such as"
-            " `layer1.0.bn1.running_mean`; `versions` in its metadata is a JSON object of the layers' versions",
+            " `layer1.0.bn1.running_mean`; in its metadata, `versions` is a JSON object of the layers' versions,"
+            " and, of GET, `configs` one of their configs",
         }
     }
 }

@@ -28,8 +28,9 @@ from batchnorm_client.wire.tensors.tensor import (
 
 _METADATA: Final = "__metadata__"
 _MAX_HEADER: Final = 1 << 20  # a layer has fewer than ten tensors
-MANY_LAYERS_HEADER: Final = 1 << 23
-"""The largest header of a file with the states of many layers: 120 bytes for each tensor of 10,000 layers."""
+MANY_LAYERS_HEADER: Final = 1 << 24
+"""The largest header of a file with the states of many layers: 120 bytes for each tensor of 10,000 layers, and their
+configs."""
 
 _MAX_CACHED: Final = 512  # what calls send; the headers of records are longer, and each is another
 _ENTRY: Final = {"dtype", "shape", "data_offsets"}
