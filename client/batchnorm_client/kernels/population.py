@@ -84,7 +84,8 @@ class PopulationSums(Generic[V]):
         """
         freedom = self.weight - self.squares / self.weight if self.weight else 0.0
         # The threshold is above 0 because of rounding errors: one sample has 0 degrees of freedom.
-        return self.m2 / freedom if freedom > LEAST_FREEDOM * self.weight else ones
+        var: V = self.m2 / freedom if freedom > LEAST_FREEDOM * self.weight else ones
+        return var
 
 
 def _decay(count: int, half_life: float | None) -> tuple[float, float]:

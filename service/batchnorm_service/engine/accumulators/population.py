@@ -1,4 +1,4 @@
-"""Population statistics: exact mean and unbiased variance over all samples; the arithmetic is in `kernels.population`."""
+"""Population statistics: exact mean and unbiased variance of all samples; arithmetic: `kernels.population`."""
 
 from __future__ import annotations
 
