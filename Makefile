@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CONSTRAINTS := -c constraints.txt
 GENERATORS := .venv-generators
+INFERENCE := .venv-inference
 LOWEST := .venv-lowest
 SUPPLY := .venv-supply
 
-.PHONY: help run test coverage test-quick test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak soak-crashes simulate mutants machines schemathesis fuzz fuzz-keep lock sbom licences dist image image-check clean
+.PHONY: help run test coverage test-quick test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak soak-crashes alerts simulate mutants machines schemathesis fuzz fuzz-keep lock sbom licences dist image image-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -17,7 +18,7 @@ help: ## list the targets
 run: $(VENV)/service.stamp ## start the service on 127.0.0.1:8000
 	@exec $(BIN)/batchnorm-service serve $(ARGS)
 
-test: check $(GENERATORS)/generators.stamp ## lint, types, dependency rules, and every test
+test: check $(GENERATORS)/generators.stamp $(INFERENCE)/clients.stamp ## lint, types, dependency rules, and every test
 	$(BIN)/pytest --numprocesses 3 --dist worksteal $(ARGS)
 
 coverage: $(VENV)/dev.stamp ## every test, and which lines none reaches (it takes half as long again)
@@ -86,6 +87,13 @@ $(GENERATORS)/generators.stamp: tests/generators/requirements.txt tests/generato
 	@if command -v npm > /dev/null; then npm ci --prefix $(GENERATORS) --silent --no-audit --no-fund; fi
 	@touch $@
 
+# The clients of the Open Inference Protocol that tests/open_inference/clients runs.
+$(INFERENCE)/clients.stamp: tests/open_inference/clients/requirements.txt
+	@echo "Setting up $(INFERENCE) (once) ..."
+	@$(PYTHON) -m venv --clear $(INFERENCE)
+	@$(INFERENCE)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --no-compile -r $<
+	@touch $@
+
 test-lowest: $(LOWEST)/lowest.stamp ## the tests with the lowest versions that pyproject.toml allows
 	$(LOWEST)/bin/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
@@ -102,6 +110,9 @@ soak: $(VENV)/dev.stamp ## mixed load for MINUTES=30: memory, file descriptors, 
 
 soak-crashes: $(VENV)/dev.stamp ## 2,000 train calls against workers and replicas that are killed and restarted
 	BATCHNORM_TEST_CALLS=2000 $(BIN)/pytest tests/service/test_workers.py $(ARGS)
+
+alerts: $(VENV)/dev.stamp ## provoke every alert of deploy/ with real services and a real Prometheus, PROMETHEUS=its path
+	@PYTHONPATH=tests PROMETHEUS=$(PROMETHEUS) $(BIN)/python -m alerts.run
 
 SEEDS := 1000
 FIRST := 0
@@ -189,4 +200,4 @@ $(SUPPLY)/supply.stamp: requirements/supply.txt
 	@touch $@
 
 clean: ## remove everything that the targets created
-	rm -rf $(VENV) $(GENERATORS) $(LOWEST) $(SUPPLY) build dist .venv-bench .venv-bench-* .coverage .coverage.* .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(GENERATORS) $(INFERENCE) $(LOWEST) $(SUPPLY) build dist .venv-bench .venv-bench-* .coverage .coverage.* .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache

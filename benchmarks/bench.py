@@ -81,12 +81,12 @@ class Bench:
         self._stack.callback(server.stop)
         return server
 
-    def layer(self, name: str, num_features: int = 64, server: Server | None = None) -> str:
+    def layer(self, name: str, num_features: int = 64, server: Server | None = None, **config: str) -> str:
         """The name of a layer that exists."""
         server = server or self.service
         if (server.port, name) not in self._layers:
             connection = http.client.HTTPConnection("127.0.0.1", server.port)
-            body = json.dumps({"num_features": num_features})
+            body = json.dumps({"num_features": num_features, **config})
             connection.request("PUT", f"/v1/layers/{name}", body, {"Content-Type": "application/json"})
             status = connection.getresponse().status
             connection.close()

@@ -37,6 +37,15 @@ def call(layer: str, what: str, body: bytes, media_type: str = SAFETENSORS) -> b
     return request(f"/v1/layers/{layer}/{what}", body, media_type)
 
 
+def infer(layer: str, size: int, number: int) -> bytes:
+    """An inference request with such a batch as bytes, for its output as bytes, as tritonclient and kserve send it."""
+    data = batch(size)
+    given = {"name": "input", "shape": data.shape, "datatype": "FP32", "parameters": {"binary_data_size": data.nbytes}}
+    head = orjson.dumps({"id": f"{number:032x}", "inputs": [given], "parameters": {"binary_data_output": True}})
+    headers = f"Inference-Header-Content-Length: {len(head)}\r\n"
+    return request(f"/v2/models/{layer}/infer", head + data.tobytes(), "application/octet-stream", headers=headers)
+
+
 def json_call(layer: str, body: bytes) -> bytes:
     """The same in JSON."""
     return call(layer, "eval", body, JSON)

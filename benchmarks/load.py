@@ -31,13 +31,13 @@ class Call:
 
     Attributes:
         port: of the server, on this machine.
-        requests: whole HTTP requests, sent in turn.
+        requests: whole HTTP requests, sent in turn; or a function that makes one after the other, each for one use.
         connections: how many are in flight at once.
         refusals: whether an answer may be 503; otherwise each must be 200.
     """
 
     port: int
-    requests: Sequence[bytes]
+    requests: Sequence[bytes] | Callable[[], Iterator[bytes]]
     connections: int = 8
     refusals: bool = False
 
@@ -75,7 +75,7 @@ def drive(call: Call, seconds: float, most: float = math.inf) -> Measured:
 def _drive(call: Call, seconds: float, done: Callable[[int], bool]) -> Measured:
     latencies: list[float] = []
     refused = 0
-    turns = itertools.cycle(call.requests)
+    turns = call.requests() if callable(call.requests) else itertools.cycle(call.requests)
     with selectors.DefaultSelector() as selector:
         connections = [_Connection(call, selector) for _ in range(call.connections)]
         gc.disable()

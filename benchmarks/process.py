@@ -107,12 +107,12 @@ class Server:
 def service(store: str, **variables: str) -> Server:
     """Our own, over that store."""
     command = [sys.executable, "-m", "batchnorm_service", "serve", "--port", "{port}", "--store", store]
-    return Server(command, "/readyz", BATCHNORM_LOG_LEVEL="warning", **variables)
+    return Server(command, "/readyz", **{"BATCHNORM_LOG_LEVEL": "warning", **variables})
 
 
 def opponent(name: str) -> Server:
     """One of `benchmarks.servers`."""
-    path = "/" if name == "echo" else "/openapi.json"
+    path = "/" if name in {"echo", "collector"} else "/openapi.json"
     return Server([sys.executable, "-m", f"benchmarks.servers.{name}", "{port}"], path)
 
 

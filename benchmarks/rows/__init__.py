@@ -7,13 +7,16 @@ from typing import Final
 
 from benchmarks.bench import Bench
 from benchmarks.figures import Row
-from benchmarks.rows import binary, client, documents, memory, peers, start, tail
+from benchmarks.rows import binary, client, documents, frames, memory, peers, start, tail, telemetry
 
 ROWS: Final[dict[str, Callable[[Bench], Iterator[Row]]]] = {
     "eval": binary.evaluate,
-    "metrics": binary.metrics,
+    "metrics": telemetry.metrics,
+    "telemetry": telemetry.telemetry,
+    "inference": binary.inference,
     "train": binary.train,
     "layers": binary.many_layers,
+    "frames": frames.frames,
     "json": documents.json,
     "peers": peers.peers,
     "tail": tail.tail,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from benchmarks.bench import Bench
-from benchmarks.bodies import KIB, MIB, call, safetensors
+from benchmarks.bodies import KIB, MIB, call, infer, safetensors
 from benchmarks.figures import Row, Target, in_turns, ratio
 from benchmarks.load import Call, drive, request
 from benchmarks.process import Server
@@ -17,22 +17,27 @@ def evaluate(bench: Bench) -> Iterator[Row]:
         yield _against_echo(bench, "eval", size, connections, least)
 
 
-def metrics(bench: Bench) -> Iterator[Row]:
-    """Processor time of a small eval, with metrics and without: the rate of calls varies more than they cost."""
-    body, connections = safetensors(8 * KIB), 8
+def inference(bench: Bench) -> Iterator[Row]:
+    """Processor time of a small eval by the Open Inference Protocol, with bytes both ways, and by V1."""
+    layer = bench.layer("one")
+    by_v2 = [infer(layer, 8 * KIB, number) for number in range(512)]  # each with an id of its own
+    by_v1 = [call(layer, "eval", safetensors(8 * KIB))]
+    for each in (by_v2, by_v1):
+        used(bench, bench.service, each)
+    pairs = in_turns(
+        4 * bench.pace.rounds,
+        lambda: used(bench, bench.service, by_v2),
+        lambda: used(bench, bench.service, by_v1),
+    )
+    what = "processor time of a binary infer of 8 KiB by /v2, 8 connections, against eval"
+    yield ratio(what, Target(1.3, least=False), pairs, " µs", 1e6)
 
-    def used(server: Server) -> float:
-        before = server.used()
-        load = Call(server.port, [call(bench.layer("one", server=server), "eval", body)], connections)
-        done = drive(load, max(bench.pace.seconds / 2, 0.3))  # processor time is counted in steps of 0.01 s
-        return (server.used() - before) / len(done.latencies)
 
-    on, off = bench.own_service("on"), bench.own_service("off", BATCHNORM_METRICS="0")
-    for server in (on, off):
-        used(server)
-    pairs = in_turns(4 * bench.pace.rounds, lambda: used(on), lambda: used(off))
-    what = "processor time of an eval of 8 KiB, 8 connections, against one without metrics"
-    yield ratio(what, Target(1.05, least=False), pairs, " µs", 1e6)
+def used(bench: Bench, server: Server, requests: Sequence[bytes]) -> float:
+    """The server's processor time for one of the requests, which are sent in turn, in seconds."""
+    before = server.used()
+    done = drive(Call(server.port, requests, 8), max(bench.pace.seconds / 2, 0.3))  # time is counted in steps of 0.01 s
+    return (server.used() - before) / len(done.latencies)
 
 
 def train(bench: Bench) -> Iterator[Row]:

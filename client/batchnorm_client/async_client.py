@@ -143,6 +143,7 @@ class AsyncClient:
 
         Raises:
             InvalidRequest: not a valid layer name, version, tag or digest.
+            ValueError: not a dtype that batches can be converted to.
         """
         return AsyncRemoteLayer(self, name, at=at, expect=expect, cast=cast)
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from batchnorm_client.arrays import A, to_numpy, to_torch
 from batchnorm_client.core import calls, history_calls, local
 from batchnorm_client.core.group_member import GroupMember
-from batchnorm_client.core.samples import as_batch, as_given
+from batchnorm_client.core.samples import as_batch, as_given, checked_cast
 from batchnorm_client.core.state_choice import StateChoice
 from batchnorm_client.kernels.state import LocalState
 from batchnorm_client.options import Cast, LayerChanges, Mode, Normalize, What
@@ -59,7 +59,7 @@ class AsyncRemoteLayer:
         self.name = name
         self.at = at
         self.expect = expect
-        self.cast = cast
+        self.cast = checked_cast(cast)
         self._choice = StateChoice.of(at, expect)
         self._client = client
         self._cached_state: LocalState | None = None  # of eval_local and train_local; revalidated before each use

@@ -144,6 +144,7 @@ class Client:
 
         Raises:
             InvalidRequest: not a valid layer name, version, tag or digest.
+            ValueError: not a dtype that batches can be converted to.
         """
         return RemoteLayer(self, name, at=at, expect=expect, cast=cast)
 

@@ -74,12 +74,12 @@ def run(settings: Settings, announce: Announce) -> None:
     check_certificate(settings)
     with listen(settings.host, settings.port) as listener:
         gateway = create_app(settings)
-        # `_serve` runs the lifespan, so that its errors reach the caller instead of uvicorn's log.
+        # `serve` runs the lifespan, so that its errors reach the caller instead of uvicorn's log.
         config = uvicorn_config(settings, gateway, lifespan="off")
         url = address(settings, listener)
         server = Server(config, lambda: announce(url, settings, gateway.app.state.store.url))
         with _signals(server), asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-            runner.run(_serve(server, gateway, listener))
+            runner.run(serve(server, gateway, listener))
 
 
 def uvicorn_config(settings: Settings, app: Gateway | Callable[[], Gateway], **options: Any) -> uvicorn.Config:
@@ -150,7 +150,8 @@ def _signals(server: Server) -> Generator[None, None, None]:
             signal.signal(number, signal.SIG_IGN)
 
 
-async def _serve(server: Server, gateway: Gateway, listener: socket.socket) -> None:
+async def serve(server: Server, gateway: Gateway, listener: socket.socket) -> None:
+    """Serve until the server is told to exit, within the application's lifespan, whose errors are raised."""
     async with gateway.app.router.lifespan_context(gateway.app):
         if not server.should_exit:
             await server.serve(sockets=[listener])

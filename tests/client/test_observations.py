@@ -82,6 +82,8 @@ def test_float64_is_sent_to_a_float32_layer_only_where_the_handle_says_so(client
         assert str(call(wide).output.dtype).endswith("float32")
     assert casting.backward(wide, wide, mode="eval").grad_input.shape == (6, 3)
     assert casting.train(wide[0], normalize="running").output.shape == (3,)
+    with pytest.raises(ValueError, match="cast='int8'"):
+        client.layer(population.name, cast="int8")
 
 
 def _frame(rows):
@@ -112,6 +114,8 @@ def test_a_bad_row_is_named(layer):
     assert layer.inspect().num_batches_tracked == 0
     with pytest.raises(TypeError, match="integers"):
         layer.fold_moments(count.astype(float), mean, var)
+    with pytest.raises(TypeError, match="integers"):
+        layer.fold_moments(np.full(30, 2**63, np.uint64), mean, var)
 
 
 def test_stacks_of_many_layers(client, layer, name):

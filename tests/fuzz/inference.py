@@ -12,7 +12,7 @@ import torch
 
 from batchnorm_client.wire.errors import InvalidRequest, MalformedBody, ShapeMismatch
 from batchnorm_client.wire.tensors import Tensor, regular_json, widened
-from batchnorm_service.open_inference import codec
+from batchnorm_service.open_inference import codec, request_object
 from batchnorm_service.open_inference.documents import DTYPES
 from fuzz.promises import BrokenPromiseError, Refused, attempt, replaced, same
 from fuzz.tensors import NON_FINITE, raw
@@ -26,7 +26,7 @@ def read_inference(data: bytes) -> None:
     length, body = (None, data[1:]) if data[0] % 2 else (int.from_bytes(data[1:3], "big"), data[3:])
     found = attempt(codec.read_request, body, length, refusals=_REFUSALS)
     for piece in (5, regular_json.PIECE_BYTES):
-        with replaced(codec, _LARGE=0, _PIECE=piece), replaced(regular_json, PIECE_BYTES=piece):
+        with replaced(request_object, _LARGE=0, _PIECE=piece), replaced(regular_json, PIECE_BYTES=piece):
             again = attempt(codec.read_request, body, length, refusals=_REFUSALS)
         same(_comparable(again), _comparable(found), "what the reader of large requests found")
     for dtype, shape in (("float32", [-1, 3]), ("float64", [-1, -1, 2])):
@@ -43,11 +43,12 @@ def read_inference(data: bytes) -> None:
     else:
         same(rest, b"", "bytes after numbers")
         _check_numbers(tensor, _flat(given["data"]))
+    same(found.id, document.get("id"), "the id")
     _check_response(found, document.get("id"))
 
 
 def _comparable(found: Any) -> Any:
-    return found if isinstance(found, Refused) else (found.binary, found.request.id, raw(found.tensor))
+    return found if isinstance(found, Refused) else (found.binary, found.id, raw(found.tensor))
 
 
 def _flat(nested: Any) -> list[float]:

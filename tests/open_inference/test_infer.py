@@ -110,6 +110,36 @@ async def test_the_id_comes_back(client, trained):
         assert "id" not in split(await infer(client, "bn", batch(), parameters=parameters))[0]
 
 
+async def test_the_id_is_that_of_the_request(client, trained):
+    """Requests that differ in their ids only are parsed once."""
+
+    async def answered(members):
+        body, headers = body_of(batch(), "FP32", binary=True)
+        length = int(headers[LENGTH])
+        head = b"{%b, %b" % (members, body[1:length])
+        answer = await client.post(
+            "/v2/models/bn/infer", content=head + body[length:], headers={LENGTH: str(len(head))}
+        )
+        return split(answer)[0].get("id") if answer.status_code == 200 else answer.status_code
+
+    for number in range(3):
+        assert await answered(b'"id": "%d"' % number) == str(number)
+    for members, found in (
+        (b'"id": "1", "model_name": "id"', "1"),
+        (b'"id": "a", "id": "b"', "b"),
+        (b'"id": "a", "id": ""', ""),
+        (b'"id": "a", "i\\u0064": "b"', "b"),
+        (b'"id": "", "id": "b"', "b"),
+        (b'"model_name": "\\"id\\": \\"x\\"", "id": "y"', "y"),
+        (b'"model_name": "\\"id\\": \\"x\\""', None),
+        (b'"id": "\\u0041"', "A"),
+        (b'"id": null', None),
+        (b'"id": 5', 422),
+        (b'"parameters": {"id": "x"}', 422),
+    ):
+        assert await answered(members) == found, members
+
+
 async def test_an_empty_batch(client, trained):
     """As tritonclient sends it, and as kserve does: without the header, and with null for data."""
     empty = torch.empty((0, 2))

@@ -207,7 +207,7 @@ async def test_parameters_count_as_a_batch_in_the_history_and_statistics_do_not(
         await put(client, {"net.a.weight": np.full(2, value, "f4")})
     await put(client, {"net.a.running_mean": np.ones(2, "f4")})
     history = (await client.get("/v1/layers/net.a/history")).json()["history"]
-    assert [(entry["version"], entry["operation"]) for entry in history] == [(7, "replace"), (6, "replace")]
+    assert [(entry["version"], entry["operation"]) for entry in history] == [(7, "replace"), (6, "update")]
 
 
 async def test_tokens_with_a_prefix_see_their_layers_only(serve, tmp_path):

@@ -45,6 +45,12 @@ class Faults:
     clock_jump: float
     sync: float
 
+    @property
+    def are_none(self) -> bool:
+        """Whether nothing goes wrong: messages and disks take their time, and that is all."""
+        times = {"latency", "store_distance", "sync"}
+        return not any(getattr(self, field.name) for field in fields(self) if field.name not in times)
+
     def way(self, random: Random) -> float:
         """Seconds of a message's way between client and replica."""
         return random.expovariate(1 / self.latency) * (30 if random.random() < self.slow else 1)

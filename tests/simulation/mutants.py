@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from batchnorm_client.core import retries
+from batchnorm_service.engine.moments_stack import MomentsStack
 from batchnorm_service.layers import group_commit, groups, moments_source, update_queue, updates
 from batchnorm_service.layers.cache import LayerCache
 from batchnorm_service.layers.cached_state import CachedState
@@ -24,6 +25,7 @@ from batchnorm_service.layers.retention import Retention
 from batchnorm_service.layers.shared_check import SharedCheck
 from batchnorm_service.layers.store_calls import StoreCalls
 from batchnorm_service.layers.update_queue import UpdateQueue
+from batchnorm_service.layers.watches import Watch
 from batchnorm_service.store.base import Committed, Conflict, Duplicates, Record, Stamp, StoreError
 from batchnorm_service.store.memory import MemoryStore
 from batchnorm_service.store.sqlite.thread import SqliteThread
@@ -95,7 +97,14 @@ def a_retry_has_a_new_key(patch: Patch) -> None:
 
 def an_unknown_outcome_is_taken_for_success(patch: Patch) -> None:
     async def hopeful(
-        self: StoreCalls, update: Any, expected: Any, new: Any, receipts: Any, deadline: float, keep: int = 0
+        self: StoreCalls,
+        update: Any,
+        waiting: Any,
+        expected: Any,
+        new: Any,
+        receipts: Any,
+        deadline: float,
+        keep: int = 0,
     ) -> Any:
         try:
             return await self._store.commit(self._cached.name, expected, new, receipts, keep)
@@ -107,7 +116,14 @@ def an_unknown_outcome_is_taken_for_success(patch: Patch) -> None:
 
 def an_unknown_outcome_is_folded_anew(patch: Patch) -> None:
     async def commit(
-        self: StoreCalls, update: Any, expected: Any, new: Any, receipts: Any, deadline: float, keep: int = 0
+        self: StoreCalls,
+        update: Any,
+        waiting: Any,
+        expected: Any,
+        new: Any,
+        receipts: Any,
+        deadline: float,
+        keep: int = 0,
     ) -> Any:
         tries = 0
         while True:
@@ -295,6 +311,38 @@ def a_rollback_leaves_the_counters(patch: Patch) -> None:
     patch.setattr(UpdateQueue, "submit", partly)
 
 
+def a_commit_wakes_no_wait(patch: Patch) -> None:
+    patch.setattr(Watch, "changed", lambda self: None)
+
+
+def a_frame_is_folded_in_part_after_a_lost_race(patch: Patch) -> None:
+    fold_many, tried = group_commit.fold_many, list[Any]()
+
+    def resumed(state: Any, folds: Any) -> Any:
+        rest = [_without_its_first_row(one) if any(one is each for each in tried) else one for one in folds]
+        tried.extend(folds)
+        return fold_many(state, rest)
+
+    patch.setattr(group_commit, "fold_many", resumed)
+
+
+def _without_its_first_row(moments: Any) -> Any:
+    if moments.batches == 1:
+        return moments
+    return MomentsStack(moments.counts[1:], moments.mean[1:], moments.var[1:])
+
+
+def an_observation_sees_batches_that_were_folded_after_it(patch: Patch) -> None:
+    settle = Plan.settle
+
+    def late(self: Plan) -> None:
+        for waiting, _ in self.folds:
+            waiting.source.folded(self.layer.state)
+        settle(self)
+
+    patch.setattr(Plan, "settle", late)
+
+
 def an_error_is_said_to_have_had_no_effect(patch: Patch) -> None:
     patch.setattr(retries, "may_have_taken_effect", lambda _: False)
 
@@ -326,6 +374,9 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
         a_deleted_pin_is_served_from_memory,
         the_state_before_a_reset_is_not_kept,
         a_rollback_leaves_the_counters,
+        a_commit_wakes_no_wait,
+        a_frame_is_folded_in_part_after_a_lost_race,
+        an_observation_sees_batches_that_were_folded_after_it,
         an_error_is_said_to_have_had_no_effect,
     )
 }

@@ -18,6 +18,7 @@ A write that a crash undid is not in the log: nobody may have been told that it 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +29,14 @@ from batchnorm_client.wire.errors import LayerNotFound
 from batchnorm_service.store.base import Receipt, Record
 from simulation import history
 from simulation.operations import Operation
-from simulation.state import State, read, shows
+from simulation.state import State, normalized, read, shows
 
 if TYPE_CHECKING:
     from simulation.store import Applied, Server
 
 Vector = np.ndarray[Any, Any]
+Batches = Vector | list[Vector]
+"""A batch, or those of a frame."""
 FOLDS = ("train", "fold_moments")
 UNKEYED = ("create", "delete", "update", "load_state_dict")
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
@@ -70,7 +73,7 @@ class _Checker:
         self._by_key: dict[tuple[str, bytes], list[Operation]] = {}
         self._groups: dict[tuple[str, bytes], list[Operation]] = {}
         for one in operations:
-            if key := one.arguments.get("key"):
+            if one.kind != "wait" and (key := one.arguments.get("key")):
                 self._by_key.setdefault((one.layer, receipt_key(key)), []).append(one)
             if group := one.arguments.get("group"):
                 self._groups.setdefault((one.layer, receipt_key(f"group fold {group}")), []).append(one)
@@ -164,11 +167,10 @@ class _Checker:
                 members |= {receipt_key(key) for key in batches}
                 choices = [np.concatenate(list(batches.values()))]
             else:
-                sent = (one.arguments["batch"] for one in candidates if "group" not in one.arguments)
-                choices = list({id(batch): batch for batch in sent}.values())
+                choices = self._sent(name, receipt.key)
             if not any(one.began <= applied.at for one in candidates):
                 return "a batch was folded before anybody sent it"
-            number += before.tracks
+            number += before.tracks * len(_rows(choices[0]))  # a key is used again for as many batches
             if (receipt.version, receipt.batch) != (applied.after.stamp.version, number):
                 return f"a receipt says version {receipt.version}, batch {receipt.batch}, not {number}"
             possible = [_folded(state, batch) for state in possible for batch in choices]
@@ -176,6 +178,11 @@ class _Checker:
             return None if applied.after is applied.before else "a batch changed a layer whose tracking is off"
         differences = [_difference(state, after) for state in possible]
         return None if None in differences else differences[0]
+
+    def _sent(self, name: str, key: bytes) -> list[Batches]:
+        """What was sent under a key: several where it was used again."""
+        sent = (one.arguments["batch"] for one in self._by_key[name, key] if "group" not in one.arguments)
+        return list({id(batch): batch for batch in sent}.values())
 
     def _change_differs(self, applied: Applied, before: State, after: State) -> str | None:
         kinds = ("reset", "update", "load_state_dict", "rollback")
@@ -204,6 +211,8 @@ class _Checker:
 
     def _contradicts(self, one: Operation) -> str | None:  # noqa: PLR0911 - a case for each kind
         """Why what a caller was told is not true; None if it is."""
+        if one.kind == "wait":
+            return None  # see `waits.py`
         if isinstance(one.error, LayerNotFound):
             return None if any(record is None for record in self._between(one)) else "there was a layer all the time"
         if one.kind in ("eval", "inspect"):
@@ -246,16 +255,35 @@ class _Checker:
     def _wrong_output(self, one: Operation, batch: Vector, applied: Applied) -> str | None:
         """torch's own output, under the weight, bias and eps of the commit; of a shard, that of the whole batch."""
         if one.result.replayed:
-            return None  # normalized with the weight and bias of today
+            return None  # normalized with the weight and bias, or with the statistics, of today
+        if one.arguments.get("normalize") == "running":
+            return self._wrong_observation(one, applied)
         state = read(applied.after.data)
         weight, bias = (torch.from_numpy(state.tensors[name].copy()) for name in ("weight", "bias"))
         whole = torch.from_numpy(batch)
-        normalized = torch.nn.functional.batch_norm(whole, None, None, weight, bias, True, 0.0, state.config["eps"])
-        expected, mine = normalized.numpy(), one.arguments["batch"]
+        output = torch.nn.functional.batch_norm(whole, None, None, weight, bias, True, 0.0, state.config["eps"])
+        expected, mine = output.numpy(), one.arguments["batch"]
         if batch is not mine:
             expected = expected[(batch[:, None] == mine).all(2).any(1)]
             return None if np.allclose(one.result.output, expected, rtol=1e-3, atol=1e-3) else "the output is wrong"
         return None if np.array_equal(one.result.output, expected) else "the output is not torch's"
+
+    def _wrong_observation(self, one: Operation, applied: Applied) -> str | None:
+        """Normalized with the running statistics right after its own fold, not with those after the whole commit."""
+        possible = [read(applied.before.data)] if applied.before else []
+        for receipt in applied.receipts:
+            group = self._groups.get((one.layer, receipt.key))
+            whole = group and [np.concatenate([each.arguments["batch"] for each in _members(group)])]
+            choices = whole or self._sent(one.layer, receipt.key)
+            possible = [_folded(state, batch) for state in possible for batch in choices]
+            if receipt.key == receipt_key(one.arguments["key"]):
+                break
+        for state in possible:
+            mean, var = state.tensors["running_mean"], state.tensors["running_var"]
+            expected = normalized(one.arguments["batch"], mean, var, state)
+            if np.allclose(one.result.output, expected, rtol=1e-3, atol=1e-3):
+                return None
+        return "it is not normalized with the statistics right after it"
 
     def _misread(self, one: Operation) -> str | None:
         """A read returned a state that was the newest while it ran."""
@@ -301,10 +329,22 @@ def _made(applied: Applied, one: Operation) -> bool:
     return _difference(_changed(read(applied.before.data), one), read(applied.after.data)) is None
 
 
-def _folded(state: State, batch: Vector) -> State:
-    """running = (1 - m) * running + m * batch; or Chan's merge, in float64."""
+def _rows(batch: Batches) -> list[Vector]:
+    """The batches of a frame, or the one batch."""
+    return batch if isinstance(batch, list) else [batch]
+
+
+def _members(group: list[Operation]) -> list[Operation]:
+    """One call of each member of a group, which may have made several."""
+    return list({one.arguments["key"]: one for one in group}.values())
+
+
+def _folded(state: State, batch: Batches) -> State:
+    """running = (1 - m) * running + m * batch; or Chan's merge, in float64; a frame batch by batch."""
     if not state.tracks:
         return state
+    if isinstance(batch, list):
+        return reduce(_folded, batch, state)
     wide = batch.astype(np.float64)
     count, mean, var = len(wide), wide.mean(0), wide.var(0)
     tensors, number, samples = dict(state.tensors), state.batches + 1, state.samples + count

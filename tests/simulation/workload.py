@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from batchnorm_client import AsyncClient, Retry
+from batchnorm_client import AsyncClient, LayerStates, Retry
 from batchnorm_client.wire.errors import BatchNormError
 from simulation.faults import Faults
 from simulation.operations import Operation, Script
@@ -16,7 +16,9 @@ from simulation.operations import Operation, Script
 CHANNELS = 3
 _TAGS = ("best", "ckpt-1")
 _KINDS = {
-    "train": 40,
+    "train": 32,
+    "observe": 8,
+    "frame": 8,
     "eval": 22,
     "inspect": 10,
     "fold_moments": 8,
@@ -37,10 +39,18 @@ _KINDS = {
     "eval_at": 4,
     "rollback": 4,
     "history": 2,
+    "load_states": 3,
+    "wait": 3,
 }
 
 TRAIN_AND_READ = {"train": 40, "eval": 30, "inspect": 10}
 """What finds a state that is taken for another."""
+
+TRAIN_AND_WAIT = {"wait": 20, "load_states": 1, "eval": 5}
+"""What finds a wait that misses a commit."""
+
+_OF_MANY = {"many": ("fold_moments", "batches", "batch"), "load_states": ("load_state_dict", "state_dicts", "tensors")}
+"""Calls on many layers: what they are for each of them, and the names of their arguments."""
 
 
 def draw_configs(random: Random) -> dict[str, dict[str, Any]]:
@@ -62,7 +72,7 @@ def draw_scripts(  # noqa: C901, PLR0912 - a case for each kind
     """Two to ten clients. A group's members are steps of different clients with the same group."""
     scripts = [Script() for _ in range(random.randint(2, 10))]
     numpy = np.random.default_rng(random.getrandbits(32))
-    keyed: list[tuple[str, dict[str, Any]]] = []
+    keyed: list[tuple[str, str, dict[str, Any]]] = []
     busy = busy or random.random() < 0.5
     for number in range(length):
         kind, layer = random.choices(list(weights), list(weights.values()))[0], random.choice(layers)
@@ -72,13 +82,19 @@ def draw_scripts(  # noqa: C901, PLR0912 - a case for each kind
         match kind:
             case "train":
                 arguments = {"batch": batch, "key": f"train-{number}"}
-                keyed.append((layer, arguments))
+                keyed.append((layer, kind, arguments))
+            case "observe":
+                kind, arguments = "train", {"batch": batch, "key": f"observe-{number}", "normalize": "running"}
+                keyed.append((layer, kind, arguments))
+            case "frame":
+                kind, arguments = "fold_moments", {"batch": _frame(random, numpy), "key": f"frame-{number}"}
+                keyed.append((layer, kind, arguments))
             case "fold_moments":
                 arguments = {"batch": batch, "key": f"moments-{number}"}
             case "refused":
                 kind, arguments = "train", {"batch": batch * np.float32("nan"), "key": f"refused-{number}"}
             case "many":
-                batches = {name: _batch(random, numpy) for name in layers}
+                batches = {name: random.choice((_batch, _frame))(random, numpy) for name in layers}
                 arguments = {"batches": batches, "key": f"many-{number}"}
             case "group":
                 group = {"group": f"group-{number}", "timeout": random.choice((0.5, 5.0))}
@@ -89,9 +105,11 @@ def draw_scripts(  # noqa: C901, PLR0912 - a case for each kind
             case "repeat":
                 if not keyed:
                     continue
-                (layer, arguments), kind = random.choice(keyed), "train"
-                if random.random() < 0.2:  # the same key for another batch
-                    arguments = {"batch": batch, "key": arguments["key"]}
+                layer, kind, arguments = random.choice(keyed)
+                if random.random() < 0.2:  # the same key for another batch, or for as many others
+                    rows = arguments["batch"]
+                    other = [_batch(random, numpy) for _ in rows] if isinstance(rows, list) else batch
+                    arguments = arguments | {"batch": other}
             case "reset":
                 what = random.choice(("running_stats", "parameters", "all"))
                 arguments = {"what": what, "key": f"reset-{number}"}
@@ -108,6 +126,12 @@ def draw_scripts(  # noqa: C901, PLR0912 - a case for each kind
                 arguments = {"to": _state(random), "key": f"rollback-{number}"}
             case "delete":
                 arguments = {"with_pins": random.random() < 0.5}
+            case "load_states":
+                given = {name: {"weight": _vector(numpy), "bias": _vector(numpy)} for name in layers}
+                arguments = {"state_dicts": given}
+            case "wait":
+                arguments = {"names": layers, "seconds": random.choice((0.2, 3.0))}
+                arguments |= {"batch": batch, "key": f"beside-{number}"}
             case "load_state_dict":
                 arguments = {"tensors": {"weight": _vector(numpy), "bias": _vector(numpy)}}
             case _:
@@ -118,6 +142,11 @@ def draw_scripts(  # noqa: C901, PLR0912 - a case for each kind
 
 def _batch(random: Random, numpy: np.random.Generator) -> np.ndarray:
     return numpy.normal(3, 2, (random.randint(2, 6), CHANNELS)).astype(np.float32)
+
+
+def _frame(random: Random, numpy: np.random.Generator) -> list[np.ndarray]:
+    """Batches whose moments are sent as one stack."""
+    return [_batch(random, numpy) for _ in range(random.randint(1, 4))]
 
 
 def _vector(numpy: np.random.Generator) -> np.ndarray:
@@ -164,14 +193,14 @@ class Caller:
         """All steps, one after the other."""
         for pause, kind, layer, arguments in script.steps:
             await asyncio.sleep(pause)
-            names = list(arguments["batches"]) if kind == "many" else [layer]
+            names = list(arguments[_OF_MANY[kind][1]]) if kind in _OF_MANY else [layer]
             begun = [self._begin(kind, name, arguments) for name in names]
             patience = self._random.expovariate(2) if self._random.random() < self._faults.gives_up else None
             try:
                 async with asyncio.timeout(patience):
                     result = await self._call(kind, layer, arguments)
                 for operation in begun:
-                    self._end(operation, result[operation.layer] if kind == "many" else result)
+                    self._end(operation, result[operation.layer] if kind in _OF_MANY else result)
             except TimeoutError:
                 for operation in begun:
                     operation.gave_up = True
@@ -184,8 +213,11 @@ class Caller:
         return asyncio.get_running_loop().time()
 
     def _begin(self, kind: str, layer: str, arguments: dict[str, Any]) -> Operation:
-        if kind == "many":
-            kind, arguments = "fold_moments", {"batch": arguments["batches"][layer], "key": arguments["key"]}
+        if kind in _OF_MANY:
+            kind, many, one = _OF_MANY[kind]
+            arguments = {name: value for name, value in arguments.items() if name != many} | {
+                one: arguments[many][layer]
+            }
         operation = Operation(kind, layer, arguments, self._now())
         self._operations.append(operation)
         return operation
@@ -197,13 +229,25 @@ class Caller:
         else:
             operation.result = result
 
+    async def _wait(self, name: str, arguments: dict[str, Any]) -> tuple[LayerStates, LayerStates]:
+        """Wait for other states than those of now, while a batch is on its way that makes one."""
+        names = arguments["names"]
+        known = await self._client.states(names)
+        train = asyncio.ensure_future(
+            self.carry_out(Script([(0.0, "train", name, {"batch": arguments["batch"], "key": arguments["key"]})]))
+        )
+        try:
+            return known, await self._client.states(names, known=known, wait=arguments["seconds"])
+        finally:
+            await train
+
     async def _call(self, kind: str, name: str, arguments: dict[str, Any]) -> Any:  # noqa: C901, PLR0911, PLR0912 - the same
         layer, batch, key = self._client.layer(name), arguments.get("batch"), arguments.get("key")
         match kind:
             case "train" if "group" in arguments:
                 return await layer.train(batch, key=key, group=arguments["group"], size=2, timeout=arguments["timeout"])
             case "train":
-                return await layer.train(batch, key=key)
+                return await layer.train(batch, key=key, normalize=arguments.get("normalize", "batch"))
             case "fold_moments":
                 return await layer.fold_moments(*moments(batch), key=key)
             case "many":
@@ -225,6 +269,10 @@ class Caller:
                 return await layer.update(if_match=arguments["if_match"], **arguments["changes"])
             case "load_state_dict":
                 return await layer.load_state_dict(arguments["tensors"])
+            case "load_states":
+                return await self._client.load_states(arguments["state_dicts"])
+            case "wait":
+                return await self._wait(name, arguments)
             case "delete":
                 return await layer.delete(with_pins=arguments["with_pins"])
             case "pin":
@@ -242,8 +290,11 @@ class Caller:
         raise AssertionError(kind)
 
 
-def moments(batch: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
-    """Count, mean and biased variance, in float64."""
+def moments(batch: np.ndarray | list[np.ndarray]) -> tuple[Any, np.ndarray, np.ndarray]:
+    """Count, mean and biased variance, in float64; of a frame, stacked."""
+    if isinstance(batch, list):
+        counts, means, variances = (np.array(each) for each in zip(*map(moments, batch), strict=True))
+        return counts, means, variances
     wide = batch.astype(np.float64)
     return len(wide), wide.mean(0), wide.var(0)
 

@@ -13,14 +13,14 @@ from typing import Any
 import httpx
 
 from batchnorm_client import AsyncClient
-from simulation import loop, oracle
+from simulation import loop, oracle, waits
 from simulation.faults import Faults
 from simulation.network import Connections
 from simulation.operations import Operation, Script
 from simulation.replica import Replica
 from simulation.runtimes import ClientRuntime, ServiceRuntime
 from simulation.store import Server
-from simulation.workload import RETRY, TRAIN_AND_READ, Caller, draw_configs, draw_scripts
+from simulation.workload import RETRY, TRAIN_AND_READ, TRAIN_AND_WAIT, Caller, draw_configs, draw_scripts
 
 LENGTH = 40
 """Steps of all clients together."""
@@ -60,7 +60,7 @@ class Plan:
         """The plan of a seed.
 
         In most worlds everything may happen. In some, clients do nothing but train and read: one layer while the store
-        crashes, or two layers, of which one fits in the cache, while nothing goes wrong.
+        crashes, or two layers, of which one fits in the cache, while nothing goes wrong; or they wait for new states.
         """
         random = Random(seed)
         configs = draw_configs(random)
@@ -73,6 +73,11 @@ class Plan:
                 configs = dict.fromkeys("ab", configs["a"])
                 scripts = draw_scripts(random, list("ab"), 2 * length, TRAIN_AND_READ, busy=True)
                 return cls(seed, Faults.none(random), configs, scripts, replicas=1, threaded=random.random() < 0.5)
+            case chance if chance < 0.4:
+                configs = dict.fromkeys("ab", configs["a"])
+                scripts = draw_scripts(random, list("ab"), length, TRAIN_AND_WAIT)
+                far = replace(Faults.none(random), latency=0.005, store_distance=random.choice((1.0, 5.0)))
+                return cls(seed, far, configs, scripts, random.choice((1, 1, 2)), threaded=False)
         faults = Faults.draw(random)
         replicas = random.choice((1, 1, 2, 3))
         scripts = draw_scripts(random, list(configs), length)
@@ -107,6 +112,7 @@ class World:
             loop.run(random, lambda: self._live(random))
         except loop.DeadlockError as error:
             self.findings.append(str(error))
+        self.findings += waits.findings(self.operations, self.server, self.plan.faults)
         self.findings += oracle.check(
             self.operations,
             self.server,

@@ -286,6 +286,8 @@ def _moments(moments: Moments) -> dict[str, Tensor]:
         return {"count": Tensor.of(np.array(int(counts), np.int64))} | tensors
     if counts.size and not np.issubdtype(counts.dtype, np.integer):
         raise TypeError(f"the counts of a stack are integers, not {counts.dtype}")
+    if counts.size and counts.max() > np.iinfo(np.int64).max:
+        raise TypeError(f"the counts of a stack are 64-bit integers, not {counts.max()}")
     return {"count": Tensor.of(counts.astype(np.int64))} | tensors
 
 

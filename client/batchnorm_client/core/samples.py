@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 
@@ -12,6 +12,13 @@ from batchnorm_client.options import Cast
 from batchnorm_client.results import EvalResult, Gradients, TrainResult
 
 R = TypeVar("R", TrainResult[Any], EvalResult[Any], Gradients[Any])
+
+
+def checked_cast(cast: Cast | None) -> Cast | None:
+    """The same. Raises `ValueError` if it is no dtype that a batch can have."""
+    if cast is not None and cast not in get_args(Cast):
+        raise ValueError(f"cast={cast!r} must be one of {', '.join(get_args(Cast))}")
+    return cast
 
 
 def as_batch(x: A, cast: Cast | None) -> A:

@@ -104,7 +104,8 @@ class FastPathProtocol(CoalescingProtocol):
         grant = self.app.admit(target, headers, size)
         if grant is None:
             return None
-        span = self.app.reports.begin("POST", target, headers)
+        traces = self.app.reports.traces
+        span = None if traces is None else traces.begin(headers, "POST")
         return FastPathCycle(self, self.app, target, query, headers, size, grant, span)
 
     def _is_plain(self, headers: Headers) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import sys
 import threading
@@ -54,9 +55,11 @@ class ComputeExecutor:
         inline_bytes: work on up to this many bytes runs on the event loop, on more in a thread. Work on another device
             than the CPU always runs in a thread, because it blocks until the device is done, and at first for CUDA's
             initialization.
+        traced: whether decoding, arithmetic and encoding are stages of the trace of a request that is sampled.
     """
 
-    def __init__(self, default_device: str, inline_bytes: int, runtime: Runtime) -> None:
+    def __init__(self, default_device: str, inline_bytes: int, runtime: Runtime, *, traced: bool = False) -> None:
+        self._traced = False
         self._default_device = default_device
         self._inline_bytes = inline_bytes
         cores = os.cpu_count() or 1
@@ -67,6 +70,8 @@ class ComputeExecutor:
         self._pool = pool(cores, "batchnorm-compute", _lower_priority)
         self._device_pool = pool(_DEVICE_THREADS, "batchnorm-device", _lower_priority)
         self._codec_pool = pool(cores, "batchnorm-codec")
+        self._untraced = copy.copy(self)  # a call more for each stage would cost a small eval half a percent
+        self._traced = traced
 
     def device(self, name: str | None) -> torch.device:
         """The device of a config. Raises `DeviceUnavailable`."""
@@ -92,6 +97,9 @@ class ComputeExecutor:
         If the first argument is the state of a layer that is `off_cpu`, the tensors are copied to its device, and the
         function runs there.
         """
+        if self._traced and (request := CURRENT_SPAN.get()) is not None:
+            with request.child("normalize"):
+                return await self._untraced.run(nbytes, function, *args, **kwargs)
         state = args[0] if args else None
         if isinstance(state, LayerState) and self.off_cpu(state):
             on_device = partial(staged, self.device(state.config.device), function, *args, **kwargs)
@@ -110,8 +118,23 @@ class ComputeExecutor:
             return function(*args, **kwargs)
         return await self._codec_pool.run(function, *args, **kwargs)
 
-    decode = encode = run_codec
-    """Reading a request and writing a response; other uses of a codec are no stage, see `TracedExecutor`."""
+    async def decode(self, nbytes: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Read a request by a codec."""
+        if self._traced and (request := CURRENT_SPAN.get()) is not None:
+            with request.child("decode"):
+                return await self._untraced.decode(nbytes, function, *args, **kwargs)
+        if self.runs_inline(nbytes):
+            return function(*args, **kwargs)
+        return await self._codec_pool.run(function, *args, **kwargs)
+
+    async def encode(self, nbytes: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Write a response by a codec."""
+        if self._traced and (request := CURRENT_SPAN.get()) is not None:
+            with request.child("encode"):
+                return await self._untraced.encode(nbytes, function, *args, **kwargs)
+        if self.runs_inline(nbytes):
+            return function(*args, **kwargs)
+        return await self._codec_pool.run(function, *args, **kwargs)
 
     async def digest(self, layer: CommittedLayer) -> str:
         """The digest of a layer's state; of one with many channels, it is computed in a thread."""
@@ -123,28 +146,3 @@ class ComputeExecutor:
         self._codec_pool.shutdown()
         self._pool.shutdown()
         self._device_pool.shutdown()
-
-
-class TracedExecutor(ComputeExecutor):
-    """Records decoding, arithmetic and encoding as stages of the request, if that is sampled."""
-
-    async def run(self, nbytes: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """See `ComputeExecutor`."""
-        if (request := CURRENT_SPAN.get()) is None:
-            return await super().run(nbytes, function, *args, **kwargs)
-        with request.child("normalize"):
-            return await super().run(nbytes, function, *args, **kwargs)
-
-    async def decode(self, nbytes: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """See `ComputeExecutor`."""
-        if (request := CURRENT_SPAN.get()) is None:
-            return await self.run_codec(nbytes, function, *args, **kwargs)
-        with request.child("decode"):
-            return await self.run_codec(nbytes, function, *args, **kwargs)
-
-    async def encode(self, nbytes: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """See `ComputeExecutor`."""
-        if (request := CURRENT_SPAN.get()) is None:
-            return await self.run_codec(nbytes, function, *args, **kwargs)
-        with request.child("encode"):
-            return await self.run_codec(nbytes, function, *args, **kwargs)

@@ -26,7 +26,7 @@ from . import records
 from .batches import Batches, Read
 from .cache import CacheEntry, LayerCache
 from .cached_state import store_unavailable
-from .compute import ComputeExecutor, TracedExecutor
+from .compute import ComputeExecutor
 from .history import History
 from .idempotency import IdempotencyToken, make_token
 from .layer_states import LayerStates
@@ -69,8 +69,7 @@ class Layers:
         self._store = store
         self._runtime = runtime
         self._options = options or LayersOptions()
-        executor = TracedExecutor if traced else ComputeExecutor
-        self._executor = executor(self._options.device, self._options.inline_bytes, runtime)
+        self._executor = ComputeExecutor(self._options.device, self._options.inline_bytes, runtime, traced=traced)
         self.decode, self.encode = self._executor.decode, self._executor.encode
         self._cache = LayerCache(store, self._executor, self._options, runtime, LayerMetrics(metrics or NoMetrics()))
         self.batches: Final = Batches(self._cache, self._executor, runtime)

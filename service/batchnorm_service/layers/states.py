@@ -150,7 +150,8 @@ class States:
             read: decodes the tensors.
             if_match: the precondition.
             nbytes: how many bytes `read` has to process.
-            frequent: whether this may come as often as batches do: see `Retention`.
+            frequent: whether this may come as often as batches do, and counts as a PATCH of weight and bias: see
+                `Retention`.
         """
         with self._cache.use(name) as entry:
             while True:
@@ -166,7 +167,8 @@ class States:
                 replaced = partial(state_dict.replace_tensors, tensors=tensors)
                 token = make_token(self._runtime, None, "")
                 incarnation = layer.stamp.incarnation
-                change = Change(token, "replace", replaced, if_match, incarnation, frequent=frequent)
+                operation = "update" if frequent else "replace"
+                change = Change(token, operation, replaced, if_match, incarnation, frequent=frequent)
                 with suppress(ReplacedError):
                     return await entry.queue.submit(change)
 

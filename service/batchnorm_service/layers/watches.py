@@ -18,8 +18,10 @@ from ..store.base import Store
 from .layer_states import LayerStates
 
 MIN_PAUSE: Final = 0.05
-"""Seconds between two checks of a shared store; more if a check takes long, so that it uses a fifth of the time."""
+"""Seconds between two checks of a shared store; up to `_MAX_PAUSE` if a check takes long, so that it uses a fifth of
+the time."""
 
+_MAX_PAUSE: Final = 1.0
 _BUSY_FACTOR: Final = 4
 _MAX_NAMES: Final = 100
 """How many names there may be for each of the calls that may wait: the groups take memory by their names."""
@@ -254,7 +256,7 @@ class Watches:
                     watch.check()
                 for watch in [*self._watches.values()]:
                     await watch.checked()
-                pause = max(MIN_PAUSE, _BUSY_FACTOR * (self._runtime.now() - began))
+                pause = min(_MAX_PAUSE, max(MIN_PAUSE, _BUSY_FACTOR * (self._runtime.now() - began)))
         finally:
             self._checks = None
 

@@ -9,20 +9,15 @@ Without that header all of the body is JSON; with n = 0 all of it is the input (
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 import orjson
-from pydantic import ValidationError
 
-from batchnorm_client.wire.documents import Document
-from batchnorm_client.wire.errors import InvalidRequest, MalformedBody, RequestError, ShapeMismatch
-from batchnorm_client.wire.tensors import Tensor, itemsize, load_json
+from batchnorm_client.wire.errors import InvalidRequest, MalformedBody, ShapeMismatch
+from batchnorm_client.wire.tensors import Tensor, itemsize
 from batchnorm_client.wire.tensors.json_writer import flat_pieces
-from batchnorm_client.wire.tensors.regular_json import UnusualError
 from batchnorm_client.wire.tensors.tensor import Buffer, byte_view, checked_shape, view_tensor
-from batchnorm_service.rest.documents import invalid_request
 from batchnorm_service.rest.headers import Headers
 
 from .documents import (
@@ -31,37 +26,28 @@ from .documents import (
     INPUT,
     OUTPUT,
     InferenceRequest,
-    InputParameters,
-    OutputParameters,
     RequestInput,
-    RequestOutput,
-    RequestParameters,
 )
-from .numbers import numbers_in, read_numbers
+from .numbers import numbers_in
+from .request_object import read_object
 
 HEADER_LENGTH: Final = "Inference-Header-Content-Length"
 _HEADER_LENGTH: Final = HEADER_LENGTH.lower().encode()
-
-_LARGE: Final = 1 << 14  # bytes of JSON; in less, the numbers are parsed with the rest
-_LARGEST_FRAME: Final = 1 << 14  # bytes of JSON beside the numbers
-_PIECE: Final = 1 << 17
-_DATA: Final = b'"data"'
-_COLON: Final = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*(?=\[)")
-_NEXT_KEY: Final = re.compile(rb',[ \t\r\n]*"\w+"[ \t\r\n]*\Z')
-_LONGEST_KEY: Final = 64
 
 
 class InferenceCall(NamedTuple):
     """An inference request that was read.
 
     Attributes:
-        request: its JSON object.
+        request: its JSON object, of which `id` does not count.
+        id: its id.
         tensor: the input.
         binary: whether the output is to be sent as bytes.
         text: whether the input or the output is JSON.
     """
 
     request: InferenceRequest
+    id: str | None
     tensor: Tensor
     binary: bool
     text: bool
@@ -103,32 +89,14 @@ def read_request(body: Buffer, length: int | None) -> InferenceCall:
             got=length,
         )
     text, rest = (view, view[:0]) if length is None else (view[:length], view[length:])
-    request, tensor = _load(text)
+    request, name, tensor = read_object(text, alone=length is None)
     given = request.inputs[0]
     is_text = given.parameters.binary_data_size is None
     tensor = _from_numbers(given, rest, tensor) if is_text else _from_bytes(given, rest)
     binary = request.parameters.binary_data_output
     if request.outputs and (chosen := request.outputs[0].parameters.binary_data) is not None:
         binary = chosen
-    return InferenceCall(request, tensor, binary, is_text or not binary)
-
-
-_OBJECTS: Final[Mapping[tuple[str, ...], type[Document]]] = {
-    (): InferenceRequest,
-    ("parameters",): RequestParameters,
-    ("inputs",): RequestInput,
-    ("inputs", "parameters"): InputParameters,
-    ("outputs",): RequestOutput,
-    ("outputs", "parameters"): OutputParameters,
-}
-"""By where they are in a request."""
-
-
-def _invalid(error: ValidationError) -> InvalidRequest:
-    """The problem; if a field is not known, it names those that are."""
-    errors = error.errors(include_url=False)
-    where = tuple(part for part in errors[0]["loc"][:-1] if isinstance(part, str))
-    return invalid_request(errors, list(_OBJECTS[where].model_fields) if where in _OBJECTS else [])
+    return InferenceCall(request, name, tensor, binary, is_text or not binary)
 
 
 RAW_REQUEST: Final = InferenceRequest.model_construct(
@@ -166,7 +134,7 @@ def read_raw(body: Buffer, dtype: str, shape: list[int]) -> InferenceCall:
             got=len(view),
         )
     whole = tuple(len(view) // step if n < 0 else n for n in shape)
-    return InferenceCall(RAW_REQUEST, view_tensor(dtype, whole, view), binary=True, text=False)
+    return InferenceCall(RAW_REQUEST, None, view_tensor(dtype, whole, view), binary=True, text=False)
 
 
 def write_response(call: InferenceCall, document: Mapping[str, Any], tensor: Tensor) -> tuple[list[Buffer], int | None]:
@@ -238,64 +206,3 @@ def _check_rest(rest: memoryview, expected: int) -> None:
             expected=expected,
             got=len(rest),
         )
-
-
-def _load(text: memoryview) -> tuple[InferenceRequest, Tensor | None]:
-    """A request; if it is large, with the tensor of the array `data`, which has `true` in its place.
-
-    Whatever is not read that way is parsed by one call, which decides why a request is refused.
-    """
-    refusal: RequestError | None = None
-    if len(text) >= _LARGE and (found := _find_numbers(text)) is not None:
-        begin, end = found
-        frame = b"".join([text[:begin], b"true", text[end:]])
-        # A backslash could write `data` in another way. Without, only the one key was `data`.
-        if b"\\" not in frame:
-            try:
-                request = _validated(load_json(frame))
-                if request.inputs[0].data is True:
-                    return request, read_numbers(text[begin:end], DTYPES[request.inputs[0].datatype])
-            except InvalidRequest as error:
-                refusal = error
-            except (MalformedBody, UnusualError):
-                pass
-    return _validated(load_json(text, refusal)), None
-
-
-def _validated(document: Any) -> InferenceRequest:
-    if not isinstance(document, dict):
-        raise MalformedBody("the body must be a JSON object", expected="an object")
-    try:
-        return InferenceRequest.model_validate(document)
-    except ValidationError as error:
-        raise _invalid(error) from None
-
-
-def _find_numbers(text: memoryview) -> tuple[int, int] | None:
-    """Where the array of the only key `data` begins and ends; None if it is unclear, or too much is beside it.
-
-    Such an array has no braces and no colons. So it ends before the first brace, or before the next key.
-    """
-    key = _find(text, _DATA, 0)
-    colon = None if key < 0 else _COLON.match(text, key + len(_DATA))
-    if colon is None:
-        return None
-    begin = colon.end()
-    end = _find(text, b"}", begin)
-    if end < 0 or begin + len(text) - end > _LARGEST_FRAME:
-        return None
-    if (following := _find(text[:end], b":", begin)) >= 0:
-        next_key = _NEXT_KEY.search(text, max(begin, following - _LONGEST_KEY), following)
-        if next_key is None:
-            return None
-        end = next_key.start()
-    return (begin, end) if _find(text, _DATA, end) < 0 else None
-
-
-def _find(text: memoryview, what: bytes, start: int) -> int:
-    """Where some bytes are, from `start` on; -1 if they are not. In pieces, between which other threads may run."""
-    for begin in range(start, len(text), _PIECE):
-        at = bytes(text[begin : begin + _PIECE + len(what) - 1]).find(what)
-        if at >= 0:
-            return begin + at
-    return -1

@@ -10,8 +10,8 @@ from batchnorm_service.rest.negotiation import content_type
 from batchnorm_service.rest.security import refuse_other_sites
 
 OCTET_STREAM: Final = "application/octet-stream"
-_ENCODINGS: Final = (b"content-encoding", b"transfer-encoding")
-_JSON: Final = {b"content-type": JSON.encode()}
+_ENCODINGS: Final = frozenset({b"content-encoding", b"transfer-encoding"})
+_JSON: Final = JSON.encode()
 
 
 def check_form(headers: Headers) -> None:
@@ -22,4 +22,5 @@ def check_form(headers: Headers) -> None:
         UnsupportedMediaType: the body is compressed.
     """
     refuse_other_sites(headers)
-    content_type({name: headers[name] for name in _ENCODINGS if name in headers} | _JSON, (JSON,))
+    if not _ENCODINGS.isdisjoint(headers):
+        content_type({**headers, b"content-type": _JSON}, (JSON,))

@@ -122,8 +122,8 @@ def _respond(name: str, call: InferenceCall, done: Normalized) -> Response:
     if done.replayed:
         parameters["idempotent_replay"] = True
     document: dict[str, Any] = {"model_name": name, "model_version": str(done.version), "parameters": parameters}
-    if call.request.id is not None:
-        document["id"] = call.request.id
+    if call.id is not None:
+        document["id"] = call.id
     pieces, length = write_response(call, document, done.output)
     headers = normalized_headers(done)
     if length is None:

@@ -66,7 +66,7 @@ async def repository_index(request: Request, layers: LayersDependency, grant: Gr
     check_form(headers)
     body = await read_body(headers, request.receive, request.app.state.options.max_body_bytes)
     if body:
-        parse_document(IndexRequest, body)
+        await layers.decode(len(body), parse_document, IndexRequest, body)
     found = await _all_layers(layers, grant.prefix)
     return await layers.encode(64 * len(found), _respond_with_index, found)
 

@@ -40,7 +40,8 @@ def respond_problem(error: Exception, path: str, request_id: str) -> Response:
     document, media_type = problem_document(error, path, request_id), PROBLEM_JSON
     problem = _problem(error, path)
     if is_open_inference(path):
-        document, media_type = {"error": problem.detail}, JSON
+        errors = [each["detail"] for each in problem.fields.get("errors", ())] or [problem.detail]
+        document, media_type = {"error": "; ".join(errors)}, JSON
     body = orjson.dumps(document, default=_to_json, option=_OPTIONS)
     response = Response(problem.status, media_type, [body], _headers(problem))
     response.problem = problem.name

@@ -54,7 +54,7 @@ class RequestReports:
         route_of: the template of any other path.
 
     Attributes:
-        log: as above.
+        log, traces: as above.
         posts: of the fast path, by the template; empty if metrics are off.
     """
 
@@ -67,7 +67,7 @@ class RequestReports:
         route_of: Callable[[str], str],
     ) -> None:
         self.log = log
-        self._traces = traces
+        self.traces = traces
         self._requests = RequestMetrics(metrics) if metrics else None
         self._route_of = route_of
         self._known = frozenset(endpoints)
@@ -82,9 +82,9 @@ class RequestReports:
 
     def begin(self, method: str, target: Target, headers: Headers) -> Span | None:
         """The span of a request that begins; None if it is not sampled."""
-        if self._traces is None or target.path in _UNTRACED:
+        if self.traces is None or target.path in _UNTRACED:
             return None
-        return self._traces.begin(headers, method)
+        return self.traces.begin(headers, method)
 
     def report(self, served: Served, span: Span | None = None) -> None:
         """Report a response that is about to be sent, and end the request's span."""

@@ -133,10 +133,11 @@ class Traces:
 
     def begin(self, headers: Mapping[bytes, bytes], method: str) -> Span | None:
         """The span of a request, or None if it is not sampled."""
-        parent = read_trace_context(headers) if b"traceparent" in headers else None
-        if parent is not None and not parent.sampled and self._parent_decides:
-            return None
-        if parent is None and self._budget is not None and not self._budget.take():
+        parent = None
+        if b"traceparent" in headers and (parent := read_trace_context(headers)) is not None:
+            if not parent.sampled and self._parent_decides:
+                return None
+        elif self._budget is not None and not self._budget.take():
             return None
         trace_id = _random_id(128) if parent is None else parent.trace_id
         if self._budget is None and not self._exporter.samples(parent, trace_id, method):
