@@ -117,10 +117,15 @@ def measure(port: int, followers: int, commits: int, pause: float) -> Measured:
 
 def _until_all_wait(http: httpx.Client, followers: int) -> None:
     end = time.perf_counter() + _PATIENCE
-    while f"batchnorm_waiting_calls {float(followers)}" not in http.get("/metrics").text:
+    while (waiting := _waiting(http)) < followers:
         if time.perf_counter() > end:
-            raise RuntimeError("the followers do not wait")
+            raise RuntimeError(f"only {waiting:g} of {followers} followers wait")
         time.sleep(0.05)
+
+
+def _waiting(http: httpx.Client) -> float:
+    lines = http.get("/metrics").raise_for_status().text.splitlines()
+    return float(next(line for line in lines if line.startswith("batchnorm_waiting_calls ")).split()[1])
 
 
 def main() -> None:
