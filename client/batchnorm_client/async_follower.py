@@ -276,7 +276,8 @@ class AsyncFollower:
         result: EvalResult[A] = await self._computed(
             batch, partial(local.eval_step, state.local, batch, statistics=False)
         )
-        return as_given(x, result).output
+        output: A = as_given(x, result).output
+        return output
 
     async def _computed(self, batch: Any, function: Callable[[], T]) -> T:
         if math.prod(getattr(batch, "shape", ())) <= INLINE_ELEMENTS:

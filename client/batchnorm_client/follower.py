@@ -275,7 +275,8 @@ class Follower:
     def _normalized(self, x: A, state: RunningState) -> A:
         batch = as_batch(x, self._options.cast)
         result: EvalResult[A] = self._computed(batch, partial(local.eval_step, state.local, batch, statistics=False))
-        return as_given(x, result).output
+        output: A = as_given(x, result).output
+        return output
 
     def _computed(self, batch: Any, function: Callable[[], T]) -> T:
         if math.prod(getattr(batch, "shape", ())) <= INLINE_ELEMENTS:
