@@ -10,7 +10,7 @@ INFERENCE := .venv-inference
 LOWEST := .venv-lowest
 SUPPLY := .venv-supply
 
-.PHONY: help run test coverage test-quick test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak soak-crashes alerts simulate mutants machines schemathesis fuzz fuzz-keep lock sbom licences dist image image-check clean
+.PHONY: help run test coverage test-quick test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak soak-crashes soak-followers alerts simulate mutants machines schemathesis fuzz fuzz-keep lock sbom licences dist image image-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -110,6 +110,9 @@ soak: $(VENV)/dev.stamp ## mixed load for MINUTES=30: memory, file descriptors, 
 
 soak-crashes: $(VENV)/dev.stamp ## 2,000 train calls against workers and replicas that are killed and restarted
 	BATCHNORM_TEST_CALLS=2000 $(BIN)/pytest tests/service/test_workers.py $(ARGS)
+
+soak-followers: $(VENV)/dev.stamp ## 50 followers of one layer while the service and half of them are killed
+	BATCHNORM_TEST_FOLLOWERS=50 $(BIN)/pytest tests/service/test_follower_crashes.py $(ARGS)
 
 alerts: $(VENV)/dev.stamp ## provoke every alert of deploy/ with real services and a real Prometheus, PROMETHEUS=its path
 	@PYTHONPATH=tests PROMETHEUS=$(PROMETHEUS) $(BIN)/python -m alerts.run

@@ -1,7 +1,7 @@
 """Generates the synchronous client from the asynchronous one: `python client/generate_sync.py [--check]`.
 
-`async_*.py` are written by hand; `client.py`, `layer.py` and `connections.py` are generated from them by replacing
-words, also in docstrings. `unasync` keeps file names and leaves docstrings alone, which are most of these files.
+`async_*.py` are written by hand; the files without `async_` in their names are generated from them by replacing words,
+also in docstrings. `unasync` keeps file names and leaves docstrings alone, which are most of these files.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).with_name("batchnorm_client")
 FILES = {
     "async_client.py": "client.py",
+    "async_follower.py": "follower.py",
     "async_layer.py": "layer.py",
     "transport/async_connections.py": "transport/connections.py",
 }
@@ -24,7 +25,7 @@ WORDS = {
     r"\basync (def|with|for)\b": r"\1",
     r"\bAsyncRuntime\b": "SyncRuntime",
     r"\bAsync(?=[A-Z])": "",
-    r"\basync_(client|connections|layer)\b": r"\1",
+    r"\basync_(client|connections|follower|layer)\b": r"\1",
     r"__a(enter|exit)__": r"__\1__",
     r"\baclose\b": "close",
     r"\baiter_bytes\b": "iter_bytes",
@@ -32,6 +33,8 @@ WORDS = {
     r"\basync_transport\b": "sync_transport",
     r"for (\w+) in (.+):\n +yield \1\n": r"yield from \2\n",
     r"  # noqa: ASYNC109.*": "",
+    r"Awaitable\[None\]": "None",
+    r"\bAwaitable, ": "",
 }
 """Regular expressions and their replacements, for code."""
 
@@ -45,6 +48,12 @@ SENTENCES = {
             separately, so headers that arrive byte by byte may take longer than the deadline.
 """,
     "\n        The arithmetic runs in a thread.\n": "",
+    "An async context manager.\n\n    A background task": (
+        "A context manager; threads may share it.\n\n    A background thread"
+    ),
+    "`async with`": "`with`",
+    "async with await client": "with client",
+    "locks and tasks.": "locks and threads.",
     "Connections of `AsyncClient`.": "Connections of `Client`; threads may share them.",
     """            # An HTTP client that was passed in has its own sockets, which do not check the deadline.
 """: "",

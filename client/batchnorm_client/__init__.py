@@ -11,9 +11,11 @@ by itself, and httpx only when the first client is made.
 """
 
 from batchnorm_client.async_client import AsyncClient
+from batchnorm_client.async_follower import AsyncFollower
 from batchnorm_client.async_layer import AsyncRemoteLayer
 from batchnorm_client.client import Client
 from batchnorm_client.core import Retry
+from batchnorm_client.follower import Follower
 from batchnorm_client.layer import RemoteLayer
 from batchnorm_client.options import LayerChanges, LayerOptions
 from batchnorm_client.results import (
@@ -29,6 +31,7 @@ from batchnorm_client.wire.documents import HistoryEntry, Layer, LayerConfig, La
 from batchnorm_client.wire.errors import (
     PROBLEMS,
     BatchNormError,
+    BufferFull,
     ConnectionFailed,
     DeviceUnavailable,
     DigestMismatch,
@@ -58,6 +61,7 @@ from batchnorm_client.wire.errors import (
     RequestTimeout,
     ServiceError,
     ShapeMismatch,
+    StaleState,
     StoreUnavailable,
     TimedOut,
     TooFewValues,
@@ -73,9 +77,11 @@ from batchnorm_client.wire.errors import (
 __all__ = [
     "PROBLEMS",
     "AsyncClient",
+    "AsyncFollower",
     "AsyncRemoteLayer",
     "BatchNormError",
     "BatchStatistics",
+    "BufferFull",
     "Client",
     "ConnectionFailed",
     "DeviceUnavailable",
@@ -83,6 +89,7 @@ __all__ = [
     "DtypeMismatch",
     "EvalResult",
     "FoldResult",
+    "Follower",
     "Forbidden",
     "Gradients",
     "GroupClosed",
@@ -120,6 +127,7 @@ __all__ = [
     "Retry",
     "ServiceError",
     "ShapeMismatch",
+    "StaleState",
     "StoreUnavailable",
     "TimedOut",
     "TooFewValues",

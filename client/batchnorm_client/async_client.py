@@ -6,8 +6,10 @@ from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
+from batchnorm_client.async_follower import AsyncFollower
 from batchnorm_client.async_layer import AsyncRemoteLayer
 from batchnorm_client.core import Attempts, Request, Retry, calls, state_calls
+from batchnorm_client.core.follow_options import FollowOptions
 from batchnorm_client.core.runtime import AsyncRuntime
 from batchnorm_client.options import Cast, HttpOptions, LayerOptions
 from batchnorm_client.results import FoldResult, LayerStates, Replaced
@@ -16,7 +18,7 @@ from batchnorm_client.wire.errors import BatchNormError, NoAnswer, ProblemError
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Collection, Mapping
+    from collections.abc import Awaitable, Callable, Collection, Mapping
 
     import httpx
 
@@ -38,7 +40,7 @@ class AsyncClient:
 
         inspect, state_dict, layers, eval,
         eval_local, inverse, backward,
-        history, pins, states               always: they change nothing
+        history, pins, states, follow       always: they change nothing
         create_layer, train, reset,
         train_local, fold_moments,
         rollback, pin                       always: the service recognizes the repeat
@@ -145,6 +147,46 @@ class AsyncClient:
         """
         return AsyncRemoteLayer(self, name, at=at, expect=expect, cast=cast)
 
+    async def follow(
+        self,
+        name: str,
+        *,
+        max_staleness: float | None = 60.0,
+        sync_every: float = 1.0,
+        sync_batches: int = 1000,
+        max_unsent: int = 65_536,
+        timeout: float = 30.0,  # noqa: ASYNC109 - of each later call
+        cast: Cast | None = None,
+    ) -> AsyncFollower:
+        """Keep a layer's state in this process: `async with await client.follow("obs") as follower`.
+
+        `follower.eval(x)` and `follower.observe(x)` normalize here, without a call; what was observed is folded in the
+        background, in frames. Close the follower, or use it as a context manager: otherwise what it has not sent yet
+        may be lost when the process ends.
+
+        Args:
+            name: of a layer with running statistics.
+            max_staleness: seconds: a state is used only if it was the service's newest at some time in the last so many
+                seconds; None for any. If the service cannot be asked, calls wait and then raise `StaleState`. The
+                service is asked at least three times in this period, and at least every 30 seconds.
+            sync_every: seconds that an observed batch waits at most before it is sent, together with those after it.
+            sync_batches: so many batches are sent without waiting longer.
+            max_unsent: how many batches that are not known to be folded are kept at most; each takes about 16 bytes per
+                channel. Then `observe` waits.
+            timeout: seconds that calls wait for a state that is not too old, or for room, before they raise; 0 to raise
+                at once. Also the default of `flush`.
+            cast: as for `layer`.
+
+        Raises:
+            LayerNotFound: there is no such layer.
+            InvalidRequest: the layer has no running statistics, or it is no valid name.
+            ValueError: an option has no valid value.
+        """
+        options = FollowOptions(max_staleness, sync_every, sync_batches, max_unsent, timeout, cast)
+        request = state_calls.states([name], None, None, 0.0)
+        at = self._runtime.now()
+        return AsyncFollower(self, name, options, await self._call(request), at)
+
     async def layers(self, prefix: str = "") -> AsyncIterator[LayerSummary]:
         """All layers whose names start with `prefix`, by name: `async for layer in client.layers()`.
 
@@ -250,11 +292,16 @@ class AsyncClient:
         """The caller's key, or a new one: a call with a key can be repeated."""
         return self._runtime.key() if key is None else key
 
-    async def _call(self, request: Request[T], retry: Retry | None = None) -> T:
+    async def _call(
+        self,
+        request: Request[T],
+        retry: Retry | None = None,
+        sleep: Callable[[float], Awaitable[None]] | None = None,
+    ) -> T:
         attempts = Attempts(request, retry or self._retry, self._runtime)
         while True:
             try:
                 return attempts.receive(await self._connections.send(attempts))
             except BatchNormError as error:
                 wait = attempts.pause(error)
-            await self._runtime.sleep(wait)
+            await (sleep or self._runtime.sleep)(wait)

@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,15 @@ def test_the_steps_of_a_call_are_measured():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(" µs  ") == 9
+
+
+@pytest.mark.skipif(not hasattr(select, "epoll"), reason="epoll is Linux's")
+def test_followers_are_measured():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.followers", "10", "3"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "10 followers, 3 commits" in done.stdout
 
 
 def may_look_into_other_processes():

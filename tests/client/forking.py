@@ -3,7 +3,7 @@
     python forking.py URL WAY [CERTIFICATE]
 
 Ways: sync; async; uvloop; busy, forked while other threads are in calls; locked, while another thread holds the locks
-of the pool; torch, a module; waiting, while its moments wait to be sent.
+of the pool; torch, a module; waiting, while its moments wait to be sent; follow, a follower.
 """
 
 import asyncio
@@ -187,6 +187,28 @@ def waiting(client):
     assert client.layer("waiting.0").inspect().num_batches_tracked == 1 + CHILDREN
 
 
+def follow(client):
+    """A follower that has observed what it has not sent, and is sending, when the process forks."""
+    client.create_layer("followed", 3)
+    follower = client.follow("followed", sync_every=float("inf"))
+    batch = np.eye(3, dtype=np.float32)
+    for _ in range(TRAINED):
+        follower.observe(batch)
+
+    def work():
+        assert follower.unsent == 0
+        for _ in range(TRAINED):
+            follower.observe(batch)
+            follower.eval(batch)
+        follower.close()
+
+    with follower._lock, follower._changes._condition:
+        children = [child(work) for _ in range(CHILDREN)]
+        join(children)
+    follower.close()
+    assert client.layer("followed").inspect().num_batches_tracked == TRAINED * (CHILDREN + 1)
+
+
 async def asynchronous(client):
     layer = client.layer("bn")
 
@@ -213,7 +235,9 @@ def main(url, way, certificate=None):
         for name in ("bn", "trained"):
             client.create_layer(name, 3, affine=False).reset()
         if way not in ("async", "uvloop"):
-            {"sync": sync, "busy": busy, "locked": locked, "torch": torch, "waiting": waiting}[way](client)
+            {"sync": sync, "busy": busy, "locked": locked, "torch": torch, "waiting": waiting, "follow": follow}[way](
+                client
+            )
     if way == "async":
         asyncio.run(asynchronous(AsyncClient(url, **options)))
     elif way == "uvloop":

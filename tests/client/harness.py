@@ -86,7 +86,11 @@ class Blocking:
                 return self._items(result)
             if inspect.isawaitable(result):
                 result = self._portal.call(_wait, result)
-            return Blocking(result, self._portal) if hasattr(result, "load_state_dict") else result
+            return (
+                Blocking(result, self._portal)
+                if hasattr(result, "load_state_dict") or hasattr(result, "observe")
+                else result
+            )
 
         return call
 
@@ -100,8 +104,8 @@ class Blocking:
         finally:
             self._portal.call(generator.aclose)
 
-    def close(self):
-        self._portal.call(self._target.aclose)
+    def close(self, *arguments):
+        self._portal.call(self._target.aclose, *arguments)
 
 
 async def _wait(awaitable):

@@ -44,7 +44,7 @@ def test_each_process_has_connections_of_its_own(service, request, way, secure):
         assert relay.accepted == (2 if way != "sync" else 1) + 3  # a sync client made the layers
 
 
-@pytest.mark.parametrize("way", ["busy", "locked", "torch", "waiting"])
+@pytest.mark.parametrize("way", ["busy", "locked", "torch", "waiting", "follow"])
 def test_whatever_goes_on_when_it_forks(service, way):
     run(service, way)
 

@@ -12,7 +12,7 @@ from batchnorm_client import options
 from batchnorm_client.wire import errors
 from batchnorm_client.wire.documents import LayerConfig, LayerUpdate
 
-CLIENTS = {"AsyncClient", "AsyncRemoteLayer", "Client", "RemoteLayer", "Retry"}
+CLIENTS = {"AsyncClient", "AsyncFollower", "AsyncRemoteLayer", "Client", "Follower", "RemoteLayer", "Retry"}
 RESULTS = {
     "BatchStatistics",
     "EvalResult",

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from batchnorm_client.kernels.population import PopulationSums
 from batchnorm_client.wire.errors import ProblemError
 from batchnorm_service.engine import state
-from batchnorm_service.engine.accumulators.population import PopulationSums
 from batchnorm_service.engine.moments import Moments
 from batchnorm_service.layers import batches, update_queue
 from batchnorm_service.layers.cached_state import CachedState
@@ -27,9 +27,9 @@ def the_biased_variance_is_folded(patch: Patch) -> None:
 def a_population_has_no_distance_of_means(patch: Patch) -> None:
     fold = PopulationSums.fold
 
-    def without(self: PopulationSums, batch: Moments, half_life: float | None) -> PopulationSums:
-        merged = fold(self, batch, half_life)
-        m2 = self.m2 + batch.biased_var().double() * batch.count
+    def without(self: PopulationSums[Any], count: int, mean: Any, var: Any, half_life: float | None) -> Any:
+        merged = fold(self, count, mean, var, half_life)
+        m2 = self.m2 + var * count
         return PopulationSums(merged.mean, m2, merged.weight, merged.squares)
 
     patch.setattr(PopulationSums, "fold", without)

@@ -8,6 +8,7 @@ numpy, which rounds in another order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -83,6 +84,19 @@ def shard_moments(state: LocalState, batch: A) -> BatchMoments:
     return kernels.moments(moved)
 
 
+def observed_moments(state: LocalState, batch: A) -> BatchMoments:
+    """The moments of a batch that is to be folded, in float64.
+
+    Raises:
+        As `train_step`.
+    """
+    kernels, moved = _ready(state, batch)
+    check_enough(_values(state, batch), least_values(state.config))
+    moments = kernels.moments(moved)
+    _check_finite(state, moments)
+    return moments
+
+
 def shard_step(state: LocalState, batch: A, whole: BatchMoments) -> Step[A]:
     """Normalize a shard with the statistics of the whole batch.
 
@@ -127,19 +141,24 @@ def eval_step(state: LocalState, batch: A, *, statistics: bool) -> EvalResult[A]
 
 
 def _step(state: LocalState, kernels: Kernels, output: Any, moments: BatchMoments, used: Any) -> Step[Any]:
-    if state.config.non_finite == "reject":
-        with np.errstate(over="ignore"):
-            var = moments.var.astype(state.config.dtype)  # float64 for population statistics
-        for what, finite in (
-            ("the batch's mean", bool(np.isfinite(moments.mean).all())),
-            ("the batch's variance", bool(np.isfinite(var).all())),
-            ("the output", kernels.all_finite(output)),
-        ):
-            if not finite:
-                raise NonFinite(
-                    f'{what} is not finite; a layer with non_finite: "allow" takes such batches', field="input"
-                )
+    _check_finite(state, moments, lambda: kernels.all_finite(output))
     return Step(_finished(state, kernels, output), moments, BatchStatistics(*used))
+
+
+def _check_finite(
+    state: LocalState, moments: BatchMoments, output_is_finite: Callable[[], bool] = lambda: True
+) -> None:
+    if state.config.non_finite != "reject":
+        return
+    with np.errstate(over="ignore"):
+        var = moments.var.astype(state.config.dtype)  # float64 for population statistics
+    for what, finite in (
+        ("the batch's mean", bool(np.isfinite(moments.mean).all())),
+        ("the batch's variance", bool(np.isfinite(var).all())),
+        ("the output", output_is_finite()),
+    ):
+        if not finite:
+            raise NonFinite(f'{what} is not finite; a layer with non_finite: "allow" takes such batches', field="input")
 
 
 def _finished(state: LocalState, kernels: Kernels, output: Any) -> Any:

@@ -5,6 +5,8 @@
     │   ├── ConnectionFailed                it cannot be reached, the connection was lost, the client is closed
     │   └── TimedOut                        no response in time
     ├── UnexpectedAnswer                    an unspecified response, such as a proxy's page (client only)
+    ├── StaleState                          a follower's state is too old (client only)
+    ├── BufferFull                          a follower has observed too much that is not folded yet (client only)
     └── ProblemError                        the service responded with application/problem+json
         ├── RequestError                    4xx: the call changed nothing
         │   ├── MalformedBody               400 malformed-body
@@ -119,6 +121,17 @@ class UnexpectedAnswer(BatchNormError):
 
     def __str__(self) -> str:
         return self.detail
+
+
+class StaleState(BatchNormError):
+    """The service has not confirmed for `max_staleness` seconds that a follower's state is the newest.
+
+    Its `__cause__` is the exception of the last attempt to ask it, if that failed.
+    """
+
+
+class BufferFull(BatchNormError):
+    """A follower has observed `max_unsent` batches that are not known to be folded. The batch was not counted."""
 
 
 class ProblemError(BatchNormError):
