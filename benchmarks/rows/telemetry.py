@@ -15,7 +15,7 @@ _OFF = {"BATCHNORM_METRICS": "0", "BATCHNORM_SLOW_CALL_SECONDS": "0"}
 
 def metrics(bench: Bench) -> Iterator[Row]:
     """With metrics and without."""
-    on, off = _services(bench, {}, _OFF)
+    on, off = _services(bench, "metrics", {}, _OFF)
     yield _compare(bench, "with metrics", 1.05, on, off)
 
 
@@ -29,7 +29,7 @@ def telemetry(bench: Bench) -> Iterator[Row]:
     every = traces | {"OTEL_TRACES_SAMPLER": "parentbased_always_on"}
     few = traces | {"OTEL_TRACES_SAMPLER": "parentbased_traceidratio", "OTEL_TRACES_SAMPLER_ARG": "0.001"}
     access = {"BATCHNORM_ACCESS_LOG": "1", "BATCHNORM_LOG_LEVEL": "info"}
-    off, *services = _services(bench, _OFF, traces, few, access, every, _OFF)
+    off, *services = _services(bench, "telemetry", _OFF, traces, few, access, every, _OFF)
     names = (
         ("with metrics, traces and the log", 1.05),
         ("the same, sampling one trace in a thousand", 1.05),
@@ -41,8 +41,8 @@ def telemetry(bench: Bench) -> Iterator[Row]:
         yield _compare(bench, what, most, service, off)
 
 
-def _services(bench: Bench, *variables: dict[str, str]) -> list[Server]:
-    return [bench.own_service(f"telemetry-{number}", **each) for number, each in enumerate(variables)]
+def _services(bench: Bench, name: str, *variables: dict[str, str]) -> list[Server]:
+    return [bench.own_service(f"{name}-{number}", **each) for number, each in enumerate(variables)]
 
 
 def _compare(bench: Bench, what: str, most: float, on: Server, off: Server) -> Row:

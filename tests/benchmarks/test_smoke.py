@@ -21,7 +21,7 @@ def test_every_row_is_measured():
     )
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert len(rows) == 1 + 18, done.stdout  # the head, and every row but those of the peers
+    assert len(rows) == 1 + 23, done.stdout  # the head, and every row but those of the peers
 
 
 def test_the_steps_of_a_call_are_measured():

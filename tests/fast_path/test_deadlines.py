@@ -219,7 +219,8 @@ async def test_a_response_that_nobody_reads_is_dropped(anyio_backend, monkeypatc
         await until(lambda: not service.state.connections and not service.state.tasks)
         assert transfers.buffered == 0
         assert (await service.ask(get("/v1/layers/bn")))[0][0] == 200
-    assert caplog.text == ""
+    logged = {record.name for record in caplog.records}
+    assert logged <= {"batchnorm_service.requests"}  # the call was slow
 
 
 @pytest.mark.parametrize(("path", "way"), NORMAL.values(), ids=NORMAL)

@@ -69,7 +69,7 @@ def generated_calls(folder):
 def test_a_python_client_has_every_call_and_works(document, written, start):
     """Seven calls were left out: a schema that refers to itself is none for openapi-python-client."""
     folder = generate(written)
-    assert generated_calls(folder) == operations(document)
+    assert generated_calls(folder) == operations(document) - {"replace_states"}  # which has no JSON: see the next test
     server = start("--store", "memory:")
     told = json.loads(run(PYTHON, HERE / "calls.py", folder, server.url))
     batch = torch.tensor([[1.0, 2.0], [3.0, 6.0]])

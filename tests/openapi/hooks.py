@@ -22,6 +22,7 @@ STATE_OF_FIELDS = {
     *(("replace_state", field) for field in ("population_mean", "population_m2", "population_weights")),
     *(("replace_state", field) for field in ("num_batches_tracked", "samples_tracked")),
     ("inverse", "track_running_stats"),
+    *(("get_state", "wait"), ("get_states", "names"), ("train", "normalize")),  # do not go with at, prefix, group
     ("replace_state", "state"),  # no tensor: only GET may have that
 }
 """Operation and field of an `invalid-request` that depends on the layer's config or on other fields."""

@@ -81,6 +81,7 @@ async def test_an_unexpected_error_is_logged_and_not_shown(service, caplog, monk
         raise RuntimeError("the secret of the house")
 
     monkeypatch.setattr(service.layers, "get", fail)
+    monkeypatch.setattr(service.layers.states, "unless", fail)
     monkeypatch.setattr(service.layers.batches, "train", fail)
     with caplog.at_level(logging.ERROR):
         async with service.client() as client:

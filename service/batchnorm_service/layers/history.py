@@ -24,7 +24,7 @@ from .records import CommittedLayer, decode, now
 from .results import LayersOptions
 from .updates import refuse_reuse
 
-_DESCRIBED: Final = 10_000
+_DESCRIBED: Final = 2_000
 """Entries of states in memory, of all layers together: about 1 KiB each. A state with a million channels takes 40 ms to
 load and digest, and a stamp stands for the same state for ever."""
 

@@ -84,7 +84,7 @@ class StatesQuery(WaitQuery):
     names: str | None = Field(
         None,
         min_length=1,
-        max_length=1 << 15,
+        max_length=32_000,
         validate_default=True,
         description="the layers' names, separated by commas",
     )
