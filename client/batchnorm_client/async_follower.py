@@ -34,6 +34,8 @@ from batchnorm_client.wire.errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from batchnorm_client.async_client import AsyncClient
 
 T = TypeVar("T")
@@ -200,7 +202,8 @@ class AsyncFollower:
             return
         with self._lock:
             if not self._tasks:
-                self._tasks = [self._runtime.spawn(self._poll), self._runtime.spawn(self._send)]
+                work = (self._poll, self._send)
+                self._tasks = [self._runtime.spawn(partial(self._in_background, each)) for each in work]
                 self._take_back = self._runtime.at_exit(self._exit)
 
     def _exit(self) -> None:
@@ -285,6 +288,16 @@ class AsyncFollower:
         return await self._runtime.run(function)
 
     # ------------------------------------------------------------------------------------------------ background
+
+    async def _in_background(self, work: Callable[[], Awaitable[None]]) -> None:
+        """What ends one of the tasks is raised by later calls."""
+        followed = self._followed
+        try:
+            await work()
+        except Exception as error:
+            _log.exception("layer %r is no longer followed", self.name)
+            followed.error = error
+            self._changes.notify()
 
     async def _poll(self) -> None:
         followed, failures = self._followed, 0

@@ -201,7 +201,8 @@ class Follower:
             return
         with self._lock:
             if not self._tasks:
-                self._tasks = [self._runtime.spawn(self._poll), self._runtime.spawn(self._send)]
+                work = (self._poll, self._send)
+                self._tasks = [self._runtime.spawn(partial(self._in_background, each)) for each in work]
                 self._take_back = self._runtime.at_exit(self._exit)
 
     def _exit(self) -> None:
@@ -284,6 +285,16 @@ class Follower:
         return self._runtime.run(function)
 
     # ------------------------------------------------------------------------------------------------ background
+
+    def _in_background(self, work: Callable[[], None]) -> None:
+        """What ends one of the tasks is raised by later calls."""
+        followed = self._followed
+        try:
+            work()
+        except Exception as error:
+            _log.exception("layer %r is no longer followed", self.name)
+            followed.error = error
+            self._changes.notify()
 
     def _poll(self) -> None:
         followed, failures = self._followed, 0

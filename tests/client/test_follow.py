@@ -26,6 +26,7 @@ from batchnorm_client import (
     TimedOut,
     TooFewValues,
 )
+from batchnorm_client.core.followed import Followed
 from client.harness import environment
 
 NEVER = float("inf")
@@ -334,6 +335,16 @@ def test_a_client_that_is_closed(connect, url, layer, follow):
     follower = follow(layer.name, client, max_staleness=0.3)
     client.close()
     until(lambda: raises(ConnectionFailed, lambda: follower.eval(batch())))
+
+
+def test_an_error_that_nobody_expects_is_raised_by_later_calls(client, layer, follow, monkeypatch, caplog):
+    def fail(*_):
+        raise RuntimeError("not expected")
+
+    monkeypatch.setattr(Followed, "arrived", fail)
+    follower = follow(layer.name, max_staleness=0.3)
+    until(lambda: raises(RuntimeError, lambda: follower.eval(batch())))
+    assert f"layer {layer.name!r} is no longer followed" in caplog.text
 
 
 def test_threads_share_a_follower(url, name):

@@ -67,7 +67,7 @@ class Followed:
         self.states = states
         self.newest = self._running(states)
         self.confirmed = at
-        self.error: BatchNormError | None = None
+        self.error: Exception | None = None
         self.added = self.taken = self.settled = 0
         self.oldest: float | None = None
         self.failure: BatchNormError | None = None

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 from fastapi import FastAPI
-from starlette.types import Message, Receive, Send
+from starlette.types import Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from batchnorm_client.wire.errors import ProblemError, StoreUnavailable
@@ -21,23 +21,24 @@ from batchnorm_client.wire.headers import REQUEST_ID
 from batchnorm_client.wire.names import check_layer_name
 from batchnorm_service.layers import CALLED_LAYER
 from batchnorm_service.telemetry import CURRENT_SPAN, Metrics, Span
-from batchnorm_service.telemetry.metrics import BUFFERED_BYTES, DISCONNECTED, RUNNING_CALLS, STATUS_CLASSES
+from batchnorm_service.telemetry.metrics import BUFFERED_BYTES, DISCONNECTED, RUNNING_CALLS
 from batchnorm_service.tokens import Grant, Scope
 
+from .accounting import RequestAccounting
 from .bodies import ClientGoneError
 from .connections import Connections, RequestLimits
 from .headers import Headers, read_headers, request_id
 from .layer_request import Endpoint, LayerRequest
 from .problems import respond_problem
 from .reports import RequestReports, Served
-from .responses import JOIN_BYTES, RawHeader, Response
+from .request_context import RequestContext
+from .responses import Response
 from .security import Guard, Rules, WrongTokenError, check_layer
 from .shares import REFUSAL_COST, CallShares, call_cost
 from .target import MAX_CACHED_BYTES, Target, read_target, target_of
 from .transfers import Transfers
 
 _REQUEST_ID: Final = REQUEST_ID.lower().encode()
-_CLOSE: Final = (b"connection", b"close")
 _FAST_QUERIES: Final = frozenset({b"", b"normalize=running"})
 """Query strings that the fast path passes on. A group needs ASGI, which tells when its client has disconnected."""
 _LAYER_PATHS: Final = (b"/v1/layers/", b"/v2/models/")
@@ -114,9 +115,9 @@ class Gateway:
             return
         headers, target, method = read_headers(scope["headers"]), read_target(scope), scope["method"]
         CALLED_LAYER.set(target.layer)
-        accounting = _RequestAccounting(self, receive, send, target)
+        accounting = RequestAccounting(self.shares, self.transfers, receive, send, target)
         span = self.reports.begin(method, target, headers)
-        context = _RequestContext(self, method, target, headers, accounting, span)
+        context = RequestContext(self.reports, method, target, headers, accounting, span)
         before = CURRENT_SPAN.set(span)
         try:
             try:
@@ -252,176 +253,6 @@ class Gateway:
         return grant
 
 
-class _RequestAccounting:
-    """Wrapper of one request's ASGI `receive` and `send` that counts running calls and buffered bytes.
-
-    The call counts as running from the end of the body to the start of the response. Before that, the received part of
-    the body counts as buffered; afterwards, the unsent part of the response.
-
-    Attributes:
-        began: when the call started to run, or the request to arrive, by `time.perf_counter`.
-        received: bytes of the body.
-    """
-
-    __slots__ = ("_buffered", "_counted", "_gateway", "_layer", "_receive", "_running", "_send", "began", "received")
-
-    def __init__(self, gateway: Gateway, receive: Receive, send: Send, target: Target) -> None:
-        self._gateway = gateway
-        self._receive = receive
-        self._send = send
-        self._counted = target.versioned
-        self._layer = target.layer
-        self._running = False
-        self._buffered = 0
-        self.began = time.perf_counter()
-        self.received = 0
-
-    async def enter(self) -> None:
-        """The request was read completely: its call starts to run, at once or when it is its layer's turn.
-
-        Until then its body counts as buffered. Buffered bytes are checked once more, because a request may have been
-        admitted before: responses that nobody reads would have no limit otherwise.
-
-        Raises:
-            Overloaded: too many calls are running.
-        """
-        self.began = time.perf_counter()
-        if self._counted and not self._running:
-            shares = self._gateway.shares
-            refusal = shares.enter(self._layer)
-            self._running = refusal is None
-            cost = call_cost(self.received) if self._running else REFUSAL_COST
-            if not shares.may_start(self._layer, cost):
-                await shares.turn(self._layer, cost)
-            if refusal is not None:
-                raise refusal
-            self._release(self._buffered)
-            self._gateway.transfers.check()
-
-    async def receive(self) -> Message:
-        message = await self._receive()
-        if message["type"] == "http.request":
-            size = len(message.get("body", b""))
-            self.received += size
-            if message.get("more_body", False):
-                self._gateway.transfers.receive(size)
-                self._buffered += size
-            else:
-                await self.enter()
-                self._release(self._buffered)
-        return message
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.close()
-            size = int(dict(message["headers"]).get(b"content-length", 0))
-            if size > JOIN_BYTES:  # sent in pieces, each of which waits for the client to read the one before
-                self._buffered += size
-                self._gateway.transfers.hold(size)
-        await self._send(message)
-        if message["type"] == "http.response.body":
-            self._release(min(self._buffered, len(message["body"])))
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """While the call waits for a change, it does not count as running, and the time is not reported as its own."""
-        self.close()
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.began += time.perf_counter() - began
-
-    def close(self) -> None:
-        """Undo what is still counted. May be called several times."""
-        self._release(self._buffered)
-        if self._running:
-            self._running, self._counted = False, False
-            self._gateway.shares.leave(self._layer)
-
-    def _release(self, size: int) -> None:
-        self._buffered -= size
-        self._gateway.transfers.release(size)
-
-
-class _RequestContext:
-    """Request id, status and span of one ASGI request; adds the headers that every response has.
-
-    Set `close` to close the connection after the response.
-    """
-
-    def __init__(
-        self,
-        gateway: Gateway,
-        method: str,
-        target: Target,
-        headers: Headers,
-        accounting: _RequestAccounting,
-        span: Span | None,
-    ) -> None:
-        self.request_id = request_id(headers)
-        self.status = 0
-        self.close = False
-        self._reports = gateway.reports
-        self._method = method
-        self._target = target
-        self._headers = headers
-        self._accounting = accounting
-        self._span = span
-        self._expects = b"expect" in headers
-
-    async def send_response(self, response: Response, send: Send) -> None:
-        self._complete(response.status_code, response.raw_headers, response.outcome)
-        await response({}, _no_receive, send)
-
-    def completing(self, send: Send, state: Mapping[str, Any]) -> Send:
-        """An ASGI `send` that adds them to the responses of the wrapped application, whose `request.state` this is."""
-
-        async def complete(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = list(message["headers"])
-                outcome = state.get("outcome") or STATUS_CLASSES[message["status"] // 100]
-                self._complete(message["status"], message["headers"], outcome)
-            await send(message)
-
-        return complete
-
-    async def fail(self, error: Exception, send: Send) -> None:
-        """Respond with a problem document, unless a response has started."""
-        if self.status == 0:
-            await self.send_response(respond_problem(error, self._target.path, self.request_id), send)
-
-    def report(self, outcome: str, sent: int) -> None:
-        accounting = self._accounting
-        seconds = time.perf_counter() - accounting.began
-        span, self._span = self._span, None
-        self._reports.report(
-            Served(
-                self._method,
-                self._target,
-                self._headers,
-                self.request_id,
-                self.status,
-                outcome,
-                seconds,
-                accounting.received,
-                sent,
-            ),
-            span,
-        )
-
-    def _complete(self, status: int, headers: list[RawHeader], outcome: str) -> None:
-        self.status = status
-        self.report(outcome, int(dict(headers).get(b"content-length", 0)))
-        headers.append((_REQUEST_ID, self.request_id.encode()))
-        if self.close:
-            headers.append(_CLOSE)
-        elif self._expects and status >= 400:
-            # A client that waits for 100 Continue may now omit the body or send it: what follows on this connection
-            # could be either that body or the next request.
-            headers.append(_CLOSE)
-
-
 def _address(scope: AsgiScope) -> str:
     client = scope.get("client")
     return client[0] if client else "an unknown address"
@@ -446,7 +277,3 @@ def _inner(scope: AsgiScope, target: Target, headers: Headers, request_id: str, 
 def _stopping() -> StoreUnavailable:
     """The problem for a call that the shutdown timeout cancelled. Its queued updates are still committed."""
     return StoreUnavailable("the service stops; whether the call took effect is unknown")
-
-
-async def _no_receive() -> Message:
-    raise RuntimeError("a response does not read the request")
