@@ -3,9 +3,11 @@
 import itertools
 import re
 
+import httpx
 import pytest
 
 from batchnorm_client import Client
+from client.harness import NOW
 
 _numbers = itertools.count()
 
@@ -20,3 +22,11 @@ def client(url):
 def name(request):
     """A layer name that no other test has; also good as a prefix."""
     return re.sub(r"[^A-Za-z0-9]+", "-", request.node.name)[:100] + f".{next(_numbers)}."
+
+
+@pytest.fixture
+def watched(way):
+    """A client whose calls are in `way.sent`."""
+    http = httpx.Client(transport=httpx.MockTransport(way), base_url="http://service")
+    with http, Client(http=http, retry=NOW) as client:
+        yield client

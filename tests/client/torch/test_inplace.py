@@ -10,35 +10,7 @@ from torch import nn
 from batchnorm_client import Client
 from batchnorm_client.torch import RemoteBatchNorm1d, RemoteBatchNorm2d, convert_batchnorm
 from client.harness import NOW
-
-
-class BasicBlock(nn.Module):
-    """The residual block of ResNet-18, as torchvision writes it."""
-
-    def __init__(self, inplanes, planes, stride=1):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inplanes, planes, kernel_size=3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(planes, planes, kernel_size=3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.downsample = None
-        if stride != 1 or inplanes != planes:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(inplanes, planes, kernel_size=1, stride=stride, bias=False), nn.BatchNorm2d(planes)
-            )
-
-    def forward(self, x):
-        identity = x
-        out = self.conv1(x)
-        out = self.bn1(out)
-        out = self.relu(out)
-        out = self.conv2(out)
-        out = self.bn2(out)
-        if self.downsample is not None:
-            identity = self.downsample(x)
-        out += identity
-        return self.relu(out)
+from client.torch.test_resnet import BasicBlock, conv1x1
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +39,7 @@ def assert_equal(ours, theirs):
 @pytest.mark.parametrize("compute", ["remote", "local"])
 def test_a_residual_net_with_relus_in_place(client, name, compute):
     torch.manual_seed(0)
-    local = nn.Sequential(BasicBlock(2, 4, stride=2), BasicBlock(4, 4))
+    local = nn.Sequential(BasicBlock(2, 4, 2, nn.Sequential(conv1x1(2, 4, 2), nn.BatchNorm2d(4))), BasicBlock(4, 4))
     model = convert_batchnorm(copy.deepcopy(local), client, name, compute=compute)
     optimizers = [torch.optim.SGD(found.parameters(), 0.1) for found in (model, local)]
     for _ in range(2):

@@ -2,32 +2,15 @@
 
 import copy
 
-import httpx
 import pytest
 import torch
 from torch import nn
 
-from batchnorm_client import Client, NonFinite, TimedOut
+from batchnorm_client import NonFinite, TimedOut
 from batchnorm_client.torch import RemoteBatchNorm, RemoteBatchNorm1d, RemoteBatchNorm2d, convert_batchnorm, revert
 from batchnorm_client.torch import flush as flush_moments
-from client.harness import NOW, Way
 from client.torch.test_convert import assert_same, net, steps
 from client.torch.test_modules import OPTIONS, TWINS, assert_equal_states, batch_of, step
-
-
-@pytest.fixture
-def way(url):
-    way = Way(url)
-    yield way
-    way.close()
-
-
-@pytest.fixture
-def watched(way):
-    """A client whose calls are in `way.sent`."""
-    http = httpx.Client(transport=httpx.MockTransport(way), base_url="http://service")
-    with http, Client(http=http, retry=NOW) as client:
-        yield client
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

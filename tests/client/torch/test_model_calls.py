@@ -2,31 +2,13 @@
 
 import threading
 
-import httpx
 import pytest
 import torch
 from torch import nn
 
-from batchnorm_client import Client
 from batchnorm_client.torch import convert_batchnorm, revert, snapshot
-from client.harness import NOW, Way
 
 LAYERS = 5
-
-
-@pytest.fixture
-def way(url):
-    way = Way(url)
-    yield way
-    way.close()
-
-
-@pytest.fixture
-def watched(way):
-    """A client whose calls are in `way.sent`."""
-    http = httpx.Client(transport=httpx.MockTransport(way), base_url="http://service")
-    with http, Client(http=http, retry=NOW) as client:
-        yield client
 
 
 def plain():
