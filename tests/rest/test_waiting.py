@@ -123,6 +123,22 @@ async def test_wait_beside_at(client, layers):
     assert (answer.status_code, answer.json()["field"]) == (422, "wait")
 
 
+@URLS
+@by_asgi
+async def test_calls_that_ask_at_once_are_not_refused_because_of_each_other(serve, url):
+    async with serve(max_concurrent_requests=16) as service, service.client() as client:
+        for name in ("a", "b"):
+            (await client.put(f"/v1/layers/{name}", json={"num_features": 2})).raise_for_status()
+        tag = (await client.get(url)).headers["etag"]
+        for _ in range(2):
+            calls = await start(service, client, url, tag, count=200)
+            assert service.gateway.running == 0
+            await train(client)
+            answers = await asyncio.gather(*calls)
+            assert [answer.status_code for answer in answers] == [200] * 200
+            tag = answers[0].headers["etag"]
+
+
 async def test_waiting_calls_do_not_run_and_have_a_limit(serve):
     async with serve(max_concurrent_requests=2, max_waiting_calls=5) as service, service.client() as client:
         await client.put("/v1/layers/a", json={"num_features": 2})

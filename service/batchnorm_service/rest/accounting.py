@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from starlette.types import Message, Receive, Send
 
+from batchnorm_client.wire.errors import Overloaded
+
 from .responses import JOIN_BYTES
 from .shares import REFUSAL_COST, CallShares, call_cost
 from .target import Target
@@ -42,8 +44,11 @@ class RequestAccounting:
         self.began = time.perf_counter()
         self.received = 0
 
-    async def enter(self) -> None:
+    async def enter(self, *, waits: bool = False) -> None:
         """The request was read completely: its call starts to run, at once or when it is its layer's turn.
+
+        A call that may wait for a change (`waits`) runs only from its turn on: thousands ask at once after each change,
+        and must not be refused because of each other.
 
         Until then its body counts as buffered. Buffered bytes are checked once more, because a request may have been
         admitted before: responses that nobody reads would have no limit otherwise.
@@ -54,11 +59,12 @@ class RequestAccounting:
         self.began = time.perf_counter()
         if self._counted and not self._running:
             shares = self._shares
-            refusal = shares.enter(self._layer)
-            self._running = refusal is None
-            cost = call_cost(self.received) if self._running else REFUSAL_COST
+            refusal = None if waits else self._count()
+            cost = call_cost(self.received) if refusal is None else REFUSAL_COST
             if not shares.may_start(self._layer, cost):
                 await shares.turn(self._layer, cost)
+            if waits:
+                refusal = self._count()
             if refusal is not None:
                 raise refusal
             self._release(self._buffered)
@@ -106,6 +112,11 @@ class RequestAccounting:
         if self._running:
             self._running, self._counted = False, False
             self._shares.leave(self._layer)
+
+    def _count(self) -> Overloaded | None:
+        refusal = self._shares.enter(self._layer)
+        self._running = refusal is None
+        return refusal
 
     def _release(self, size: int) -> None:
         self._buffered -= size

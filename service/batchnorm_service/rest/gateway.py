@@ -42,6 +42,7 @@ _REQUEST_ID: Final = REQUEST_ID.lower().encode()
 _FAST_QUERIES: Final = frozenset({b"", b"normalize=running"})
 """Query strings that the fast path passes on. A group needs ASGI, which tells when its client has disconnected."""
 _LAYER_PATHS: Final = (b"/v1/layers/", b"/v2/models/")
+_WAIT: Final = b"wait="
 _METHODS_WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 
 
@@ -127,7 +128,7 @@ class Gateway:
                 accounting.began = time.perf_counter()  # the delay is on purpose, and not the call's time
                 raise
             if method not in _METHODS_WITH_BODY:
-                await accounting.enter()
+                await accounting.enter(waits=_WAIT in scope["query_string"])
             endpoint = self._endpoints.get((method, target.call)) if target.call else None
             if endpoint:
                 request = LayerRequest(
