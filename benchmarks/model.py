@@ -1,8 +1,8 @@
 """`python -m benchmarks.model`: a model with 53 batch normalizations, with torch's modules, local and remote ones.
 
 53 times convolution, batch normalization and ReLU, 32 channels, 8 x 8, batches of 8, one thread; the service over
-SQLite on its own core. The median of passes, which take turns: a forward pass in eval mode and in train mode, without
-gradients, and a training step with a backward pass and an optimizer that changes all parameters.
+SQLite on its own core. The median of passes, in which the models take turns: a forward pass in eval mode and in train
+mode, without gradients, and a training step with a backward pass and an optimizer that changes all parameters.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ def _measure(models: dict[str, nn.Sequential], batch: torch.Tensor, passes: int)
         kinds["train"][name] = lambda model=model: _forward(model.train(), batch)
         kinds["step"][name] = lambda model=model, optimizer=optimizer: _step(model.train(), optimizer, batch)
     print("| ms | eval | train | train, backward and optimizer |\n|---|---|---|---|")
-    times = {(kind, name): [_milliseconds(call)] for kind, calls in kinds.items() for name, call in calls.items()}
-    for _ in range(passes):
-        for kind, calls in kinds.items():
-            for name, call in calls.items():
-                times[kind, name].append(_milliseconds(call))
-    for name in models:
-        print(f"| {name} | {' | '.join(f'{median(times[kind, name][1:]):.1f}' for kind in kinds)} |")
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for calls in kinds.values():  # one kind after the other: an eval pass after a training step has all states to read
+        taken = [{name: _milliseconds(call) for name, call in calls.items()} for _ in range(passes + 1)]
+        for name in models:
+            times[name].append(median(each[name] for each in taken[1:]))
+    for name, each in times.items():
+        print(f"| {name} | {' | '.join(f'{milliseconds:.1f}' for milliseconds in each)} |")
 
 
 def _model() -> nn.Sequential:
