@@ -19,6 +19,7 @@ run: $(VENV)/service.stamp ## start the service on 127.0.0.1:8000
 	@exec $(BIN)/batchnorm-service serve $(ARGS)
 
 test: check $(GENERATORS)/generators.stamp $(INFERENCE)/clients.stamp ## lint, types, dependency rules, and every test
+	@$(BIN)/python -m compileall -q client service # hundreds of tests start processes, which may be told to write no bytecode
 	$(BIN)/pytest --numprocesses 3 --dist worksteal $(ARGS)
 
 coverage: $(VENV)/dev.stamp ## every test, and which lines none reaches (it takes half as long again)
