@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-MAKEFLAGS += --jobs=3
+MAKEFLAGS += --jobs=3  # environments are set up side by side
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CONSTRAINTS := -c constraints.txt
 GENERATORS := .venv-generators
