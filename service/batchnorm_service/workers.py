@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import multiprocessing
+import os
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -166,8 +170,21 @@ class Supervisor(Multiprocess):
         self.should_exit.set()
 
 
+def _stop_with_supervisor() -> None:
+    """Stop as on SIGTERM when the supervisor is killed: workers left alone would keep the port and be replaced by nobody."""
+    supervisor = multiprocessing.parent_process()
+    assert supervisor is not None
+
+    def wait() -> None:
+        supervisor.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="supervisor", daemon=True).start()
+
+
 def worker(files: FileIds, metrics_directory: Path) -> Gateway:
     """Create the application of one worker; an SQLite store must have these files."""
+    _stop_with_supervisor()
     settings = Settings()
     set_up_logging(settings)
     store = make_store(settings)

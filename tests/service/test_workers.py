@@ -62,6 +62,19 @@ def test_workers_on_one_file_count_every_batch_once_whatever_is_killed(start: St
     assert "Traceback" not in service.output
 
 
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="workers are found in Linux's /proc")
+def test_workers_stop_when_their_supervisor_is_killed(start: Start, store: str) -> None:
+    port = str(free_port())
+    service = start("--store", store, "--workers", "2", "--port", port)
+    workers = worker_pids(service.process.pid)
+    assert len(workers) == 2
+    service.stop(signal.SIGKILL)
+    wait_for("the workers stop", lambda: not worker_pids_left(workers))
+    assert "Traceback" not in service.output
+    assert start("--store", store, "--port", port).stop() == 0  # it can lock the file and listen
+
+
 def worker_pids_left(pids: set[int]) -> set[int]:
     return {pid for pid in pids if b"spawn_main" in _command_line(pid)}
 
