@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import multiprocessing
+import multiprocessing.process
 import os
 import signal
 import socket
@@ -171,15 +171,14 @@ class Supervisor(Multiprocess):
 
 
 def _stop_with_supervisor() -> None:
-    """Stop as on SIGTERM when the supervisor is killed: workers left alone would keep the port and be replaced by nobody."""
-    supervisor = multiprocessing.parent_process()
-    assert supervisor is not None
+    """Stop as on SIGTERM when the supervisor is killed: workers left alone would keep the port, and nobody stops them."""
 
-    def wait() -> None:
+    def wait(supervisor: multiprocessing.process.BaseProcess) -> None:
         supervisor.join()
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=wait, name="supervisor", daemon=True).start()
+    if (supervisor := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=wait, args=(supervisor,), name="supervisor", daemon=True).start()
 
 
 def worker(files: FileIds, metrics_directory: Path) -> Gateway:
