@@ -171,7 +171,7 @@ class Supervisor(Multiprocess):
 
 
 def _stop_with_supervisor() -> None:
-    """Stop as on SIGTERM when the supervisor is killed: workers left alone would keep the port, and nobody stops them."""
+    """Stop as on SIGTERM when the supervisor is killed: nobody would stop workers left alone, which keep the port."""
 
     def wait(supervisor: multiprocessing.process.BaseProcess) -> None:
         supervisor.join()
