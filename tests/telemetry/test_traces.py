@@ -114,6 +114,14 @@ async def test_the_spans_of_a_change(exported):
     assert parents(exported.take()) == {route: None, "decode": route, wait: route, "commit": wait, "encode": route}
 
 
+async def test_the_span_of_a_path_that_is_no_route(exported):
+    """Its name is the method alone, and it has no `http.route`: OpenTelemetry's conventions for HTTP spans."""
+    assert (await exported.client.get("/nothing")).status_code == 404
+    (span,) = exported.take().values()
+    assert (span.name, span.attributes["http.response.status_code"]) == ("GET", 404)
+    assert "http.route" not in span.attributes
+
+
 async def test_monitoring_makes_no_traces(exported):
     for path in ("/healthz", "/readyz", "/metrics"):
         assert (await exported.client.get(path)).status_code == 200

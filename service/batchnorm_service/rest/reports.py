@@ -130,10 +130,12 @@ class RequestReports:
 def _end(span: Span, served: Served, route: str, layer: str | None) -> None:
     """End the span of a request, named and described as OpenTelemetry's conventions for HTTP say."""
     method = served.method if served.method in LABELS["method"] else "_OTHER"
-    span.name = f"{'HTTP' if method == '_OTHER' else method} {route}"
+    span.name = "HTTP" if method == "_OTHER" else method
+    if route != OTHER:
+        span.name += f" {route}"
+        span.attributes["http.route"] = route
     span.attributes |= {
         "http.request.method": method,
-        "http.route": route,
         "http.request.body.size": served.received,
         "http.response.body.size": served.sent,
         "batchnorm.outcome": served.outcome,
