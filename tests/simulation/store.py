@@ -255,7 +255,7 @@ class SimulatedStore:
             self._maybe_full()
             return await work()
         loop, faults, random = asyncio.get_running_loop(), self._faults, self._random
-        self._arrival = max(self._arrival, loop.time()) + faults.store_way(random)
+        self._arrival = max(self._arrival, loop.time() + faults.store_way(random))
         if random.random() < faults.store_late:
             self._arrival += CALL_TIMEOUT + random.uniform(0, 2 * CALL_TIMEOUT)
         reply: asyncio.Future[Any] = loop.create_future()
