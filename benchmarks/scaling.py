@@ -113,7 +113,7 @@ def table(runs: list[Run]) -> Iterator[str]:
 def report(server: Any, *, smoke: bool) -> Iterator[str]:
     """Measure, fit, reckon."""
     seconds = 0.1 if smoke else 1.0
-    sizes, replicas = ((1, 8), (1, 2, 8)) if smoke else (SIZES, REPLICAS)
+    sizes, replicas = ((1, 8), (1, 2)) if smoke else (SIZES, REPLICAS)
     alone = [contend(server.url, 1, size, seconds, f"alone{size}")[0] for size in sizes]
     together = [contend(server.url, many, 16, seconds, f"hot{many}")[0] for many in replicas]
     few = [contend(server.url, many, 2, seconds, f"warm{many}")[0] for many in replicas]
