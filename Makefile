@@ -10,6 +10,7 @@ GENERATORS := .venv-generators
 INFERENCE := .venv-inference
 LOWEST := .venv-lowest
 SUPPLY := .venv-supply
+BROWSER := .venv-browser
 
 .PHONY: help run test coverage test-quick test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak soak-crashes soak-followers alerts simulate mutants machines schemathesis fuzz fuzz-keep lock sbom licences dist image image-check clean
 
@@ -19,7 +20,7 @@ help: ## list the targets
 run: $(VENV)/service.stamp ## start the service on 127.0.0.1:8000
 	@exec $(BIN)/batchnorm-service serve $(ARGS)
 
-test: check $(GENERATORS)/generators.stamp $(INFERENCE)/clients.stamp ## lint, types, dependency rules, and every test
+test: check $(GENERATORS)/generators.stamp $(INFERENCE)/clients.stamp $(BROWSER)/browser.stamp ## lint, types, dependency rules, and every test
 	@$(BIN)/python -m compileall -q client service # hundreds of tests start processes, which may be told to write no bytecode
 	$(BIN)/pytest --numprocesses 3 --dist worksteal $(ARGS)
 
@@ -94,6 +95,19 @@ $(INFERENCE)/clients.stamp: tests/open_inference/clients/requirements.txt
 	@echo "Setting up $(INFERENCE) (once) ..."
 	@$(PYTHON) -m venv --clear $(INFERENCE)
 	@$(INFERENCE)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --no-compile -r $<
+	@touch $@
+
+# What tests/ui/test_browser.py needs: axe-core, and Chromium from Debian's packages if there is none and this is root. Its
+# tests are skipped, and say why, where one of them cannot be had.
+$(BROWSER)/browser.stamp: tests/ui/package-lock.json
+	@echo "Setting up $(BROWSER) (once) ..."
+	@mkdir -p $(BROWSER)
+	@cp tests/ui/package.json tests/ui/package-lock.json $(BROWSER)
+	@if command -v npm > /dev/null; then npm ci --prefix $(BROWSER) --silent --no-audit --no-fund; fi
+	@if ! { command -v chromium || command -v chromium-browser || command -v google-chrome; } > /dev/null \
+		&& [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium; } > /dev/null \
+		|| echo "Chromium could not be installed: the tests of the page in a browser will be skipped."; fi
 	@touch $@
 
 test-lowest: $(LOWEST)/lowest.stamp ## the tests with the lowest versions that pyproject.toml allows
@@ -181,6 +195,8 @@ sbom: $(SUPPLY)/supply.stamp ## list what the service consists of in build/sbom.
 licences: $(VENV)/service.stamp $(SUPPLY)/supply.stamp ## write the licences of these packages to docs/licences.md
 	@{ printf '# Licences\n\nOf the packages that the service is installed with on Linux, written by `make licences`.\n'; \
 		printf 'The metadata of pysimdjson name none; its file LICENSE is the MIT License.\n\n'; \
+		printf 'The page contains uPlot 1.6.32 (MIT License) and, of the font Inter, the file of @fontsource-variable/inter 5.3.0\n'; \
+		printf '(SIL Open Font License 1.1); the licences are in `service/batchnorm_service/ui/licences`.\n\n'; \
 		$(SUPPLY)/bin/pip-licenses --python $(BIN)/python --format markdown --with-system --packages \
 		$$($(SHIPPED) | sed -n 's/^\([a-z0-9-]*\)==.*/\1/p') | sed -E 's/\+(cpu|cu[0-9]+) /     /'; } > docs/licences.md
 
@@ -205,4 +221,4 @@ $(SUPPLY)/supply.stamp: requirements/supply.txt
 	@touch $@
 
 clean: ## remove everything that the targets created
-	rm -rf $(VENV) $(GENERATORS) $(INFERENCE) $(LOWEST) $(SUPPLY) build dist .venv-bench .venv-bench-* .coverage .coverage.* .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(GENERATORS) $(INFERENCE) $(LOWEST) $(SUPPLY) $(BROWSER) build dist .venv-bench .venv-bench-* .coverage .coverage.* .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -30,8 +30,9 @@ from batchnorm_service.store.registry import store_from_url
 from batchnorm_service.telemetry import Metrics, RequestLog, Traces
 from batchnorm_service.telemetry.traces import TracesRefusedError
 from batchnorm_service.tokens import TokenFile, create_file
+from batchnorm_service.ui import INTERFACE as UI
 
-INTERFACES: Final[tuple[Interface, ...]] = (OPEN_INFERENCE,)
+INTERFACES: Final[tuple[Interface, ...]] = (OPEN_INFERENCE, UI)
 """The interfaces beside REST."""
 
 ROUTES: Final = RouteTable(all_routers(INTERFACES))
@@ -119,7 +120,7 @@ def create_app(
         ),
         lifespan,
         metrics,
-        INTERFACES,
+        [interface for interface in INTERFACES if interface is not UI or settings.ui],
     )
     gateway.app.state.settings, gateway.app.state.store = settings, store
     return gateway

@@ -317,10 +317,11 @@ def _announce(url: str, settings: Settings, store: str) -> None:
     variable = f"{PREFIX}TOKEN" if settings.token is not None else f"{PREFIX}CLIENT_TOKEN"
     token = f" -H 'Authorization: Bearer '\"${variable}\"" if settings.has_tokens else ""
     json = " -H 'Content-Type: application/json'"
+    page = f"\n  page     {url}/ui" if settings.ui else ""
     typer.echo(f"""batchnorm-service {__version__}
   address  {url}
   store    {store}
-  docs     {url}/docs
+  docs     {url}/docs{page}
 Try it:
   curl -X PUT {url}/v1/layers/demo{token}{json} -d '{{"num_features": 2}}'
   curl {url}/v1/layers/demo/train{token}{json} -d '{{"input": [[1, 2], [3, 4], [5, 9]]}}'""")

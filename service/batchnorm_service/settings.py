@@ -183,6 +183,9 @@ class Settings(BaseSettings):
     fast_path: bool = True
     """Whether train, eval, inverse, backward and moments are served without ASGI."""
 
+    ui: bool = True
+    """Whether the service has its page, `/ui`, to which `/` leads a browser."""
+
     metrics: bool = True
     """Whether `/metrics` has metrics for Prometheus, and calls are counted."""
 

@@ -16,9 +16,11 @@ BROWSERS = {
 
 
 @pytest.mark.parametrize("accept", BROWSERS.values(), ids=BROWSERS)
-async def test_a_browser_is_sent_to_the_documentation(client, accept):
-    answer = await client.get("/", headers={"Accept": accept}, follow_redirects=True)
-    assert (answer.status_code, answer.url.path) == (200, "/docs")
+@pytest.mark.parametrize("page", ["/ui", "/docs"])
+async def test_a_browser_is_sent_to_the_page_or_the_documentation(serve, accept, page):
+    async with serve(ui=page == "/ui") as service, service.client() as client:
+        answer = await client.get("/", headers={"Accept": accept}, follow_redirects=True)
+    assert (answer.status_code, answer.url.path) == (200, page)
     assert answer.headers["content-type"].startswith("text/html")
     (redirect,) = answer.history
     assert redirect.headers["vary"] == "accept"
@@ -33,7 +35,7 @@ async def test_others_are_told_what_this_is(client, accept):
     about = answer.json()
     assert (about["name"], about["version"]) == ("batchnorm-service", __version__)
     links = [value for value in about.values() if value.startswith("/")]
-    assert {"/docs", "/openapi.json", "/healthz", "/readyz"} <= set(links)
+    assert {"/ui", "/docs", "/openapi.json", "/healthz", "/readyz"} <= set(links)
     for link in links:
         assert (await client.get(link)).status_code == 200
 

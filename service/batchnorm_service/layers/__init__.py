@@ -1,7 +1,7 @@
 """Operations on named layers: cache, update queues and commits. No other package changes a layer's state."""
 
 from ..engine.posted import MOMENT_DTYPES
-from .batches import Batches
+from .batches import Batches, Read
 from .cached_state import layer_not_found
 from .fair_pool import CALLED_LAYER
 from .groups import GroupCall
@@ -26,6 +26,7 @@ __all__ = [
     "Layers",
     "LayersOptions",
     "Normalized",
+    "Read",
     "Selection",
     "Snapshot",
     "is_known",

@@ -25,6 +25,7 @@ from .documents import invalid_request
 from .gateway import Gateway
 from .gradients import GradientEndpoint
 from .gradients import router as gradient_routes
+from .headers import read_headers
 from .health import router as health_routes
 from .history import router as history_routes
 from .interface import Interface, RouteTable
@@ -139,6 +140,8 @@ def build_app(lifespan: Lifespan, interfaces: Sequence[Interface] = ()) -> FastA
     app.state.interfaces, app.state.route_table, app.state.rules = interfaces, RouteTable(routers), Rules(routers)
     for router in routers:
         app.include_router(router)
+    app.state.error_pages = tuple(interface.error_page for interface in interfaces if interface.error_page)
+    app.state.home = next((interface.home for interface in interfaces if interface.home), None)
     models = [model for interface in interfaces for model in interface.models]
     app.openapi = cache(lambda: openapi_document(app, models))  # type: ignore[method-assign]
     return app
@@ -184,6 +187,7 @@ def build_gateway(app: FastAPI, layers: Layers, options: ApiOptions, metrics: Me
         fast_path=options.fast_path,
         metrics=metrics,
         stop_waiting=layers.states.watches.stop,
+        error_pages=app.state.error_pages,
     )
 
 
@@ -193,7 +197,8 @@ async def _handle_error(request: Request, error: Exception) -> Response:
     elif isinstance(error, RequestValidationError):
         # The first part of pydantic's `loc` is the kind of parameter ("query", "header"); problems give the name only.
         error = invalid_request([each | {"loc": each["loc"][1:]} for each in error.errors()])
-    response = respond_problem(error, request.scope["path"], request.state.request_id)
+    scope, pages = request.scope, request.app.state.error_pages
+    response = respond_problem(error, scope["path"], request.state.request_id, read_headers(scope["headers"]), pages)
     request.state.outcome = response.problem
     return response
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -29,7 +29,7 @@ from .bodies import ClientGoneError
 from .connections import Connections, RequestLimits
 from .headers import Headers, read_headers, request_id
 from .layer_request import Endpoint, LayerRequest
-from .problems import respond_problem
+from .problems import ErrorPage, respond_problem
 from .reports import RequestReports, Served
 from .request_context import RequestContext
 from .responses import Response
@@ -67,6 +67,7 @@ class Gateway:
         reports: where every response is reported.
         metrics: reads the running calls and buffered bytes; None if they are off.
         stop_waiting: ends the calls that wait for a change of layers.
+        error_pages: make pages of problems, for people.
 
     Attributes:
         app: the wrapped FastAPI application.
@@ -90,6 +91,7 @@ class Gateway:
         fast_path: bool,
         metrics: Metrics | None = None,
         stop_waiting: Callable[[], object] = lambda: None,
+        error_pages: Sequence[ErrorPage] = (),
     ) -> None:
         self.app = app
         self.transfers = transfers
@@ -105,6 +107,7 @@ class Gateway:
         self._posts = reports.posts
         self._logged_from = reports.log.seconds
         self._stop_waiting = stop_waiting
+        self._error_pages = error_pages
         if metrics:
             metrics.gauge(RUNNING_CALLS, lambda: self.running)
             metrics.gauge(BUFFERED_BYTES, lambda: transfers.buffered)
@@ -118,7 +121,7 @@ class Gateway:
         CALLED_LAYER.set(target.layer)
         accounting = RequestAccounting(self.shares, self.transfers, receive, send, target)
         span = self.reports.begin(method, target, headers)
-        context = RequestContext(self.reports, method, target, headers, accounting, span)
+        context = RequestContext(self.reports, method, target, headers, accounting, span, self._error_pages)
         before = CURRENT_SPAN.set(span)
         try:
             try:

@@ -14,6 +14,7 @@ from batchnorm_service.layers import Layers
 from batchnorm_service.telemetry.metrics import OTHER
 
 from .layer_request import Endpoint
+from .problems import ErrorPage
 
 if TYPE_CHECKING:
     from .application import ApiOptions
@@ -27,11 +28,15 @@ class Interface:
         routers: its routes.
         models: of bodies that FastAPI does not know, for the OpenAPI document.
         endpoints: makes the endpoints that are called without FastAPI, by method and path's template.
+        error_page: makes pages of problems, where a request wants one.
+        home: where `/` leads a browser, relative to it; None if this interface has no pages.
     """
 
     routers: tuple[APIRouter, ...]
     models: tuple[type[BaseModel], ...]
     endpoints: Callable[[Layers, ApiOptions], Mapping[tuple[str, str], Endpoint]]
+    error_page: ErrorPage | None = None
+    home: str | None = None
 
 
 class RouteTable:

@@ -98,19 +98,22 @@ def problem_page(problem: type[ProblemError]) -> str:
     summary="What this is, and where its documentation is",
     response_model=dict[str, str],
     responses=describe_responses("Name, version and links", guarded=False)
-    | {307: {"description": "To the documentation, where text/html is preferred"}},
+    | {307: {"description": "To the page, where text/html is preferred"}},
 )
 async def about(request: Request) -> Response:
-    """Redirects clients that prefer text/html, such as browsers, to the documentation."""
-    if _prefers_html(request.headers.get("accept")):
-        return Response(307, None, [], [(b"location", b"docs"), _VARY, (b"content-length", b"0")])
-    links = {name: f"/{name}" for name in ("docs", "problems", "healthz", "readyz")}
+    """Redirects clients that prefer text/html, such as browsers, to the page; without one, to the documentation."""
     app = request.app
+    home: str | None = app.state.home
+    if prefers_html(request.headers.get("accept")):
+        location = (home or "docs").encode()
+        return Response(307, None, [], [(b"location", location), _VARY, (b"content-length", b"0")])
+    links = {name: f"/{name}" for name in (*((home,) if home else ()), "docs", "problems", "healthz", "readyz")}
     document = {"name": "batchnorm-service", "version": app.version, "description": app.description, **links}
     return respond_json(200, document | {"openapi": "/openapi.json"}, [_VARY])
 
 
-def _prefers_html(accept: str | None) -> bool:
+def prefers_html(accept: str | None) -> bool:
+    """Whether a header Accept prefers a page to JSON, as browsers' do."""
     try:
         return accepted(accept.encode("latin-1") if accept else None, (JSON, _HTML))[0] == _HTML
     except NotAcceptable:

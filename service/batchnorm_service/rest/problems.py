@@ -1,14 +1,15 @@
 """Turns exceptions into responses; no other module writes them.
 
 They are problem documents, application/problem+json (RFC 9457); below /v2 they are what the Open Inference Protocol has
-in their place: `{"error": "..."}`, with the same statuses and headers.
+in their place: `{"error": "..."}`, with the same statuses and headers. An interface for people has pages instead.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Final
 
 import orjson
 from starlette.exceptions import HTTPException
@@ -25,6 +26,7 @@ from batchnorm_client.wire.errors import (
 )
 from batchnorm_client.wire.media_types import JSON, PROBLEM_JSON
 
+from .headers import Headers
 from .responses import RawHeader, Response
 
 log = logging.getLogger(__name__)
@@ -32,13 +34,26 @@ log = logging.getLogger(__name__)
 _OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 
 
-def respond_problem(error: Exception, path: str, request_id: str) -> Response:
+ErrorPage = Callable[[ProblemError, dict[str, Any], Headers], Response | None]
+"""Makes a page of a problem and its document, for a request with these headers; None if it wants no page."""
+
+_NO_HEADERS: Final[Headers] = {}
+
+
+def respond_problem(
+    error: Exception, path: str, request_id: str, headers: Headers = _NO_HEADERS, pages: Iterable[ErrorPage] = ()
+) -> Response:
     """The response to a request that raised `error`.
 
     An exception other than `ProblemError` is a bug: its traceback is logged, and the client gets the request id only.
     """
     document, media_type = problem_document(error, path, request_id), PROBLEM_JSON
     problem = _problem(error, path)
+    for page in pages:
+        if (shown_page := page(problem, document, headers)) is not None:
+            shown_page.problem = problem.name
+            shown_page.raw_headers += _headers(problem)
+            return shown_page
     if is_open_inference(path):
         errors = [each["detail"] for each in problem.fields.get("errors", ())] or [problem.detail]
         document, media_type = {"error": "; ".join(errors)}, JSON

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from starlette.types import Message, Send
@@ -14,7 +14,7 @@ from batchnorm_service.telemetry.metrics import STATUS_CLASSES
 
 from .accounting import RequestAccounting
 from .headers import Headers, request_id
-from .problems import respond_problem
+from .problems import ErrorPage, respond_problem
 from .reports import RequestReports, Served
 from .responses import RawHeader, Response
 from .target import Target
@@ -37,7 +37,9 @@ class RequestContext:
         headers: Headers,
         accounting: RequestAccounting,
         span: Span | None,
+        pages: Sequence[ErrorPage] = (),
     ) -> None:
+        self._pages = pages
         self.request_id = request_id(headers)
         self.status = 0
         self.close = False
@@ -69,7 +71,8 @@ class RequestContext:
     async def fail(self, error: Exception, send: Send) -> None:
         """Respond with a problem document, unless a response has started."""
         if self.status == 0:
-            await self.send_response(respond_problem(error, self._target.path, self.request_id), send)
+            path, pages = self._target.path, self._pages
+            await self.send_response(respond_problem(error, path, self.request_id, self._headers, pages), send)
 
     def report(self, outcome: str, sent: int) -> None:
         """Report the response that is about to be sent, or that its client has disconnected."""

@@ -20,6 +20,8 @@ MODEL_VERSION: Final = "/v2/models/{name}/versions/{version}"
 """The templates of the paths that name a layer."""
 
 STATES: Final = "/v1/state"
+PAGE: Final = "/ui"
+PAGE_LAYER: Final = "/ui/layers/{name}"
 
 MAX_CACHED_BYTES: Final = 256
 """Longer paths are not cached. Paths of calls on layers are shorter: a name has at most 200 characters."""
@@ -30,9 +32,9 @@ class Target(NamedTuple):
 
     Attributes:
         path: normalized: unreserved characters unescaped, all others escaped.
-        versioned: whether it is below /v1, /v2/models or /v2/repository. Such calls are never public, and count as
-            running.
-        layer: the name in `/v1/layers/{name}` or `/v2/models/{name}`, or None.
+        versioned: whether it is below /v1, /v2/models or /v2/repository, or a page that shows layers. Such calls are
+            never public, and count as running.
+        layer: the name in `/v1/layers/{name}`, `/v2/models/{name}` or `/ui/layers/{name}`, or None.
         call: the path's template, such as `/v1/layers/{name}/train`, if it names a layer or is `STATES`; or empty.
         named: False if `layer` is not a valid name.
         version: the version or tag in `/v2/models/{name}/versions/{version}`, or None.
@@ -63,18 +65,24 @@ def target_of(raw: bytes, root: str = "") -> Target:
         segments = [unquote(segment) for segment in segments]
         path = "/".join(quote(segment, safe="!$&'()*+,;=:@") for segment in segments)
     match segments:
-        case ["", "v1", "layers", layer, *rest] if layer:
-            return Target(path, True, layer, "/".join([LAYER, *rest]), _is_name(layer))
+        case ["", "v1" | "ui" as first, "layers", layer, *rest] if layer:
+            template = LAYER if first == "v1" else PAGE_LAYER
+            return Target(path, True, layer, "/".join([template, *rest]), _is_name(layer))
         case ["", "v2", "models", layer, "versions", version, *rest] if layer and version:
             return Target(path, True, layer, "/".join([MODEL_VERSION, *rest]), _is_name(layer), version)
         case ["", "v2", "models", layer, *rest] if layer:
             return Target(path, True, layer, "/".join([MODEL, *rest]), _is_name(layer))
         case ["", "v1", "state"]:
             return Target(path, True, None, STATES)
-        case ["", "v1", *_] | ["", "v2", "models" | "repository", *_]:
+        case ["", "v1", *_] | ["", "v2", "models" | "repository", *_] | ["", "ui"]:
             return Target(path, True, None, "")
         case _:
             return Target(path, False, None, "")
+
+
+def is_page(path: str) -> bool:
+    """Whether a path is that of a page under /ui, where the cookie of the login counts."""
+    return path == PAGE or path.startswith(f"{PAGE}/")
 
 
 def _is_name(layer: str) -> bool:

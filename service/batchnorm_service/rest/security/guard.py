@@ -1,4 +1,4 @@
-"""Finds out who calls, by the header Authorization."""
+"""Finds out who calls, by the header Authorization; under /ui also by the cookie of the login."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from batchnorm_service.runtime import RUNTIME, Runtime
 from batchnorm_service.tokens import EVERYTHING, MAX_TOKEN_BYTES, Grant, Scope, StoredToken, TokenFile, find_token
 
 from ..headers import Headers
-from ..target import Target
+from ..target import Target, is_page
+from .cookies import read_cookie
 from .failures import Failures, WrongTokenError
 from .rules import is_public
 
@@ -32,6 +33,8 @@ class Guard:
 
     Attributes:
         failures: what was refused.
+        enabled: whether there are tokens at all.
+        closed: as above.
     """
 
     def __init__(
@@ -44,7 +47,7 @@ class Guard:
         runtime: Runtime = RUNTIME,
     ) -> None:
         self.failures = Failures(runtime)
-        self._closed = closed
+        self.closed: Final = closed
         self._file = file
         self._read_from_file: Mapping[str, StoredToken] = {}
         # Tokens are compared by a digest under a random key: it costs less than the salted hashes of the file, and the
@@ -55,7 +58,7 @@ class Guard:
             for secret, scope in ((token, Scope.ADMIN), (read_token, Scope.READ))
             if secret is not None
         ]
-        self._enabled = bool(self._fixed) or file is not None
+        self.enabled: Final = bool(self._fixed) or file is not None
         self._known: dict[bytes, Grant] = {}
 
     def authenticate(self, headers: Headers, target: Target) -> Grant | None:
@@ -65,16 +68,22 @@ class Guard:
             Unauthenticated: there is no token.
             WrongTokenError: there is one, but it is not valid.
         """
-        if not self._enabled:
+        if not self.enabled:
             return EVERYTHING
-        if not target.versioned and is_public(target.path) and target.path not in self._closed:
+        if not target.versioned and is_public(target.path) and target.path not in self.closed:
             return None
+        header = headers.get(b"authorization")
+        if header is None and is_page(target.path) and (token := read_cookie(headers)) is not None:
+            header = b"Bearer " + token
+        if header is None:
+            raise _missing()
+        return self.grant(header)
+
+    def grant(self, header: bytes) -> Grant:
+        """What the token in the value of an Authorization header allows. Raises as `authenticate` does."""
         if self._file is not None and (tokens := self._file.current()) is not self._read_from_file:
             self._read_from_file = tokens
             self._known.clear()  # some may be revoked
-        header = headers.get(b"authorization")
-        if header is None:
-            raise _missing()
         digest = self._digest_of(header)
         grant = self._known.get(digest)
         if grant is None:

@@ -28,12 +28,13 @@ PUBLIC_PATHS: Final = frozenset(
         "/openapi.json",
         "/problems",
         "/readyz",
+        "/ui/login",
         "/v2",
     }
 )
 """Paths that need no token, normalized as in `Target.path`."""
 
-PUBLIC_PARENTS: Final = ("/problems", "/v2/health")
+PUBLIC_PARENTS: Final = ("/problems", "/ui/static", "/v2/health")
 """Paths of one of these plus exactly one segment need no token either."""
 
 _bearer = HTTPBearer(

@@ -1,0 +1,99 @@
+"""A batch before and after normalization, as histograms. It is evaluated: nothing changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from fastapi import Query
+from starlette.requests import Request
+
+from batchnorm_client.wire.errors import InvalidRequest
+from batchnorm_client.wire.headers import DIGEST
+from batchnorm_client.wire.tensors import CODECS, Tensor, bytes_read, decode, widened
+from batchnorm_service.layers import Normalized
+from batchnorm_service.rest.bodies import read_body
+from batchnorm_service.rest.headers import read_headers
+from batchnorm_service.rest.negotiation import content_type
+from batchnorm_service.rest.responses import Response, respond_json
+from batchnorm_service.rest.routes import READ, LayerName, LayersDependency
+from batchnorm_service.rest.sizes import check_elements
+
+from .layer import At, _state
+from .rendering import HEADERS, page_router
+from .session import check_form_token
+
+BINS: Final = 60
+_FORM_TOKEN: Final = b"x-form-token"
+
+router = page_router()
+
+
+@router.post("/ui/layers/{name}/histogram", dependencies=[READ])
+async def batch_histogram(
+    name: LayerName,
+    request: Request,
+    layers: LayersDependency,
+    at: At = None,
+    channel: Annotated[int | None, Query(ge=0, le=1 << 20)] = None,
+) -> Response:
+    """Evaluates a batch in any of the forms of `POST /v1/layers/{name}/eval`, and counts its values, before and after.
+
+    With `channel`, only those of this channel.
+    """
+    headers, options = read_headers(request.scope["headers"]), request.app.state.options
+    check_form_token(request, headers.get(_FORM_TOKEN, b"").decode("latin-1"))
+    media = content_type(headers, tuple(CODECS))
+    body = await read_body(headers, request.receive, options.max_body_bytes)
+    given: list[Tensor] = []
+
+    def read(dtypes: Mapping[str, str]) -> Mapping[str, Tensor]:
+        tensors = decode(media, body, dtypes)
+        if (batch := tensors.get("input")) is not None:
+            check_elements(batch, options.max_elements, (media,), field="input")
+            given.append(batch)
+        return tensors
+
+    config = (await layers.get(name, _state(at))).config
+    if channel is not None and channel >= config.num_features:
+        raise InvalidRequest(
+            f"channel: the layer has {config.num_features} channels, counted from 0",
+            field="channel",
+            expected=f"0 to {config.num_features - 1}",
+            got=channel,
+        )
+    done = await layers.batches.eval(name, read, nbytes=bytes_read(media, body), at=_state(at))
+    size = 4 * len(done.output.buffer)
+    document = await layers.encode(size, _document, given[0], done, config.channel_axis, channel)
+    return respond_json(200, document, HEADERS)
+
+
+def _document(batch: Tensor, done: Normalized, axis: int, channel: int | None) -> dict[str, Any]:
+    return {
+        "shape": done.output.shape,  # JSON's [] has got its other dimensions there
+        "dtype": batch.dtype,
+        "channel": channel,
+        "version": done.version,
+        DIGEST.lower(): done.digest,
+        "before": histogram(batch, axis, channel),
+        "after": histogram(done.output, axis, channel),
+    }
+
+
+def histogram(tensor: Tensor, axis: int, channel: int | None) -> dict[str, Any]:
+    """The values of a batch, or of one of its channels, in bins of the same width; those that are not finite apart."""
+    values = widened(tensor)
+    if channel is not None and values.ndim > 1:
+        values = np.take(values, channel, axis=axis)
+    finite: npt.NDArray[Any] = values[np.isfinite(values)].astype(np.float64)
+    document: dict[str, Any] = {"values": values.size, "not_finite": values.size - finite.size}
+    if not finite.size:
+        return document | {"edges": [], "counts": [], "mean": None, "std": None, "low": None, "high": None}
+    low, high = float(finite.min()), float(finite.max())
+    if high - low <= np.spacing(max(abs(low), abs(high))) * BINS:  # one value, or too close together for bins
+        low, high = low - 0.5 - abs(low) / 2, high + 0.5 + abs(high) / 2
+    counts, edges = np.histogram(finite, BINS, (low, high))
+    numbers = {"mean": finite.mean(), "std": finite.std(), "low": finite.min(), "high": finite.max()}
+    return document | {"edges": edges.tolist(), "counts": counts.tolist(), **{k: float(v) for k, v in numbers.items()}}
