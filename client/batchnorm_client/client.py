@@ -16,6 +16,7 @@ from batchnorm_client.options import Cast, HttpOptions, LayerOptions
 from batchnorm_client.results import FoldResult, LayerStates, Replaced
 from batchnorm_client.wire.documents import LayerSummary
 from batchnorm_client.wire.errors import BatchNormError, NoAnswer, ProblemError
+from batchnorm_client.wire.figures import Figures
 
 if TYPE_CHECKING:
     import os
@@ -272,6 +273,16 @@ class Client:
             return self._call(calls.ready(), Retry(attempts=1, deadline=self._retry.deadline))
         except NoAnswer:
             return False
+
+    def figures(self) -> Figures:
+        """The service's figures since it started: requests, times, folds, what waits, the store; from its metrics.
+
+        The difference of two readings, `later.since(earlier)`, says what happened in between.
+
+        Raises:
+            NotFound: the service's metrics are off.
+        """
+        return self._call(calls.figures())
 
     def close(self) -> None:
         """Close the connections. An HTTP client that was passed in stays open."""

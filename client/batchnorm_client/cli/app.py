@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from batchnorm_client.cli import files, history, layers, streams
+from batchnorm_client.cli import files, history, layers, streams, top
 from batchnorm_client.cli.service import EXIT_CODES
 
 app = typer.Typer(
     name="batchnorm",
-    help="Named batch-normalization layers of a service: list, inspect, train, evaluate.",
+    help="Named batch-normalization layers of a service: list, inspect, train, evaluate, watch.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
     add_completion=False,
@@ -51,3 +51,4 @@ app.command("export")(files.export)
 app.command("import")(files.import_)
 app.command("train")(streams.train)
 app.command("eval")(streams.evaluate)
+app.command("top")(top.top)

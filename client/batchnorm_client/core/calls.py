@@ -21,6 +21,7 @@ from batchnorm_client.options import LayerChanges, LayerOptions, Mode, Normalize
 from batchnorm_client.results import EvalResult, FoldResult, Gradients, TrainResult
 from batchnorm_client.wire.documents import Layer, LayerPage
 from batchnorm_client.wire.errors import InvalidRequest, ProblemError
+from batchnorm_client.wire.figures import Figures
 from batchnorm_client.wire.headers import IDEMPOTENCY_KEY, KEY_PATTERN
 from batchnorm_client.wire.media_types import JSON, SAFETENSORS
 from batchnorm_client.wire.names import check_layer_name
@@ -36,6 +37,11 @@ _WRITE = orjson.OPT_SERIALIZE_NUMPY
 def ready() -> Request[bool]:
     """Whether the service is ready."""
     return Request("GET", "/readyz", lambda response: response.status == 200, (200, 502, 503, 504), reads=True)
+
+
+def figures() -> Request[Figures]:
+    """The service's metrics."""
+    return Request("GET", "/metrics", readers.figures, headers={"Accept": "text/plain"}, reads=True)
 
 
 def create(name: str, num_features: int, options: LayerOptions) -> Request[Layer]:

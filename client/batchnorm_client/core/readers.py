@@ -33,8 +33,9 @@ from batchnorm_client.wire.documents import (
     ReplacedDocument,
 )
 from batchnorm_client.wire.errors import ProblemError
+from batchnorm_client.wire.figures import Figures, read_figures
 from batchnorm_client.wire.headers import DIGEST, IDEMPOTENT_REPLAY, NUM_BATCHES_TRACKED, REQUEST_ID, VERSION
-from batchnorm_client.wire.media_types import JSON, SAFETENSORS
+from batchnorm_client.wire.media_types import JSON, SAFETENSORS, TEXT
 from batchnorm_client.wire.tensors import MANY_LAYERS_HEADER, Tensor, decode_safetensors
 
 R = TypeVar("R")
@@ -50,6 +51,12 @@ def layer(response: Response) -> Layer:
     """A `Layer` document. Fields that a newer service added are ignored."""
     _check_form(response, JSON)
     return Layer.model_validate_json(bytes(response.body), extra="ignore")
+
+
+def figures(response: Response) -> Figures:
+    """The metrics in Prometheus's text format."""
+    _check_form(response, TEXT)
+    return read_figures(bytes(response.body).decode())
 
 
 def page(response: Response) -> LayerPage:
