@@ -8,6 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CONSTRAINTS := -c constraints.txt
 GENERATORS := .venv-generators
 INFERENCE := .venv-inference
+DEPLOY := .venv-deploy
 LOWEST := .venv-lowest
 SUPPLY := .venv-supply
 BROWSER := .venv-browser
@@ -20,7 +21,7 @@ help: ## list the targets
 run: $(VENV)/service.stamp ## start the service on 127.0.0.1:8000
 	@exec $(BIN)/batchnorm-service serve $(ARGS)
 
-test: check $(GENERATORS)/generators.stamp $(INFERENCE)/clients.stamp $(BROWSER)/browser.stamp ## lint, types, dependency rules, and every test
+test: check $(GENERATORS)/generators.stamp $(INFERENCE)/clients.stamp $(BROWSER)/browser.stamp $(DEPLOY)/tools.stamp ## lint, types, dependency rules, and every test
 	@$(BIN)/python -m compileall -q client service # hundreds of tests start processes, which may be told to write no bytecode
 	$(BIN)/pytest --numprocesses 3 --dist worksteal $(ARGS)
 
@@ -108,6 +109,17 @@ $(BROWSER)/browser.stamp: tests/ui/package-lock.json
 		&& [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
 		{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium; } > /dev/null \
 		|| echo "Chromium could not be installed: the tests of the page in a browser will be skipped."; fi
+	@touch $@
+
+# What tests/deploy reads the files of deploy/ with, and nginx from Debian's packages if there is none and this is root. One
+# apt-get after the other: each locks the list of packages.
+$(DEPLOY)/tools.stamp: tests/deploy/requirements.txt | $(BROWSER)/browser.stamp
+	@echo "Setting up $(DEPLOY) (once) ..."
+	@$(PYTHON) -m venv --clear $(DEPLOY)
+	@$(DEPLOY)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --no-compile -r $<
+	@if ! PATH=$$PATH:/usr/sbin command -v nginx > /dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends nginx-light; } > /dev/null \
+		|| echo "nginx could not be installed: the tests of deploy/nginx.conf will be skipped."; fi
 	@touch $@
 
 test-lowest: $(LOWEST)/lowest.stamp ## the tests with the lowest versions that pyproject.toml allows
@@ -205,8 +217,10 @@ dist: $(SUPPLY)/supply.stamp ## build the packages into dist/
 
 IMAGE := batchnorm
 
-image: ## build the image IMAGE=batchnorm; PIP_EXTRA_INDEX_URL selects the build of torch
-	docker build --build-arg PIP_EXTRA_INDEX_URL --tag $(IMAGE) .
+TORCH := cpu
+
+image: ## build the image IMAGE=batchnorm with TORCH=cpu or cuda; PIP_EXTRA_INDEX_URL may name another index with the CPU build
+	docker build --build-arg TORCH=$(TORCH) --build-arg PIP_EXTRA_INDEX_URL --build-arg REVISION="$$(git rev-parse HEAD)" --tag $(IMAGE) .
 
 image-check: ## start the image once, and wait until it is healthy
 	@container=$$(docker run --detach --rm $(IMAGE)); trap "docker stop $$container > /dev/null" EXIT; \
@@ -221,4 +235,4 @@ $(SUPPLY)/supply.stamp: requirements/supply.txt
 	@touch $@
 
 clean: ## remove everything that the targets created
-	rm -rf $(VENV) $(GENERATORS) $(INFERENCE) $(LOWEST) $(SUPPLY) $(BROWSER) build dist .venv-bench .venv-bench-* .coverage .coverage.* .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(GENERATORS) $(INFERENCE) $(DEPLOY) $(LOWEST) $(SUPPLY) $(BROWSER) build dist .venv-bench .venv-bench-* .coverage .coverage.* .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache

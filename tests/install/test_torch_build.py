@@ -1,4 +1,4 @@
-"""PIP_EXTRA_INDEX_URL alone decides which build of torch is installed, by make, by pip and in the image."""
+"""Which build of torch is installed, by make and by pip (PIP_EXTRA_INDEX_URL), and in the image (TORCH)."""
 
 import os
 import re
@@ -61,24 +61,24 @@ def test_make_hands_the_setting_to_pip(tmp_path):
         assert "--isolated" not in call  # pip would not look into the environment
 
 
-@pytest.mark.parametrize("extra", ["", "https://index.example/cpu"])
-def test_the_image_takes_the_setting_when_it_installs_torch(tmp_path, extra):
+@pytest.mark.parametrize("build", ["cpu", "cuda"])
+def test_the_image_takes_the_build_that_it_is_told(tmp_path, build):
     """The commands of the Dockerfile up to the packages, with a pip that writes down what it is called with."""
-    text = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
-    setting, *commands = re.findall(
-        r"^(?:ARG|RUN) (.*(?:PIP_EXTRA|requirements|pip install --no-deps -).*)$", text, re.M
-    )
-    assert setting == 'PIP_EXTRA_INDEX_URL=""'
-    (tmp_path / "pip").write_text('#!/bin/sh\necho "$*"\n')
+    text = re.sub(r"^ *#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.M).replace("\\\n", "")
+    arguments = dict(re.findall(r"^ARG (\w+)=(.*)$", text, re.M))
+    assert arguments["TORCH"] == "cpu"
+    assert re.fullmatch(r"https://\S+/whl/cpu", arguments["PIP_EXTRA_INDEX_URL"])
+    commands = [part.split("&& cd")[0] for part in re.findall(r"^RUN (.*requirements|.*-r .*)$", text, re.M)]
+    (tmp_path / "pip").write_text('#!/bin/sh\necho "[$PIP_EXTRA_INDEX_URL] $*"\n')
     (tmp_path / "pip").chmod(0o755)
-    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PIP_EXTRA_INDEX_URL": extra}
+    variables = arguments | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TORCH": build}
     command = ["sh", "-ec", "\n".join(commands)]
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=True)
-    torch = f"torch=={PINNED}" if extra else "--require-hashes -r torch.txt"
-    assert done.stdout.splitlines() == [
-        f"install --no-deps {torch}",
-        "install --no-deps --require-hashes -r service.txt",
-    ]
+    index, install = arguments["PIP_EXTRA_INDEX_URL"], "--python /opt/venv/bin/python install --no-deps"
+    torch = (
+        f"[{index}] {install} torch=={PINNED}+cpu" if build == "cpu" else f"[] {install} --require-hashes -r torch.txt"
+    )
+    assert done.stdout.splitlines() == [torch, f"[{index}] {install} --require-hashes -r service.txt"]
 
 
 def test_the_readme_names_it_for_each_way():
@@ -86,4 +86,4 @@ def test_the_readme_names_it_for_each_way():
     setting, *ways = section.splitlines()
     assert re.fullmatch(r"export PIP_EXTRA_INDEX_URL=https://\S+/whl/cpu", setting)
     assert [way.split()[0] for way in ways] == ["make", "pip", "docker"]
-    assert "--build-arg PIP_EXTRA_INDEX_URL " in ways[2]
+    assert "PIP_EXTRA_INDEX_URL" not in ways[2]  # the image has the CPU build by default

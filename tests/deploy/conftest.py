@@ -1,0 +1,5 @@
+"""Files of deploy/ are read by what reads them in earnest: nginx, Valkey, kubectl, Prometheus's tool."""
+
+from service.conftest import start
+
+__all__ = ["start"]
