@@ -12,8 +12,9 @@ DEPLOY := .venv-deploy
 LOWEST := .venv-lowest
 SUPPLY := .venv-supply
 BROWSER := .venv-browser
+CHECKOV := .venv-checkov
 
-.PHONY: help run test coverage test-quick test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak soak-crashes soak-followers alerts simulate mutants machines schemathesis fuzz fuzz-keep lock sbom licences dist image image-check clean
+.PHONY: help run test coverage test-quick test-lowest sync-client check demo bench bench-quick bench-gpu example-digits examples pictures soak soak-crashes soak-followers alerts simulate mutants machines schemathesis fuzz fuzz-keep lock sbom licences dist image image-check checkov clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -228,6 +229,18 @@ image-check: ## start the image once, and wait until it is healthy
 		if [ "$$(docker inspect --format '{{.State.Health.Status}}' $$container)" = healthy ]; then exit 0; fi; sleep 1; \
 	done; docker logs $$container; exit 1
 
+checkov: $(CHECKOV)/checkov.stamp ## look for insecure settings in the Dockerfile and the manifests of deploy/kubernetes
+	@mkdir -p build
+	@for overlay in single replicas gpu; do kubectl kustomize deploy/kubernetes/$$overlay > build/$$overlay.yaml || exit 1; done
+	$(CHECKOV)/bin/checkov --config-file deploy/kubernetes/checkov.yaml --file build/single.yaml build/replicas.yaml build/gpu.yaml
+	$(CHECKOV)/bin/checkov --framework dockerfile --skip-download --compact --quiet --file Dockerfile
+
+$(CHECKOV)/checkov.stamp: Makefile
+	@echo "Setting up $(CHECKOV) (once) ..."
+	@$(PYTHON) -m venv --clear $(CHECKOV)
+	@$(CHECKOV)/bin/python -m pip --disable-pip-version-check --quiet install checkov==3.3.30
+	@touch $@
+
 $(SUPPLY)/supply.stamp: requirements/supply.txt
 	@echo "Setting up $(SUPPLY) (once) ..."
 	@$(PYTHON) -m venv --clear $(SUPPLY)
@@ -235,4 +248,4 @@ $(SUPPLY)/supply.stamp: requirements/supply.txt
 	@touch $@
 
 clean: ## remove everything that the targets created
-	rm -rf $(VENV) $(GENERATORS) $(INFERENCE) $(DEPLOY) $(LOWEST) $(SUPPLY) $(BROWSER) build dist .venv-bench .venv-bench-* .coverage .coverage.* .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(GENERATORS) $(INFERENCE) $(DEPLOY) $(LOWEST) $(SUPPLY) $(BROWSER) $(CHECKOV) build dist .venv-bench .venv-bench-* .coverage .coverage.* .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache

