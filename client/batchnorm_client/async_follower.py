@@ -263,7 +263,7 @@ class AsyncFollower:
 
     def _raise_failure(self) -> None:
         with self._lock:
-            failure, self._followed.failure = self._followed.failure, None
+            failure = self._followed.take_failure()
         if failure is not None:
             raise failure
 
@@ -372,8 +372,9 @@ class AsyncFollower:
             except BatchNormError as error:
                 if isinstance(error, NoAnswer) and not (error.outcome_unknown or error.permanent):
                     continue  # it has certainly not been folded, so the key's age does not matter
-                with self._lock:
-                    followed.give_up(frame, error)
+                if not self._closed:  # else its batches stay unsent
+                    with self._lock:
+                        followed.give_up(frame, error)
                 return
             with self._lock:
                 followed.folded(frame, result.version)

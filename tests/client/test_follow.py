@@ -330,6 +330,21 @@ def test_close(connect, lossy, layer, follow):
     assert late.unsent == 1
 
 
+def test_a_frame_on_its_way_when_the_follower_is_closed_stays_unsent(connect, lossy, layer, follow):
+    """Its batches were taken for settled: `unsent`, which says what may be lost, was 0."""
+    lossy.faults = ["unheard"] * 1000
+    follower = follow(layer.name, connect.over(lossy), sync_every=NEVER)
+    follower.observe(batch())
+    with pytest.raises(TimedOut):
+        follower.flush(0)
+    until(lambda: lossy.keys)
+    with pytest.raises(TimedOut):
+        follower.close(0)
+    for task in follower._tasks if connect.kind == "sync" else ():
+        task.join(30)
+    assert follower.unsent == 1
+
+
 def test_a_client_that_is_closed(connect, url, layer, follow):
     client = connect(url)
     follower = follow(layer.name, client, max_staleness=0.3)

@@ -76,7 +76,18 @@ def test_a_state_of_others_before_the_frame_was_folded(followed):
 def test_a_frame_that_is_given_up(followed):
     followed.give_up(followed.frame, ConnectionFailed("away"))
     assert mean_of(followed.current()) == 2.0
-    assert (followed.unsettled, str(followed.failure)) == (1, "away")
+    assert followed.unsettled == 1
+    failure = followed.take_failure()
+    assert (str(failure), failure.__notes__) == ("away", ["1 observed batches of layer 'obs' are given up"])
+    assert followed.take_failure() is None
+
+
+def test_an_error_says_how_many_were_given_up_since_the_last(followed):
+    """Those of the second frame were not in any error's note."""
+    followed.give_up(followed.frame, ConnectionFailed("away"))
+    followed.give_up(followed.take(1, "second"), ConnectionFailed("still away"))
+    failure = followed.take_failure()
+    assert (str(failure), failure.__notes__) == ("away", ["2 observed batches of layer 'obs' are given up"])
 
 
 def test_how_old_a_state_is(followed):

@@ -59,7 +59,6 @@ class Followed:
         taken: how many of them were put into frames.
         settled: how many of them were folded, or given up.
         oldest: when the first batch that waits to be sent was observed; None if none waits.
-        failure: why batches were given up; None if none were since it was last taken.
     """
 
     def __init__(self, name: str, states: LayerStates, at: float) -> None:
@@ -70,7 +69,8 @@ class Followed:
         self.error: Exception | None = None
         self.added = self.taken = self.settled = 0
         self.oldest: float | None = None
-        self.failure: BatchNormError | None = None
+        self._failure: BatchNormError | None = None
+        self._given_up = 0
         self._base, self._base_confirmed = self.newest, at
         self._current: RunningState | None = self.newest
         self._unsent: list[BatchMoments] = []
@@ -155,6 +155,14 @@ class Followed:
         self._lose(len(frame.batches), error)
         self._rebase()
 
+    def take_failure(self) -> BatchNormError | None:
+        """Why batches were given up since this was last called, with a note of how many; None if none were."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            failure.add_note(f"{self._given_up} observed batches of layer {self.name!r} are given up")
+            self._given_up = 0
+        return failure
+
     def _rebase(self) -> None:
         """Go on from the newest state, if it is known which frames it contains."""
         if self.in_doubt:
@@ -171,9 +179,9 @@ class Followed:
             self._unsent, self._frames, self.oldest = [], [], None
 
     def _lose(self, batches: int, error: BatchNormError) -> None:
-        error.add_note(f"{batches} observed batches of layer {self.name!r} are given up")
         self.settled += batches
-        self.failure = self.failure or error
+        self._given_up += batches
+        self._failure = self._failure or error
         self._current = None
 
     def _running(self, states: LayerStates) -> RunningState:

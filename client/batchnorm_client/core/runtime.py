@@ -66,7 +66,7 @@ class AsyncSignal:
 
     def __init__(self) -> None:
         self.number = 0
-        self._waiting: set[asyncio.Future[None]] = set()
+        self._waiting: dict[asyncio.Future[None], None] = {}  # they are woken in this order
 
     def notify(self) -> None:
         """Wake all who wait."""
@@ -81,11 +81,11 @@ class AsyncSignal:
 
         if self.number == seen:
             future = asyncio.get_running_loop().create_future()
-            self._waiting.add(future)
+            self._waiting[future] = None
             try:
                 await asyncio.wait([future], timeout=seconds)
             finally:
-                self._waiting.discard(future)
+                del self._waiting[future]
 
 
 class Runtime:
