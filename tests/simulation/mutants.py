@@ -14,7 +14,10 @@ from typing import Any
 
 import pytest
 
-from batchnorm_client.core import retries
+from batchnorm_client.async_follower import AsyncFollower
+from batchnorm_client.core import calls, retries
+from batchnorm_client.core.followed import Followed, Frame
+from batchnorm_client.wire.errors import BatchNormError
 from batchnorm_service.engine.moments_stack import MomentsStack
 from batchnorm_service.layers import group_commit, groups, moments_source, update_queue, updates
 from batchnorm_service.layers.cache import LayerCache
@@ -23,9 +26,10 @@ from batchnorm_service.layers.group_commit import Plan
 from batchnorm_service.layers.kept_states import KeptStates
 from batchnorm_service.layers.retention import Retention
 from batchnorm_service.layers.shared_check import SharedCheck
+from batchnorm_service.layers.states import States
 from batchnorm_service.layers.store_calls import StoreCalls
 from batchnorm_service.layers.update_queue import UpdateQueue
-from batchnorm_service.layers.watches import Watch
+from batchnorm_service.layers.watches import Watch, Watches
 from batchnorm_service.store.base import Committed, Conflict, Duplicates, Record, Stamp, StoreError
 from batchnorm_service.store.memory import MemoryStore
 from batchnorm_service.store.sqlite.thread import SqliteThread
@@ -315,6 +319,47 @@ def a_commit_wakes_no_wait(patch: Patch) -> None:
     patch.setattr(Watch, "changed", lambda self: None)
 
 
+def a_replacement_is_made_of_the_state_that_was_read(patch: Patch) -> None:
+    submit = UpdateQueue.submit
+
+    async def early(self: UpdateQueue, queued: Any) -> Any:
+        known = self._cached.layer
+        if known is not None and getattr(queued, "operation", "") in ("update", "replace"):
+            state = queued.apply(known.state)
+            queued.apply = lambda _: state
+        return await submit(self, queued)
+
+    patch.setattr(UpdateQueue, "submit", early)
+
+
+def the_versions_of_states_are_not_compared(patch: Patch) -> None:
+    replace_many = States.replace_many
+    patch.setattr(States, "replace_many", lambda self, tensors, *_: replace_many(self, tensors, {}, None))
+
+
+class _Unnumbered:
+    """A watch of which nobody sees that changes were reported."""
+
+    changes = 0
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._watch, name)
+
+
+def a_commit_between_check_and_registration_is_missed(patch: Patch) -> None:
+    use = Watches.use
+
+    @contextmanager
+    def unnumbered(self: Watches, selection: Any) -> Iterator[Any]:
+        with use(self, selection) as watch:
+            yield _Unnumbered(watch)
+
+    patch.setattr(Watches, "use", unnumbered)
+
+
 def a_frame_is_folded_in_part_after_a_lost_race(patch: Patch) -> None:
     fold_many, tried = group_commit.fold_many, list[Any]()
 
@@ -341,6 +386,46 @@ def an_observation_sees_batches_that_were_folded_after_it(patch: Patch) -> None:
         settle(self)
 
     patch.setattr(Plan, "settle", late)
+
+
+def a_follower_goes_on_from_a_state_while_a_frame_is_in_doubt(patch: Patch) -> None:
+    patch.setattr(Followed, "in_doubt", property(lambda _: False))
+
+
+def a_frame_without_a_response_is_put_into_a_new_one(patch: Patch) -> None:
+    async def once(self: AsyncFollower, followed: Followed, frame: Frame) -> None:
+        request = calls.fold_moments(self.name, frame.stack, key=frame.key)
+        try:
+            result = await self._client._call(request, retries.Retry(attempts=1))
+        except BatchNormError:
+            followed._frames.remove(frame)
+            followed._unsent[:0] = frame.batches
+            followed.taken -= len(frame.batches)
+            followed.oldest = self._runtime.now()
+        else:
+            followed.folded(frame, result.version)
+
+    patch.setattr(AsyncFollower, "_deliver", once)
+
+
+def a_flush_returns_when_all_is_sent(patch: Patch) -> None:
+    take, folded = Followed.take, Followed.folded
+
+    def taken(self: Followed, *arguments: Any) -> Frame:
+        frame = take(self, *arguments)
+        self.settled += len(frame.batches)
+        return frame
+
+    def counted(self: Followed, frame: Frame, version: int) -> None:
+        self.settled -= len(frame.batches)
+        folded(self, frame, version)
+
+    patch.setattr(Followed, "take", taken)
+    patch.setattr(Followed, "folded", counted)
+
+
+def a_follower_uses_a_state_of_any_age(patch: Patch) -> None:
+    patch.setattr(AsyncFollower, "_older_than_allowed", lambda *_: None)
 
 
 def an_error_is_said_to_have_had_no_effect(patch: Patch) -> None:
@@ -374,9 +459,16 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
         a_deleted_pin_is_served_from_memory,
         the_state_before_a_reset_is_not_kept,
         a_rollback_leaves_the_counters,
+        a_replacement_is_made_of_the_state_that_was_read,
+        the_versions_of_states_are_not_compared,
         a_commit_wakes_no_wait,
+        a_commit_between_check_and_registration_is_missed,
         a_frame_is_folded_in_part_after_a_lost_race,
         an_observation_sees_batches_that_were_folded_after_it,
+        a_follower_goes_on_from_a_state_while_a_frame_is_in_doubt,
+        a_frame_without_a_response_is_put_into_a_new_one,
+        a_flush_returns_when_all_is_sent,
+        a_follower_uses_a_state_of_any_age,
         an_error_is_said_to_have_had_no_effect,
     )
 }

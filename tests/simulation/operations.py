@@ -15,7 +15,8 @@ class Operation:
     """A call of a client.
 
     Attributes:
-        kind: the client's method, such as train or reset; eval_at is eval of a kept state.
+        kind: the client's method, such as train or reset; eval_at is eval of a kept state; that of a follower is such
+            as follower.eval.
         layer: its name.
         arguments: batch, key, changes and so on.
         began, ended: seconds; `ended` is infinite as long as the call is under way.
@@ -44,7 +45,9 @@ class Operation:
         return self.error is not None and not self.error.outcome_unknown
 
     def __str__(self) -> str:
-        what = "gave up" if self.gave_up else "returned" if self.acknowledged else f"{type(self.error).__name__}"
+        what = "gave up" if self.gave_up else "returned" if self.acknowledged else type(self.error).__name__
+        if self.ended == float("inf"):
+            what = "did not return"
         shown = {name: value for name, value in self.arguments.items() if name in _SHOWN}
         return f"{self.began:9.4f} to {self.ended:9.4f}  {self.kind} {self.layer} {shown or ''} {what}"
 

@@ -173,7 +173,7 @@ class _Checker:
             number += before.tracks * len(_rows(choices[0]))  # a key is used again for as many batches
             if (receipt.version, receipt.batch) != (applied.after.stamp.version, number):
                 return f"a receipt says version {receipt.version}, batch {receipt.batch}, not {number}"
-            possible = [_folded(state, batch) for state in possible for batch in choices]
+            possible = [folded(state, batch) for state in possible for batch in choices]
         if not before.tracks:
             return None if applied.after is applied.before else "a batch changed a layer whose tracking is off"
         differences = [_difference(state, after) for state in possible]
@@ -197,6 +197,8 @@ class _Checker:
 
     def _results(self, applied: Applied, before: State, one: Operation) -> Iterator[State]:
         """What a change may make of a state. A rollback to a tag may find any of the states that had it."""
+        if not _expected(applied, one):
+            return
         if one.kind != "rollback":
             yield _changed(before, one)
             return
@@ -211,8 +213,8 @@ class _Checker:
 
     def _contradicts(self, one: Operation) -> str | None:  # noqa: PLR0911 - a case for each kind
         """Why what a caller was told is not true; None if it is."""
-        if one.kind == "wait":
-            return None  # see `waits.py`
+        if one.kind == "wait" or one.kind.startswith("follower."):
+            return None  # see `waits.py` and `observations.py`
         if isinstance(one.error, LayerNotFound):
             return None if any(record is None for record in self._between(one)) else "there was a layer all the time"
         if one.kind in ("eval", "inspect"):
@@ -275,7 +277,7 @@ class _Checker:
             group = self._groups.get((one.layer, receipt.key))
             whole = group and [np.concatenate([each.arguments["batch"] for each in _members(group)])]
             choices = whole or self._sent(one.layer, receipt.key)
-            possible = [_folded(state, batch) for state in possible for batch in choices]
+            possible = [folded(state, batch) for state in possible for batch in choices]
             if receipt.key == receipt_key(one.arguments["key"]):
                 break
         for state in possible:
@@ -324,9 +326,15 @@ def _made(applied: Applied, one: Operation) -> bool:
     """Whether a write is what a change without a key asked for."""
     if one.kind == "delete" or applied.after is None:
         return one.kind == "delete" and applied.after is None
-    if applied.before is None:
+    if applied.before is None or not _expected(applied, one):
         return False
     return _difference(_changed(read(applied.before.data), one), read(applied.after.data)) is None
+
+
+def _expected(applied: Applied, one: Operation) -> bool:
+    """Whether a change was made to the version that its caller expected, if it gave one."""
+    version = one.arguments.get("if_match") or one.arguments.get("versions", {}).get(one.layer)
+    return version is None or (applied.before is not None and applied.before.stamp.version == version)
 
 
 def _rows(batch: Batches) -> list[Vector]:
@@ -339,12 +347,12 @@ def _members(group: list[Operation]) -> list[Operation]:
     return list({one.arguments["key"]: one for one in group}.values())
 
 
-def _folded(state: State, batch: Batches) -> State:
+def folded(state: State, batch: Batches) -> State:
     """running = (1 - m) * running + m * batch; or Chan's merge, in float64; a frame batch by batch."""
     if not state.tracks:
         return state
     if isinstance(batch, list):
-        return reduce(_folded, batch, state)
+        return reduce(folded, batch, state)
     wide = batch.astype(np.float64)
     count, mean, var = len(wide), wide.mean(0), wide.var(0)
     tensors, number, samples = dict(state.tensors), state.batches + 1, state.samples + count

@@ -28,6 +28,7 @@ _MOST_SEEDS = 200
 def _prepare() -> None:
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")  # killed processes leave coroutines that were never awaited to their end
+    sys.unraisablehook = lambda _: None  # the same
     torch.set_num_threads(1)
 
 

@@ -69,10 +69,17 @@ class ServiceRuntime(Runtime):
 
 
 class ClientRuntime(AsyncRuntime):
-    """A client's."""
+    """A client's.
+
+    Attributes:
+        forks: what must be done anew in a child process.
+        exits: what is called when the process exits.
+    """
 
     def __init__(self, random: Random) -> None:
         self._random = random
+        self.forks: list[Any] = []
+        self.exits: list[Callable[[], None]] = []
 
     def now(self) -> float:
         return asyncio.get_running_loop().time()
@@ -91,3 +98,10 @@ class ClientRuntime(AsyncRuntime):
 
     async def run(self, function: Callable[[], Any]) -> Any:
         return function()
+
+    def watch_forks(self, user: Any) -> None:
+        self.forks.append(user)
+
+    def at_exit(self, function: Callable[[], None]) -> Callable[[], object]:
+        self.exits.append(function)
+        return lambda: self.exits.remove(function)

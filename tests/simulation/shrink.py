@@ -36,12 +36,17 @@ def _failing(plan: Plan) -> World | None:
 
 def _smaller(plan: Plan) -> Iterator[Plan]:
     for size in (8, 4, 2, 1):
-        for number, script in enumerate(plan.scripts):
-            for start in range(0, len(script.steps), size):
-                steps = script.steps[:start] + script.steps[start + size :]
-                yield replace(
-                    plan, scripts=[Script(steps) if n == number else one for n, one in enumerate(plan.scripts)]
-                )
+        for scripts in _shorter(plan.scripts, size):
+            yield replace(plan, scripts=scripts)
+        for followers in _shorter(plan.followers, size):
+            yield replace(plan, followers=followers)
     for fault in fields(plan.faults):
         if getattr(plan.faults, fault.name) and fault.name not in ("latency", "sync"):
             yield replace(plan, faults=replace(plan.faults, **{fault.name: 0.0}))
+
+
+def _shorter(scripts: list[Script], size: int) -> Iterator[list[Script]]:
+    for number, script in enumerate(scripts):
+        for start in range(0, len(script.steps), size):
+            steps = script.steps[:start] + script.steps[start + size :]
+            yield [Script(steps) if n == number else one for n, one in enumerate(scripts)]

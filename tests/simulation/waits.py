@@ -35,16 +35,16 @@ def _contradicts(one: Operation, server: Server, faults: Faults) -> str | None:
         return None if gone else "there were layers all the time"
     if not one.acknowledged:
         return None
-    known, found = one.result
+    known, found, ended = one.result
     for states in (known, found):
         for name in names:
             if not any(_shows(states, name, record) for record in _newest(server, name, one.began, one.ended)):
                 return f"no state of {name} that was the newest meanwhile is what it returned"
-    if found is known and faults.are_none:
+    if faults.are_none:
         for name in names:
-            last = _newest(server, name, one.ended - SLACK, one.ended)
+            last = _newest(server, name, ended - SLACK, ended)
             if not any(_shows(known, name, record) for record in last):
-                return f"it waited in vain, although {name} had another state for {SLACK} s"
+                return f"it waited, although {name} had another state for {SLACK} s"
     return None
 
 

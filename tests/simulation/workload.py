@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from random import Random
 from typing import Any
 
 import numpy as np
 
-from batchnorm_client import AsyncClient, LayerStates, Retry
-from batchnorm_client.wire.errors import BatchNormError
+from batchnorm_client import AsyncClient, LayerStates
+from batchnorm_client.wire.errors import BatchNormError, LayerNotFound
 from simulation.faults import Faults
 from simulation.operations import Operation, Script
 
@@ -46,8 +47,22 @@ _KINDS = {
 TRAIN_AND_READ = {"train": 40, "eval": 30, "inspect": 10}
 """What finds a state that is taken for another."""
 
-TRAIN_AND_WAIT = {"wait": 20, "load_states": 1, "eval": 5}
+TRAIN_AND_WAIT = {"wait": 20, "eval": 5}
 """What finds a wait that misses a commit."""
+
+TRAIN_BESIDE = {
+    "train": 10,
+    "frame": 2,
+    "eval": 3,
+    "update": 3,
+    "reset": 1,
+    "load_state_dict": 1,
+    "delete": 2,
+    "create": 6,
+}
+"""What other clients do with the layers that are followed."""
+
+_FOLLOWER_KINDS = {"observe": 60, "eval": 20, "flush": 10, "close": 5, "fork": 5}
 
 _OF_MANY = {"many": ("fold_moments", "batches", "batch"), "load_states": ("load_state_dict", "state_dicts", "tensors")}
 """Calls on many layers: what they are for each of them, and the names of their arguments."""
@@ -128,16 +143,49 @@ def draw_scripts(  # noqa: C901, PLR0912 - a case for each kind
                 arguments = {"with_pins": random.random() < 0.5}
             case "load_states":
                 given = {name: {"weight": _vector(numpy), "bias": _vector(numpy)} for name in layers}
-                arguments = {"state_dicts": given}
+                arguments = {"state_dicts": given, "versions": {}, "checked": number % 2 == 0}
             case "wait":
-                arguments = {"names": layers, "seconds": random.choice((0.2, 3.0))}
-                arguments |= {"batch": batch, "key": f"beside-{number}"}
+                others = [name for name in layers if name != layer]
+                names = sorted([layer, *random.sample(others, min(1, len(others)))])
+                third = random.choice([name for name in layers if name not in names] or [layer])
+                arguments = {"names": names, "seconds": random.choice((0.2, 3.0)), "later": random.expovariate(100)}
+                arguments |= {"batch": batch, "key": f"beside-{number}", "third": third}
             case "load_state_dict":
                 arguments = {"tensors": {"weight": _vector(numpy), "bias": _vector(numpy)}}
             case _:
                 arguments = {"batch": batch} if kind in ("eval", "backward", "inverse") else {}
         first.steps.append((pause, kind, layer, arguments))
     return scripts
+
+
+def draw_followers(random: Random, layers: list[str], length: int) -> list[Script]:
+    """One to three processes with followers, which are closed or killed now and then, and then made anew."""
+    scripts = []
+    numpy = np.random.default_rng(random.getrandbits(32))
+    for _ in range(random.randint(1, 3)):
+        layer, options, mortal = random.choice(layers), _options(random), random.random() < 0.5
+        script = Script()
+        for _ in range(length):
+            kind = random.choices(list(_FOLLOWER_KINDS), list(_FOLLOWER_KINDS.values()))[0]
+            batch = _batch(random, numpy)
+            arguments = {"options": options, "batch": batch, "mean": batch.mean(0, np.float64)}
+            if mortal and random.random() < 0.1:
+                arguments["killed_after"] = random.expovariate(20)
+            script.steps.append((random.expovariate(random.choice((1, 10, 100))), kind, layer, arguments))
+        scripts.append(script)
+    return scripts
+
+
+def _options(random: Random) -> dict[str, Any]:
+    """Of a follower."""
+    batches, most = random.choice(((1, 2), (1, 1000), (3, 3), (3, 1000), (1000, 1000)))
+    return {
+        "max_staleness": random.choice((None, 0.3, 3.0)),
+        "sync_every": random.choice((0.0, 0.1, 1.0, float("inf"))),
+        "sync_batches": batches,
+        "max_unsent": most,
+        "timeout": random.choice((0.0, 0.5, 5.0)),
+    }
 
 
 def _batch(random: Random, numpy: np.random.Generator) -> np.ndarray:
@@ -229,17 +277,31 @@ class Caller:
         else:
             operation.result = result
 
-    async def _wait(self, name: str, arguments: dict[str, Any]) -> tuple[LayerStates, LayerStates]:
-        """Wait for other states than those of now, while a batch is on its way that makes one."""
+    async def _wait(self, name: str, arguments: dict[str, Any]) -> tuple[LayerStates, LayerStates, float]:
+        """Wait for other states than those of now, while a batch is on its way that makes one.
+
+        Returns:
+            The states of before, those that the wait returned, and when it returned.
+        """
         names = arguments["names"]
         known = await self._client.states(names)
-        train = asyncio.ensure_future(
-            self.carry_out(Script([(0.0, "train", name, {"batch": arguments["batch"], "key": arguments["key"]})]))
-        )
+        batch = {"batch": arguments["batch"]}
+        steps = [(0.0, "train", name, batch | {"key": arguments["key"]}), (0.005, "eval", arguments["third"], batch)]
+        beside = asyncio.gather(*(self.carry_out(Script([step])) for step in steps))
         try:
-            return known, await self._client.states(names, known=known, wait=arguments["seconds"])
+            await asyncio.sleep(arguments["later"])
+            found = await self._client.states(names, known=known, wait=arguments["seconds"])
+            return known, found, self._now()
         finally:
-            await train
+            await beside
+
+    async def _load_states(self, state_dicts: dict[str, Any], versions: dict[str, int], checked: bool) -> Any:
+        """Replace tensors, if `checked` only those of the versions that are read before, and noted in `versions`."""
+        versions.clear()
+        if checked:
+            with suppress(LayerNotFound):  # one of them
+                versions |= (await self._client.states(state_dicts)).versions
+        return await self._client.load_states(state_dicts, versions=versions)
 
     async def _call(self, kind: str, name: str, arguments: dict[str, Any]) -> Any:  # noqa: C901, PLR0911, PLR0912 - the same
         layer, batch, key = self._client.layer(name), arguments.get("batch"), arguments.get("key")
@@ -270,7 +332,7 @@ class Caller:
             case "load_state_dict":
                 return await layer.load_state_dict(arguments["tensors"])
             case "load_states":
-                return await self._client.load_states(arguments["state_dicts"])
+                return await self._load_states(**arguments)
             case "wait":
                 return await self._wait(name, arguments)
             case "delete":
@@ -297,6 +359,3 @@ def moments(batch: np.ndarray | list[np.ndarray]) -> tuple[Any, np.ndarray, np.n
         return counts, means, variances
     wide = batch.astype(np.float64)
     return len(wide), wide.mean(0), wide.var(0)
-
-
-RETRY = Retry(attempts=8, deadline=20.0)

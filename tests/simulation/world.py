@@ -10,17 +10,24 @@ from functools import cache
 from random import Random
 from typing import Any
 
-import httpx
-
-from batchnorm_client import AsyncClient
-from simulation import loop, oracle, waits
+from simulation import loop, observations, oracle, waits
+from simulation.clients import make_client
 from simulation.faults import Faults
+from simulation.followers import Followers
 from simulation.network import Connections
 from simulation.operations import Operation, Script
 from simulation.replica import Replica
 from simulation.runtimes import ClientRuntime, ServiceRuntime
 from simulation.store import Server
-from simulation.workload import RETRY, TRAIN_AND_READ, TRAIN_AND_WAIT, Caller, draw_configs, draw_scripts
+from simulation.workload import (
+    TRAIN_AND_READ,
+    TRAIN_AND_WAIT,
+    TRAIN_BESIDE,
+    Caller,
+    draw_configs,
+    draw_followers,
+    draw_scripts,
+)
 
 LENGTH = 40
 """Steps of all clients together."""
@@ -29,10 +36,6 @@ LONGEST = 3600.0
 """Seconds of the world's time after which something hangs."""
 
 RECEIPT_SECONDS = 24 * 3600.0
-
-
-_HTTP = httpx.AsyncClient(base_url="http://world", transport=httpx.MockTransport(lambda _: httpx.Response(500)))
-"""For the client's address; making one takes longer than a world."""
 
 
 @dataclass
@@ -46,6 +49,7 @@ class Plan:
         scripts: of the clients.
         replicas: how many; 1 has an embedded store.
         threaded: whether that store works in a thread, as SQLite's does.
+        followers: what processes with followers do.
     """
 
     seed: int
@@ -54,13 +58,15 @@ class Plan:
     scripts: list[Script]
     replicas: int
     threaded: bool
+    followers: list[Script] = field(default_factory=list)
 
     @classmethod
     def draw(cls, seed: int, length: int = LENGTH) -> Plan:
         """The plan of a seed.
 
         In most worlds everything may happen. In some, clients do nothing but train and read: one layer while the store
-        crashes, or two layers, of which one fits in the cache, while nothing goes wrong; or they wait for new states.
+        crashes, or two layers, of which one fits in the cache, while nothing goes wrong; or they wait for new states,
+        or there are followers.
         """
         random = Random(seed)
         configs = draw_configs(random)
@@ -74,10 +80,20 @@ class Plan:
                 scripts = draw_scripts(random, list("ab"), 2 * length, TRAIN_AND_READ, busy=True)
                 return cls(seed, Faults.none(random), configs, scripts, replicas=1, threaded=random.random() < 0.5)
             case chance if chance < 0.4:
-                configs = dict.fromkeys("ab", configs["a"])
-                scripts = draw_scripts(random, list("ab"), length, TRAIN_AND_WAIT)
+                configs = dict.fromkeys("abcdef", configs["a"])
+                scripts = draw_scripts(random, list("abcdef"), length, TRAIN_AND_WAIT)
                 far = replace(Faults.none(random), latency=0.005, store_distance=random.choice((1.0, 5.0)))
                 return cls(seed, far, configs, scripts, random.choice((1, 1, 2)), threaded=False)
+            case chance if chance < 0.55:
+                configs = {name: configs[name] for name in list(configs)[:2]}
+                scripts = draw_scripts(random, list(configs), length // 4, TRAIN_BESIDE)
+                followers = draw_followers(random, list(configs), length // 4)
+                faults, replicas = Faults.draw(random), random.choice((1, 2, 3))
+                if random.random() < 0.25:
+                    faults = Faults.none(random)
+                    scripts = draw_scripts(random, list(configs), length // 4, TRAIN_AND_READ)
+                threaded = replicas == 1 and random.random() < 0.5
+                return cls(seed, faults, configs, scripts, replicas, threaded, followers)
         faults = Faults.draw(random)
         replicas = random.choice((1, 1, 2, 3))
         scripts = draw_scripts(random, list(configs), length)
@@ -95,6 +111,7 @@ class World:
         history_length: how many states of a layer the replicas keep without a pin.
         findings: what broke a promise; empty if nothing did.
         events: what went wrong, for the trace.
+        followers: with what they saw and sent.
     """
 
     plan: Plan
@@ -103,15 +120,17 @@ class World:
     events: list[tuple[float, str]] = field(default_factory=list)
     server: Server = field(init=False)
     history_length: int = field(init=False)
+    followers: Followers = field(init=False)
 
     def run(self) -> World:
         """Run it to its end and check its history."""
-        _collect_garbage()
+        collect_garbage()
         random = Random(f"{self.plan.seed} world")
         try:
             loop.run(random, lambda: self._live(random))
         except loop.DeadlockError as error:
             self.findings.append(str(error))
+        self.findings += observations.findings(self.followers.processes, self.server, self.plan.faults)
         self.findings += waits.findings(self.operations, self.server, self.plan.faults)
         self.findings += oracle.check(
             self.operations,
@@ -135,9 +154,8 @@ class World:
         ]
         for one in replicas:
             await one.start()
-        client = AsyncClient(http=_HTTP, retry=RETRY)
-        client._connections = Connections(replicas, random, faults)
-        client._runtime = ClientRuntime(random)
+        client = make_client(Connections(replicas, random, faults), ClientRuntime(random))
+        self.followers = Followers(self.operations, replicas, random, faults)
         caller = Caller(client, plan.configs, self.operations, random, faults)
         first = Script([(0.0, "create", name, {}) for name in plan.configs])
         trouble = [
@@ -146,7 +164,12 @@ class World:
             asyncio.ensure_future(self._every(random, faults.store_away, lambda: self._store_away(random))),
             asyncio.ensure_future(self._every(random, faults.clock_jump, lambda: self._jump(random, replicas))),
         ]
-        work = asyncio.gather(caller.carry_out(first), *(caller.carry_out(script) for script in plan.scripts))
+        created = asyncio.ensure_future(caller.carry_out(first))
+        work = asyncio.gather(
+            created,
+            *(caller.carry_out(script) for script in plan.scripts),
+            *(self.followers.carry_out(script, created) for script in plan.followers),
+        )
         try:
             async with asyncio.timeout(LONGEST):
                 await work
@@ -196,7 +219,7 @@ def _freeze() -> None:
     gc.freeze()
 
 
-def _collect_garbage() -> None:
+def collect_garbage() -> None:
     """Of the worlds before, while no loop runs. Coroutines that cannot end there are of no interest."""
     _freeze()
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
