@@ -1,20 +1,21 @@
 # syntax=docker/dockerfile:1
 FROM python:3.11-slim AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
-RUN python -m venv --without-pip /opt/venv
+RUN apt-get update && apt-get install --yes --no-install-recommends binutils && python -m venv --without-pip /opt/venv
 WORKDIR /src
 # `cpu`, or `cuda` for several gigabytes with NVIDIA's libraries. The CPU build is not on PyPI: pip reads
 # PIP_EXTRA_INDEX_URL, the index that has it. Its hash is not in the locks, those of the CUDA build are.
 ARG TORCH=cpu
 ARG PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 # Dependencies change rarely and are the largest part, so torch and the others get image layers of their own. What only
-# tests of these packages and compilers of extensions need is removed, 350 MB: docs/deploy.md, "The image".
+# debuggers, tests of these packages and compilers of extensions need is removed: docs/deploy.md, "The image".
 COPY constraints.txt requirements/service.txt requirements/torch.txt ./
 RUN if [ "$TORCH" = cuda ]; \
     then PIP_EXTRA_INDEX_URL= pip --python /opt/venv/bin/python install --no-deps --require-hashes -r torch.txt; \
     else pip --python /opt/venv/bin/python install --no-deps "$(grep '^torch==' constraints.txt)+$TORCH"; fi \
     && cd /opt/venv/lib/python3.11/site-packages/torch \
-    && rm -rf include test && find bin -type f ! -name torch_shm_manager -delete
+    && rm -rf include test && find bin -type f ! -name torch_shm_manager -delete \
+    && strip --strip-unneeded lib/libtorch_cpu.so lib/libtorch_python.so
 RUN pip --python /opt/venv/bin/python install --no-deps --require-hashes -r service.txt \
     && cd /opt/venv/lib/python3.11/site-packages \
     && find mpmath networkx numpy sympy -type d -name tests -prune -exec rm -r {} +

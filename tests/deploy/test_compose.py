@@ -53,6 +53,15 @@ def test_a_profile_has_its_services(profiles):
     assert all({*SERVICES[name].get("depends_on", ())} <= on for name in on)
 
 
+@pytest.mark.parametrize(("named", "profiles"), [("balancer", ("replicas",)), ("grafana", ("observe",))])
+def test_naming_the_last_service_starts_all_of_its_profile(named, profiles):
+    started, todo = set(), [named]
+    while todo:
+        started.add(name := todo.pop())
+        todo += {*SERVICES[name].get("depends_on", ())} - started
+    assert started == PROFILES[profiles] - {"batchnorm"}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not (TOOLS / "podman-compose").exists(), reason="no podman-compose: make .venv-deploy/tools.stamp")
 def test_another_parser_reads_the_same(tmp_path):

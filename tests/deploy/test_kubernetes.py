@@ -33,7 +33,7 @@ from .valkeys import KEPT, kept, running
 
 PASSWORD = "5ec2e7"
 LATEST = "1.37"  # of the schemas; the manifests use nothing newer than 1.30
-DOCS = (ROOT / "docs/deploy.md").read_text()
+DOCS = (ROOT / "docs/deploy.md").read_text().partition("\n## Kubernetes\n")[2].partition("\n## ")[0]
 
 
 # Kustomizations
