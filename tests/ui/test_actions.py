@@ -61,6 +61,9 @@ async def test_pin_and_unpin(page, layer):
         ("rollback", {"tag": ""}, "version"),
         ("rollback", {"version": "2", "tag": "good"}, "version"),
         ("rollback", {"version": "two"}, "version"),
+        ("rollback", {"version": "18446744073709551616"}, "version"),  # 500: no number of JSON
+        ("rollback", {"version": "9" * 5000}, "version"),  # 500: more digits than `int` takes
+        ("pin", {"tag": "ok", "version": "9" * 5000}, "version"),
         ("pin", {"tag": "17"}, "tag"),
         ("pin", {"tag": ""}, "tag"),
         ("pin", {"tag": "x" * 201}, "tag"),

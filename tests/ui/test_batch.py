@@ -107,6 +107,30 @@ def test_every_finite_value_is_counted(values):
     assert all(a < b for a, b in zip(part["edges"], part["edges"][1:], strict=False))
 
 
+MOST = np.finfo(np.float64).max
+
+
+@pytest.mark.parametrize(
+    ("values", "mean", "std"),
+    [
+        ([MOST, -MOST], 0, MOST),
+        ([MOST, MOST], MOST, 0),
+        ([-MOST, -MOST, -MOST, -MOST], -MOST, 0),
+        ([0, 2000 * 5e-324], 1000 * 5e-324, 1000 * 5e-324),
+        ([0, 100 * 5e-324], 50 * 5e-324, 50 * 5e-324),
+        ([1, 1 + 61 * 2.0**-52, 1, 1 + 61 * 2.0**-52], None, None),
+    ],
+)
+def test_the_largest_and_smallest_numbers_of_float64(values, mean, std):
+    """500, because the span was infinite, or its bins were no larger than a rounding."""
+    part = histogram(Tensor.of(np.array([values], np.float64)), 1, None)
+    assert (sum(part["counts"]), part["low"], part["high"]) == (len(values), min(values), max(values))
+    assert np.isfinite(part["edges"]).all()
+    assert all(a < b for a, b in zip(part["edges"], part["edges"][1:], strict=False))
+    if mean is not None:
+        assert (part["mean"], part["std"]) == (mean, std)
+
+
 def test_values_that_are_not_finite_are_counted_apart():
     batch = np.array([[np.nan, 1], [np.inf, 2], [-np.inf, 3]], np.float32)
     part = histogram(Tensor.of(batch), 1, None)

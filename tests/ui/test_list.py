@@ -2,6 +2,7 @@
 
 import re
 
+import anyio
 import pytest
 
 from batchnorm_service.ui import search as search_module
@@ -133,6 +134,52 @@ async def test_an_unfinished_search_goes_on(service, layers, monkeypatch):
         found += [layer.name for layer in part.layers]
         after = part.next
     assert (found, after) == (["l005499"], None)
+
+
+async def test_an_order_without_a_match_among_the_first_names_goes_on_by_name(page, layers, monkeypatch):
+    """It linked to itself, and a script followed that link, again and again."""
+    monkeypatch.setattr(search_module, "MAX_READ", 2)
+    monkeypatch.setattr(search_module, "_PAGE", 2)
+    answer = await page.get("/ui?q=other&match=contains&sort=channels&order=desc")
+    assert "data-continue" not in answer.text
+    assert "Among the first 2 names" in text_of(answer)
+    on = re.search(r'href="([^"]+)">Search the others', answer.text)[1].replace("&amp;", "&")
+    assert names(await page.get(f"/{on}")) == ["other.net"]
+
+
+@pytest.mark.parametrize("query", ["sort=channels", "order=desc", "q=net&match=contains"])
+async def test_searches_take_turns_and_others_do_not_wait(service, page, layers, monkeypatch, query):
+    """60 at once kept a GET of a layer waiting for half a minute, because each read 250 names in each turn."""
+    listing, release, reading, most = service.layers.list, anyio.Event(), 0, 0
+
+    async def slow(prefix, after, limit):
+        nonlocal reading, most
+        reading += 1
+        most = max(most, reading)
+        await release.wait()
+        reading -= 1
+        return await listing(prefix, after, limit)
+
+    answers, two = [], anyio.Event()
+
+    async def search():
+        answers.append(await page.get(f"/ui?{query}"))
+        if len(answers) == 2:
+            two.set()
+
+    async with anyio.create_task_group() as tasks:
+        monkeypatch.setattr(service.layers, "list", slow)
+        for _ in range(search_module.MAX_SCANS + 2):
+            tasks.start_soon(search)
+        with anyio.fail_after(10):
+            await two.wait()
+        assert [answer.status_code for answer in answers] == [503, 503]
+        assert "The service is busy" in text_of(answers[0])
+        assert (await page.get("/ui/layers/net.a")).status_code == 200
+        release.set()
+    assert most == 1
+    assert [answer.status_code for answer in answers[2:]] == [200] * search_module.MAX_SCANS
+    assert (await page.get(f"/ui?{query}")).status_code == 200
 
 
 async def test_a_refresh_of_what_is_known_has_no_body(page, layers):

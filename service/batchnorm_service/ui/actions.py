@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Final, TypeVar
 
@@ -20,6 +21,8 @@ from .rendering import page_router, redirect
 from .session import Form
 
 _KEY: Final = "key"
+_NUMBER: Final = re.compile("[0-9]{1,19}")
+"""Longer ones are no versions, nor numbers of JSON."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -85,7 +88,7 @@ def _only(form: dict[str, str], *known: str) -> dict[str, str]:
 def _with_number(fields: Mapping[str, str]) -> dict[str, int | str]:
     """The fields with the version as a number, as in JSON; an empty one is left out."""
     given = {name: value for name, value in fields.items() if value != ""}
-    return {name: int(text) if name == "version" and text.isdecimal() else text for name, text in given.items()}
+    return {name: int(text) if name == "version" and _NUMBER.fullmatch(text) else text for name, text in given.items()}
 
 
 def _validated(model: type[Model], fields: Mapping[str, int | str]) -> Model:

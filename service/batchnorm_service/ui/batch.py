@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Final
 
@@ -92,8 +93,13 @@ def histogram(tensor: Tensor, axis: int, channel: int | None) -> dict[str, Any]:
     if not finite.size:
         return document | {"edges": [], "counts": [], "mean": None, "std": None, "low": None, "high": None}
     low, high = float(finite.min()), float(finite.max())
-    if high - low <= np.spacing(max(abs(low), abs(high))) * BINS:  # one value, or too close together for bins
-        low, high = low - 0.5 - abs(low) / 2, high + 0.5 + abs(high) / 2
-    counts, edges = np.histogram(finite, BINS, (low, high))
-    numbers = {"mean": finite.mean(), "std": finite.std(), "low": finite.min(), "high": finite.max()}
-    return document | {"edges": edges.tolist(), "counts": counts.tolist(), **{k: float(v) for k, v in numbers.items()}}
+    document |= {"low": low, "high": high}
+    if high - low <= math.ulp(max(abs(low), abs(high))) * BINS:  # one value, or too close together for bins
+        most = float(np.finfo(np.float64).max)
+        low, high = max(low - 0.5 - abs(low) / 2, -most), min(high + 0.5 + abs(high) / 2, most)
+    # By a power of 2 into -1 to 1, where neither the span nor a sum is infinite, and no bin is as small as a rounding.
+    _, exponent = np.frexp(max(abs(low), abs(high)))
+    scaled = np.ldexp(finite, -exponent, out=finite)
+    counts, edges = np.histogram(scaled, BINS, (np.ldexp(low, -exponent), np.ldexp(high, -exponent)))
+    edges, mean, std = (np.ldexp(value, exponent) for value in (edges, scaled.mean(), scaled.std()))
+    return document | {"edges": edges.tolist(), "counts": counts.tolist(), "mean": float(mean), "std": float(std)}

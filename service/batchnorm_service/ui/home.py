@@ -9,12 +9,14 @@ from urllib.parse import urlencode
 from fastapi import Query
 from starlette.requests import Request
 
+from batchnorm_service.layers import Layers
 from batchnorm_service.rest.responses import Response
 from batchnorm_service.rest.routes import READ, TRAIN, GrantDependency, LayersDependency
+from batchnorm_service.tokens import Grant
 
 from .example import load_example
 from .rendering import origin_of, page_router, redirect, respond_page
-from .search import Match, Order, Search, Sort, find_layers
+from .search import Found, Match, Order, ScanQueue, Search, Sort, find_layers
 from .session import Form
 
 _SHORT_NAMES: Final = {"text": "q"}
@@ -43,7 +45,7 @@ async def layers_page(
 ) -> Response:
     """The layers that the reader may see, a page at a time."""
     search = Search(q.strip(), match, sort, order, after, skip, limit)
-    found = await find_layers(layers, grant, search)
+    found = await _find(request, layers, grant, search)
     first_visit = not (found.layers or search.text or search.after or search.skip)
     return respond_page(
         request,
@@ -67,6 +69,16 @@ async def example(request: Request, layers: LayersDependency, grant: GrantDepend
     """Creates layers and trains them, so that there is something to look at."""
     await load_example(layers, grant.prefix)
     return redirect(request, "?done=example")
+
+
+async def _find(request: Request, layers: Layers, grant: Grant, search: Search) -> Found:
+    if not search.scans:
+        return await find_layers(layers, grant, search)
+    state = request.app.state
+    if not hasattr(state, "scans"):
+        state.scans = ScanQueue()
+    async with state.scans.turn():
+        return await find_layers(layers, grant, search)
 
 
 def _query(search: Search, changes: dict[str, Any]) -> str:

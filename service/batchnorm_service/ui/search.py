@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from batchnorm_client.wire.documents import LayerSummary
+from batchnorm_client.wire.errors import Overloaded
 from batchnorm_service.layers import Layers
 from batchnorm_service.tokens import Grant
 
@@ -16,6 +18,9 @@ MAX_READ: Final = 10_000
 
 _PAGE: Final = 250
 """Names that are read at once, in about 5 ms of the event loop."""
+
+MAX_SCANS: Final = 8
+"""Searches of one process that read names or wait to do so; further ones are refused."""
 
 Match = Literal["start", "contains"]
 Sort = Literal["name", "channels", "batches", "version", "updated"]
@@ -56,6 +61,34 @@ class Search:
         """Whether rows come in the store's order, so that pages follow each other by name."""
         return (self.sort, self.order) == ("name", "asc")
 
+    @property
+    def scans(self) -> bool:
+        """Whether names are read that may not match, up to `MAX_READ`."""
+        return not (self.by_name and self.match == "start")
+
+
+class ScanQueue:
+    """Lets one search at a time read names: of many at once, each would read in every turn of the event loop."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._searches = 0
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Wait for those before; raises `Overloaded` if there are too many."""
+        if self._searches >= MAX_SCANS:
+            raise Overloaded(
+                f"{MAX_SCANS} searches read names already; try again, or search for the beginning of a name",
+                retry_after=1,
+            )
+        self._searches += 1
+        try:
+            async with self._lock:
+                yield
+        finally:
+            self._searches -= 1
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -63,7 +96,7 @@ class Found:
 
     Attributes:
         layers: the rows.
-        next: the name after which the next page begins; None if there is none, or rows are not by name.
+        next: the name after which the next page by name begins, or the search by name goes on; None if there is none.
         read: how many names were read.
         complete: False if there are more names than were read, which may match, or belong before these rows.
         total: how many of the names that were read match; None if rows are by name.
@@ -86,7 +119,7 @@ async def find_layers(layers: Layers, grant: Grant, search: Search) -> Found:
     matching, read, after = await _read(layers, visible, search, after="", most=None)
     matching.sort(key=_KEYS[search.sort], reverse=search.order == "desc")
     rows = matching[search.skip : search.skip + search.limit]
-    return Found(rows, None, read, complete=after is None, total=len(matching))
+    return Found(rows, after, read, complete=after is None, total=len(matching))
 
 
 async def _by_name(layers: Layers, visible: str, search: Search) -> Found:
