@@ -2,6 +2,8 @@
 
 import pytest
 
+from batchnorm_client.wire.errors import StoreUnavailable
+
 from .conftest import submit, text_of
 
 pytestmark = pytest.mark.anyio
@@ -28,6 +30,18 @@ async def test_a_form_that_is_sent_twice_counts_once(page, layer):
     for _ in range(2):
         assert (await submit(page, f"{HERE}/reset", what="all", key="page-1")).status_code == 303
     assert (await page.get(layer)).json()["version"] == 3
+
+
+async def test_a_form_that_the_store_did_not_answer_may_have_been_done(service, page, layer, monkeypatch):
+    """The page said that nothing is lost, and to try again."""
+
+    async def unanswered(*_):
+        raise StoreUnavailable("the store did not answer")
+
+    monkeypatch.setattr(service.layers, "reset", unanswered)
+    answer = await submit(page, f"{HERE}/reset", what="all")
+    assert answer.status_code == 503
+    assert "A change may have been made" in text_of(answer)
 
 
 async def test_rollback(page, layer):

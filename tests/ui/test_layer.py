@@ -27,6 +27,12 @@ async def test_the_page_says_what_the_layer_is(page, layer):
     assert f"curl http://test/v1/layers/{NAME}/eval" in text.replace("127.0.0.1:8000", "test")
 
 
+@pytest.mark.parametrize("host", ["batchnorm_service:8000", "bn.example", "[::1]:8000"])
+async def test_examples_name_the_host_that_the_reader_used(page, layer, host):
+    answer = await page.get(f"/ui/layers/{NAME}", headers={"Host": host})
+    assert f"curl http://{host}/v1/layers/{NAME}/eval" in text_of(answer)
+
+
 async def test_values_for_charts(page, layer):
     """The batch was [[1, 2], [3, 4], [5, 9]]: mean 3 and 5, unbiased variance 4 and 13, momentum 0.1."""
     answer = await page.get(f"/ui/layers/{NAME}/values")
@@ -57,6 +63,10 @@ async def test_a_kept_state(page, layer):
         state = await page.get(f"/ui/layers/{NAME}/state?at={at}")
         assert load(state.content)["running_mean"] == pytest.approx([0.3, 0.5])
         assert f"{NAME}@{at}.safetensors" in state.headers["content-disposition"]
+        assert (state.headers["cache-control"], state.headers["x-content-type-options"]) == (
+            "private, no-cache",
+            "nosniff",
+        )
     assert (await page.get(f"/ui/layers/{NAME}?at=77")).status_code == 404
 
 

@@ -47,6 +47,25 @@ async def test_an_example_that_is_loaded_twice_is_there_once(page):
     assert [pin["tag"] for pin in pins] == ["baseline"]
 
 
+async def test_an_example_counts_as_a_running_call(serve, monkeypatch):
+    async with serve(max_concurrent_requests=1) as service, service.client() as client:
+        listing, began, release = service.layers.list, anyio.Event(), anyio.Event()
+
+        async def slow(*arguments):
+            began.set()
+            await release.wait()
+            return await listing(*arguments)
+
+        monkeypatch.setattr(service.layers, "list", slow)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(client.get, "/v1/layers")
+            await began.wait()
+            answer = await client.post("/ui/example", data={"form_token": ""})
+            release.set()
+        assert (answer.status_code, answer.json()["type"]) == (503, "/problems/overloaded")
+        assert (await client.get("/v1/layers")).json()["layers"] == []
+
+
 @pytest.mark.parametrize(
     ("query", "found"),
     [

@@ -140,7 +140,11 @@ async def test_a_wrong_token_is_counted_and_delayed(guarded):
 
 
 @pytest.mark.parametrize(
-    "to", ["https://elsewhere", "//elsewhere", "/\\elsewhere", "elsewhere", "/a b", "/x\r\nSet-Cookie: a=b", "?q=<x>"]
+    "to",
+    [
+        *("https://elsewhere", "//elsewhere", "/\\elsewhere", "elsewhere", "/a b", "/x\r\nSet-Cookie: a=b", "?q=<x>"),
+        *("/..", "/../docs", "/layers/../../docs", "/..?q=x", "/."),
+    ],
 )
 async def test_a_login_leads_nowhere_else(guarded, to):
     async with guarded.client(**BROWSER) as browser:
@@ -221,6 +225,23 @@ async def test_a_prefix_hides_other_layers(guarded):
         assert (await submit(browser, "/ui/layers/team2.bn/reset", of="/ui", what="all")).status_code == 404
         assert (await submit(browser, "/ui/example", of="/ui")).status_code == 303
         assert "row-team1.example.observations" in (await browser.get("/ui")).text
+
+
+@pytest.mark.parametrize("to", ["/layers/..bn", "/layers/a..b", "/layers/a.", "/layers/-.."])
+async def test_a_name_with_dots_is_no_way_up(guarded, to):
+    async with guarded.client(**BROWSER) as browser:
+        answer = await browser.post("/ui/login", data={"token": guarded.tokens["read"], "next": to})
+        assert led_to(answer) == f"/ui{to}"
+
+
+async def test_an_example_whose_names_would_be_too_long_is_refused(serve, tmp_path):
+    """They were cut, and two layers with different configs had one name."""
+    token, _ = add_token(tmp_path / "tokens", Scope.ADMIN, "x" * 190)
+    async with serve(tokens_file=tmp_path / "tokens") as service, service.client() as client:
+        client.headers["authorization"] = f"Bearer {token}"
+        answer = await submit(client, "/ui/example")
+        assert (answer.status_code, answer.json()["type"]) == (422, "/problems/invalid-request")
+        assert (await client.get("/v1/layers")).json()["layers"] == []
 
 
 async def test_figures_that_need_a_token_are_not_for_one_with_a_prefix(serve, tmp_path):

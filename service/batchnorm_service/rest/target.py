@@ -32,8 +32,8 @@ class Target(NamedTuple):
 
     Attributes:
         path: normalized: unreserved characters unescaped, all others escaped.
-        versioned: whether it is below /v1, /v2/models or /v2/repository, or a page that shows layers. Such calls are
-            never public, and count as running.
+        versioned: whether it is below /v1, /v2/models or /v2/repository, or a page that shows or creates layers. Such
+            calls are never public, and count as running.
         layer: the name in `/v1/layers/{name}`, `/v2/models/{name}` or `/ui/layers/{name}`, or None.
         call: the path's template, such as `/v1/layers/{name}/train`, if it names a layer or is `STATES`; or empty.
         named: False if `layer` is not a valid name.
@@ -74,7 +74,7 @@ def target_of(raw: bytes, root: str = "") -> Target:
             return Target(path, True, layer, "/".join([MODEL, *rest]), _is_name(layer))
         case ["", "v1", "state"]:
             return Target(path, True, None, STATES)
-        case ["", "v1", *_] | ["", "v2", "models" | "repository", *_] | ["", "ui"]:
+        case ["", "v1", *_] | ["", "v2", "models" | "repository", *_] | ["", "ui"] | ["", "ui", "example"]:
             return Target(path, True, None, "")
         case _:
             return Target(path, False, None, "")

@@ -22,7 +22,7 @@ _HELP: Final = {
     "pin-exists": "Choose another tag, or delete the pin that has this one first.",
     "too-many-pins": "Delete a pin that is no longer needed first.",
     "overloaded": "The service is busy. Try again in a moment.",
-    "store-unavailable": "The service cannot reach its store. Nothing is lost; try again in a moment.",
+    "store-unavailable": "The service cannot reach its store. A change may have been made: see the history first.",
     "internal-error": "This is a fault of the service. Its log has the cause under the request id.",
 }
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchnorm_client.wire.documents import LayerConfig
+from batchnorm_client.wire.names import check_layer_name
 from batchnorm_client.wire.tensors import Tensor
 from batchnorm_service.layers import Layers, Read
 
@@ -23,9 +24,15 @@ _LAYERS: Final = {
 
 
 async def load_example(layers: Layers, prefix: str) -> None:
-    """Create the layers, whose names start with `prefix`, and train them. Repeated, it folds nothing a second time."""
+    """Create the layers, whose names start with `prefix`, and train them. Repeated, it folds nothing a second time.
+
+    Raises:
+        InvalidRequest: with this prefix, the names would be too long.
+    """
+    for last in _LAYERS:
+        check_layer_name(f"{prefix}{last}")
     for number, (last, config) in enumerate(_LAYERS.items()):
-        name = f"{prefix}{last}"[:200]
+        name = f"{prefix}{last}"
         layer, _ = await layers.create(name, config)
         if layer.num_batches_tracked:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from functools import partial
 from typing import Annotated, Any, Final
 from urllib.parse import urlencode
@@ -50,7 +51,9 @@ async def layer_page(
     """Everything about a layer; with `at`, about one of its kept states."""
     layer = await layers.get(name, _state(at))
     kept, pins = await layers.history.list(name, _HISTORY, None), await layers.history.pins(name)
-    versions = {pin.version for pin in pins.pins}
+    tags: defaultdict[int, list[str]] = defaultdict(list)
+    for pin in pins.pins:
+        tags[pin.version].append(pin.tag)
     return respond_page(
         request,
         "layer.html",
@@ -61,7 +64,7 @@ async def layer_page(
         history=kept.history,
         more_history=kept.next is not None,
         pins=pins.pins,
-        tags={version: [pin.tag for pin in pins.pins if pin.version == version] for version in versions},
+        tags=tags,
         done=_DONE.get(done, ""),
         origin=origin_of(request),
         batch_shape=_batch_shape(layer),
@@ -88,7 +91,10 @@ async def download_state(name: LayerName, request: Request, layers: LayersDepend
     query = b"" if at is None else urlencode({"at": at}).encode()
     response = await read_state(layers, LayerRequest(name, query, {}, grant=request.state.grant))
     file = name if at is None else f"{name}@{at}"
-    response.raw_headers.append((b"content-disposition", f'attachment; filename="{file}.safetensors"'.encode()))
+    response.raw_headers += [
+        *HEADERS,
+        (b"content-disposition", f'attachment; filename="{file}.safetensors"'.encode()),
+    ]
     return response
 
 

@@ -25,7 +25,7 @@ from batchnorm_service.tokens import EVERYTHING, Grant, Scope
 FOLDER: Final = Path(__file__).parent
 
 _HTML: Final = "text/html; charset=utf-8"
-_HOST: Final = re.compile(r"[A-Za-z0-9.-]+(:[0-9]+)?|\[[0-9A-Fa-f:.]+\](:[0-9]+)?")
+_HOST: Final = re.compile(r"[A-Za-z0-9._-]+(:[0-9]+)?|\[[0-9A-Fa-f:.]+\](:[0-9]+)?")
 
 # Nothing inline and nothing from elsewhere. Scripts may set single styles (CSSOM), which the policy does not concern.
 POLICY: Final = (

@@ -24,8 +24,8 @@ from .rendering import html, page_router, redirect, render
 
 _FORM: Final = "application/x-www-form-urlencoded"
 _MAX_FORM_BYTES: Final = 16 << 10
-_NEXT: Final = re.compile(r"(/[A-Za-z0-9._~-]+)*(\?[A-Za-z0-9._~&=%+-]*)?")
-"""Where a login may lead: below /ui, and so nowhere else."""
+_NEXT: Final = re.compile(r"(/(?!\.{1,2}(?![^/?]))[A-Za-z0-9._~-]+)*(\?[A-Za-z0-9._~&=%+-]*)?")
+"""Where a login may lead: below /ui, and so nowhere else. A browser would go up at a segment of two dots."""
 
 router = page_router()
 
