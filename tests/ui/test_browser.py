@@ -209,6 +209,59 @@ def test_a_batch_before_and_after(reader, layer, tmp_path):
     reader.faults.clear()  # Chromium logs each response with 4xx
 
 
+def test_a_file_of_json_may_be_a_list_as_pasted(reader, layer, tmp_path):
+    (tmp_path / "batch.json").write_text(f" {json.dumps(batches(1, 8)[0].tolist())}\n")
+    page = reader.open("/ui/layers/net.bn1")
+    page.set_input_files("#file", tmp_path / "batch.json")
+    expect(page.locator("#batch-about")).to_contain_text("batch.json, shape (16, 8)")
+
+
+def test_a_file_that_is_too_large_is_not_sent(chromium, running, tmp_path):
+    """A browser that is still sending saw a closed connection, and the page said that the service did not answer."""
+    service = running(max_body_bytes=2000)
+    reader = Reader(chromium, service.url)
+    with service.client() as client:
+        client.create_layer("net.bn1", num_features=8)
+    np.save(tmp_path / "batch.npy", np.zeros((100, 8), np.float32))
+    page = reader.open("/ui/layers/net.bn1")
+    page.set_input_files("#file", tmp_path / "batch.npy")
+    expect(page.get_by_role("alert")).to_contain_text("takes up to 2,000: BATCHNORM_MAX_BODY_BYTES")
+    page.get_by_label("Or paste JSON").fill(json.dumps([[0.0] * 8] * 100))
+    page.locator("#batch-form").get_by_role("button", name="Show").click()
+    expect(page.get_by_role("alert")).to_contain_text("The batch has 4,211 bytes")
+    reader.close()
+    assert reader.faults == []  # a 413 would be one
+
+
+def test_a_second_click_sends_nothing(reader, layer):
+    """It deleted the pin again, and showed that there is none."""
+    layer.pin("release-1")
+    page = reader.open("/ui/layers/net.bn1")
+    submit = """document.querySelector("#unpin-dialog form").dispatchEvent(
+        new SubmitEvent("submit", { bubbles: true, cancelable: true }))"""
+    for _ in range(2):
+        page.get_by_role("button", name="Delete pin release-1").click()
+        assert [page.evaluate(submit) for _ in range(3)] == [True, False, False]
+        page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
+
+
+def test_examples_name_the_folder_of_a_proxy(reader, layer, service):
+    page = reader.open("/ui")
+    page.route(
+        "**/proxied/**",
+        lambda route: route.fulfill(response=route.fetch(url=route.request.url.replace("/proxied", ""))),
+    )
+    page.goto(f"{service.url}/proxied/ui/layers/net.bn1")
+    code = page.locator("#calls code")
+    for _ in range(2):
+        expect(code.first).to_contain_text(f"curl {service.url}/proxied/v1/layers/net.bn1/eval")
+        expect(code.last).to_contain_text(f'Client("{service.url}/proxied")')
+        refresh(page)
+    assert "proxied/proxied" not in page.content()
+    page.goto(f"{service.url}/ui/layers/net.bn1")
+    expect(code.last).to_contain_text(f'Client("{service.url}")')
+
+
 def test_reset_rollback_and_pins(reader, layer):
     page = reader.open("/ui/layers/net.bn1")
     page.get_by_role("button", name="Reset", exact=True).click()

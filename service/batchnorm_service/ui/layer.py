@@ -68,6 +68,7 @@ async def layer_page(
         done=_DONE.get(done, ""),
         origin=origin_of(request),
         batch_shape=_batch_shape(layer),
+        max_body_bytes=request.app.state.options.max_body_bytes,
         accepted_dtypes="float64" if layer.config.dtype == "float64" else "float16, bfloat16 or float32",
     )
 

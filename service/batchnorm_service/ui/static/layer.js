@@ -147,6 +147,7 @@ const form = document.getElementById("batch-form"), problem = document.getElemen
 const result = document.getElementById("batch-result"), json = document.getElementById("json");
 const file = document.getElementById("file"), drop = document.getElementById("drop"), fileName = document.getElementById("file-name");
 const TYPES = { npy: "application/x-npy", safetensors: "application/vnd.safetensors", json: "application/json" };
+const asJson = (text, name) => ({ body: new Blob([text.startsWith("{") ? text : `{"input": ${text}}`]), type: TYPES.json, name });
 let batch = null; // {body, type, name}
 
 const histograms = Object.fromEntries(["before", "after"].map((when) => [when, new Chart(document.querySelector(`[data-histogram=${when}]`), {
@@ -156,11 +157,12 @@ const histograms = Object.fromEntries(["before", "after"].map((when) => [when, n
   read: (data, i) => `${digits(data[0][i])}: ${data[1][i].toLocaleString("en")} values`,
 })]));
 
-function take(chosen) {
+async function take(chosen) {
   if (!chosen) return;
   const type = TYPES[chosen.name.split(".").at(-1).toLowerCase()];
   if (!type) return fail(`${chosen.name} is no .npy, .safetensors or .json file.`);
-  batch = { body: chosen, type, name: chosen.name };
+  if (isTooLarge(chosen)) return;
+  batch = type === TYPES.json ? asJson((await chosen.text()).trim(), chosen.name) : { body: chosen, type, name: chosen.name };
   json.value = "";
   fileName.textContent = chosen.name;
   send();
@@ -199,12 +201,20 @@ function npy(shape, values, dtype) {
 form.addEventListener("submit", (event) => {
   event.preventDefault();
   const text = json.value.trim();
-  if (text) batch = { body: text.startsWith("{") ? text : `{"input": ${text}}`, type: TYPES.json, name: "JSON" };
+  if (text) batch = asJson(text, "JSON");
   if (!batch) return fail("Choose a file, paste JSON, or use random values.");
   send();
 });
 
+/** Said here, because a browser that is still sending does not read the service's answer. */
+function isTooLarge({ size }) {
+  const most = Number(form.dataset.maxBytes);
+  if (size > most) fail(`The batch has ${size.toLocaleString("en")} bytes, and this service takes up to ${most.toLocaleString("en")}: BATCHNORM_MAX_BODY_BYTES.`);
+  return size > most;
+}
+
 async function send() {
+  if (isTooLarge(batch.body)) return;
   const channel = document.getElementById("batch-channel").value;
   const url = new URL(form.dataset.to, location.href);
   if (channel !== "") url.searchParams.set("channel", channel);

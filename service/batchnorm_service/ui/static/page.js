@@ -121,6 +121,7 @@ function openDialog(opener) {
   // The same key if the form is sent twice: the second changes nothing.
   const key = [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
   for (const field of dialog.querySelectorAll("[data-key]")) field.value = `page-${key}`;
+  delete dialog.querySelector("form").dataset.sent;
   dialog.showModal();
 }
 
@@ -144,6 +145,10 @@ document.addEventListener("click", (event) => {
   if ("copy" in button.dataset) copy(button);
 });
 document.addEventListener("submit", (event) => {
+  if (event.target.closest("dialog")) { // a second click would delete a pin that the first has deleted
+    if ("sent" in event.target.dataset) event.preventDefault();
+    event.target.dataset.sent = "";
+  }
   const button = event.target.querySelector("[data-once]");
   if (button) { button.textContent = button.dataset.once; button.disabled = true; }
 });
@@ -187,12 +192,17 @@ themeButton.addEventListener("click", () => {
 showTheme(document.documentElement.dataset.theme ?? "system");
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => document.dispatchEvent(new CustomEvent("theme")));
 
-// --- examples name the address that the reader used, also behind a proxy that ends TLS ---
-if (location.protocol === "https:") {
+// --- examples name the address that the reader used, also behind a proxy that ends TLS or puts a folder before ---
+const named = new RegExp(`https?://${location.host.replace(/\W/g, "\\$&")}(?![\\w.:-])(?:${new URL(`${body.dataset.base}/..`, location.href).pathname.slice(0, -1)}(?=[/"]))?`, "g");
+const used = new URL(`${body.dataset.base}/..`, location.href).href.replace(/\/$/, "");
+function nameAddress() {
   for (const code of document.querySelectorAll(".code code")) {
-    code.textContent = code.textContent.replaceAll(`http://${location.host}`, `https://${location.host}`);
+    const text = code.textContent.replace(named, used);
+    if (text !== code.textContent) code.textContent = text;
   }
 }
+nameAddress();
+document.addEventListener("refreshed", nameAddress);
 
 // --- a search that was not finished goes on by itself ---
 document.querySelector("[data-continue]")?.click();
