@@ -17,6 +17,7 @@ from batchnorm_client import (
     TooFewValues,
     UnexpectedAnswer,
 )
+from batchnorm_client.kernels.torch import all_finite
 
 RNG = np.random.default_rng(5)
 CONFIGS = {
@@ -169,6 +170,31 @@ def test_a_variance_that_overflows_the_layers_dtype_is_refused(client, name, sta
     with pytest.raises(NonFinite):
         getattr(layer, call)(kind(np.array([[1e20], [2e20]], np.float32)))
     assert layer.inspect().num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+@pytest.mark.parametrize(("dtype", "scale"), [("float32", 3e18), ("float64", 1e100)])
+def test_variances_are_finite_though_their_norm_is_not(client, name, dtype, scale, kind):
+    batch = np.tile(np.array([[scale], [-scale]], dtype), (2, 4096))
+    remote, local = (client.create_layer(f"{name}.{which}", 4096, dtype=dtype) for which in ("remote", "local"))
+    expected, found = remote.train(kind(batch)), local.train_local(kind(batch))
+    np.testing.assert_allclose(np.asarray(found.output), np.asarray(expected.output), rtol=1e-6)
+    assert local.inspect().num_batches_tracked == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values", "finite"),
+    [
+        (torch.float32, [3e38] * 40, True),
+        (torch.float16, [6e4] * 40, True),
+        (torch.bfloat16, [3e38] * 40, True),
+        (torch.float32, [1.0, np.inf], False),
+        (torch.float32, [np.inf, 1.0, -np.inf], False),
+        (torch.float32, [3e38] * 40 + [np.nan], False),
+    ],
+)
+def test_a_sum_that_overflows_does_not_make_a_batch_infinite(dtype, values, finite):
+    assert all_finite(torch.tensor(values, dtype=dtype)) is finite
 
 
 def test_a_half_precision_output_that_overflows_is_refused(client, name):

@@ -8,8 +8,10 @@ numpy, which rounds in another order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, Protocol, cast
+from functools import cache
+from typing import Any, Final, Generic, NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -20,6 +22,8 @@ from batchnorm_client.kernels.moments import BatchMoments
 from batchnorm_client.kernels.state import LocalState
 from batchnorm_client.results import BatchStatistics, EvalResult, FoldResult, TrainResult
 from batchnorm_client.wire.errors import NonFinite, UnexpectedAnswer
+
+_MAX: Final = {name: float(np.finfo(name).max) for name in ("float32", "float64")}
 
 
 class Step(NamedTuple, Generic[A]):
@@ -43,8 +47,12 @@ class Kernels(Protocol):
         """Normalize with the batch's own statistics: output; moments; mean, biased variance and inverse deviation."""
         ...
 
-    def with_statistics(self, state: LocalState, batch: Any, mean: Any, var: Any) -> tuple[Any, tuple[Any, Any, Any]]:
+    def with_statistics(self, state: LocalState, batch: Any, mean: Any, var: Any) -> Any:
         """Normalize with this mean and biased variance."""
+        ...
+
+    def statistics(self, state: LocalState, batch: Any, mean: Any, var: Any) -> tuple[Any, Any, Any]:
+        """What `with_statistics` normalizes with: mean, biased variance and inverse deviation."""
         ...
 
     def moments(self, batch: Any) -> BatchMoments:
@@ -104,8 +112,8 @@ def shard_step(state: LocalState, batch: A, whole: BatchMoments) -> Step[A]:
         NonFinite: the output has NaN or infinity, and the layer rejects that. The whole batch was folded.
     """
     kernels, moved = _ready(state, batch)
-    output, statistics = kernels.with_statistics(state, moved, whole.mean, whole.var)
-    return _step(state, kernels, output, whole, statistics)
+    output = kernels.with_statistics(state, moved, whole.mean, whole.var)
+    return _step(state, kernels, output, whole, kernels.statistics(state, moved, whole.mean, whole.var))
 
 
 def trained(state: LocalState, batch: A, step: Step[A] | None, done: FoldResult, *, statistics: bool) -> TrainResult[A]:
@@ -130,8 +138,9 @@ def eval_step(state: LocalState, batch: A, *, statistics: bool) -> EvalResult[A]
     found: BatchStatistics[A] | None = None
     output = moved
     if state.running_mean is not None:
-        output, used = kernels.with_statistics(state, moved, state.running_mean, state.running_var)
-        found = BatchStatistics(*used)
+        output = kernels.with_statistics(state, moved, state.running_mean, state.running_var)
+        if statistics:
+            found = BatchStatistics(*kernels.statistics(state, moved, state.running_mean, state.running_var))
     elif _values(state, batch):
         check_enough(_values(state, batch), 2)
         output, _, used = kernels.with_own_statistics(state, moved)
@@ -149,6 +158,10 @@ def _check_finite(
     state: LocalState, moments: BatchMoments, output_is_finite: Callable[[], bool] = lambda: True
 ) -> None:
     if state.config.non_finite != "reject":
+        return
+    # No element is larger than the norm, which is quicker to compute than whether each is finite.
+    mean_norm, var_norm = (math.sqrt(np.vdot(vector, vector)) for vector in (moments.mean, moments.var))
+    if mean_norm < math.inf and var_norm <= _MAX[state.config.dtype] and output_is_finite():
         return
     with np.errstate(over="ignore"):
         var = moments.var.astype(state.config.dtype)  # float64 for population statistics
@@ -174,10 +187,9 @@ def _ready(state: LocalState, batch: Any) -> tuple[Kernels, Any]:
             raise TypeError("a masked array cannot be normalized: its mask would be lost")
         kernels, dtype = cast(Kernels, numpy_kernels), batch.dtype.name
     elif type(batch).__module__.partition(".")[0] == "torch":
-        from batchnorm_client.kernels import torch as torch_kernels  # noqa: PLC0415 - torch is there already
-
-        kernels, dtype = cast(Kernels, torch_kernels), str(batch.dtype).removeprefix("torch.")
-        batch = batch.detach()
+        kernels, dtype = _torch_kernels(), _torch_name(batch.dtype)
+        if batch.requires_grad:
+            batch = batch.detach()
     else:
         raise TypeError(f"a numpy array or a torch tensor is needed, not {type(batch).__name__}")
     check_input(state.config, dtype, tuple(batch.shape))
@@ -185,5 +197,18 @@ def _ready(state: LocalState, batch: Any) -> tuple[Kernels, Any]:
     return kernels, batch if axis == 1 else kernels.move(batch, axis, 1)
 
 
+@cache
+def _torch_kernels() -> Kernels:
+    from batchnorm_client.kernels import torch as torch_kernels  # noqa: PLC0415 - torch is there already
+
+    return cast(Kernels, torch_kernels)
+
+
+@cache
+def _torch_name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _values(state: LocalState, batch: Any) -> int:
-    return int(np.prod(batch.shape, dtype=np.int64)) // state.config.num_features
+    elements: int = math.prod(batch.shape)
+    return elements // state.config.num_features

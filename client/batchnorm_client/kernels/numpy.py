@@ -17,15 +17,14 @@ Statistics = tuple[Array, Array, Array]
 def with_own_statistics(state: LocalState, batch: Array) -> tuple[Array, BatchMoments, Statistics]:
     """Normalize (N, C, *) with its own statistics."""
     found = moments(batch)
-    output, statistics = with_statistics(state, batch, found.mean, found.var)
-    return output, found, statistics
+    return with_statistics(state, batch, *found[1:]), found, statistics(state, batch, *found[1:])
 
 
-def with_statistics(state: LocalState, batch: Array, mean: Array, var: Array) -> tuple[Array, Statistics]:
+def with_statistics(state: LocalState, batch: Array, mean: Array, var: Array) -> Array:
     """Normalize (N, C, *) with a mean and a biased variance, (C,), of any float dtype."""
     dtype = np.dtype(state.config.dtype)
     with np.errstate(all="ignore"):  # the layer's `non_finite` decides whether NaN and overflow are errors
-        invstd = 1 / np.sqrt(var.astype(np.float64) + state.config.eps)
+        invstd = _invstd(state, var)
         scale = invstd if state.weight is None else invstd * state.weight
         # Subtract the mean first: `input * scale + shift` would lose small differences if the offset is large.
         centered = batch.astype(dtype) - _per_channel(mean.astype(dtype), batch)
@@ -33,8 +32,14 @@ def with_statistics(state: LocalState, batch: Array, mean: Array, var: Array) ->
         offset = (np.zeros_like(scale) if state.bias is None else state.bias) - rest * scale
         centered *= _per_channel(scale.astype(dtype), batch)
         centered += _per_channel(offset.astype(dtype), batch)
-        output = centered.astype(batch.dtype, copy=False)
-        return output, (mean.astype(dtype), var.astype(dtype), invstd.astype(dtype))
+        return centered.astype(batch.dtype, copy=False)
+
+
+def statistics(state: LocalState, _batch: Array, mean: Array, var: Array) -> Statistics:
+    """The statistics that `with_statistics` normalizes with, in the layer's dtype."""
+    dtype = np.dtype(state.config.dtype)
+    with np.errstate(all="ignore"):
+        return mean.astype(dtype), var.astype(dtype), _invstd(state, var).astype(dtype)
 
 
 def moments(batch: Array) -> BatchMoments:
@@ -65,6 +70,10 @@ def clip(batch: Array, bound: float) -> Array:
 def all_finite(batch: Array) -> bool:
     """Whether it contains neither NaN nor infinity."""
     return bool(np.isfinite(batch).all())
+
+
+def _invstd(state: LocalState, var: Array) -> Array:
+    return 1 / np.sqrt(var.astype(np.float64) + state.config.eps)
 
 
 def _per_channel(vector: Array, batch: Array) -> Array:

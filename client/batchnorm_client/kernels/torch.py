@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,26 +93,27 @@ def with_own_statistics(state: LocalState, batch: Tensor) -> tuple[Tensor, Batch
     output, mean, var, invstd = train_kernel(batch, weight, bias, eps=config.eps, dtype=dtype, narrow=narrow)
     if STATISTICS[config.statistics].exact_moments:
         found = moments(batch)
-        biased = torch.from_numpy(found.var).to(batch.device)
     else:
         count = batch.numel() // config.num_features
-        biased = var.double() * ((count - 1) / count)
-        found = BatchMoments(count, mean.double().cpu().numpy(), biased.cpu().numpy())
-    return output, found, (mean, biased.to(dtype), invstd.to(dtype))
+        wide_mean, wide_var = (vector.cpu().numpy().astype(np.float64) for vector in (mean, var))
+        found = BatchMoments(count, wide_mean, wide_var * ((count - 1) / count))
+    biased = torch.from_numpy(found.var).to(batch.device, dtype)
+    return output, found, (mean, biased, invstd.to(dtype))
 
 
-def with_statistics(state: LocalState, batch: Tensor, mean: Any, var: Any) -> tuple[Tensor, Statistics]:
+def with_statistics(state: LocalState, batch: Tensor, mean: Any, var: Any) -> Tensor:
     """Normalize (N, C, *) with a mean and a biased variance, (C,), of any float dtype."""
+    if not batch.numel():
+        return torch.empty_like(batch)
+    mean, var, weight, bias = _on(batch, _dtype(state), mean, var, state.weight, state.bias)
+    return torch.native_batch_norm(batch, weight, bias, mean, var, False, 0.0, state.config.eps)[0]
+
+
+def statistics(state: LocalState, batch: Tensor, mean: Any, var: Any) -> Statistics:
+    """The statistics that `with_statistics` normalizes with, in the layer's dtype and on the batch's device."""
     dtype = _dtype(state)
-    mean_there, var_there, weight, bias = _on(batch, dtype, mean, var, state.weight, state.bias)
-    output = torch.empty_like(batch)
-    if batch.numel():
-        output = torch.native_batch_norm(batch, weight, bias, mean_there, var_there, False, 0.0, state.config.eps)[0]
-    wide = torch.as_tensor(var).to(batch.device)
-    invstd = torch.rsqrt(wide + state.config.eps).to(dtype)
-    assert mean_there is not None  # noqa: S101 - given
-    assert var_there is not None  # noqa: S101
-    return output, (mean_there, var_there, invstd)
+    wide_mean, wide_var = (torch.as_tensor(vector).to(batch.device) for vector in (mean, var))
+    return wide_mean.to(dtype), wide_var.to(dtype), torch.rsqrt(wide_var + state.config.eps).to(dtype)
 
 
 def moments(batch: Tensor) -> BatchMoments:
@@ -131,8 +134,8 @@ def clip(batch: Tensor, bound: float) -> Tensor:
 
 
 def all_finite(batch: Tensor) -> bool:
-    """Whether it contains neither NaN nor infinity."""
-    return bool(batch.isfinite().all())
+    """Whether it contains neither NaN nor infinity. One of these makes the sum so, too, which takes a pass less."""
+    return math.isfinite(batch.sum()) or bool(batch.isfinite().all())
 
 
 def _axes(batch: Tensor) -> list[int]:
@@ -145,8 +148,12 @@ def _dtype(state: LocalState) -> torch.dtype:
 
 
 def _on(batch: Tensor, dtype: torch.dtype, *vectors: Any) -> tuple[Tensor | None, ...]:
-    """numpy or torch vectors as tensors on the batch's device."""
+    """numpy or torch vectors as tensors on the batch's device; those that are there already stay as they are."""
+    device = batch.device
     return tuple(
-        None if vector is None else torch.as_tensor(vector).detach().to(device=batch.device, dtype=dtype)
+        vector
+        if vector is None
+        or (type(vector) is Tensor and vector.dtype is dtype and vector.device == device and not vector.requires_grad)
+        else torch.as_tensor(vector).detach().to(device=device, dtype=dtype)
         for vector in vectors
     )

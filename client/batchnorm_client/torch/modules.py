@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm_client import Client, Layer, LayerChanges, LayerOptions
+from batchnorm_client import Client, Layer, LayerChanges, LayerConfig, LayerOptions
 from batchnorm_client.core.local import eval_step, train_step
 from batchnorm_client.kernels.state import LocalState
 from batchnorm_client.results import BatchStatistics
@@ -90,6 +90,7 @@ class RemoteBatchNorm(RemoteRunningStatistics):
     """
 
     _dimensions: Literal[1, 2, 3]
+    _config: LayerConfig
 
     def __init__(
         self,
@@ -186,9 +187,10 @@ class RemoteBatchNorm(RemoteRunningStatistics):
         shared = self._shared if self._trains else None
         if own and not shared and input.size(1) and input.numel() == input.size(1):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
-        if self.weight is not None and self.weight.device != input.device:
+        weight, bias = self.weight, self.bias
+        if weight is not None and weight.device != input.device:
             # The backward pass would raise, but after the batch was counted.
-            raise RuntimeError(f"the input is on {input.device}, weight and bias are on {self.weight.device}")
+            raise RuntimeError(f"the input is on {input.device}, weight and bias are on {weight.device}")
         if input.numel() == 0 and not self._trains:
             return self._empty(input)
         if shared:
@@ -196,7 +198,7 @@ class RemoteBatchNorm(RemoteRunningStatistics):
             if self._calls is not None:
                 self._calls.begin()
             self.push()
-            return normalize_shard(shared, input, self.weight, self.bias)
+            return normalize_shard(shared, input, weight, bias)
         together = self._calls is not None and self._calls.begin()
         if not self.sends_parameters:
             self._send(self._options())
@@ -204,7 +206,7 @@ class RemoteBatchNorm(RemoteRunningStatistics):
             self._send(self._options() | self.changed_parameters())
         else:
             self.push()
-        return normalize(self._normalize, input, self.weight, self.bias, own=own, eps=self.eps)
+        return normalize(self._normalize, input, weight, bias, own=own, eps=self.eps)
 
     def _normalize(self, x: Tensor, statistics: bool) -> tuple[Tensor, BatchStatistics[Tensor] | None]:
         output, found = self._local(x, statistics) if self.compute == "local" else self._remote(x, statistics)
@@ -227,13 +229,18 @@ class RemoteBatchNorm(RemoteRunningStatistics):
                 result = eval_step(state, x, statistics=statistics)
             return result.output, result.statistics
         tracks = self._tracks and self.track_running_stats
-        config = self._config.model_copy(update={"eps": self.eps, "track_running_stats": tracks})
-        step = train_step(LocalState(config, 0, 0, self.weight, self.bias, None, None, ""), x)
+        step = train_step(LocalState(self._own_config(tracks), 0, 0, self.weight, self.bias, None, None, ""), x)
         if tracks and self._pending:
             self._pending.add(self.name, step.moments)
         elif tracks:
             self.layer.fold_moments(*step.moments)
         return step.output, step.statistics
+
+    def _own_config(self, tracks: bool) -> LayerConfig:
+        """The layer's config with this module's eps and tracking."""
+        if (self._config.eps, self._config.track_running_stats) != (self.eps, tracks):
+            self._config = self._config.model_copy(update={"eps": self.eps, "track_running_stats": tracks})
+        return self._config
 
     def _empty(self, x: Tensor) -> Tensor:
         """An empty output with its autograd graph; the statistics do not matter."""
@@ -340,7 +347,8 @@ class RemoteBatchNorm(RemoteRunningStatistics):
 
     def changed_parameters(self) -> dict[str, Tensor]:
         """Copies of weight and bias, on the CPU, those that changed since they were last sent or read."""
-        return _on_the_cpu(self._changes(self._checked_parameters()))
+        changed = self._changes(self._parameters)
+        return self._copies(changed) if changed else changed
 
     def forget_sent(self) -> dict[str, Any]:
         """What the service has, which is uncertain from now on, until `remember_sent`."""
@@ -354,17 +362,17 @@ class RemoteBatchNorm(RemoteRunningStatistics):
 
     def _parameters_to_send(self) -> dict[str, Tensor]:
         """Copies of weight and bias, on the CPU."""
-        return _on_the_cpu(self._checked_parameters())
+        return self._copies(self._parameters)
 
-    def _checked_parameters(self) -> dict[str, Tensor]:
-        parameters = {field: value.detach() for field, value in self._parameters.items() if value is not None}
-        for field, value in parameters.items():
+    def _copies(self, parameters: dict[str, Any]) -> dict[str, Tensor]:
+        given: dict[str, Tensor] = {name: value for name, value in parameters.items() if value is not None}
+        for name, value in given.items():
             if value.dtype != self.state_dtype:
                 raise TypeError(
-                    f"{field} is {value.dtype}, but layer {self.name!r} is {self.state_dtype}: leave the parameters of "
+                    f"{name} is {value.dtype}, but layer {self.name!r} is {self.state_dtype}: leave the parameters of "
                     f"{type(self).__name__} in its dtype; only its input may be half precision"
                 )
-        return parameters
+        return {name: value.detach().to("cpu", copy=True) for name, value in given.items()}
 
 
 def layer_options(
@@ -392,12 +400,8 @@ def without_bias(leave_out: bool) -> dict[str, bool]:
     return {"bias": False} if leave_out else {}
 
 
-def _on_the_cpu(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies, which stay as they are."""
-    return {field: torch.empty_like(value, device="cpu").copy_(value) for field, value in parameters.items()}
-
-
 def _same(known: Any, value: Any) -> bool:
     if isinstance(known, Tensor):
-        return torch.equal(known, value.to(known))
+        # Compared by value: autograd's version of a parameter does not count changes through `.data`.
+        return value.dtype == known.dtype and torch.equal(known, value if value.is_cpu else value.to(known))
     return bool(known == value)

@@ -77,6 +77,14 @@ def test_parameters_that_change_during_the_pass(way, model):
     torch.testing.assert_close(output, snapshot(model)(BATCH))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_parameters_in_another_dtype_are_refused_also_if_they_are_equal(watched, name, training):
+    model = convert_batchnorm(plain(), watched, name).train(training)
+    model[4].half()  # 1 and 0, as they were sent
+    with pytest.raises(TypeError, match=r"weight is torch\.float16"):
+        model(BATCH)
+
+
 def test_a_module_that_is_used_alone_asks_itself(way, model, client, name):
     model.eval()(BATCH)
     train_elsewhere(client, name)
