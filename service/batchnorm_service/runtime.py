@@ -48,6 +48,10 @@ class Runtime:
         """Sleep."""
         await asyncio.sleep(seconds)
 
+    def call_later(self, seconds: float, callback: Callable[..., object], *args: Any) -> asyncio.TimerHandle:
+        """Call a function after this time, unless the handle is cancelled."""
+        return asyncio.get_running_loop().call_later(seconds, callback, *args)
+
     def timeout(self, seconds: float) -> asyncio.Timeout:
         """A context manager that cancels its body after this time and raises `TimeoutError`."""
         return asyncio.timeout(seconds)

@@ -155,6 +155,97 @@ async def test_without_the_fast_path_everything_comes_by_asgi(monkeypatch):
         assert service.by_asgi == 3
 
 
+ORDERED = ("running_mean", "running_var", "weight", "bias")
+STATES = {
+    "safetensors": ("/v1/layers/bn/state", ""),
+    "json": ("/v1/layers/bn/state", f"Accept: {JSON}\r\n"),
+    "no form": ("/v1/layers/bn/state", "Accept: text/html\r\n"),
+    "known": ("/v1/layers/bn/state", 'If-None-Match: "2"\r\n'),
+    "known for any time": ("/v1/layers/bn/state?wait=0.01", 'If-None-Match: "2"\r\n'),
+    "unknown": ("/v1/layers/bn/state?wait=60", 'If-None-Match: "1"\r\n'),
+    "kept": ("/v1/layers/bn/state?at=1", ""),
+    "not kept": ("/v1/layers/bn/state?at=9", ""),
+    "no such layer": ("/v1/layers/none/state", ""),
+    "no name": ("/v1/layers/-/state", ""),
+    "a document": ("/v1/layers/bn", ""),
+    "a known document": ("/v1/layers/bn", 'If-None-Match: "2"\r\n'),
+    "several": ("/v1/state?names=bn,bm", ""),
+    "several that are known": ("/v1/state?prefix=b", "If-None-Match: *\r\n"),
+    "several that are not there": ("/v1/state?names=bn,none", ""),
+    "all": ("/v1/state?prefix=b", ""),
+    "a parameter": ("/v1/state?names=bn&x=1", ""),
+    "a fragment": ("/v1/state?names=bn#x", ""),
+    "an escape": ("/v1/state?names=b%6E", ""),
+    "a body": ("/v1/state?names=bn", "Content-Length: 0\r\n"),
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+async def test_states_are_read_the_same_by_both_ways(service, case):
+    path, headers = STATES[case]
+    await service.ask(post("/v1/layers/bn/train", TENSORS, SAFETENSORS))
+    (direct,) = await service.ask(get(path, headers))
+    assert service.by_asgi == (case in {"a fragment", "no name"})
+    (ordinary,) = await service.ask(get(path, headers + ORDINARY))
+    assert comparable(direct) == comparable(ordinary)
+
+
+WEIGHT = np.float32([1, 2])
+MOMENTS_OF_BN = {"bn.count": 4, "bn.mean": [1.0, 2.0], "bn.var": [0.5, 3.0]}
+MANY = {
+    "moments": ("POST", "/v1/moments", MOMENTS_OF_BN, ""),
+    "a key": ("POST", "/v1/moments", MOMENTS_OF_BN, "Idempotency-Key: k\r\n"),
+    "a bad key": ("POST", "/v1/moments", {}, "Idempotency-Key: a b\r\n"),
+    "a layer that refuses": ("POST", "/v1/moments", MOMENTS_OF_BN | {"none.count": 4}, ""),
+    "moments that are not known": ("POST", "/v1/moments", {"bn.x": 4}, ""),
+    "a query": ("POST", "/v1/moments?statistics=true", MOMENTS_OF_BN, ""),
+    "parameters": ("PUT", "/v1/state", {"bn.weight": WEIGHT, "bm.bias": WEIGHT}, ""),
+    "one that is refused": ("PUT", "/v1/state", {"bn.weight": WEIGHT, "no.bias": WEIGHT, "bm.bias": [3.0]}, ""),
+    "a bad version": ("PUT", "/v1/state", {"bn.weight": WEIGHT}, "If-Match: 9\r\n"),
+}
+
+
+@pytest.mark.parametrize("case", MANY)
+async def test_calls_on_many_layers_give_the_same_by_both_ways(monkeypatch, case):
+    method, path, tensors, headers = MANY[case]
+    body = save({name: np.asarray(value) for name, value in tensors.items()})
+    answers = []
+    for way in ("", ORDINARY):
+        async with serving(monkeypatch) as service:
+            call = post(path, body, SAFETENSORS, headers + way + "X-Request-ID: mine\r\n")
+            call = call.replace(b"POST", method.encode(), 1)
+            answers.append([comparable(got) for got in [*await service.ask(call), *await service.ask(call)]])
+            assert service.by_asgi == (2 if way or (case == "moments with a query" and way) else 0)
+            for name in ("bn", "bm"):
+                ((_, _, document),) = await service.ask(get(f"/v1/layers/{name}"))
+                answers[-1].append({key: json.loads(document)[key] for key in ("version", *ORDERED)})
+    assert answers[0] == answers[1]
+
+
+async def test_answers_come_in_order_also_after_one_that_waits(service):
+    reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+    writer.write(get("/v1/layers/bn/state?wait=60", 'If-None-Match: "1"\r\n') + get("/v1/layers/bm"))
+    watches = service.gateway.app.state.layers.states.watches
+    await until(lambda: watches.waiting == 1)
+    await service.ask(post("/v1/layers/bn/train", TENSORS, SAFETENSORS))
+    first, second = [await answer(reader) for _ in range(2)]
+    assert (first[0], first[1]["etag"] != '"1"') == (200, True)
+    assert json.loads(second[2])["name"] == "bm"
+    writer.close()
+
+
+async def test_a_wait_ends_when_the_server_stops(service):
+    reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+    writer.write(get("/v1/layers/bn/state?wait=60", 'If-None-Match: "1"\r\n'))
+    watches = service.gateway.app.state.layers.states.watches
+    await until(lambda: watches.waiting == 1)
+    (protocol,) = [each for each in service.state.connections if each.cycle is not None]
+    protocol.shutdown()
+    status, headers, _ = await answer(reader)
+    assert (status, headers["connection"], await reader.read()) == (304, "close", b"")
+    writer.close()
+
+
 async def test_moments_are_folded(service):
     await service.ask(post("/v1/layers/bn/eval", TENSORS, SAFETENSORS))  # now the layer is in memory
     ((status, _, document),) = await service.ask(post("/v1/layers/bn/moments", save(moments()), SAFETENSORS))
@@ -297,11 +388,11 @@ async def test_python_clients_go_the_direct_way(service):
 async def test_other_requests_go_by_asgi(service):
     chunked = post("/v1/layers/bn/eval", b"", JSON).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
     chunked += b"%x\r\n%b\r\n0\r\n\r\n" % (len(as_json([[1, 2]])), as_json([[1, 2]]))
-    statistics = post("/v1/layers/bn/eval?statistics=true", as_json([[1, 2]]))
+    query = post("/v1/layers/bn/eval?statistics=false", as_json([[1, 2]]))
     old = post("/v1/layers/bn/eval", as_json([[1, 2]])).replace(b"HTTP/1.1", b"HTTP/1.0")
     lasting = post("/v1/layers/bn/eval", as_json([[1, 2]]), JSON, "Connection: keep-alive\r\n")
     lasting = lasting.replace(b"HTTP/1.1", b"HTTP/1.0")
-    for count, request in enumerate([chunked, statistics, old, lasting], 1):
+    for count, request in enumerate([chunked, query, old, lasting], 1):
         assert (await service.ask(request))[0][0] == 200
         assert service.by_asgi == count
     assert (await service.ask(b"GET /v1/layers/bn/eval HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"))[0][0] == 405

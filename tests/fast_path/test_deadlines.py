@@ -260,7 +260,7 @@ async def test_what_has_come_takes_room_until_it_is_complete(anyio_backend, monk
         request = post(EVAL, LARGE, SAFETENSORS, way)
         writer.write(request[: 2 << 20])
         await until(lambda: service.gateway.transfers.buffered > 1 << 20)
-        for path, other in (("", ""), ("", ASGI), ("?statistics=true", "")):
+        for path, other in (("", ""), ("", ASGI), ("?statistics=true", ASGI)):
             ((status, headers, body),) = await service.ask(post(EVAL + path, SMALL, SAFETENSORS, other))
             assert (status, json.loads(body)["type"]) == (503, "/problems/overloaded")
             assert headers["retry-after"] == "1"

@@ -16,7 +16,7 @@ class Socket(httpx.AsyncHTTPTransport):
     """Sends requests to a port of this machine, whatever host they name."""
 
     def __init__(self, port):
-        super().__init__(verify=False)
+        super().__init__(verify=False, limits=httpx.Limits(max_connections=None))
         self.port = port
 
     async def handle_async_request(self, request):

@@ -10,9 +10,7 @@ from safetensors.numpy import load, save
 from batchnorm_client.wire.media_types import SAFETENSORS
 from batchnorm_service.tokens import Scope, add_token
 
-from .conftest import by_asgi
-
-pytestmark = [pytest.mark.anyio, by_asgi]  # these calls do not have a fast path
+pytestmark = pytest.mark.anyio
 
 ORDER = ["running_mean", "running_var", "weight", "bias", "num_batches_tracked"]
 

@@ -8,8 +8,7 @@ from safetensors.numpy import load
 from batchnorm_client.wire.tensors import encode_safetensors
 from batchnorm_service.layers import layer_states
 from fast_path.running import until
-
-from .conftest import by_asgi
+from telemetry.tracing import Exported
 
 pytestmark = pytest.mark.anyio
 
@@ -124,7 +123,6 @@ async def test_wait_beside_at(client, layers):
 
 
 @URLS
-@by_asgi
 async def test_calls_that_ask_at_once_are_not_refused_because_of_each_other(serve, url):
     async with serve(max_concurrent_requests=16) as service, service.client() as client:
         for name in ("a", "b"):
@@ -176,14 +174,25 @@ async def test_the_server_stops(serve):
 
 
 @pytest.mark.parametrize("way", ["fast path"], indirect=True)
-async def test_a_client_that_disconnects_waits_no_longer(service, client, layers):
-    async with service.client() as leaving:
-        (call,) = await start(service, leaving, ONE, (await client.get(ONE)).headers["etag"])
-        call.cancel()
-    await until(lambda: waits(service) == 0)
+@pytest.mark.parametrize("headers", [{}, {"Connection": "TE"}], ids=["fast path", "asgi"])
+async def test_a_client_that_disconnects_waits_no_longer(serve, headers):
+    exported = Exported()
+    async with serve(traces=exported.traces) as service, service.client() as client:
+        await client.put("/v1/layers/a", json={"num_features": 2})
+        tag = (await client.get(ONE)).headers["etag"]
+        exported.clear()
+        async with service.client(**headers) as leaving:
+            (call,) = await start(service, leaving, ONE, tag)
+            call.cancel()
+        await until(lambda: exported.spans)
+        assert waits(service) == service.gateway.running == 0
+        (span,) = exported.spans
+        assert (span.name, span.attributes["batchnorm.outcome"]) == ("GET /v1/layers/{name}/state", "disconnected")
+        lines = (await client.get("/metrics")).text.splitlines()
+        counts = [line for line in lines if "request_seconds_count" in line and "disconnected" in line]
+        assert [count.split()[-1] for count in counts] == ["1.0"]
 
 
-@by_asgi
 async def test_an_answer_is_encoded_once(service, client, layers, monkeypatch):
     written = []
 

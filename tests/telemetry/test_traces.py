@@ -43,7 +43,7 @@ async def exported(serve):
         yield exported
 
 
-@pytest.mark.parametrize("query", ["", "?statistics=true"])  # always by ASGI with a query
+@pytest.mark.parametrize("query", ["", "?statistics=false"])  # the second by ASGI
 async def test_the_spans_of_a_train_call(exported, query):
     answer = await exported.client.post(
         f"{URL}/train{query}",

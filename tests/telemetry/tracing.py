@@ -36,8 +36,12 @@ class Exported:
         """The spans since the last time, by name; a name that is there twice fails."""
         spans = {span.name: span for span in self.spans}
         assert len(spans) == len(self.spans)
-        self._memory.clear()
+        self.clear()
         return spans
+
+    def clear(self):
+        """Forget the spans so far."""
+        self._memory.clear()
 
 
 def parents(spans):

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Final
 
 import torch
-from torch import Tensor
 
 from batchnorm_client.kernels.checks import check_enough, least_values
 from batchnorm_client.wire.documents import MAX_ROWS, LayerConfig
@@ -48,10 +47,10 @@ def posted_moments(config: LayerConfig, tensors: Mapping[str, WireTensor]) -> tu
             f"a stack has 1 to {MAX_ROWS} rows, got {rows}", field="count", expected=f"1 to {MAX_ROWS} rows", got=rows
         )
     mean, var = (_channels(tensors[name], name, rows, config.num_features) for name in ("mean", "var"))
-    stack = MomentsStack(to_torch(tensors["count"]).tolist(), mean.numpy(), var.numpy())
+    stack = MomentsStack(tensors["count"].numpy().tolist(), to_torch(mean).numpy(), to_torch(var).numpy())
     stack.check_signs()
     stack.check_enough(least_values(config))
-    return stack, (tensors["count"], to_wire(mean), to_wire(var))
+    return stack, (tensors["count"], mean, var)
 
 
 def posted_shard(config: LayerConfig, tensors: Mapping[str, WireTensor]) -> tuple[Moments, tuple[WireTensor, ...]]:
@@ -80,10 +79,10 @@ def _moments(
     _check_names(tensors)
     count = _count(tensors["count"], rule)
     mean, var = (_channels(tensors[name], name, config.num_features) for name in ("mean", "var"))
-    if bool((var < 0).any()):
-        raise InvalidRequest("var must not be negative", field="var", expected=">= 0", got=float(var.min()))
+    if (var.numpy() < 0).any():
+        raise InvalidRequest("var must not be negative", field="var", expected=">= 0", got=float(var.numpy().min()))
     check_enough(count, least, "count")
-    return Moments(count, mean, var, correction=0), (tensors["count"], to_wire(mean), to_wire(var))
+    return Moments(count, to_torch(mean), to_torch(var), correction=0), (tensors["count"], mean, var)
 
 
 def _check_names(tensors: Mapping[str, WireTensor]) -> None:
@@ -105,13 +104,14 @@ def _count(tensor: WireTensor, rule: str) -> int:
         raise ShapeMismatch(
             f"count must be {rule}, got shape {tensor.shape}", field="count", expected=[], got=list(tensor.shape)
         )
-    count = int(to_torch(tensor))
+    count = int.from_bytes(tensor.buffer, "little", signed=True)
     if count < 0:
         raise InvalidRequest("count must not be negative", field="count", expected=">= 0", got=count)
     return count
 
 
-def _channels(tensor: WireTensor, name: str, *shape: int) -> Tensor:
+def _channels(tensor: WireTensor, name: str, *shape: int) -> WireTensor:
+    """In float64."""
     if tensor.dtype not in _FLOATS:
         raise DtypeMismatch(
             f"{name} must be a float, got {tensor.dtype}", field=name, expected=_FLOATS, got=tensor.dtype
@@ -123,4 +123,4 @@ def _channels(tensor: WireTensor, name: str, *shape: int) -> Tensor:
             expected=list(shape),
             got=list(tensor.shape),
         )
-    return to_torch(tensor).to(torch.float64)
+    return tensor if tensor.dtype == "float64" else to_wire(to_torch(tensor).to(torch.float64))

@@ -29,6 +29,8 @@ from batchnorm_service.tokens import Grant
 
 _EMPTY: Final = memoryview(b"")
 
+_METHODS: Final = {b"GET": "GET", b"POST": "POST", b"PUT": "PUT"}
+
 _UNSUPPORTED_HEADERS: Final = frozenset({b"expect", b"transfer-encoding", b"upgrade"})
 """Headers that the fast path does not implement: such requests take uvicorn's own cycle."""
 
@@ -90,23 +92,24 @@ class FastPathProtocol(CoalescingProtocol):
         return cycle if isinstance(cycle, FastPathCycle) else None
 
     def _new_fast_cycle(self) -> FastPathCycle | None:
-        if not isinstance(self.app, Gateway) or (found := self.app.fast_target(self.url)) is None:
+        method = _METHODS.get(self.parser.get_method(), "")
+        if not isinstance(self.app, Gateway) or (found := self.app.fast_target(method, self.url)) is None:
             return None
         if self.cycle is not None and not self.cycle.response_complete:
             return None  # pipelined: uvicorn keeps responses in order
-        if self.flow.write_paused or self.parser.get_method() != b"POST" or not self.parser.should_keep_alive():
+        if self.flow.write_paused or not self.parser.should_keep_alive():
             return None
         headers = read_headers(self.headers)
-        length = headers.get(b"content-length", b"")
+        length = headers.get(b"content-length", b"0" if method == "GET" else b"")
         if not (length.isdigit() and len(length) <= 18 and self._is_plain(headers)):
             return None
         size, (target, query) = int(length), found
-        grant = self.app.admit(target, headers, size)
+        grant = self.app.admit(method, target, headers, size)
         if grant is None:
             return None
         traces = self.app.reports.traces
-        span = None if traces is None else traces.begin(headers, "POST")
-        return FastPathCycle(self, self.app, target, query, headers, size, grant, span)
+        span = None if traces is None else traces.begin(headers, method)
+        return FastPathCycle(self, self.app, method, target, query, headers, size, grant, span)
 
     def _is_plain(self, headers: Headers) -> bool:
         """Whether the headers need no special treatment by the server."""
@@ -125,11 +128,14 @@ class FastPathCycle:
         "_gateway",
         "_grant",
         "_headers",
+        "_method",
         "_protocol",
         "_query",
+        "_request",
         "_size",
         "_span",
         "_target",
+        "_task",
         "disconnected",
         "keep_alive",
         "reading",
@@ -142,6 +148,7 @@ class FastPathCycle:
         self,
         protocol: FastPathProtocol,
         gateway: Gateway,
+        method: str,
         target: Target,
         query: bytes,
         headers: Headers,
@@ -155,6 +162,7 @@ class FastPathCycle:
         self.reading = True
         self._protocol = protocol
         self._gateway = gateway
+        self._method = method
         self._target = target
         self._query = query
         self._headers = headers
@@ -163,6 +171,8 @@ class FastPathCycle:
         self._grant = grant
         self._body = _EMPTY
         self._buffer: BodyBuffer | None = None
+        self._request: LayerRequest | None = None
+        self._task: Task[Response | None] | None = None
 
     def receive(self, piece: bytes) -> None:
         """Add a piece of the body. The parser never passes more than Content-Length bytes."""
@@ -183,10 +193,11 @@ class FastPathCycle:
         request = LayerRequest(
             target.layer or "", self._query, self._headers, received=body, grant=self._grant, version=target.version
         )
-        response = start(self._gateway.respond(target, request, self._span), self._protocol.loop)
+        response = start(self._gateway.respond(self._method, target, request, self._span), self._protocol.loop)
         if isinstance(response, Response):
             self._send(response)
-        else:
+        elif response is not None:
+            self._request, self._task = request, response
             self._protocol.tasks.add(response)  # type: ignore[arg-type] # a forced shutdown cancels it: responds 503
             response.add_done_callback(self._responded)
 
@@ -201,10 +212,14 @@ class FastPathCycle:
         return self
 
     def set(self) -> None:
-        """The client disconnected: release the body. A call that has started continues."""
+        """The client disconnected: release the body. A call that has started continues, unless it only waits."""
         if self.reading:
             self.abandon()
-            self._gateway.disconnected(self._target, self._headers, self._span)
+            self._gateway.disconnected(self._method, self._target, self._headers, self._span)
+        elif self._task is not None and self._request is not None:
+            self._request.disconnected = True
+            if self._request.ends_on_disconnect:
+                self._task.cancel()
 
     def _receive_part(self, piece: bytes) -> None:
         if self._buffer is None:
@@ -232,11 +247,13 @@ class FastPathCycle:
         """Respond before the body is complete; the rest of it is discarded."""
         self.reading = False
         self._take_body()
-        self._send(self._gateway.refuse(problem, self._target, self._headers, self._span))
+        self._send(self._gateway.refuse(self._method, problem, self._target, self._headers, self._span))
 
-    def _responded(self, task: Task[Response]) -> None:
+    def _responded(self, task: Task[Response | None]) -> None:
         self._protocol.tasks.discard(task)
-        self._send(task.result())
+        self._request = self._task = None
+        if (response := task.result()) is not None:
+            self._send(response)
 
     def _send(self, response: Response) -> None:
         protocol, transport = self._protocol, self._protocol.transport

@@ -93,20 +93,23 @@ class Watch:
         """
         future: asyncio.Future[LayerStates | None] = self._runtime.future()
         self._waiting[future] = tags
+        # A timer, because a timeout needs a current task, and a call that is started eagerly has none yet.
+        timer = self._runtime.call_later(seconds, self._end_wait, future)
         try:
-            async with self._runtime.timeout(seconds):
-                return await future
-        except TimeoutError:
-            if self._failure is not None:
-                raise self._failure from None
-            return None
+            return await future
         finally:
+            timer.cancel()
             self._waiting.pop(future, None)
 
     def end(self) -> None:
         """End all waits without a result."""
         for future in [*self._waiting]:
             self._settle(future, None)
+
+    def _end_wait(self, future: asyncio.Future[LayerStates | None]) -> None:
+        """The time of a wait is over."""
+        if future in self._waiting:
+            self._settle(future, self._failure)
 
     async def _wake(self) -> None:
         try:

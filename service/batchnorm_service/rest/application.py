@@ -34,7 +34,7 @@ from .layers import read_layer
 from .layers import router as layer_routes
 from .metrics import MetricsReader
 from .metrics import router as metrics_routes
-from .moments import MomentsEndpoint
+from .moments import MomentsEndpoints
 from .moments import router as moments_routes
 from .normalize import NormalizeEndpoints
 from .normalize import router as normalize_routes
@@ -46,9 +46,9 @@ from .responses import Response, respond_empty
 from .security import Guard, Rules
 from .state import read_state
 from .state import router as state_routes
-from .states import read_states
+from .states import read_states, write_states
 from .states import router as states_routes
-from .target import LAYER, STATES
+from .target import LAYER, MOMENTS, STATES
 from .transfers import Transfers
 
 ROUTERS: Final = (
@@ -155,6 +155,7 @@ def all_routers(interfaces: Iterable[Interface]) -> tuple[APIRouter, ...]:
 def build_gateway(app: FastAPI, layers: Layers, options: ApiOptions, metrics: Metrics | None = None) -> Gateway:
     """The gateway around `app`, whose routes then call `layers`, and which reports to `metrics`."""
     normalize_endpoints = NormalizeEndpoints(layers, options.max_body_bytes, options.max_elements)
+    moments_endpoints = MomentsEndpoints(layers, options.max_body_bytes)
     endpoints: dict[tuple[str, str], Endpoint] = {
         ("GET", LAYER): partial(read_layer, layers),
         ("GET", f"{LAYER}/state"): partial(read_state, layers),
@@ -163,7 +164,9 @@ def build_gateway(app: FastAPI, layers: Layers, options: ApiOptions, metrics: Me
         ("POST", f"{LAYER}/eval"): normalize_endpoints.eval,
         ("POST", f"{LAYER}/inverse"): normalize_endpoints.inverse,
         ("POST", f"{LAYER}/backward"): GradientEndpoint(layers, options.max_body_bytes, options.max_elements).backward,
-        ("POST", f"{LAYER}/moments"): MomentsEndpoint(layers, options.max_body_bytes).fold,
+        ("POST", f"{LAYER}/moments"): moments_endpoints.fold,
+        ("POST", MOMENTS): moments_endpoints.fold_many,
+        ("PUT", STATES): partial(write_states, layers, options.max_body_bytes),
     }
     for interface in app.state.interfaces:
         endpoints |= interface.endpoints(layers, options)

@@ -33,15 +33,18 @@ from .problems import ErrorPage, respond_problem
 from .reports import RequestReports, Served
 from .request_context import RequestContext
 from .responses import Response
+from .running_call import RunningCall
 from .security import Guard, Rules, WrongTokenError, check_layer
-from .shares import REFUSAL_COST, CallShares, call_cost
-from .target import MAX_CACHED_BYTES, Target, read_target, target_of
+from .shares import CallShares, call_cost
+from .target import MAX_CACHED_BYTES, MOMENTS, STATES, Target, read_target, target_of
 from .transfers import Transfers
 
 _REQUEST_ID: Final = REQUEST_ID.lower().encode()
-_FAST_QUERIES: Final = frozenset({b"", b"normalize=running"})
-"""Query strings that the fast path passes on. A group needs ASGI, which tells when its client has disconnected."""
-_LAYER_PATHS: Final = (b"/v1/layers/", b"/v2/models/")
+_FAST_QUERIES: Final = frozenset(
+    {b"", b"statistics=true", b"normalize=running", b"normalize=running&statistics=true", b"mode=train", b"mode=eval"}
+)
+"""Query strings of calls that change something or have a batch, which the fast path passes on; of GET, all."""
+_FAST_PATHS: Final = (b"/v1/layers/", b"/v2/models/", STATES.encode(), MOMENTS.encode())
 _WAIT: Final = b"wait="
 _METHODS_WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 
@@ -104,7 +107,7 @@ class Gateway:
         self._rules = rules
         self.shares = CallShares(max_concurrent_requests)
         self.reports = reports
-        self._posts = reports.posts
+        self._routes = reports.endpoints
         self._logged_from = reports.log.seconds
         self._stop_waiting = stop_waiting
         self._error_pages = error_pages
@@ -128,7 +131,7 @@ class Gateway:
                 grant = self._admit(target, headers, method)
             except WrongTokenError:
                 context.close = not await self.guard.failures.delay(_address(scope))
-                accounting.began = time.perf_counter()  # the delay is on purpose, and not the call's time
+                accounting.call.began = time.perf_counter()  # the delay is on purpose, and not the call's time
                 raise
             if method not in _METHODS_WITH_BODY:
                 await accounting.enter(waits=_WAIT in scope["query_string"])
@@ -141,7 +144,8 @@ class Gateway:
                     accounting.receive,
                     grant=grant,
                     version=target.version,
-                    waiting=accounting.waiting,
+                    request_id=context.request_id,
+                    waiting=accounting.call.waiting,
                 )
                 await context.send_response(await endpoint(request), accounting.send)
             else:
@@ -158,19 +162,21 @@ class Gateway:
             accounting.close()
             CURRENT_SPAN.reset(before)
 
-    def fast_target(self, url: bytes) -> tuple[Target, bytes] | None:
-        """Target and query of a POST that the fast path can serve (an endpoint of a layer, few queries), or None."""
+    def fast_target(self, method: str, url: bytes) -> tuple[Target, bytes] | None:
+        """Target and query of a request that the fast path can serve (an endpoint), or None."""
         path, _, query = url.partition(b"?")
-        if len(url) > MAX_CACHED_BYTES or query not in _FAST_QUERIES or not url.startswith(_LAYER_PATHS):
+        if len(path) > MAX_CACHED_BYTES or not path.startswith(_FAST_PATHS):
+            return None
+        if query not in _FAST_QUERIES and (method != "GET" or b"#" in query):
             return None
         target = target_of(path)
-        return (target, query) if target.layer and ("POST", target.call) in self._fast_endpoints else None
+        return (target, query) if (method, target.call) in self._fast_endpoints else None
 
-    def admit(self, target: Target, headers: Headers, size: int) -> Grant | None:
-        """What the caller of a POST of the fast path may do; None if the request is for ASGI, which responds why."""
+    def admit(self, method: str, target: Target, headers: Headers, size: int) -> Grant | None:
+        """What the caller of the fast path may do; None if the request is for ASGI, which responds why."""
         with suppress(ProblemError):
             if size <= self._max_body_bytes:
-                return self._admit(target, headers, "POST")
+                return self._admit(target, headers, method)
         return None
 
     def stop_waiting(self) -> None:
@@ -182,48 +188,63 @@ class Gateway:
         """How many calls run now."""
         return self.shares.running
 
-    async def respond(self, target: Target, request: LayerRequest, span: Span | None = None) -> Response:
-        """The response to a POST of the fast path whose body was read. Problems are responses; it never raises."""
-        name, began, size = request_id(request.headers), time.perf_counter(), len(request.received or b"")
+    async def respond(
+        self, method: str, target: Target, request: LayerRequest, span: Span | None = None
+    ) -> Response | None:
+        """The response to a request of the fast path that was read; None if the client has disconnected.
+
+        Problems are responses; it never raises.
+        """
+        name, size, call = (
+            request_id(request.headers),
+            len(request.received or b""),
+            RunningCall(self.shares, target.layer),
+        )
+        request.request_id, request.waiting = name, call.waiting
         if span is not None:
             CURRENT_SPAN.set(span)  # in the context that this coroutine was started with
         try:
-            response = await self._respond(target, request, size)
+            response = await self._respond(method, target, request, call, size)
+        except ClientGoneError:
+            self.disconnected(method, target, request.headers, span)
+            return None
         except asyncio.CancelledError:
             response = respond_problem(_stopping(), target.path, name)
         except Exception as error:
             response = respond_problem(error, target.path, name)
-        return self._completed(response, target, request.headers, began, name, size, span)
-
-    async def _respond(self, target: Target, request: LayerRequest, size: int) -> Response:
-        layer, shares, cost = target.layer, self.shares, call_cost(size)
-        if (refusal := shares.enter(layer)) is not None:
-            request.received, cost = None, REFUSAL_COST  # a body is not kept for a refusal
-        try:
-            if not shares.may_start(layer, cost):
-                await shares.turn(layer, cost)
-            if refusal is not None:
-                raise refusal
-            self.transfers.check()
-            CALLED_LAYER.set(layer)
-            return await self._endpoints["POST", target.call](request)
         finally:
-            if refusal is None:
-                shares.leave(layer)
+            call.leave()
+        return self._completed(method, response, target, request.headers, call.began, name, size, span)
 
-    def refuse(self, problem: ProblemError, target: Target, headers: Headers, span: Span | None) -> Response:
-        """The response to a POST of the fast path that is refused before its body is complete."""
+    async def _respond(
+        self, method: str, target: Target, request: LayerRequest, call: RunningCall, size: int
+    ) -> Response:
+        waits = _WAIT in request.query
+        if not waits:
+            call.enter()
+            if call.refusal is not None:
+                request.received = None  # a body is not kept for a refusal
+        await call.start(call_cost(size), waits=waits)
+        self.transfers.check()
+        CALLED_LAYER.set(target.layer)
+        return await self._endpoints[method, target.call](request)
+
+    def refuse(
+        self, method: str, problem: ProblemError, target: Target, headers: Headers, span: Span | None
+    ) -> Response:
+        """The response to a request of the fast path that is refused before its body is complete."""
         name = request_id(headers)
         response = respond_problem(problem, target.path, name)
-        return self._completed(response, target, headers, time.perf_counter(), name, 0, span)
+        return self._completed(method, response, target, headers, time.perf_counter(), name, 0, span)
 
-    def disconnected(self, target: Target, headers: Headers, span: Span | None) -> None:
-        """Report a POST of the fast path whose client disconnected before its body was complete."""
+    def disconnected(self, method: str, target: Target, headers: Headers, span: Span | None) -> None:
+        """Report a request of the fast path whose client disconnected before it was complete, or while it waited."""
         name = request_id(headers)
-        self.reports.report(Served("POST", target, headers, name, 0, DISCONNECTED, 0.0, 0, 0), span)
+        self.reports.report(Served(method, target, headers, name, 0, DISCONNECTED, 0.0, 0, 0), span)
 
     def _completed(
         self,
+        method: str,
         response: Response,
         target: Target,
         headers: Headers,
@@ -235,12 +256,12 @@ class Gateway:
         """Add the request id to a response of the fast path, whose requests have no Expect header; report it."""
         response.raw_headers.append((_REQUEST_ID, request_id.encode()))
         seconds = time.perf_counter() - began
-        if (route := self._posts.get(target.call)) is not None:
-            route.report(response.problem, seconds, received, response.size)
         status = response.status_code
+        if (route := self._routes.get((method, target.call))) is not None:
+            route.report(response.outcome if status >= 300 else None, seconds, received, response.size)
         if span is not None or seconds >= self._logged_from or status >= 500:
             outcome, sent = response.outcome, response.size
-            served = Served("POST", target, headers, request_id, status, outcome, seconds, received, sent)
+            served = Served(method, target, headers, request_id, status, outcome, seconds, received, sent)
             self.reports.describe(served, span)
         return response
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from starlette.types import Receive
 
 from batchnorm_service.tokens import Grant, Scope
 
-from .bodies import read_body
+from .bodies import ClientGoneError, read_body
 from .disconnects import cancel_on_disconnect
 from .headers import Headers
 from .responses import Response
@@ -30,10 +31,16 @@ class LayerRequest:
         received: the body, writable; None if it was not read yet. The fast path reads it before the endpoint runs.
         grant: what the caller may do.
         version: the version or tag that the path names, or None.
+        request_id: of the response.
         waiting: entered while the call waits for a change; it does not count as running then.
+        ends_on_disconnect: whether the call that runs now is of no use without its client (fast path).
+        disconnected: whether the client has disconnected (fast path).
     """
 
-    __slots__ = ("_receive", "grant", "headers", "name", "query", "received", "version", "waiting")
+    __slots__ = (
+        *("_receive", "disconnected", "ends_on_disconnect", "grant", "headers", "name", "query", "received"),
+        *("request_id", "version", "waiting"),
+    )
 
     def __init__(
         self,
@@ -44,6 +51,7 @@ class LayerRequest:
         received: Body | None = None,
         grant: Grant | None = None,
         version: str | None = None,
+        request_id: str = "",
         waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.name = name
@@ -53,7 +61,9 @@ class LayerRequest:
         self.received = received
         self.grant = grant or _LEAST
         self.version = version
+        self.request_id = request_id
         self.waiting = waiting
+        self.ends_on_disconnect = self.disconnected = False
 
     async def body(self, limit: int) -> Body:
         """The whole body, writable. Raises the same as `read_body`."""
@@ -63,8 +73,22 @@ class LayerRequest:
         return self.received
 
     async def cancel_on_disconnect(self, call: Coroutine[Any, Any, T]) -> T:
-        """The result of `call`, which is cancelled if the client disconnects (ASGI only)."""
-        return await (call if self._receive is None else cancel_on_disconnect(self._receive, call))
+        """The result of `call`, which is cancelled if the client disconnects.
+
+        Raises:
+            ClientGoneError: the client disconnected first.
+        """
+        if self._receive is not None:
+            return await cancel_on_disconnect(self._receive, call)
+        self.ends_on_disconnect = True
+        try:
+            return await call
+        except asyncio.CancelledError:
+            if self.disconnected:
+                raise ClientGoneError from None
+            raise
+        finally:
+            self.ends_on_disconnect = False
 
 
 Endpoint = Callable[[LayerRequest], Coroutine[Any, Any, Response]]

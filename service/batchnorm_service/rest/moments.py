@@ -18,8 +18,7 @@ from batchnorm_client.wire.names import check_layer_name
 from batchnorm_client.wire.tensors import Tensor, decode, decode_safetensors, json_pieces, json_tensors, load_json
 from batchnorm_service.layers import MOMENT_DTYPES, Folded, Layers, layer_not_found
 
-from .bodies import read_body
-from .headers import idempotency_key, read_headers
+from .headers import idempotency_key
 from .layer_request import LayerRequest
 from .many import read_each_layer
 from .negotiation import content_type
@@ -28,7 +27,8 @@ from .preconditions import etag
 from .problems import problem_document
 from .queries import MomentsQuery, NoQuery, parse_query
 from .responses import REPLAYED, Response, respond_json, text_bytes
-from .routes import TRAIN, GrantDependency, IdempotencyKey, LayerName, LayersDependency, call_endpoint, tensor_router
+from .routes import TRAIN, IdempotencyKey, LayerName, call_endpoint, tensor_router
+from .target import MOMENTS
 
 _FORMS: Final = (JSON, SAFETENSORS)
 _MOMENTS: Final = ("count", "mean", "var")
@@ -42,8 +42,8 @@ Moments = Mapping[str, Tensor] | ProblemError
 """A layer's count, mean and var, or why they cannot be read."""
 
 
-class MomentsEndpoint:
-    """Endpoint that folds moments into one layer.
+class MomentsEndpoints:
+    """Endpoints that fold moments into one layer, or into many.
 
     Args:
         layers: folds the moments.
@@ -65,6 +65,27 @@ class MomentsEndpoint:
         call = self._batches.fold_moments(request.name, read, key, nbytes=len(body), group=group)
         done = await (request.cancel_on_disconnect(call) if group else call)
         return await self._layers.encode(text_bytes(JSON, done.moments.values()), _respond, done)
+
+    async def fold_many(self, request: LayerRequest) -> Response:
+        """Fold the moments of many layers; each layer's all or none, with a result or a problem of its own."""
+        parse_query(NoQuery, request.query)
+        key = idempotency_key(request.headers)
+        media = content_type(request.headers, _FORMS)
+        body = request.received or await request.body(self._max_body_bytes)
+        by_layer = await self._layers.decode(len(body), _READERS[media], body)
+        valid: dict[str, Moments] = {}
+        results: dict[str, Any] = {}
+        for name, moments in by_layer.items():
+            try:
+                check_layer_name(name)
+                if not request.grant.sees(name):
+                    raise layer_not_found(name)
+                valid[name] = moments
+            except ProblemError as error:
+                results[name] = _result_document(name, error, request.request_id)
+        for name, result in (await self._batches.fold_many(valid, key)).items():
+            results[name] = _result_document(name, result, request.request_id)
+        return respond_json(200, {"layers": {name: results[name] for name in by_layer}})
 
 
 def _respond(done: Folded) -> Response:
@@ -117,7 +138,7 @@ def _from_json(document: Any) -> Moments:
 
 
 def _many_from_safetensors(body: bytes | bytearray | memoryview) -> Mapping[str, Moments]:
-    tensors, _ = decode_safetensors(body)
+    tensors, _ = decode_safetensors(body, repeated=True)
     layers: dict[str, dict[str, Tensor]] = {}
     for path, tensor in tensors.items():
         layer, _, name = path.rpartition("/" if "/" in path else ".")  # no layer's name has a slash
@@ -184,7 +205,7 @@ async def fold_moments(
 
 
 @router.post(
-    "/v1/moments",
+    MOMENTS,
     dependencies=[TRAIN],
     summary="Fold the moments of many layers",
     response_model=ManyFolded,
@@ -194,28 +215,9 @@ async def fold_moments(
         _FORMS, "ManyMoments", "count, mean and var of each layer, named {layer}.count and so on"
     ),
 )
-async def fold_many_moments(
-    request: Request, layers: LayersDependency, key: IdempotencyKey, grant: GrantDependency
-) -> Response:
+async def fold_many_moments(request: Request, _key: IdempotencyKey) -> Response:
     """Atomic per layer, not over all. An Idempotency-Key applies per layer: a retry folds only those that failed.
 
     Each layer's moments may be a stack, as in `POST /v1/layers/{name}/moments`.
     """
-    parse_query(NoQuery, request.scope["query_string"])
-    headers = read_headers(request.scope["headers"])
-    media = content_type(headers, _FORMS)
-    body = await read_body(headers, request.receive, request.app.state.options.max_body_bytes)
-    by_layer = await layers.decode(len(body), _READERS[media], body)
-    valid: dict[str, Moments] = {}
-    results: dict[str, Any] = {}
-    for name, moments in by_layer.items():
-        try:
-            check_layer_name(name)
-            if not grant.sees(name):
-                raise layer_not_found(name)
-            valid[name] = moments
-        except ProblemError as error:
-            results[name] = _result_document(name, error, request.state.request_id)
-    for name, result in (await layers.batches.fold_many(valid, key)).items():
-        results[name] = _result_document(name, result, request.state.request_id)
-    return respond_json(200, {"layers": {name: results[name] for name in by_layer}})
+    return await call_endpoint("", request)

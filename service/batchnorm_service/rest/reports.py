@@ -55,7 +55,7 @@ class RequestReports:
 
     Attributes:
         log, traces: as above.
-        posts: of the fast path, by the template; empty if metrics are off.
+        endpoints: what their requests are reported to, by method and path's template; empty if metrics are off.
     """
 
     def __init__(
@@ -71,14 +71,10 @@ class RequestReports:
         self._requests = RequestMetrics(metrics) if metrics else None
         self._route_of = route_of
         self._known = frozenset(endpoints)
-        self._endpoints: dict[tuple[str, str], RouteMetrics] = {}
-        self.posts: dict[str, RouteMetrics] = {}
+        self.endpoints: dict[tuple[str, str], RouteMetrics] = {}
         if self._requests:
             for method, call in self._known:
-                route = self._requests.of(method, call)
-                self._endpoints[method, call] = route
-                if method == "POST":
-                    self.posts[call] = route
+                self.endpoints[method, call] = self._requests.of(method, call)
 
     def begin(self, method: str, target: Target, headers: Headers) -> Span | None:
         """The span of a request that begins; None if it is not sampled."""
@@ -90,7 +86,7 @@ class RequestReports:
         """Report a response that is about to be sent, and end the request's span."""
         if self._requests is not None:
             target = served.target
-            route = self._endpoints.get((served.method, target.call)) if target is not None and target.call else None
+            route = self.endpoints.get((served.method, target.call)) if target is not None and target.call else None
             if route is None:
                 route = self._requests.of(served.method, self._template(served))
             route.report(served.outcome, served.seconds, served.received, served.sent)

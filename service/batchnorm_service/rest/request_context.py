@@ -77,7 +77,7 @@ class RequestContext:
     def report(self, outcome: str, sent: int) -> None:
         """Report the response that is about to be sent, or that its client has disconnected."""
         accounting = self._accounting
-        seconds = time.perf_counter() - accounting.began
+        seconds = time.perf_counter() - accounting.call.began
         span, self._span = self._span, None
         self._reports.report(
             Served(

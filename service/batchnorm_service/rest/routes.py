@@ -129,7 +129,15 @@ async def call_endpoint(name: str, request: Request) -> Response:
     headers, version = read_headers(scope["headers"]), scope["path_params"].get("version")
     grant: Grant = request.state.grant
     return await endpoint(
-        LayerRequest(name, scope["query_string"], headers, request.receive, grant=grant, version=version)
+        LayerRequest(
+            name,
+            scope["query_string"],
+            headers,
+            request.receive,
+            grant=grant,
+            version=version,
+            request_id=request.state.request_id,
+        )
     )
 
 

@@ -18,16 +18,14 @@ from batchnorm_client.wire.names import check_layer_name
 from batchnorm_client.wire.tensors import MANY_LAYERS_HEADER, Tensor, decode_safetensors
 from batchnorm_service.layers import MAX_LAYERS, Done, Layers, LayerStates, Selection, layer_not_found
 
-from .bodies import read_body
-from .headers import read_headers
 from .layer_request import LayerRequest
 from .negotiation import accepted, content_type
 from .openapi import BINARY, describe_responses
-from .preconditions import known_tags, state_etag
+from .preconditions import if_match, known_tags, state_etag
 from .problems import problem_document
 from .queries import NoQuery, StatesQuery, parse_query
 from .responses import Response, respond_empty, respond_json
-from .routes import READ, TRAIN, GrantDependency, IfMatch, IfNoneMatch, LayersDependency, call_endpoint, tensor_router
+from .routes import READ, TRAIN, IfMatch, IfNoneMatch, call_endpoint, tensor_router
 from .target import STATES
 from .waiting import VARY, find_states, respond_once
 
@@ -125,31 +123,35 @@ def _selection(request: LayerRequest, query: StatesQuery) -> Selection:
     ),
     openapi_extra={"requestBody": {"required": True, "content": _FILE}},
 )
-async def replace_states(
-    request: Request, layers: LayersDependency, if_match: IfMatch, grant: GrantDependency
-) -> Response:
+async def replace_states(request: Request, _if_match: IfMatch) -> Response:
     """Tensors that are not in the file stay unchanged. Atomic per layer, not over all.
 
     `versions` in the file's metadata are If-Match, layer by layer; a header If-Match is for all layers of the file.
     """
-    parse_query(NoQuery, request.scope["query_string"])
-    headers = read_headers(request.scope["headers"])
-    content_type(headers, _FORMS)
-    body = await read_body(headers, request.receive, request.app.state.options.max_body_bytes)
+    return await call_endpoint("", request)
+
+
+async def write_states(layers: Layers, max_body_bytes: int, request: LayerRequest) -> Response:
+    """The endpoint of `replace_states`; without FastAPI, because an optimizer's step calls it."""
+    parse_query(NoQuery, request.query)
+    given = request.headers.get(b"if-match")
+    expected = if_match(None if given is None else given.decode("latin-1"))
+    content_type(request.headers, _FORMS)
+    body = request.received or await request.body(max_body_bytes)
     by_layer, versions = await layers.decode(len(body), _read_file, body)
     valid: dict[str, Mapping[str, Tensor]] = {}
     results: dict[str, Done | Exception] = {}
     for name, tensors in by_layer.items():
         try:
             check_layer_name(name)
-            if not grant.sees(name):
+            if not request.grant.sees(name):
                 raise layer_not_found(name)
             valid[name] = tensors
         except ProblemError as error:
             results[name] = error
-    results |= await layers.states.replace_many(valid, versions, if_match)
-    request_id = request.state.request_id
-    return respond_json(200, {"layers": {name: _result(name, results[name], request_id) for name in by_layer}})
+    results |= await layers.states.replace_many(valid, versions, expected)
+    documents = {name: _result(name, results[name], request.request_id) for name in by_layer}
+    return respond_json(200, {"layers": documents})
 
 
 def _result(name: str, result: Done | Exception, request_id: str) -> dict[str, Any]:
@@ -160,7 +162,7 @@ def _result(name: str, result: Done | Exception, request_id: str) -> dict[str, A
 
 def _read_file(body: bytes | bytearray | memoryview) -> tuple[dict[str, dict[str, Tensor]], dict[str, int]]:
     """The tensors and the expected versions by layer. A layer with a version has an entry, also without tensors."""
-    tensors, metadata = decode_safetensors(body, max_header=MANY_LAYERS_HEADER)
+    tensors, metadata = decode_safetensors(body, max_header=MANY_LAYERS_HEADER, repeated=True)
     by_layer: dict[str, dict[str, Tensor]] = {}
     for path, tensor in tensors.items():
         layer, dot, name = path.rpartition(".")

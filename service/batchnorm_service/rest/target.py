@@ -20,6 +20,9 @@ MODEL_VERSION: Final = "/v2/models/{name}/versions/{version}"
 """The templates of the paths that name a layer."""
 
 STATES: Final = "/v1/state"
+MOMENTS: Final = "/v1/moments"
+"""The paths of the calls on several layers."""
+
 PAGE: Final = "/ui"
 PAGE_LAYER: Final = "/ui/layers/{name}"
 
@@ -35,7 +38,8 @@ class Target(NamedTuple):
         versioned: whether it is below /v1, /v2/models or /v2/repository, or a page that shows or creates layers. Such
             calls are never public, and count as running.
         layer: the name in `/v1/layers/{name}`, `/v2/models/{name}` or `/ui/layers/{name}`, or None.
-        call: the path's template, such as `/v1/layers/{name}/train`, if it names a layer or is `STATES`; or empty.
+        call: the path's template, such as `/v1/layers/{name}/train`, if it names a layer or is `STATES` or `MOMENTS`;
+            or empty.
         named: False if `layer` is not a valid name.
         version: the version or tag in `/v2/models/{name}/versions/{version}`, or None.
     """
@@ -72,8 +76,8 @@ def target_of(raw: bytes, root: str = "") -> Target:
             return Target(path, True, layer, "/".join([MODEL_VERSION, *rest]), _is_name(layer), version)
         case ["", "v2", "models", layer, *rest] if layer:
             return Target(path, True, layer, "/".join([MODEL, *rest]), _is_name(layer))
-        case ["", "v1", "state"]:
-            return Target(path, True, None, STATES)
+        case ["", "v1", "state" | "moments"]:
+            return Target(path, True, None, path)
         case ["", "v1", *_] | ["", "v2", "models" | "repository", *_] | ["", "ui"] | ["", "ui", "example"]:
             return Target(path, True, None, "")
         case _:

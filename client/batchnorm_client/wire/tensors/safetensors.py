@@ -33,6 +33,7 @@ MANY_LAYERS_HEADER: Final = 1 << 24
 configs."""
 
 _MAX_CACHED: Final = 512  # what calls send; the headers of records are longer, and each is another
+_MAX_REPEATED: Final = 1 << 16
 _ENTRY: Final = {"dtype", "shape", "data_offsets"}
 _NAMES: Final = {
     "BOOL": "bool",
@@ -80,24 +81,36 @@ class _Layout(NamedTuple):
     size: int
 
 
-def decode_safetensors(body: Buffer, *, max_header: int = _MAX_HEADER) -> tuple[dict[str, Tensor], dict[str, str]]:
+def decode_safetensors(
+    body: Buffer, *, max_header: int = _MAX_HEADER, repeated: bool = False
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A file's tensors, as views of the body in the header's order, and its metadata.
 
-    Of a name that the header has twice, the last counts. A header of more than `max_header` bytes is refused.
+    Of a name that the header has twice, the last counts.
+
+    Args:
+        body: the file.
+        max_header: a header of more bytes is refused.
+        repeated: whether a long header is kept, too, because it comes again and again: that of a model at each step.
 
     Raises:
         MalformedBody: the header lies, or is not one; the tensors do not cover the data exactly.
         DtypeMismatch: a dtype of less than a byte.
     """
-    tensors, layout = _view(body, max_header)
+    tensors, layout = _view(body, max_header, repeated=repeated)
     return tensors, dict(layout.metadata)
 
 
-def _view(body: Buffer, max_header: int = _MAX_HEADER) -> tuple[dict[str, Tensor], _Layout]:
+def _view(body: Buffer, max_header: int = _MAX_HEADER, *, repeated: bool = False) -> tuple[dict[str, Tensor], _Layout]:
     """A file's tensors, and its header."""
     view = byte_view(body)
     text, start = _split(view, max_header)
-    layout = _cached_layout(text) if len(text) < _MAX_CACHED else _layout(text)
+    read = _layout
+    if len(text) < _MAX_CACHED:
+        read = _cached_layout
+    elif repeated and len(text) < _MAX_REPEATED:
+        read = _cached_long_layout
+    layout = read(text)
     if len(view) != start + layout.size:
         raise MalformedBody(
             f"the safetensors header describes a file of {start + layout.size} bytes; the body has {len(view)}",
@@ -221,6 +234,7 @@ def _layout(text: bytes) -> _Layout:
 
 # A caller sends the same header again and again. 256 short headers are kept.
 _cached_layout = lru_cache(maxsize=256)(_layout)
+_cached_long_layout = lru_cache(maxsize=8)(_layout)  # a megabyte each
 
 
 def _entry(name: str, fields: Any) -> _Entry:

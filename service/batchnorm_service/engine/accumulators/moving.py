@@ -43,7 +43,9 @@ def _running(state: LayerState, batches: Sequence[Moments]) -> Array:
     running = running_of(state)
     share = np.empty(running.shape)
     for momentum, moments in zip(_momenta(state), batches, strict=False):
-        mean, var = moments.mean.numpy(), moments.unbiased_var().numpy()
+        mean, var = moments.mean.numpy(), moments.var.numpy()
+        if moments.correction == 0:
+            var = var * (moments.count / (moments.count - 1))  # `unbiased_var`, with less overhead than in torch
         if mean.dtype != running.dtype:
             mean, var = mean.astype(running.dtype), var.astype(running.dtype)
         if moments.strided:  # torch's strided kernel: in float64, rounded once
