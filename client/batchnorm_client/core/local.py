@@ -32,19 +32,21 @@ class Step(NamedTuple, Generic[A]):
     Attributes:
         output: as the input in kind, shape, dtype and device.
         moments: to be folded.
-        statistics: what it was normalized with, in the layer's dtype.
+        statistics: returns what it was normalized with, in the layer's dtype.
     """
 
     output: A
     moments: BatchMoments
-    statistics: BatchStatistics[A]
+    statistics: Callable[[], tuple[A, A, A]]
 
 
 class Kernels(Protocol):
     """The arithmetic for one type of array. The batch has its channels on axis 1, fits the layer and is not empty."""
 
-    def with_own_statistics(self, state: LocalState, batch: Any) -> tuple[Any, BatchMoments, tuple[Any, Any, Any]]:
-        """Normalize with the batch's own statistics: output; moments; mean, biased variance and inverse deviation."""
+    def with_own_statistics(
+        self, state: LocalState, batch: Any
+    ) -> tuple[Any, BatchMoments, Callable[[], tuple[Any, Any, Any]]]:
+        """Normalize with the batch's own statistics: output; moments; a function that returns the statistics."""
         ...
 
     def with_statistics(self, state: LocalState, batch: Any, mean: Any, var: Any) -> Any:
@@ -72,15 +74,20 @@ class Kernels(Protocol):
         ...
 
 
-def train_step(state: LocalState, batch: A) -> Step[A]:
+def train_step(state: LocalState, batch: A, *, differentiable: bool = False) -> Step[A]:
     """Normalize with the batch's own statistics. Changes nothing.
+
+    Args:
+        state: config, weight and bias.
+        batch: numpy or torch.
+        differentiable: whether gradients flow through the output, with torch, as they do with its own function.
 
     Raises:
         ShapeMismatch, DtypeMismatch: the batch does not fit the layer.
         TooFewValues: fewer than two values per channel; for population statistics, none.
         NonFinite: NaN, infinity or overflow, and the layer rejects that.
     """
-    kernels, moved = _ready(state, batch)
+    kernels, moved = _ready(state, batch, differentiable=differentiable)
     check_enough(_values(state, batch), least_values(state.config))
     output, moments, statistics = kernels.with_own_statistics(state, moved)
     return _step(state, kernels, output, moments, statistics)
@@ -113,7 +120,7 @@ def shard_step(state: LocalState, batch: A, whole: BatchMoments) -> Step[A]:
     """
     kernels, moved = _ready(state, batch)
     output = kernels.with_statistics(state, moved, whole.mean, whole.var)
-    return _step(state, kernels, output, whole, kernels.statistics(state, moved, whole.mean, whole.var))
+    return _step(state, kernels, output, whole, lambda: kernels.statistics(state, moved, whole.mean, whole.var))
 
 
 def trained(state: LocalState, batch: A, step: Step[A] | None, done: FoldResult, *, statistics: bool) -> TrainResult[A]:
@@ -123,18 +130,28 @@ def trained(state: LocalState, batch: A, step: Step[A] | None, done: FoldResult,
             raise UnexpectedAnswer("an answer to a shard without the moments of the whole", status=200)
         step = shard_step(state, batch, BatchMoments(done.count, done.mean, done.var))
     return TrainResult(
-        step.output, done.version, done.num_batches_tracked, done.replayed, step.statistics if statistics else None
+        step.output,
+        done.version,
+        done.num_batches_tracked,
+        done.replayed,
+        BatchStatistics(*step.statistics()) if statistics else None,
     )
 
 
-def eval_step(state: LocalState, batch: A, *, statistics: bool) -> EvalResult[A]:
+def eval_step(state: LocalState, batch: A, *, statistics: bool, differentiable: bool = False) -> EvalResult[A]:
     """Normalize with the running statistics, or with the batch's own if the layer has none.
+
+    Args:
+        state: of the layer.
+        batch: numpy or torch.
+        statistics: whether to return them.
+        differentiable: as for `train_step`.
 
     Raises:
         ShapeMismatch, DtypeMismatch: the batch does not fit the layer.
         TooFewValues: one value per channel, and the layer has no running statistics.
     """
-    kernels, moved = _ready(state, batch)
+    kernels, moved = _ready(state, batch, differentiable=differentiable)
     found: BatchStatistics[A] | None = None
     output = moved
     if state.running_mean is not None:
@@ -144,14 +161,20 @@ def eval_step(state: LocalState, batch: A, *, statistics: bool) -> EvalResult[A]
     elif _values(state, batch):
         check_enough(_values(state, batch), 2)
         output, _, used = kernels.with_own_statistics(state, moved)
-        found = BatchStatistics(*used)
+        found = BatchStatistics(*used()) if statistics else None
     output = _finished(state, kernels, output)
-    return EvalResult(output, state.version, state.num_batches_tracked, state.digest, found if statistics else None)
+    return EvalResult(output, state.version, state.num_batches_tracked, state.digest, found)
 
 
-def _step(state: LocalState, kernels: Kernels, output: Any, moments: BatchMoments, used: Any) -> Step[Any]:
+def _step(
+    state: LocalState,
+    kernels: Kernels,
+    output: Any,
+    moments: BatchMoments,
+    statistics: Callable[[], tuple[Any, Any, Any]],
+) -> Step[Any]:
     _check_finite(state, moments, lambda: kernels.all_finite(output))
-    return Step(_finished(state, kernels, output), moments, BatchStatistics(*used))
+    return Step(_finished(state, kernels, output), moments, statistics)
 
 
 def _check_finite(
@@ -180,7 +203,7 @@ def _finished(state: LocalState, kernels: Kernels, output: Any) -> Any:
     return output if state.config.channel_axis == 1 else kernels.move(output, 1, state.config.channel_axis)
 
 
-def _ready(state: LocalState, batch: Any) -> tuple[Kernels, Any]:
+def _ready(state: LocalState, batch: Any, *, differentiable: bool = False) -> tuple[Kernels, Any]:
     """Check the batch; return the arithmetic for its type of array, and the batch with its channels on axis 1."""
     if isinstance(batch, np.ndarray):
         if isinstance(batch, np.ma.MaskedArray):
@@ -188,7 +211,7 @@ def _ready(state: LocalState, batch: Any) -> tuple[Kernels, Any]:
         kernels, dtype = cast(Kernels, numpy_kernels), batch.dtype.name
     elif type(batch).__module__.partition(".")[0] == "torch":
         kernels, dtype = _torch_kernels(), _torch_name(batch.dtype)
-        if batch.requires_grad:
+        if batch.requires_grad and not differentiable:
             batch = batch.detach()
     else:
         raise TypeError(f"a numpy array or a torch tensor is needed, not {type(batch).__name__}")

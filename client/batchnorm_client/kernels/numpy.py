@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ Array = npt.NDArray[Any]
 Statistics = tuple[Array, Array, Array]
 
 
-def with_own_statistics(state: LocalState, batch: Array) -> tuple[Array, BatchMoments, Statistics]:
+def with_own_statistics(state: LocalState, batch: Array) -> tuple[Array, BatchMoments, Callable[[], Statistics]]:
     """Normalize (N, C, *) with its own statistics."""
     found = moments(batch)
-    return with_statistics(state, batch, *found[1:]), found, statistics(state, batch, *found[1:])
+    output = with_statistics(state, batch, found.mean, found.var)
+    return output, found, lambda: statistics(state, batch, found.mean, found.var)
 
 
 def with_statistics(state: LocalState, batch: Array, mean: Array, var: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def train_kernel(
     if narrow:
         output, _, _ = torch.native_batch_norm(batch, None, None, None, None, True, 0.0, eps)
         count = batch.numel() // batch.shape[1]
-        var, mean = torch.var_mean(batch.to(dtype), _axes(batch), correction=min(1, count - 1))
+        var, mean = torch.var_mean(batch.detach().to(dtype), _axes(batch), correction=min(1, count - 1))
         return output, mean, var, torch.rsqrt(var * ((count - 1) / count) + eps)
     mean = torch.zeros(batch.shape[1], dtype=dtype, device=batch.device)
     var = torch.zeros(batch.shape[1], dtype=dtype, device=batch.device)
@@ -85,8 +86,8 @@ def exact_sums(batch: Tensor) -> Sums[Tensor]:
     return merge_chunks(batch, chunk_sums, Sums(0, zeros, zeros))
 
 
-def with_own_statistics(state: LocalState, batch: Tensor) -> tuple[Tensor, BatchMoments, Statistics]:
-    """Normalize (N, C, *) with its own statistics."""
+def with_own_statistics(state: LocalState, batch: Tensor) -> tuple[Tensor, BatchMoments, Callable[[], Statistics]]:
+    """Normalize (N, C, *) with its own statistics; as torch's own function does, with its gradients."""
     config, dtype = state.config, _dtype(state)
     weight, bias = _on(batch, dtype, state.weight, state.bias)
     narrow = is_narrow(batch, weight, config.track_running_stats)
@@ -97,12 +98,11 @@ def with_own_statistics(state: LocalState, batch: Tensor) -> tuple[Tensor, Batch
         count = batch.numel() // config.num_features
         wide_mean, wide_var = (vector.cpu().numpy().astype(np.float64) for vector in (mean, var))
         found = BatchMoments(count, wide_mean, wide_var * ((count - 1) / count))
-    biased = torch.from_numpy(found.var).to(batch.device, dtype)
-    return output, found, (mean, biased, invstd.to(dtype))
+    return output, found, lambda: (mean, torch.from_numpy(found.var).to(batch.device, dtype), invstd.to(dtype))
 
 
 def with_statistics(state: LocalState, batch: Tensor, mean: Any, var: Any) -> Tensor:
-    """Normalize (N, C, *) with a mean and a biased variance, (C,), of any float dtype."""
+    """Normalize (N, C, *) with a mean and a biased variance, (C,), of any float dtype; also with torch's gradients."""
     if not batch.numel():
         return torch.empty_like(batch)
     mean, var, weight, bias = _on(batch, _dtype(state), mean, var, state.weight, state.bias)
@@ -135,6 +135,7 @@ def clip(batch: Tensor, bound: float) -> Tensor:
 
 def all_finite(batch: Tensor) -> bool:
     """Whether it contains neither NaN nor infinity. One of these makes the sum so, too, which takes a pass less."""
+    batch = batch.detach()
     return math.isfinite(batch.sum()) or bool(batch.isfinite().all())
 
 
@@ -152,8 +153,7 @@ def _on(batch: Tensor, dtype: torch.dtype, *vectors: Any) -> tuple[Tensor | None
     device = batch.device
     return tuple(
         vector
-        if vector is None
-        or (type(vector) is Tensor and vector.dtype is dtype and vector.device == device and not vector.requires_grad)
-        else torch.as_tensor(vector).detach().to(device=device, dtype=dtype)
+        if vector is None or (isinstance(vector, Tensor) and vector.dtype is dtype and vector.device == device)
+        else torch.as_tensor(vector).to(device=device, dtype=dtype)
         for vector in vectors
     )

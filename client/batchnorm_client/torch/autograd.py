@@ -34,7 +34,14 @@ class SharedBatch(Protocol):
 
 
 def normalize(
-    forward: Forward, x: Tensor, weight: Tensor | None, bias: Tensor | None, *, own: bool, eps: float
+    forward: Forward,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    own: bool,
+    eps: float,
+    clip: float | None = None,
 ) -> Tensor:
     """Normalize with `forward`, with gradients for input, weight and bias, including second derivatives.
 
@@ -47,34 +54,46 @@ def normalize(
         own: whether `forward` normalizes with the batch's own statistics, which gradients flow through, or with the
             running ones, which are constants.
         eps: used in the backward pass for running statistics only.
+        clip: `forward` clamps the output to [-clip, clip]; no gradient flows from elements that are at a bound.
 
     Returns:
         The output, in the memory format that torch would return.
     """
     tensors = (x, weight, bias)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return cast(Tensor, _Normalize.apply(x, weight, bias, forward, own, eps))  # type: ignore[no-untyped-call]
+        apply = _Normalize.apply
+        return cast(Tensor, apply(x, weight, bias, forward, own, eps, clip))  # type: ignore[no-untyped-call]
     return _formatted(forward(x, False)[0], x)
 
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, forward: Forward, own: bool, eps: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        forward: Forward,
+        own: bool,
+        eps: float,
+        clip: float | None,
     ) -> Tensor:
         del bias  # its gradient does not depend on its value
         output, statistics = forward(x, True)
         if statistics is None:
             raise RuntimeError("an answer without the statistics that it was asked for")
         mean, spread = statistics.mean, statistics.invstd if own else statistics.var
-        ctx.save_for_backward(x, weight, mean, spread)
+        clipped = None if clip is None else output.abs() >= min(clip, torch.finfo(output.dtype).max)
+        ctx.save_for_backward(x, weight, mean, spread, clipped)
         ctx.own, ctx.eps = own, eps
         return _formatted(output, x)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         # Not once_differentiable: torch's backward kernel is differentiable, so gradient penalties work.
-        x, weight, mean, spread = ctx.saved_tensors
+        x, weight, mean, spread, clipped = ctx.saved_tensors
+        if clipped is not None:
+            grad_output = grad_output.masked_fill(clipped, 0)
         invstd, var = (spread, None) if ctx.own else (None, spread)
         grads = torch.ops.aten.native_batch_norm_backward(
             grad_output,
@@ -88,7 +107,7 @@ class _Normalize(torch.autograd.Function):
             ctx.eps,
             ctx.needs_input_grad[:3],
         )
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
 
 
 def normalize_shard(shared: SharedBatch, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

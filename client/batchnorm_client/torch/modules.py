@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -206,35 +207,35 @@ class RemoteBatchNorm(RemoteRunningStatistics):
             self._send(self._options() | self.changed_parameters())
         else:
             self.push()
-        return normalize(self._normalize, input, weight, bias, own=own, eps=self.eps)
-
-    def _normalize(self, x: Tensor, statistics: bool) -> tuple[Tensor, BatchStatistics[Tensor] | None]:
-        output, found = self._local(x, statistics) if self.compute == "local" else self._remote(x, statistics)
-        if found and not self.affine and not (self._tracks and (self.track_running_stats or not self._trains)):
-            # With a half-precision input and no float32 tensor, torch's statistics are in half precision, too.
-            found = BatchStatistics(*(tensor.to(x.dtype) for tensor in (found.mean, found.var, found.invstd)))
-        return output, found
+        if self.compute == "local":
+            return self._local(input)
+        return normalize(self._remote, input, weight, bias, own=own, eps=self.eps, clip=self._config.clip)
 
     def _remote(self, x: Tensor, statistics: bool) -> tuple[Tensor, BatchStatistics[Tensor] | None]:
         call = self.layer.train if self._trains else self.layer.eval
         result = call(x, statistics=statistics)
-        return result.output, result.statistics
+        found = result.statistics
+        if found and not self.affine and not (self._tracks and (self.track_running_stats or not self._trains)):
+            # With a half-precision input and no float32 tensor, torch's statistics are in half precision, too.
+            found = BatchStatistics(*(tensor.to(x.dtype) for tensor in (found.mean, found.var, found.invstd)))
+        return result.output, found
 
-    def _local(self, x: Tensor, statistics: bool) -> tuple[Tensor, BatchStatistics[Tensor] | None]:
+    def _local(self, x: Tensor) -> Tensor:
+        """Normalize here: gradients are torch's own."""
+        weight, bias = self.weight, self.bias
         if not self._trains:
-            state = None if self._calls is None else self._calls.state(self.name)
-            if state is None:
-                result = self.layer.eval_local(x, statistics=statistics)
-            else:
-                result = eval_step(state, x, statistics=statistics)
-            return result.output, result.statistics
+            state = (None if self._calls is None else self._calls.state(self.name)) or self.layer._state()
+            if torch.is_grad_enabled():
+                state = replace(state, weight=weight, bias=bias)
+            return eval_step(state, x, statistics=False, differentiable=True).output
         tracks = self._tracks and self.track_running_stats
-        step = train_step(LocalState(self._own_config(tracks), 0, 0, self.weight, self.bias, None, None, ""), x)
+        state = LocalState(self._own_config(tracks), 0, 0, weight, bias, None, None, "")
+        step = train_step(state, x, differentiable=True)
         if tracks and self._pending:
             self._pending.add(self.name, step.moments)
         elif tracks:
             self.layer.fold_moments(*step.moments)
-        return step.output, step.statistics
+        return step.output
 
     def _own_config(self, tracks: bool) -> LayerConfig:
         """The layer's config with this module's eps and tracking."""

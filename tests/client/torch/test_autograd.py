@@ -7,6 +7,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from batchnorm_client.torch import RemoteBatchNorm1d, RemoteBatchNorm2d
 
+COMPUTE = pytest.mark.parametrize("compute", ["remote", "local"])
 OPTIONS = [{}, {"affine": False}, {"bias": False}, {"track_running_stats": False}]
 
 
@@ -24,13 +25,14 @@ def calls(client, monkeypatch):
     return sent
 
 
+@COMPUTE
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("shape", [(5, 2), (3, 2, 2, 2)], ids=str)
-def test_gradcheck(client, name, options, training, shape):
+def test_gradcheck(client, name, options, training, shape, compute):
     torch.manual_seed(0)
     cls = RemoteBatchNorm1d if len(shape) == 2 else RemoteBatchNorm2d
-    remote = cls(2, client=client, name=name, dtype=torch.float64, **options)
+    remote = cls(2, client=client, name=name, dtype=torch.float64, compute=compute, **options)
     with torch.no_grad():
         for parameter in remote.parameters():
             parameter.uniform_(-2, 2)
@@ -47,8 +49,9 @@ def test_gradcheck(client, name, options, training, shape):
     assert gradgradcheck(function, arguments)
 
 
-def test_a_gradient_penalty_is_torchs(client, name):
-    remote, local = RemoteBatchNorm1d(3, client=client, name=name), nn.BatchNorm1d(3)
+@COMPUTE
+def test_a_gradient_penalty_is_torchs(client, name, compute):
+    remote, local = RemoteBatchNorm1d(3, client=client, name=name, compute=compute), nn.BatchNorm1d(3)
     torch.manual_seed(0)
     batch = torch.randn(8, 3)
     grads = []
@@ -79,16 +82,18 @@ def test_statistics_are_asked_for_only_if_a_gradient_can_be_needed(client, name,
     assert calls == [f"{path}/train", f"{path}/eval", f"{path}/train"]
 
 
-def test_only_asked_gradients_are_made(client, name):
-    remote = RemoteBatchNorm1d(3, client=client, name=name)
+@COMPUTE
+def test_only_asked_gradients_are_made(client, name, compute):
+    remote = RemoteBatchNorm1d(3, client=client, name=name, compute=compute)
     remote.bias.requires_grad_(False)
     remote(torch.randn(4, 3)).sin().sum().backward()
     assert remote.weight.grad is not None
     assert remote.bias.grad is None
 
 
-def test_a_parameter_that_changed_before_backward_is_noticed_as_in_torch(client, name):
-    remote = RemoteBatchNorm1d(3, client=client, name=name)
+@COMPUTE
+def test_a_parameter_that_changed_before_backward_is_noticed_as_in_torch(client, name, compute):
+    remote = RemoteBatchNorm1d(3, client=client, name=name, compute=compute)
     loss = remote(torch.randn(4, 3, requires_grad=True)).sin().sum()
     with torch.no_grad():
         remote.weight.mul_(2)

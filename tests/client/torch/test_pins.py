@@ -86,6 +86,23 @@ def test_gradients_are_those_of_torchs_evaluation(client, name, compute):
     assert frozen(BATCH[:1]).shape == (1, 3), "one value per channel is enough for running statistics"
 
 
+@pytest.mark.parametrize("compute", ["remote", "local"])
+def test_no_gradient_flows_from_what_was_clipped(client, name, compute):
+    layer = client.create_layer(name, 3, clip=0.5)
+    layer.update(weight=[0.5, 2.0, -1.0], bias=[0.1, 0.0, -0.2])
+    layer.train(torch.tensor([[1.0, 2, 3], [3, 0, 5], [2, 2, 2]]))
+    layer.pin("a")
+    frozen = RemoteBatchNorm1d(3, client=client, name=name, at="a", compute=compute)
+    local = snapshot(frozen).eval()
+    mine, torchs = (torch.linspace(-3, 6, 24).reshape(8, 3).requires_grad_() for _ in range(2))
+    output, expected = frozen(mine), local(torchs).clamp(-0.5, 0.5)
+    assert 0 < (expected.abs() == 0.5).sum() < expected.numel()
+    assert torch.equal(output, expected)
+    output.sin().sum().backward()
+    expected.sin().sum().backward()
+    assert torch.equal(mine.grad, torchs.grad)
+
+
 def test_a_frozen_model_with_local_compute_needs_no_service(way, name, run):
     _, then, digests = run
     frozen = convert_batchnorm(copy.deepcopy(then), way.client, name, at="ckpt", expect=digests, compute="local")
