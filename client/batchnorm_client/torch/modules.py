@@ -208,7 +208,7 @@ class RemoteBatchNorm(RemoteRunningStatistics):
         else:
             self.push()
         if self.compute == "local":
-            return self._local(input)
+            return self._train_here(input) if self._trains else self._evaluate_here(input, own=own)
         return normalize(self._remote, input, weight, bias, own=own, eps=self.eps, clip=self._config.clip)
 
     def _remote(self, x: Tensor, statistics: bool) -> tuple[Tensor, BatchStatistics[Tensor] | None]:
@@ -220,16 +220,26 @@ class RemoteBatchNorm(RemoteRunningStatistics):
             found = BatchStatistics(*(tensor.to(x.dtype) for tensor in (found.mean, found.var, found.invstd)))
         return result.output, found
 
-    def _local(self, x: Tensor) -> Tensor:
-        """Normalize here: gradients are torch's own."""
+    def _evaluate_here(self, x: Tensor, *, own: bool) -> Tensor:
+        """Normalize as the service would; with torch's own gradients, unless others have written weight or bias."""
+        state = (None if self._calls is None else self._calls.state(self.name)) or self.layer._state()
+        if not torch.is_grad_enabled():
+            return eval_step(state, x, statistics=False).output
         weight, bias = self.weight, self.bias
-        if not self._trains:
-            state = (None if self._calls is None else self._calls.state(self.name)) or self.layer._state()
-            if torch.is_grad_enabled():
-                state = replace(state, weight=weight, bias=bias)
-            return eval_step(state, x, statistics=False, differentiable=True).output
+        if _stands_for(weight, state.weight) and _stands_for(bias, state.bias):
+            here = replace(state, weight=weight, bias=bias)
+            return eval_step(here, x, statistics=False, differentiable=True).output
+
+        def evaluate(x: Tensor, statistics: bool) -> tuple[Tensor, BatchStatistics[Tensor] | None]:
+            result = eval_step(state, x, statistics=statistics)
+            return result.output, result.statistics
+
+        return normalize(evaluate, x, weight, bias, own=own, eps=state.config.eps, clip=state.config.clip)
+
+    def _train_here(self, x: Tensor) -> Tensor:
+        """Normalize with the batch's statistics, with torch's own gradients; fold its moments."""
         tracks = self._tracks and self.track_running_stats
-        state = LocalState(self._own_config(tracks), 0, 0, weight, bias, None, None, "")
+        state = LocalState(self._own_config(tracks), 0, 0, self.weight, self.bias, None, None, "")
         step = train_step(state, x, differentiable=True)
         if tracks and self._pending:
             self._pending.add(self.name, step.moments)
@@ -399,6 +409,13 @@ def layer_options(
 def without_bias(leave_out: bool) -> dict[str, bool]:
     """torch's argument for a module without bias, which older versions do not have."""
     return {"bias": False} if leave_out else {}
+
+
+def _stands_for(parameter: Tensor | None, value: Any) -> bool:
+    """Whether a parameter has the value that a state has; none stands for zeros."""
+    if parameter is None or value is None:
+        return parameter is None and (value is None or not value.any())
+    return torch.equal(parameter, torch.as_tensor(value).to(parameter))
 
 
 def _same(known: Any, value: Any) -> bool:

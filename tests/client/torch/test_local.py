@@ -153,3 +153,21 @@ def test_parameters_are_sent_when_somebody_else_needs_them(client, name):
     assert torch.equal(remote.eval()(x), RemoteBatchNorm1d(3, client=client, name=name).eval()(x))
     assert remote.layer.inspect().weight == [2, 2, 2]
     assert isinstance(remote, RemoteBatchNorm)
+
+
+def test_gradients_in_eval_mode_after_somebody_else_has_written_the_parameters(client, name):
+    """The output is the service's, with its parameters; the input's gradient is that of this module's."""
+    modules = [RemoteBatchNorm1d(3, client=client, name=name, compute=compute) for compute in ("remote", "local")]
+    x = torch.randn(8, 3)
+    modules[0](x)
+    client.layer(name).update(weight=[2.0, 3.0, 4.0], bias=[1.0, 1.0, 1.0])
+    found = []
+    for module in modules:
+        given = x.clone().requires_grad_()
+        output = module.eval()(given)
+        output.sin().sum().backward()
+        with torch.no_grad():
+            assert torch.equal(module(given), output)
+        found.append((output, given.grad, module.weight.grad, module.bias.grad))
+    for remote, local in zip(*found, strict=True):
+        torch.testing.assert_close(local, remote, rtol=1e-6, atol=1e-7)

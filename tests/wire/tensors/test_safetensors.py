@@ -282,3 +282,19 @@ def test_long_headers_are_read_too() -> None:
 def test_no_tensors() -> None:
     assert decode(SAFETENSORS, file_with(b"{}"), {"input": "float32"}) == {}
     assert decode_safetensors(b"".join(encode_safetensors({}))) == ({}, {})
+
+
+def test_a_long_header_that_comes_again_belongs_to_its_own_data() -> None:
+    names = [f"layer{number}.running_mean" for number in range(50)]
+    for offset in (0.0, 1000.0):
+        values = {name: np.arange(3) + offset + number for number, name in enumerate(names)}
+        metadata = {"versions": "{}"}
+        body = bytearray(save(values, metadata))
+        tensors, found = decode_safetensors(body, repeated=True)
+        assert tensors.keys() == load(bytes(body)).keys()
+        for name, value in values.items():
+            np.testing.assert_array_equal(tensors[name].numpy(), value)
+        assert found == metadata
+        found["versions"] = "changed by a caller"
+    with pytest.raises(MalformedBody):
+        decode_safetensors(body[:-1], repeated=True)
