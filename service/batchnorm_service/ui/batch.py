@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Final
 
 import numpy as np
@@ -27,6 +27,7 @@ from .rendering import HEADERS, page_router
 from .session import check_form_token
 
 BINS: Final = 60
+_BLOCK: Final = 1 << 18
 _FORM_TOKEN: Final = b"x-form-token"
 
 router = page_router()
@@ -88,18 +89,38 @@ def histogram(tensor: Tensor, axis: int, channel: int | None) -> dict[str, Any]:
     values = widened(tensor)
     if channel is not None and values.ndim > 1:
         values = np.take(values, channel, axis=axis)
-    finite: npt.NDArray[Any] = values[np.isfinite(values)].astype(np.float64)
-    document: dict[str, Any] = {"values": values.size, "not_finite": values.size - finite.size}
-    if not finite.size:
+    count, low, high = 0, math.inf, -math.inf
+    for finite in _finite_blocks(values):
+        count += finite.size
+        low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+    document: dict[str, Any] = {"values": values.size, "not_finite": values.size - count}
+    if not count:
         return document | {"edges": [], "counts": [], "mean": None, "std": None, "low": None, "high": None}
-    low, high = float(finite.min()), float(finite.max())
     document |= {"low": low, "high": high}
     if high - low <= math.ulp(max(abs(low), abs(high))) * BINS:  # one value, or too close together for bins
         most = float(np.finfo(np.float64).max)
         low, high = max(low - 0.5 - abs(low) / 2, -most), min(high + 0.5 + abs(high) / 2, most)
     # By a power of 2 into -1 to 1, where neither the span nor a sum is infinite, and no bin is as small as a rounding.
     _, exponent = np.frexp(max(abs(low), abs(high)))
-    scaled = np.ldexp(finite, -exponent, out=finite)
-    counts, edges = np.histogram(scaled, BINS, (np.ldexp(low, -exponent), np.ldexp(high, -exponent)))
-    edges, mean, std = (np.ldexp(value, exponent) for value in (edges, scaled.mean(), scaled.std()))
-    return document | {"edges": edges.tolist(), "counts": counts.tolist(), "mean": float(mean), "std": float(std)}
+    span = np.ldexp(low, -exponent), np.ldexp(high, -exponent)
+    counts, edges = np.zeros(BINS, np.int64), np.linspace(*span, BINS + 1)
+    done, mean, squares = 0, 0.0, 0.0
+    for finite in _finite_blocks(values):
+        scaled = np.ldexp(finite, -exponent, out=finite)
+        counts += np.histogram(scaled, BINS, span)[0]
+        done += scaled.size
+        share, apart = scaled.size / done, float(scaled.mean()) - mean
+        squares += float(scaled.var()) * scaled.size + apart**2 * share * (done - scaled.size)  # Chan et al., 1979
+        mean += apart * share
+    numbers = {"mean": float(np.ldexp(mean, exponent)), "std": float(np.ldexp(math.sqrt(squares / done), exponent))}
+    return document | {"edges": np.ldexp(edges, exponent).tolist(), "counts": counts.tolist(), **numbers}
+
+
+def _finite_blocks(values: npt.NDArray[Any]) -> Iterator[npt.NDArray[np.float64]]:
+    """The finite values as float64, some at a time: all at once would take several times the memory of the batch."""
+    flat = values.reshape(-1)
+    for first in range(0, flat.size, _BLOCK):
+        block = flat[first : first + _BLOCK]
+        finite = block[np.isfinite(block)]
+        if finite.size:
+            yield finite.astype(np.float64)
