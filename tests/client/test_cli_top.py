@@ -136,6 +136,16 @@ def test_a_service_that_was_restarted():
     assert "-" not in text_of(screen)
 
 
+def test_a_service_that_was_restarted_with_other_buckets():
+    """ValueError: a release may have more buckets than the one before."""
+    more = reading(60.0)
+    more.routes[0].counts, more.routes[0].bounds = [50.0, 10.0, 0.0], [0.01, 0.1]
+    screen, client = Screen("http://x"), Readings(reading(50.0), more)
+    screen.read(client)
+    screen.read(client)
+    assert re.search(r"GET /v1/layers +60", text_of(screen))
+
+
 def test_a_narrow_terminal_has_fewer_columns():
     screen = Screen("http://x")
     screen.read(Readings(reading(5.0)))

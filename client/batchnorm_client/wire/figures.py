@@ -71,7 +71,7 @@ class Times:
 
     def since(self, before: Times | None) -> Times:
         """The calls since an earlier reading of the same service."""
-        if before is None:
+        if before is None or before.bounds != self.bounds:  # a release with other buckets
             return self
         counts = [now - then for now, then in zip(self.counts, before.counts, strict=True)]
         refused, failed = self.refused - before.refused, self.failed - before.failed
