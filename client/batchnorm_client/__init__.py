@@ -27,7 +27,7 @@ from batchnorm_client.results import (
     Replaced,
     TrainResult,
 )
-from batchnorm_client.wire.documents import HistoryEntry, Layer, LayerConfig, LayerSummary, Pin
+from batchnorm_client.wire.documents import Drift, HistoryEntry, Layer, LayerConfig, LayerSummary, Pin
 from batchnorm_client.wire.errors import (
     PROBLEMS,
     BatchNormError,
@@ -86,6 +86,7 @@ __all__ = [
     "ConnectionFailed",
     "DeviceUnavailable",
     "DigestMismatch",
+    "Drift",
     "DtypeMismatch",
     "EvalResult",
     "FoldResult",

@@ -16,7 +16,7 @@ from batchnorm_client.core.state_choice import StateChoice
 from batchnorm_client.kernels.state import LocalState
 from batchnorm_client.options import Cast, LayerChanges, Mode, Normalize, What
 from batchnorm_client.results import EvalResult, FoldResult, Gradients, TrainResult
-from batchnorm_client.wire.documents import HistoryEntry, Layer, Pin
+from batchnorm_client.wire.documents import Drift, HistoryEntry, Layer, Pin
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +30,8 @@ class AsyncRemoteLayer:
 
     A handle that was made with `at` or `expect` only reads the state that they name: `eval`, `eval_local`, `inverse`,
     `inspect` and `state_dict` use this state, or raise `VersionNotFound` if it is not kept any more, and
-    `DigestMismatch` if it has another digest. `history` and `pins` list those of the layer. All other methods raise
-    ValueError before anything is sent.
+    `DigestMismatch` if it has another digest. `history`, `pins` and `drift` are those of the layer. All other methods
+    raise ValueError before anything is sent.
 
     Where a batch is taken, one sample, (C,), may be given instead, and the output is one sample, too. `cast` is how
     float64 observations are sent to a float32 layer; without it they are refused, because precision would be lost.
@@ -274,6 +274,15 @@ class AsyncRemoteLayer:
     async def inspect(self) -> Layer:
         """The layer's config, counters, state and digest, as of its newest commit, or of the state that is read."""
         return await self._client._call(calls.inspect(self.name, self._choice))
+
+    async def drift(self) -> Drift:
+        """How far the batches that come in are from the running statistics, smoothed over the batches.
+
+        Returns:
+            Its `score` is the part of the shift of the worst channel that noise does not explain; `drifting` is whether
+            it has passed the service's threshold.
+        """
+        return await self._client._call(calls.drift(self.name))
 
     async def update(self, *, if_match: int | None = None, **changes: Unpack[LayerChanges]) -> Layer:
         """Set `eps`, `momentum`, `track_running_stats`, `non_finite`, `half_life`, `clip`, `weight` or `bias`.

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from pydantic import SecretStr
 
 from batchnorm_service import __version__
-from batchnorm_service.layers import Layers, LayersOptions
+from batchnorm_service.layers import DriftOptions, Layers, LayersOptions
 from batchnorm_service.open_files import possible_connections
 from batchnorm_service.open_inference import INTERFACE as OPEN_INFERENCE
 from batchnorm_service.rest import ApiOptions, Gateway, RequestLimits, build_api
@@ -82,6 +82,7 @@ def create_app(
             max_pins=settings.max_pins,
             max_waiting_members=group_share(settings.max_concurrent_requests),
             waiting_calls=settings.max_waiting_calls,
+            drift=DriftOptions(settings.drift_threshold, settings.drift_sampling) if settings.drift else None,
         ),
         metrics=metrics,
         traced=traces is not None,

@@ -189,6 +189,15 @@ class Settings(BaseSettings):
     metrics: bool = True
     """Whether `/metrics` has metrics for Prometheus, and calls are counted."""
 
+    drift: bool = True
+    """Whether batches are compared with what their layers know: `GET /v1/layers/{name}/drift`."""
+
+    drift_threshold: float = Field(0.5, gt=0, allow_inf_nan=False)
+    """The score at which a layer drifts; at half of it, it does no longer."""
+
+    drift_sampling: float = Field(0.01, ge=0, le=1, allow_inf_nan=False)
+    """The share of a process's time that comparing batches of eval may take; 0: only folded batches are compared."""
+
     traces: bool = False
     """Whether sampled requests are exported as OpenTelemetry traces, as the standard OTEL_* variables say."""
 

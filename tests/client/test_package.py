@@ -18,6 +18,7 @@ RESULTS = {
     "EvalResult",
     "FoldResult",
     "Gradients",
+    "Drift",
     "HistoryEntry",
     "Layer",
     "LayerConfig",

@@ -17,6 +17,7 @@ from batchnorm_service.engine.normalize import train_step
 from batchnorm_service.fast_path.eager import start
 from batchnorm_service.layers import Layers, cache
 from batchnorm_service.layers.compute import ComputeExecutor
+from batchnorm_service.layers.update_queue import NoObserver
 from batchnorm_service.runtime import RUNTIME
 from batchnorm_service.store.memory import MemoryStore
 from batchnorm_service.telemetry import NoMetrics
@@ -70,6 +71,7 @@ async def test_only_the_slot_that_was_used_is_dropped_by_its_name(monkeypatch: p
                 LayerMetrics(NoMetrics()),
                 lambda _: None,
                 lambda _: None,
+                NoObserver(),
             )
         assert entries.get("a") is other
 

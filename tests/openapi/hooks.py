@@ -32,7 +32,7 @@ LAYERS = {0: "moving", 1: "population"}
 
 ON_LAYERS = {"get_layer", "update_layer", "reset_layer", "get_state", "replace_state"}
 ON_LAYERS |= {"train", "eval", "inverse", "backward", "fold_moments"}
-ON_LAYERS |= {"list_history", "rollback_layer", "list_pins", "get_pin", "pin_state", "delete_pin"}
+ON_LAYERS |= {"list_history", "rollback_layer", "list_pins", "get_pin", "pin_state", "delete_pin", "get_drift"}
 NUMBER = {"type": "number"}
 NAME = {"type": "string", "enum": ["NaN", "Infinity", "-Infinity"]}
 

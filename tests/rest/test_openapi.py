@@ -20,6 +20,7 @@ CALLS = {
     "/v1/layers": {"get"},
     "/v1/layers/{name}": {"put", "get", "patch", "delete"},
     "/v1/layers/{name}/reset": {"post"},
+    "/v1/layers/{name}/drift": {"get"},
     "/v1/layers/{name}/history": {"get"},
     "/v1/layers/{name}/rollback": {"post"},
     "/v1/layers/{name}/pins": {"get"},
@@ -188,7 +189,7 @@ async def test_a_call_with_tensors_lists_the_form_that_it_answers_in_by_default_
 async def test_a_created_layer_links_to_every_call_on_it(document):
     on_layers = [one for path, one in document["paths"].items() if path.startswith("/v1/layers/{name}")]
     expected = {operation["operationId"] for each in on_layers for operation in each.values()}
-    assert len(expected) == 18
+    assert len(expected) == 19
     for status in ("200", "201"):
         links = document["paths"]["/v1/layers/{name}"]["put"]["responses"][status]["links"]
         assert {link["operationId"] for link in links.values()} == expected

@@ -88,6 +88,7 @@ SCOPES = {
     ("PATCH", "/v1/layers/{name}"): "train",
     ("DELETE", "/v1/layers/{name}"): "admin",
     ("POST", "/v1/layers/{name}/backward"): "read",
+    ("GET", "/v1/layers/{name}/drift"): "read",
     ("POST", "/v1/layers/{name}/eval"): "read",
     ("GET", "/v1/layers/{name}/history"): "read",
     ("POST", "/v1/layers/{name}/inverse"): "read",

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from batchnorm_service.runtime import Runtime
 from batchnorm_service.store.base import (
+    Attachment,
     Committed,
     Entry,
     GroupStatus,
@@ -137,7 +138,8 @@ class Server:
         state = vars(self.table)
         content = {name: copy.copy(value) for name, value in state.items() if isinstance(value, dict | list)}
         content |= {"_groups": copy.deepcopy(state["_groups"]), "_floor": state["_floor"]}
-        content |= {each: {key: dict(value) for key, value in state[each].items()} for each in ("_kept", "_pins")}
+        each_copied = ("_kept", "_pins", "_attachments")
+        content |= {each: {key: dict(value) for key, value in state[each].items()} for each in each_copied}
         return content
 
     def restore(self, content: dict[str, Any]) -> None:
@@ -336,6 +338,12 @@ class SimulatedStore:
 
     async def leave(self, name: str, incarnation: int, group: bytes, member: bytes | None) -> None:
         await self._write(name, lambda table: table.leave(name, incarnation, group, member))
+
+    async def attachment(self, name: str, incarnation: int, key: str) -> Any:
+        return await self._read(lambda table: table.attachment(name, incarnation, key))
+
+    async def attach(self, name: str, incarnation: int, key: str, new: Attachment, expected: int | None) -> Any:
+        return await self._write(name, lambda table: table.attach(name, incarnation, key, new, expected))
 
     async def list(self, prefix: str, after: str, limit: int) -> list[Entry]:
         return await self._read(lambda table: table.list(prefix, after, limit))

@@ -39,6 +39,7 @@ def _main(
 
 app.command("layers")(layers.layers)
 app.command("show")(layers.show)
+app.command("drift")(layers.drift)
 app.command("create")(layers.create)
 app.command("reset")(layers.reset)
 app.command("delete")(layers.delete)

@@ -1,4 +1,4 @@
-"""Commands on layers: layers, show, create, reset, delete."""
+"""Commands on layers: layers, show, drift, create, reset, delete."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from batchnorm_client.cli.output import (
     layers_table,
     print_document,
     print_documents,
+    print_drift,
     print_json,
     print_layer,
     say,
@@ -58,6 +59,25 @@ def show(
         print_document(layer)
     else:
         print_layer(layer, channels, console())
+
+
+@with_service
+def drift(
+    name: Name,
+    channels: Annotated[
+        bool, typer.Option("--channels", help="A table of all channels instead of sparklines.", show_default=False)
+    ] = False,
+    *,
+    service: Service,
+    json: Json = False,
+) -> None:
+    """Show how far the batches that come in are from what a layer knows, smoothed over the batches."""
+    with calling(service) as client:
+        found = client.layer(name).drift()
+    if json:
+        print_document(found)
+    else:
+        print_drift(name, found, channels, console())
 
 
 @with_service

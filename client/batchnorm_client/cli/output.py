@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from batchnorm_client.wire.documents import HistoryEntry, Layer, LayerSummary, Pin
+from batchnorm_client.wire.documents import Drift, HistoryEntry, Layer, LayerSummary, Pin
 
 Vector = npt.NDArray[np.float64]
 
@@ -101,14 +101,41 @@ def _table(first: str, *others: str) -> Table:
 
 def print_layer(layer: Layer, channels: bool, out: Console) -> None:
     """Everything about a layer; its vectors as sparklines, or channel by channel."""
-    out.print(Text(layer.name, "bold cyan"))
+    _print_facts(layer.name, _facts(layer), out)
+    _print_vectors(_vectors(layer), channels, out)
+
+
+def print_drift(name: str, drift: Drift, channels: bool, out: Console) -> None:
+    """The drift of a layer; its channels as sparklines, or one by one."""
+    _print_facts(name, _drift_facts(drift), out)
+    vectors = {"mean, in sd": drift.channels.z, "ln var ratio": drift.channels.log_var_ratio}
+    _print_vectors({label: np.asarray(values, np.float64) for label, values in vectors.items()}, channels, out)
+
+
+def _drift_facts(drift: Drift) -> Iterable[tuple[str, str]]:
+    if drift.since is None:
+        state = "none"
+    else:
+        state = f"since {drift.since.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC, {ago(drift.since)}"
+    yield "drift", state
+    yield "score", f"{drift.score:.3g}; drift begins at {drift.threshold:g}"
+    yield "batches", f"{drift.batches:,} compared"
+    if (worst := drift.worst) is not None:
+        ratio = math.exp(worst.log_var_ratio / 2)
+        yield "worst", f"channel {worst.channel:,}: mean shifted by {worst.z:.3g} sd, sd times {ratio:.3g}"
+
+
+def _print_facts(name: str, found: Iterable[tuple[str, str]], out: Console) -> None:
+    out.print(Text(name, "bold cyan"))
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim", no_wrap=True, min_width=_LABEL - 2)
     facts.add_column(overflow="fold")
-    for label, value in _facts(layer):
+    for label, value in found:
         facts.add_row(label, value)
     out.print(facts)
-    vectors = _vectors(layer)
+
+
+def _print_vectors(vectors: dict[str, Vector], channels: bool, out: Console) -> None:
     if not vectors:
         return
     out.print()

@@ -19,7 +19,7 @@ from batchnorm_client.core.unknown_outcome import confirm_deleted, confirm_repla
 from batchnorm_client.kernels.state import LocalState
 from batchnorm_client.options import LayerChanges, LayerOptions, Mode, Normalize, What
 from batchnorm_client.results import EvalResult, FoldResult, Gradients, TrainResult
-from batchnorm_client.wire.documents import Layer, LayerPage
+from batchnorm_client.wire.documents import Drift, Layer, LayerPage
 from batchnorm_client.wire.errors import InvalidRequest, ProblemError
 from batchnorm_client.wire.figures import Figures
 from batchnorm_client.wire.headers import IDEMPOTENCY_KEY, KEY_PATTERN
@@ -61,6 +61,11 @@ def page(prefix: str, after: str | None) -> Request[LayerPage]:
 def inspect(name: str, choice: StateChoice = NEWEST) -> Request[Layer]:
     """A layer's config and state."""
     return Request("GET", _at(layer_path(name), choice), partial(readers.chosen_layer, choice), reads=True)
+
+
+def drift(name: str) -> Request[Drift]:
+    """How far the batches that come in are from a layer's running statistics."""
+    return Request("GET", f"{layer_path(name)}/drift", readers.drift, reads=True)
 
 
 def update(name: str, changes: LayerChanges, if_match: int | None) -> Request[Layer]:

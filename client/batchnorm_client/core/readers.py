@@ -23,6 +23,7 @@ from batchnorm_client.results import (
     TrainResult,
 )
 from batchnorm_client.wire.documents import (
+    Drift,
     FoldedDocument,
     HistoryPage,
     Layer,
@@ -63,6 +64,12 @@ def page(response: Response) -> LayerPage:
     """A page of a listing."""
     _check_form(response, JSON)
     return LayerPage.model_validate_json(bytes(response.body), extra="ignore")
+
+
+def drift(response: Response) -> Drift:
+    """The drift of a layer."""
+    _check_form(response, JSON)
+    return Drift.model_validate_json(bytes(response.body), extra="ignore")
 
 
 def history(response: Response) -> HistoryPage:

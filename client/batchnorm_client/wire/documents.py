@@ -295,6 +295,35 @@ class Pins(Document):
     pins: list[Pin]
 
 
+class ChannelDrift(Document):
+    """The drift of one channel."""
+
+    channel: int = Field(description="its index, from 0")
+    z: float = Field(description="the smoothed shift of the batches' mean, in running standard deviations")
+    log_var_ratio: float = Field(description="the logarithm of the smoothed ratio of their variance to the running one")
+
+
+class ChannelDrifts(Document):
+    """The drift of all channels, (C,) each: see `ChannelDrift`."""
+
+    z: Vector
+    log_var_ratio: Vector
+
+
+class Drift(Document):
+    """How far the batches that come in are from a layer's running statistics, smoothed over the batches."""
+
+    batches: int = Field(description="how many batches were compared since the statistics were set")
+    score: float = Field(
+        description="of the worst channel, the part of |z| or |log_var_ratio| / 2 that noise does not explain"
+    )
+    worst: ChannelDrift | None = Field(description="the channel with this score; null before there is a batch")
+    channels: ChannelDrifts
+    threshold: float = Field(description="the score at which drift begins; it is over at half of it")
+    drifting: bool
+    since: datetime | None = Field(strict=False, description="when drift began; null if there is none")
+
+
 class LayerSummary(Document):
     """A layer as a listing shows it."""
 

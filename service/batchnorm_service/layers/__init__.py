@@ -3,11 +3,12 @@
 from ..engine.posted import MOMENT_DTYPES
 from .batches import Batches, Read
 from .cached_state import layer_not_found
+from .drift_state import DriftReport
 from .fair_pool import CALLED_LAYER
 from .groups import GroupCall
 from .layer_states import LayerStates
 from .layers import Layers
-from .results import Differentiated, Folded, LayersOptions, Normalized, Snapshot
+from .results import Differentiated, DriftOptions, Folded, LayersOptions, Normalized, Snapshot
 from .states import MAX_LAYERS, Found, is_known
 from .updates import Done
 from .watches import Selection
@@ -19,6 +20,8 @@ __all__ = [
     "Batches",
     "Differentiated",
     "Done",
+    "DriftOptions",
+    "DriftReport",
     "Folded",
     "Found",
     "GroupCall",

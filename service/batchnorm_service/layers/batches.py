@@ -23,6 +23,7 @@ from ..runtime import Runtime
 from .cache import CacheEntry, LayerCache
 from .cached_state import CachedState, layer_not_found
 from .compute import ComputeExecutor
+from .drift_monitor import DriftMonitor
 from .groups import GroupCall, Operation, Outcome
 from .idempotency import IdempotencyToken, make_token
 from .moments_source import BatchSource, MomentsSource, ObservedSource, PostedSource
@@ -46,7 +47,8 @@ class Batches:
     The argument `nbytes` is how many bytes `read` has to process: with many, it runs in a thread.
     """
 
-    def __init__(self, cache: LayerCache, executor: ComputeExecutor, runtime: Runtime) -> None:
+    def __init__(self, cache: LayerCache, executor: ComputeExecutor, drift: DriftMonitor, runtime: Runtime) -> None:
+        self._drift = drift
         self._runtime = runtime
         self._cache = cache
         self._executor = executor
@@ -157,7 +159,9 @@ class Batches:
         """
         layer = await self._state(name, at, expect)
         batch = self._executor.batch(layer.state, await self._executor.decode(nbytes, _input, read, layer.state))
-        return _unchanged(layer, *await self._evaluated(layer.state, batch, statistics=statistics))
+        output, named = await self._evaluated(layer.state, batch, statistics=statistics)
+        self._drift.evaluated(name, layer, batch, kept=at is not None)
+        return _unchanged(layer, output, named)
 
     async def inverse(
         self, name: str, read: Read, *, nbytes: int = 0, at: int | str | None = None, expect: str | None = None
@@ -283,6 +287,7 @@ class Batches:
                 except ReplacedError:
                     continue
             if not (token.from_caller or layer.state.tracks):  # nothing to commit, and `_prepared` loaded a fresh state
+                self._drift.folded(entry.cached.name, layer, [source.moments])
                 batches = layer.state.num_batches_tracked
                 return source, Done(layer, layer.stamp.version, batches, replayed=False)
             try:

@@ -17,7 +17,7 @@ from .kept_states import KeptStates
 from .records import CommittedLayer
 from .results import LayersOptions
 from .store_calls import StoreCalls
-from .update_queue import UpdateQueue
+from .update_queue import CommitObserver, NoObserver, UpdateQueue
 
 
 class CacheEntry:
@@ -34,6 +34,7 @@ class CacheEntry:
         metrics: what is reported of it.
         unused: called when the last user leaves the entry of a name that has no layer.
         changed: called with the name when there is, or may be, another state.
+        observer: told what was folded, and when statistics were set.
     """
 
     def __init__(
@@ -46,12 +47,13 @@ class CacheEntry:
         metrics: LayerMetrics,
         unused: Callable[[CacheEntry], object],
         changed: Callable[[str], object],
+        observer: CommitObserver,
     ) -> None:
         self._unused = unused
         self.cached = CachedState(name, store, options.max_staleness, runtime, metrics, changed)
         self.kept = KeptStates(name, store)
         self.calls = StoreCalls(self.cached, store, options.store_timeout, runtime, metrics)
-        self.queue = UpdateQueue(self.cached, self.kept, self.calls, executor, options, runtime, metrics)
+        self.queue = UpdateQueue(self.cached, self.kept, self.calls, executor, options, runtime, metrics, observer)
         self.groups = Groups(name, store, self.queue, self.calls, options, runtime, metrics)
         self.users = 0
 
@@ -75,6 +77,7 @@ class LayerCache:
 
     Attributes:
         changed: called with a layer's name when there is, or may be, another state of it.
+        observer: of the commits; to be set before the cache is used.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class LayerCache:
         self._metrics = metrics
         self._report_hit = metrics.hits.add
         self.changed: Callable[[str], object] = lambda _name: None
+        self.observer: CommitObserver = NoObserver()
         self._entries: OrderedDict[str, CacheEntry] = OrderedDict()
 
     def __len__(self) -> int:
@@ -131,6 +135,7 @@ class LayerCache:
                 self._metrics,
                 self._forget,
                 self._report_change,
+                self.observer,
             )
             self._evict(entry)
         else:

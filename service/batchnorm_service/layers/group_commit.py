@@ -45,6 +45,11 @@ class Plan:
         return sum(waiting.source.moments.batches for waiting, _ in self.folds)
 
     @property
+    def moments(self) -> list[Posted]:
+        """What is folded, in order."""
+        return [waiting.source.moments for waiting, _ in self.folds]
+
+    @property
     def updates(self) -> list[Fold]:
         """The folds alone."""
         return [waiting for waiting, _ in self.folds]

@@ -27,6 +27,7 @@ from .batches import Batches, Read
 from .cache import CacheEntry, LayerCache
 from .cached_state import store_unavailable
 from .compute import ComputeExecutor
+from .drift_monitor import DriftMonitor
 from .history import History
 from .idempotency import IdempotencyToken, make_token
 from .layer_states import LayerStates
@@ -53,6 +54,7 @@ class Layers:
         batches: the operations that take a batch or its moments.
         states: the states of several layers, and calls that wait for others.
         history: kept states and pins.
+        drift: how far the batches are from what the layers know.
         decode, encode: call a function that reads a request or writes a response of about so many bytes: in a thread if
             they are many.
     """
@@ -72,7 +74,11 @@ class Layers:
         self._executor = ComputeExecutor(self._options.device, self._options.inline_bytes, runtime, traced=traced)
         self.decode, self.encode = self._executor.decode, self._executor.encode
         self._cache = LayerCache(store, self._executor, self._options, runtime, LayerMetrics(metrics or NoMetrics()))
-        self.batches: Final = Batches(self._cache, self._executor, runtime)
+        self.drift: Final = DriftMonitor(
+            store, self._cache, self._executor, self._options.drift, self._options.resident_layers, runtime
+        )
+        self._cache.observer = self.drift
+        self.batches: Final = Batches(self._cache, self._executor, self.drift, runtime)
         self.history: Final = History(store, self._cache, self._executor, self._options, runtime)
         self.states: Final = States(store, self._cache, self._executor, self._options.waiting_calls, runtime)
         self._cache.changed = self.states.watches.changed
@@ -88,6 +94,7 @@ class Layers:
         """Return when every queued update is committed or refused."""
         await self.states.watches.closed()
         await self._cache.drained()
+        await self.drift.close()
         self._executor.close()
 
     async def ping(self) -> None:
@@ -162,7 +169,7 @@ class Layers:
     async def reset(self, name: str, what: str, key: str | None, if_match: IfMatch) -> tuple[Snapshot, bool]:
         """Set tensors back to their initial values; return the layer, and whether the call was replayed by its key."""
         token = make_token(self._runtime, key, f"reset {what}")
-        change = Change(token, "reset", lambda old: state.reset(old, what), if_match)
+        change = Change(token, records.RESET, lambda old: state.reset(old, what), if_match)
         with self._cache.use(name) as entry:
             return await self._result(name, await entry.queue.submit(change))
 

@@ -23,6 +23,8 @@ from ..runtime import Runtime
 from ..store.base import HEAD_BYTES, Entry, Record, Stamp
 
 FORMAT: Final = "batchnorm-layer/1"
+RESET: Final = "reset"
+"""The operation that sets statistics to their initial values."""
 UNREADABLE: Final = (ProblemError, LookupError, TypeError, ValueError)
 """Raised by damaged bytes, or those of another version. A `ProblemError` would be reported as the client's error."""
 
@@ -40,6 +42,8 @@ class CommittedLayer:
         operation: what made this state: create, train (also of several batches, and moments), update (PATCH), reset,
             replace (PUT state) or rollback; "unknown" if an older release did.
         kept_at: when a state of the layer was last kept, or the layer was created.
+        origin: where the running statistics started, before batches were folded into them: the name and the tag of the
+            operation that set them; empty if none did since the layer was created.
     """
 
     stamp: Stamp
@@ -49,6 +53,13 @@ class CommittedLayer:
     updated_at: datetime
     operation: str
     kept_at: datetime
+    origin: str = ""
+
+    @property
+    def counted_from_start(self) -> bool:
+        """Whether the statistics started from their initial values, and all batches had the present momentum."""
+        started = not self.origin or self.origin.startswith(f"{RESET} ")
+        return started and self.state.config.momentum == self.created_config.momentum
 
     @cached_property
     def digest(self) -> str:
@@ -81,6 +92,7 @@ def record(layer: CommittedLayer) -> Record:
         "updated_at": layer.updated_at.isoformat(),
         "operation": layer.operation,
         "kept_at": layer.kept_at.isoformat(),
+        "origin": layer.origin,
         SAMPLES: str(layer.state.samples_tracked),
     }
     return Record(layer.stamp, b"".join(encode_safetensors(state_dict(layer.state), metadata)))
@@ -119,6 +131,7 @@ def _decode(stored: Record) -> CommittedLayer:
         updated_at=datetime.fromisoformat(metadata["updated_at"]),
         operation=metadata.get("operation", "unknown"),
         kept_at=datetime.fromisoformat(metadata.get("kept_at", metadata["created_at"])),
+        origin=metadata.get("origin", ""),
     )
 
 

@@ -13,6 +13,21 @@ from batchnorm_client.wire.tensors import Tensor
 
 
 @dataclass(frozen=True, slots=True)
+class DriftOptions:
+    """How drift is measured.
+
+    Attributes:
+        threshold: the score at which drift begins.
+        share: of a process's time that measuring the batches of eval may take.
+        seconds: between two writes of a layer's drift.
+    """
+
+    threshold: float = 0.5
+    share: float = 0.01
+    seconds: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class LayersOptions:
     """Limits of `Layers`.
 
@@ -31,6 +46,7 @@ class LayersOptions:
         max_pins: maximum number of pins of a layer.
         max_waiting_members: maximum number of calls that wait for the other members of their groups, of all layers.
         waiting_calls: maximum number of calls that wait until layers change.
+        drift: how drift is measured; None if it is not.
     """
 
     device: str = "cpu"
@@ -46,6 +62,7 @@ class LayersOptions:
     max_pins: int = 100
     max_waiting_members: int = 1 << 30
     waiting_calls: int = 10_000
+    drift: DriftOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)

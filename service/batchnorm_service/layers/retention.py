@@ -38,5 +38,7 @@ class Retention(NamedTuple):
         keeps = self.length > 0 and not (frequent and recent)
         stamp = layer.stamp.next(runtime.bits(63))
         kept_at = at if keeps else layer.kept_at
-        after = CommittedLayer(stamp, state, layer.created_config, layer.created_at, at, operation, kept_at)
+        is_set = operation != "train" and state.running_mean is not layer.state.running_mean
+        origin = f"{operation} {stamp.tag}" if is_set else layer.origin
+        after = CommittedLayer(stamp, state, layer.created_config, layer.created_at, at, operation, kept_at, origin)
         return after, self.length if keeps else 0

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from batchnorm_client.wire.errors import LayerPinned, Overloaded, ProblemError
 
+from ..engine.posted import Posted
 from ..runtime import Runtime
 from ..store.base import (
     Committed,
@@ -37,6 +39,28 @@ from .updates import Change, Deletion, Done, Fold, Note, Queued, ReplacedError, 
 _log = logging.getLogger(__name__)
 
 
+class CommitObserver(Protocol):
+    """What is told of commits, right after them. Its methods must not raise."""
+
+    def folded(self, name: str, layer: CommittedLayer, moments: Sequence[Posted]) -> None:
+        """Batches with these moments were folded into this state, unless its tracking is off."""
+        ...
+
+    def changed(self, name: str, before: CommittedLayer, after: CommittedLayer) -> None:
+        """A reset, PATCH, PUT state or rollback has replaced this state by another one."""
+        ...
+
+
+class NoObserver:
+    """A `CommitObserver` that does nothing."""
+
+    def folded(self, name: str, layer: CommittedLayer, moments: Sequence[Posted]) -> None:
+        """See `CommitObserver`."""
+
+    def changed(self, name: str, before: CommittedLayer, after: CommittedLayer) -> None:
+        """See `CommitObserver`."""
+
+
 class UpdateQueue:
     """Per-layer update queue and group-commit task.
 
@@ -52,7 +76,9 @@ class UpdateQueue:
         options: LayersOptions,
         runtime: Runtime,
         metrics: LayerMetrics,
+        observer: CommitObserver,
     ) -> None:
+        self._observer = observer
         self._cached = cached
         self._kept = kept
         self._calls = calls
@@ -162,6 +188,7 @@ class UpdateQueue:
                     self._cached.set(plan.layer)
                     if plan.record is not None:
                         self._metrics.folded(plan.batches)
+                    self._observer.folded(self._cached.name, layer, plan.moments)
                     plan.settle()
                     committed = plan.layer.stamp
                     del plan, folds  # frees the batches before the pause
@@ -237,6 +264,7 @@ class UpdateQueue:
             match await self._calls.commit("change", [change], layer.stamp, record(new), [receipt], deadline, keep):
                 case Committed():
                     self._cached.set(new)
+                    self._observer.changed(self._cached.name, layer, new)
                     settle(change, Done(new, receipt.version, receipt.batch, replayed=False))
                     return
                 case Duplicates(receipts):

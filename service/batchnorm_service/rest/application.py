@@ -22,6 +22,7 @@ from batchnorm_service.telemetry.metrics import DISCONNECTED
 from .bodies import ClientGoneError
 from .connections import Connections, RequestLimits
 from .documents import invalid_request
+from .drift import router as drift_routes
 from .gateway import Gateway
 from .gradients import GradientEndpoint
 from .gradients import router as gradient_routes
@@ -59,6 +60,7 @@ ROUTERS: Final = (
     gradient_routes,
     moments_routes,
     history_routes,
+    drift_routes,
     health_routes,
     metrics_routes,
     page_routes,

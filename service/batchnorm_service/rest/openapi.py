@@ -22,6 +22,7 @@ Json = dict[str, Any]
 
 # FastAPI does not list models of tensors and problems, and drops null defaults from the others.
 _MODELS: Final[tuple[type[BaseModel], ...]] = (
+    documents.Drift,
     documents.Layer,
     documents.LayerConfig,
     documents.LayerPage,

@@ -9,6 +9,9 @@ their layer.
 
 A commit may keep the record that it replaces: kept records are a layer's history. Only the newest ones stay, and those
 that a pin names, as long as it stands. They are deleted with their layer.
+
+A record may have attachments: bytes under a key, with a compare-and-set of their own, which are no part of its state,
+its version or its history. They are deleted with their layer.
 """
 
 from __future__ import annotations
@@ -204,6 +207,18 @@ class GroupStatus:
     added: bool = field(default=False, compare=False)
 
 
+class Attachment(NamedTuple):
+    """Bytes beside a record.
+
+    Attributes:
+        commit_id: random 63-bit number, new each time they are replaced.
+        data: the caller's bytes.
+    """
+
+    commit_id: int
+    data: bytes
+
+
 class Entry(NamedTuple):
     """A record in a listing; `head` is its first `HEAD_BYTES` bytes, or all of them."""
 
@@ -378,6 +393,20 @@ class Store(Protocol):
 
     async def leave(self, name: str, incarnation: int, group: bytes, member: bytes | None) -> None:
         """Remove a member's shard from a group; None removes all shards."""
+        ...
+
+    async def attachment(self, name: str, incarnation: int, key: str) -> Attachment | Missing | None:
+        """What is attached under a key; None if nothing is. `Missing` if there is no record of that incarnation."""
+        ...
+
+    async def attach(
+        self, name: str, incarnation: int, key: str, new: Attachment, expected: int | None
+    ) -> Committed | Conflict | Missing:
+        """Durably attach bytes in place of those whose commit id is `expected`; with None, there must not be any.
+
+        Repeating a call that took effect is `Committed`, too, until another one has replaced its bytes. `Missing` if
+        there is no record of that name and incarnation.
+        """
         ...
 
     async def list(self, prefix: str, after: str, limit: int) -> list[Entry]:

@@ -12,6 +12,7 @@ from batchnorm_service.runtime import RUNTIME, Runtime
 from batchnorm_service.store.base import (
     CONTENDER_SECONDS,
     HEAD_BYTES,
+    Attachment,
     Committed,
     Conflict,
     Duplicates,
@@ -69,6 +70,7 @@ class MemoryStore:
         self._groups: dict[tuple[int, bytes], _Group] = {}
         self._kept: dict[int, dict[int, Record]] = {}  # by incarnation and version
         self._pins: dict[int, dict[str, Pin]] = {}  # by incarnation and tag
+        self._attachments: dict[int, dict[str, Attachment]] = {}  # by incarnation and key
         # By incarnation and key, of all layers, oldest first, so that purging needs no search. Receipts of a deleted
         # layer become unreachable with its incarnation, and are freed when they expire.
         self._receipts: OrderedDict[tuple[int, bytes], tuple[float, Receipt]] = OrderedDict()
@@ -161,6 +163,7 @@ class MemoryStore:
         del self._records[name]
         self._kept.pop(expected.incarnation, None)
         self._pins.pop(expected.incarnation, None)
+        self._attachments.pop(expected.incarnation, None)
         self._contenders.pop(name, None)
         del self._names[bisect_left(self._names, name)]
         self._floor = max(self._floor, expected.version)
@@ -271,6 +274,29 @@ class MemoryStore:
                 found.shards.pop(member, None)
             if member is None or not found.shards:
                 del self._groups[incarnation, group]
+
+    async def attachment(self, name: str, incarnation: int, key: str) -> Attachment | Missing | None:
+        """See `Store.attachment`."""
+        await self.ping()
+        present = self._records.get(name)
+        if present is None or present.stamp.incarnation != incarnation:
+            return Missing()
+        return self._attachments.get(incarnation, {}).get(key)
+
+    async def attach(
+        self, name: str, incarnation: int, key: str, new: Attachment, expected: int | None
+    ) -> Committed | Conflict | Missing:
+        """See `Store.attach`."""
+        await self.ping()
+        present = self._records.get(name)
+        if present is None or present.stamp.incarnation != incarnation:
+            return Missing()
+        attachments = self._attachments.setdefault(incarnation, {})
+        found = attachments.get(key)
+        if (None if found is None else found.commit_id) not in (expected, new.commit_id):
+            return Conflict()
+        attachments[key] = new
+        return Committed()
 
     async def list(self, prefix: str, after: str, limit: int) -> list[Entry]:
         """See `Store.list`."""

@@ -29,7 +29,7 @@ LABELS: Final[dict[str, tuple[str, ...]]] = {
     "lookup": ("hit", "miss"),
     "operation": (
         *("ping", "load", "create", "commit", "find_receipts", "delete", "join", "leave", "list"),
-        *("kept", "load_kept", "pin", "pins", "unpin"),
+        *("kept", "load_kept", "pin", "pins", "unpin", "attachment", "attach"),
     ),
     "result": (
         *("ok", "error", "cancelled"),

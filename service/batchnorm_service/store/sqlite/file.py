@@ -14,7 +14,7 @@ from batchnorm_service.store.sqlite.identity import SqliteFiles
 from batchnorm_service.store.sqlite.table import SCHEMA
 from batchnorm_service.store.sqlite.upgrades import STEPS, upgrade
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 
 _PERMISSION: Final = "the service needs permission to read and write the file and its directory"
 

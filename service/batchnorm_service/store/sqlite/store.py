@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from batchnorm_service.runtime import RUNTIME, Runtime
 from batchnorm_service.store.base import (
+    Attachment,
     Committed,
     Conflict,
     Duplicates,
@@ -34,7 +35,7 @@ from batchnorm_service.store.base import (
     StoreOptions,
     Unchanged,
 )
-from batchnorm_service.store.sqlite import history
+from batchnorm_service.store.sqlite import attachments, history
 from batchnorm_service.store.sqlite.backup_socket import BackupSocket
 from batchnorm_service.store.sqlite.copies import CopyProgress
 from batchnorm_service.store.sqlite.file import open_file
@@ -189,6 +190,16 @@ class SqliteStore:
     async def leave(self, name: str, incarnation: int, group: bytes, member: bytes | None) -> None:
         """See `Store.leave`."""
         await self._do(name, lambda c: self._table.leave(c, incarnation, group, member), writes=True)
+
+    async def attachment(self, name: str, incarnation: int, key: str) -> Attachment | Missing | None:
+        """See `Store.attachment`."""
+        return await self._do(name, lambda c: attachments.attachment(c, name, incarnation, key))
+
+    async def attach(
+        self, name: str, incarnation: int, key: str, new: Attachment, expected: int | None
+    ) -> Committed | Conflict | Missing:
+        """See `Store.attach`."""
+        return await self._do(name, lambda c: attachments.attach(c, name, incarnation, key, new, expected), writes=True)
 
     async def list(self, prefix: str, after: str, limit: int) -> list[Entry]:
         """See `Store.list`."""

@@ -28,7 +28,7 @@ from batchnorm_service.store.base import (
     Stamp,
     Unchanged,
 )
-from batchnorm_service.store.sqlite import history, statements
+from batchnorm_service.store.sqlite import attachments, history, statements
 from batchnorm_service.store.sqlite.statements import load_record, load_stamp
 
 SCHEMA: Final = (
@@ -80,6 +80,7 @@ SCHEMA: Final = (
     "CREATE TABLE meta (id INTEGER PRIMARY KEY CHECK (id = 1), layers INTEGER NOT NULL, floor INTEGER NOT NULL)",
     "INSERT INTO meta (id, layers, floor) VALUES (1, 0, 0)",
     *history.SCHEMA,
+    *attachments.SCHEMA,
 )
 
 _PURGE_STEP: Final = 100
@@ -178,6 +179,7 @@ class SqliteTable:
             return Pinned()
         connection.execute("DELETE FROM layers WHERE name = ?", (name,))
         history.delete_history(connection, present.incarnation)
+        attachments.delete_attachments(connection, present.incarnation)
         connection.execute("UPDATE meta SET layers = layers - 1, floor = max(floor, ?)", (present.version,))
         return Committed()
 

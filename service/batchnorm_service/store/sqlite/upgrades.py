@@ -120,7 +120,36 @@ def _from_2(connection: sqlite3.Connection) -> None:
     """)
 
 
-STEPS: Final[Mapping[int, Step]] = {1: Step(_known_1, _from_1), 2: Step(_known_2, _from_2)}
+def _known_3(connection: sqlite3.Connection) -> bool:
+    return (
+        _columns(connection, "layers") == _LAYERS
+        and _columns(connection, "meta") == _META
+        and _columns(connection, "receipts") == _RECEIPTS_2
+        and _columns(connection, "shards") == _SHARDS
+        and _columns(connection, "kept") == ("incarnation", "version", "commit_id", "data")
+        and _columns(connection, "pins") == ("incarnation", "tag", "version", "data")
+        and _columns(connection, "attachments") == ()
+    )
+
+
+def _from_3(connection: sqlite3.Connection) -> None:
+    """Add the table of attachments."""
+    connection.execute("""
+    CREATE TABLE attachments (
+        incarnation INTEGER NOT NULL,
+        key TEXT NOT NULL COLLATE BINARY,
+        commit_id INTEGER NOT NULL,
+        data BLOB NOT NULL,
+        PRIMARY KEY (incarnation, key)
+    )
+    """)
+
+
+STEPS: Final[Mapping[int, Step]] = {
+    1: Step(_known_1, _from_1),
+    2: Step(_known_2, _from_2),
+    3: Step(_known_3, _from_3),
+}
 """The step from each schema version to the next."""
 
 

@@ -9,6 +9,7 @@ bucket i's slot is one of 64 i to 64 i + 63.
     PREFIX:{TAG}c:NAME   the record's contenders: commits that had a conflict, by time; expires, and is not replicated
     PREFIX:{TAG}h:NAME   the kept records: a hash of the data by the stamp of 24 bytes
     PREFIX:{TAG}i:NAME   the pins: a hash of 8 bytes of version and the data, by 8 bytes of incarnation and the tag
+    PREFIX:{TAG}a:NAME   the attachments: a hash of 8 bytes of commit id and data, by 8 bytes of incarnation and the key
     PREFIX:{TAG}r:...    a receipt: 8 bytes of incarnation and the receipt's key of 16 bytes; expires
     PREFIX:{TAG}g:...    a group's members: 8 bytes of incarnation and the group's key of 16 bytes; expires
     PREFIX:{TAG}p:...    the members' parts
@@ -18,9 +19,9 @@ bucket i's slot is one of 64 i to 64 i + 63.
     PREFIX:{TAG}schema   in bucket 0 only: the version of this layout
 
 Releases may run side by side: a newer release may add keys that older ones neither read nor need. `j:` is such a key;
-older releases do not delete it, and it expires. `h:` and `i:` are others: when an older release deletes a layer, they
-stay, and its pins do not prevent that. Their fields begin with the incarnation, so that a later layer of that name does
-not see them, and a create removes them.
+older releases do not delete it, and it expires. `h:`, `i:` and `a:` are others: when an older release deletes a layer,
+they stay, and its pins do not prevent that. Their fields begin with the incarnation, so that a later layer of that name
+does not see them, and a create removes them.
 
 Receipts of a deleted layer can never match again, because the next layer of that name has another incarnation. So
 deleting is O(1). Receipts are separate keys, not fields of a hash, because expiring fields need Redis 7.4 or Valkey 9,
@@ -90,6 +91,10 @@ class Keys:
         """The keys of a layer's kept records and of its pins."""
         base, own = self._bases[bucket_of(name)], name.encode()
         return base + b"h:" + own, base + b"i:" + own
+
+    def attachments(self, name: str) -> bytes:
+        """The key of a layer's attachments."""
+        return self._bases[bucket_of(name)] + b"a:" + name.encode()
 
     def receipt(self, name: str, incarnation: int, key: bytes) -> bytes:
         """The key of a receipt."""

@@ -142,8 +142,8 @@ return redis.call('ZCARD', KEYS[1])
 
 CREATE: Final = make_script(
     """
--- KEYS: record, names, floor, kept records, pins. ARGV: incarnation, commit id, data, name, whether there is room,
--- whether a WAIT follows.
+-- KEYS: record, names, floor, kept records, pins, attachments. ARGV: incarnation, commit id, data, name, whether there
+-- is room, whether a WAIT follows.
 local present = redis.call('GET', KEYS[1])
 if present then
     if ARGV[6] == '1' then redis.call('SETRANGE', KEYS[1], 0, string.sub(present, 1, $STAMP_BYTES)) end
@@ -158,7 +158,7 @@ if low == 4294967296 then high, low = high + 1, 0 end
 local version = struct.pack('>I4I4', high, low)
 redis.call('SET', KEYS[1], ARGV[1] .. version .. ARGV[2] .. ARGV[3])
 redis.call('ZADD', KEYS[2], 0, ARGV[4])
-redis.call('UNLINK', KEYS[4], KEYS[5])  -- which an older release leaves behind
+redis.call('UNLINK', KEYS[4], KEYS[5], KEYS[6])  -- which an older release leaves behind
 return {$DONE, version}
 """,
     writes=True,
@@ -244,8 +244,8 @@ FIND_AND_WAIT: Final = make_script(_FIND, flags=ALLOW_OOM, writes=True)
 DELETE: Final = make_script(
     OWN
     + """
--- KEYS: record, names, floor, kept records, pins. ARGV: expected stamp, name, whether a WAIT follows, whether to delete
--- pins too.
+-- KEYS: record, names, floor, kept records, pins, attachments. ARGV: expected stamp, name, whether a WAIT follows,
+-- whether to delete pins too.
 local stamp = redis.call('GETRANGE', KEYS[1], 0, $STAMP_BYTES - 1)
 local floor = redis.call('GET', KEYS[3])
 if stamp ~= ARGV[1] then
@@ -260,7 +260,7 @@ local high, low = struct.unpack('>I4I4', version)
 local floor_high, floor_low = -1, 0
 if floor then floor_high, floor_low = struct.unpack('>I4I4', floor) end
 if high > floor_high or (high == floor_high and low > floor_low) then redis.call('SET', KEYS[3], version) end
-redis.call('UNLINK', KEYS[1], KEYS[4], KEYS[5])
+redis.call('UNLINK', KEYS[1], KEYS[4], KEYS[5], KEYS[6])
 redis.call('ZREM', KEYS[2], ARGV[2])
 return {$DONE}
 """,

@@ -11,6 +11,7 @@ from typing import Any
 
 from batchnorm_service.runtime import RUNTIME, Runtime
 from batchnorm_service.store.base import (
+    Attachment,
     Committed,
     Conflict,
     Duplicates,
@@ -32,6 +33,7 @@ from batchnorm_service.store.base import (
     StoreRefusedError,
     Unchanged,
 )
+from batchnorm_service.store.valkey import attachments
 from batchnorm_service.store.valkey.address import Node, parse_address
 from batchnorm_service.store.valkey.commands import CommandRunner
 from batchnorm_service.store.valkey.connection import Connector
@@ -297,6 +299,16 @@ class ValkeyStore:
         keys = self._keys.group(name, incarnation, group)
         await self._require_open().runner.run(LEAVE, bucket_of(name), keys, [member or b""])
 
+    async def attachment(self, name: str, incarnation: int, key: str) -> Attachment | Missing | None:
+        """See `Store.attachment`."""
+        return await attachments.load(self._require_open().runner, self._keys, name, incarnation, key)
+
+    async def attach(
+        self, name: str, incarnation: int, key: str, new: Attachment, expected: int | None
+    ) -> Committed | Conflict | Missing:
+        """See `Store.attach`."""
+        return await attachments.attach(self._require_open().runner, self._keys, name, incarnation, key, new, expected)
+
     async def list(self, prefix: str, after: str, limit: int) -> list[Entry]:
         """See `Store.list`. Concurrent changes may be included or not."""
         runner = self._require_open().runner
@@ -336,7 +348,8 @@ class ValkeyStore:
     def _bucket_keys(self, name: str) -> Sequence[bytes]:
         bucket = bucket_of(name)
         record, history = self._keys.record(name), self._keys.history(name)
-        return (record, self._keys.names(bucket), self._keys.floor(bucket), *history)
+        own = (record, self._keys.names(bucket), self._keys.floor(bucket))
+        return (*own, *history, self._keys.attachments(name))
 
     def _pipeline(self, node: Node) -> Pipeline:
         return Pipeline(partial(self._connector.connect, node), self._limits, self._runtime)
