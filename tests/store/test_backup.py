@@ -348,7 +348,7 @@ async def test_a_damaged_backup_is_not_restored(path: Path, tmp_path: Path) -> N
     before = path.read_bytes()
     with closing(sqlite3.connect(file)) as newer:
         newer.execute("PRAGMA user_version = 99")
-    with pytest.raises(StoreRefusedError, match="has schema version 99, and this release knows 3"):
+    with pytest.raises(StoreRefusedError, match="has schema version 99, and this release knows 4"):
         restore(moved(path, target=True), file, silent, overwrite=True)
     damage(file, page=5)
     with pytest.raises(StoreDamagedError, match=r"backup\.db is damaged"):

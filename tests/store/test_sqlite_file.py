@@ -164,7 +164,7 @@ async def test_opening_can_be_cancelled(tmp_path: Path) -> None:
     await store.close()
 
 
-@pytest.mark.parametrize("version", [0, 4, 7])
+@pytest.mark.parametrize("version", [0, 5, 7])
 async def test_a_file_of_a_release_that_is_not_known_is_refused_with_both_versions(
     tmp_path: Path, version: int
 ) -> None:
@@ -175,7 +175,7 @@ async def test_a_file_of_a_release_that_is_not_known_is_refused_with_both_versio
         connection.execute(f"PRAGMA user_version = {version}")
     words = await refusal(store)
     assert f"schema version {version}" in words
-    assert "this release knows 3" in words
+    assert "this release knows 4" in words
     assert "the release that wrote the file, or a later one" in words
     assert "--store or BATCHNORM_STORE" in words
 

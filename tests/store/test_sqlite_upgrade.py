@@ -21,12 +21,12 @@ from torch import nn
 
 from batchnorm_client.wire import errors
 from batchnorm_client.wire.tensors import Tensor
-from batchnorm_service.layers import GroupCall
+from batchnorm_service.layers import DriftOptions, GroupCall
 from batchnorm_service.store.base import Missing, StoreRefusedError
 from batchnorm_service.store.sqlite.file import SCHEMA_VERSION
 from batchnorm_service.store.sqlite.store import SqliteStore
 from batchnorm_service.transfer import migrate
-from layers.conftest import serving, train
+from layers.conftest import evaluate, serving, train
 from store.harness import Sabotaged, created, loaded
 from store.test_transfer import command
 
@@ -37,8 +37,9 @@ FIRST = "1-e36fc35"  # receipts without payloads, no shards
 PAYLOADS = "1-a70aadd"  # receipts with payloads, no shards
 SHARDS = ["1-cac93be", "1-85768cf"]  # both: the first and the last release of that layout
 SECOND = "2-9a0a345"
-OLD = [FIRST, PAYLOADS, *SHARDS, SECOND]
-PRESENT = "3-6a7a5f4"
+THIRD = "3-6a7a5f4"
+OLD = [FIRST, PAYLOADS, *SHARDS, SECOND, THIRD]
+PRESENT = "4-ac52441"
 ALL = [*OLD, PRESENT]
 COPY = "layers.db.schema-1.backup"
 
@@ -156,7 +157,7 @@ async def test_versions_of_a_deleted_layer_do_not_come_again(path: Path) -> None
         await store.close()
 
 
-@every(PAYLOADS, *SHARDS, SECOND, PRESENT)
+@every(PAYLOADS, *SHARDS, SECOND, THIRD, PRESENT)
 async def test_population_statistics_are_exact(path: Path, request: pytest.FixtureRequest) -> None:
     samples = np.array(MADE.SHARDS[0])
     async with serving(SqliteStore(path)) as layers:
@@ -180,7 +181,7 @@ async def test_population_statistics_are_exact(path: Path, request: pytest.Fixtu
         assert np.allclose(tensors["running_var"].numpy(), samples.var(0, ddof=1), rtol=1e-6)
 
 
-@every(*SHARDS, SECOND, PRESENT)
+@every(*SHARDS, SECOND, THIRD, PRESENT)
 async def test_members_of_old_groups_get_their_answers_and_open_groups_are_completed(
     path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -200,7 +201,7 @@ async def test_members_of_old_groups_get_their_answers_and_open_groups_are_compl
         gradients = await layers.batches.backward("grouped", lambda _: wire, "member-1", training=True, group=group)
         assert gradients.replayed
 
-        member = "open" if PRESENT in request.node.name else "member"
+        member = "open" if any(each in request.node.name for each in (THIRD, PRESENT)) else "member"
         completed = await train(layers, "grouped", shards[1], f"{member}-2", group=GroupCall("open", 2))
         assert (completed.replayed, completed.num_batches_tracked) == (False, 2)
         assert np.allclose(completed.output.numpy(), expected[2:], rtol=1e-5, atol=1e-6)
@@ -210,8 +211,18 @@ async def test_members_of_old_groups_get_their_answers_and_open_groups_are_compl
 
 
 @every(PRESENT)
+async def test_drift_goes_on(path: Path) -> None:
+    """The next schema's step must keep it."""
+    async with serving(SqliteStore(path), drift=DriftOptions()) as layers:
+        before = (await layers.drift.read("moving")).drift
+        assert before.batches >= 1
+        await evaluate(layers, "moving", np.array(MADE.BATCHES[0], np.float32))
+        assert (await layers.drift.read("moving")).drift.batches == before.batches + 1
+
+
+@every(THIRD, PRESENT)
 async def test_history_and_pins_are_served_as_they_were(path: Path) -> None:
-    """Bit by bit, and rollback goes on from them. The next schema's step must keep them."""
+    """Bit by bit, and rollback goes on from them."""
     module, states = nn.BatchNorm1d(3), []
     for batch in (None, *MADE.BATCHES[:2]):
         if batch is not None:
@@ -365,7 +376,7 @@ async def test_whatever_fails_or_is_killed_in_the_middle_leaves_the_file_as_it_w
     statements = [*counted]
     upgrading = [n for n, sql in enumerate(statements, 1) if sql == "BEGIN IMMEDIATE"][1]
     committing = next(n for n, sql in enumerate(statements, 1) if n > upgrading and sql == "COMMIT")
-    assert committing - upgrading >= (6 if schema == 1 else 4)
+    assert committing - upgrading >= {1: 6, 2: 4, 3: 3}[schema]
 
     for number in range(1, committing + 1):
         left = path.parent / "killed" / str(number)
