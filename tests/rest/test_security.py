@@ -108,6 +108,7 @@ SCOPES = {
     ("GET", "/ui"): "read",
     ("GET", "/ui/"): "read",
     ("GET", "/ui/layers/{name}"): "read",
+    ("GET", "/ui/layers/{name}/drift"): "read",
     ("GET", "/ui/layers/{name}/state"): "read",
     ("GET", "/ui/layers/{name}/values"): "read",
     ("GET", "/ui/operations"): "read",

@@ -83,7 +83,7 @@ def running():
 
 @pytest.fixture
 def service(running):
-    return running()
+    return running(drift_sampling=1.0)
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_the_first_visit(reader):
     expect(page.get_by_role("status").filter(has_text="example is loaded")).to_be_visible()
     page.get_by_role("link", name="example.encoder.bn1").click()
     expect(page.get_by_role("heading", level=1)).to_have_text("example.encoder.bn1")
-    expect(page.locator(".chart canvas")).to_have_count(4)
+    expect(page.locator("#channels canvas")).to_have_count(4)
     assert page.title() == "example.encoder.bn1 · Batchnorm"
 
 
@@ -179,6 +179,27 @@ def test_every_channel(reader, layer):
     page.get_by_label("Go to channel").fill("5")
     page.get_by_role("button", name="Show", exact=True).first.click()
     expect(page.locator("tr.marked th")).to_have_text("5")
+
+
+def test_drift(reader, layer):
+    """Of eval, too; the picture has a row for each of the eight channels, and is drawn again when there is more."""
+    page = reader.open("/ui/layers/net.bn1")
+    expect(page.locator("#drift-now")).to_contain_text("No drift")
+    heat = page.get_by_role("img", name="Heat map")
+    expect(heat).to_have_attribute("height", "8")
+    for batch in batches(30, 8, seed=4):
+        batch[:, 5] += 12
+        layer.eval(batch)
+    refresh(page)
+    expect(page.locator("#drift-now")).to_contain_text("Drift began")
+    expect(page.locator("#drift-now")).to_contain_text("Channel 5 is farthest")
+    box = heat.bounding_box()
+    heat.hover(position={"x": box["width"] - 2, "y": box["height"] * 5.5 / 8})
+    expect(page.locator(".heat output")).to_have_text(re.compile("channel 5  z [3-9]"))
+    page.get_by_role("button", name="Drift").click()
+    expect(page.locator("#channel-table tbody th").first).to_have_text("5")
+    page.goto(page.url.replace("/layers/net.bn1", ""))
+    expect(page.locator(".spark.drifting")).to_be_visible()
 
 
 def test_a_batch_before_and_after(reader, layer, tmp_path):
@@ -308,7 +329,7 @@ def start_of(chart):
 def test_a_refresh_keeps_the_place_of_the_reader(reader, layer, client):
     """What is typed, the focus, the scroll position and the zoom of the charts stay; the figures are new."""
     page = reader.open("/ui/layers/net.bn1", height=500)
-    expect(page.locator(".chart canvas")).to_have_count(4)
+    expect(page.locator("#channels canvas")).to_have_count(4)
     json_field = page.get_by_label("Or paste JSON")
     json_field.fill("[[1, 2")
     json_field.focus()
@@ -346,7 +367,7 @@ def test_a_refresh_keeps_the_place_of_the_reader(reader, layer, client):
 def test_a_refresh_of_what_is_known_is_304(reader, layer):
     page = reader.open("/ui/layers/net.bn1")
     refresh(page)
-    with page.expect_response(lambda response: response.request.resource_type == "fetch") as response:
+    with page.expect_response(page.url) as response:
         page.evaluate("document.dispatchEvent(new CustomEvent('refresh'))")
     assert response.value.status == 304
 
@@ -432,6 +453,8 @@ def settle(page):
     """Wait for charts, where the page has any."""
     if "/layers/" in page.url:
         expect(page.locator("#channels canvas")).to_have_count(4)
+        drift = 0 if "?at=" in page.url else 2
+        expect(page.locator("#drift canvas")).to_have_count(drift)
     if "/operations" in page.url:
         expect(page.locator(".charts canvas")).to_have_count(4)
 
@@ -490,7 +513,7 @@ def test_operations(reader, layer):
 
 def test_a_service_that_is_away(reader, layer, service):
     page = reader.open("/ui/layers/net.bn1")
-    expect(page.locator(".chart canvas")).to_have_count(4)
+    expect(page.locator("#channels canvas")).to_have_count(4)
     service.stop()
     page.evaluate("document.dispatchEvent(new CustomEvent('refresh'))")
     expect(page.locator("#late")).to_have_text("Reconnecting")

@@ -111,6 +111,11 @@ class DriftMonitor:
             return await self._read(name, layer, waiting.all, waiting.number)
 
     @property
+    def measures(self) -> bool:
+        """Whether drift is measured."""
+        return self._measures
+
+    @property
     def worst_score(self) -> float:
         """The largest score of the layers whose batches this process measured in the last minute."""
         return max((score for _, score, _ in self._recently_shown()), default=0.0)
@@ -259,7 +264,7 @@ class DriftMonitor:
             raise store_unavailable(error) from error
         advanced = await self._advance(found, taken, layer)
         tag = f"{layer.stamp.tag}-{0 if found is None else found.commit_id:x}-{number}"
-        return DriftReport(advanced.drift, self._options.threshold, advanced.after.since, tag)
+        return DriftReport(advanced.drift, self._options.threshold, advanced.after.since, advanced.after.history, tag)
 
     async def _load(self, name: str, layer: CommittedLayer) -> Attachment | None:
         found = await self._store.attachment(name, layer.stamp.incarnation, KEY)

@@ -12,6 +12,7 @@ import numpy as np
 from batchnorm_client.wire.tensors import Tensor, decode_safetensors, encode_safetensors
 
 from ..engine.drift import Drift, Smoothed, judge, nothing, reference
+from .drift_history import DriftHistory, no_history, read_history
 from .records import UNREADABLE, CommittedLayer
 
 KEY: Final = "drift"
@@ -29,11 +30,13 @@ class DriftState:
     Attributes:
         origin: of the statistics that the batches were compared with: see `CommittedLayer`.
         smoothed: the sums over the batches, of all processes.
+        history: the drift over time; it goes on when the statistics are set.
         since: when drift began, UTC; None if there is none.
     """
 
     origin: str
     smoothed: Smoothed
+    history: DriftHistory
     since: datetime | None = None
 
 
@@ -44,12 +47,14 @@ class DriftReport(NamedTuple):
         drift: how far the batches are from the running statistics.
         threshold: the score at which drift begins.
         since: when it began, UTC; None if there is none.
+        history: the drift over time.
         tag: differs whenever something of this differs.
     """
 
     drift: Drift
     threshold: float
     since: datetime | None
+    history: DriftHistory
     tag: str
 
 
@@ -78,12 +83,19 @@ def advance(data: bytes | None, later: Smoothed, layer: CommittedLayer, threshol
         now: the time.
     """
     channels = layer.state.config.num_features
-    before = (None if data is None else unpack(data, channels)) or DriftState(layer.origin, nothing(channels))
+    before = (None if data is None else unpack(data, channels)) or new_state(layer)
     smoothed = later if before.origin != layer.origin else before.smoothed.then(later)
     drift = judge(smoothed, reference(layer.state, from_start=layer.counted_from_start))
     limit = threshold if before.since is None else threshold * _END_RATIO
     since = (before.since or now) if drift.score >= limit else None
-    return Advanced(before, DriftState(layer.origin, smoothed, since), drift)
+    history = before.history.then(drift, now) if later.batches else before.history
+    return Advanced(before, DriftState(layer.origin, smoothed, history, since), drift)
+
+
+def new_state(layer: CommittedLayer) -> DriftState:
+    """The drift of a layer before there is a batch."""
+    channels = layer.state.config.num_features
+    return DriftState(layer.origin, nothing(channels), no_history(channels))
 
 
 def pack(state: DriftState) -> bytes:
@@ -93,7 +105,7 @@ def pack(state: DriftState) -> bytes:
     since = None if state.since is None else state.since.isoformat()
     metadata = {"format": _FORMAT, "drift": json.dumps({"origin": state.origin, "since": since, **numbers})}
     vectors = np.ascontiguousarray(sums.vectors, np.float32)
-    return b"".join(encode_safetensors({"sums": Tensor.of(vectors)}, metadata))
+    return b"".join(encode_safetensors({"sums": Tensor.of(vectors), **state.history.tensors()}, metadata))
 
 
 def unpack(data: bytes, channels: int) -> DriftState | None:
@@ -106,6 +118,6 @@ def unpack(data: bytes, channels: int) -> DriftState | None:
         recent, noise = np.array(document["recent"], np.float64), np.array(document["noise"], np.float64)
         sums = Smoothed(document["batches"], (0.0, 0.0), recent, noise, tensors["sums"].numpy().astype(np.float64))
         since = None if document["since"] is None else datetime.fromisoformat(document["since"])
-        return DriftState(document["origin"], sums, since)
+        return DriftState(document["origin"], sums, read_history(tensors, channels), since)
     except UNREADABLE:
         return None

@@ -15,6 +15,9 @@ from batchnorm_service.layers import Layers, Read
 _BATCHES: Final = 24
 _PINNED_AFTER: Final = 12
 _TAG: Final = "baseline"
+_DRIFTING: Final = "example.observations"
+_DRIFTING_CHANNELS: Final = [3, 4]
+"""What comes in after the training is different in these channels."""
 
 _LAYERS: Final = {
     "example.encoder.bn1": LayerConfig(num_features=64, dimensions=2),
@@ -47,6 +50,11 @@ async def load_example(layers: Layers, prefix: str) -> None:
             await layers.batches.train(name, _reader(values), f"example-{batch}")
             if batch + 1 == _PINNED_AFTER:
                 await layers.history.pin(name, _TAG, None, "example-pin")
+        if last == _DRIFTING:
+            for _ in range(_BATCHES):
+                values = random.normal(mean, std, (64, config.num_features))
+                values[:, _DRIFTING_CHANNELS] += 1.5 * std[_DRIFTING_CHANNELS]
+                await layers.batches.eval(name, _reader(values.astype(np.float32)))
 
 
 def _reader(values: npt.NDArray[Any]) -> Read:

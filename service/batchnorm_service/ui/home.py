@@ -14,6 +14,7 @@ from batchnorm_service.rest.responses import Response
 from batchnorm_service.rest.routes import READ, TRAIN, GrantDependency, LayersDependency
 from batchnorm_service.tokens import Grant
 
+from .drift import drift_of
 from .example import load_example
 from .rendering import origin_of, page_router, redirect, respond_page
 from .search import Found, Match, Order, ScanQueue, Search, Sort, find_layers
@@ -52,6 +53,8 @@ async def layers_page(
         "first.html" if first_visit else "layers.html",
         search=search,
         found=found,
+        drift=await drift_of(layers, found.layers),
+        drift_measured=layers.drift.measures,
         link=lambda **changes: _query(search, changes),
         origin=origin_of(request),
         done=_DONE.get(done, ""),

@@ -19,6 +19,7 @@ from batchnorm_service.rest.responses import Response, respond_empty, respond_js
 from batchnorm_service.rest.routes import READ, LayerName, LayersDependency
 from batchnorm_service.rest.state import read_state
 
+from .drift import drift_now
 from .rendering import HEADERS, origin_of, page_router, respond_page
 from .vectors import chart_data, summaries
 
@@ -59,6 +60,7 @@ async def layer_page(
         "layer.html",
         layer=layer,
         at=at,
+        drift=drift_now(await layers.drift.read(name)) if at is None and layers.drift.measures else None,
         config=layer.config.model_dump(),
         vectors=await layers.encode(_work(layer), summaries, layer.tensors),
         history=kept.history,

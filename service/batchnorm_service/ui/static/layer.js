@@ -35,7 +35,7 @@ function around(low, high) {
   return [low - space, high + space];
 }
 
-let step = 1, tag = null, series = null;
+let step = 1, tag = null, series = null, seen = null; // what was read of the values and of the drift
 
 async function load() {
   const headers = { Accept: "application/json" };
@@ -60,15 +60,16 @@ async function load() {
 
 // --- the table of every channel ---
 const box = document.getElementById("channel-table"), PAGE = 12;
-const LABELS = { channel: "Channel", mean: "Mean μ", std: "Std σ", weight: "Weight γ", bias: "Bias β" };
+const LABELS = { channel: "Channel", mean: "Mean μ", std: "Std σ", weight: "Weight γ", bias: "Bias β", z: "Drift z" };
 let order = ["channel", 1], page = 0, marked = -1;
 
 function showTable() {
-  const names = Object.keys(LABELS).filter((name) => name === "channel" || series?.[name]);
+  const columns = { ...series, ...(seen?.z && seen.batches ? { z: { low: seen.z } } : {}) };
+  const names = Object.keys(LABELS).filter((name) => name === "channel" || columns[name]);
   box.hidden = step > 1 || names.length < 2;
   if (box.hidden) return;
-  const value = (name, i) => (name === "channel" ? i : series[name].low[i]);
-  const count = series[names[1]].low.length;
+  const value = (name, i) => (name === "channel" ? i : columns[name].low[i]);
+  const count = columns[names[1]].low.length;
   const [by, way] = order;
   const index = Array.from({ length: count }, (_, i) => i);
   if (by !== "channel") index.sort((a, b) => way * ((value(by, a) ?? -Infinity) - (value(by, b) ?? -Infinity)) || a - b);
@@ -140,6 +141,103 @@ if (section.querySelector("[data-chart]")) {
     const now = document.getElementById("version").dataset.version;
     if (now !== version) { version = now; load(); }
   });
+}
+
+// --- drift over time ---
+const MOST = 2; // |z| that is drawn in full
+const drift = document.getElementById("drift");
+let driftTag = null;
+const minutes = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit" });
+const secondsToo = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+// With seconds where the whole history is shorter than ten minutes.
+const clock = { format: (at) => (seen.history.times.at(-1) - seen.history.times[0] < 600 ? secondsToo : minutes).format(at) };
+const moment = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit", second: "2-digit" });
+
+const scoreChart = drift && new Chart(drift.querySelector('[data-drift-chart="score"]'), {
+  series: [{ fill: "12%" }, { stroke: "muted", width: 1, dash: [4, 4] }],
+  x: { scale: { time: true }, axis: { values: (_, ticks) => ticks.map((tick) => clock.format(tick * 1000)), space: 80 } },
+  y: { scale: { range: (_, low, high) => [0, (high || 1) * 1.1] } },
+  read: (data, i) => `${moment.format(data[0][i] * 1000)}  score ${digits(data[1][i])}`,
+});
+
+class Heat {
+  constructor(element) {
+    this.canvas = document.createElement("canvas");
+    this.canvas.setAttribute("role", "img");
+    this.canvas.setAttribute("aria-label", "Heat map of the shift of the mean, by channel over time");
+    this.labels = Object.fromEntries(["low", "high", "from", "to"].map((name) => [name, document.createElement("span")]));
+    for (const [name, label] of Object.entries(this.labels)) label.className = `edge ${name}`;
+    this.readout = document.createElement("output");
+    this.readout.className = "readout";
+    element.replaceChildren(this.canvas, ...Object.values(this.labels), this.readout);
+    this.canvas.addEventListener("pointermove", (event) => this.say(event));
+    this.canvas.addEventListener("pointerleave", () => (this.readout.textContent = ""));
+  }
+
+  show({ channels, history: { group, times, shifts } }) {
+    Object.assign(this, { group, times, shifts, channels });
+    const rows = shifts[0]?.length ?? 1;
+    this.canvas.width = times.length;
+    this.canvas.height = rows;
+    const context = this.canvas.getContext("2d");
+    const image = context.createImageData(times.length, rows);
+    const [red, green, blue] = rgb(getComputedStyle(document.documentElement).getPropertyValue("--accent").trim());
+    shifts.forEach((column, x) => column.forEach((z, y) => {
+      image.data.set([red, green, blue, Math.round(255 * Math.min(1, Math.abs(z) / MOST))], 4 * (y * times.length + x));
+    }));
+    context.putImageData(image, 0, 0);
+    const { low, high, from, to } = this.labels;
+    low.textContent = "0";
+    high.textContent = (channels - 1).toLocaleString("en");
+    from.textContent = clock.format(times[0] * 1000);
+    to.textContent = times.length > 1 ? clock.format(times.at(-1) * 1000) : "";
+  }
+
+  say(event) {
+    const box = this.canvas.getBoundingClientRect();
+    const x = Math.floor((event.clientX - box.left) / box.width * this.canvas.width), y = Math.floor((event.clientY - box.top) / box.height * this.canvas.height);
+    const z = this.shifts[x]?.[y];
+    if (z === undefined) return;
+    const first = y * this.group, last = Math.min(first + this.group, this.channels) - 1;
+    const where = last > first ? `channels ${first.toLocaleString("en")}–${last.toLocaleString("en")}` : `channel ${first}`;
+    this.readout.textContent = `${clock.format(this.times[x] * 1000)}  ${where}  z ${digits(z)}`;
+  }
+}
+
+function rgb(hex) {
+  return [1, 3, 5].map((place) => parseInt(hex.slice(place, place + 2), 16));
+}
+
+const heat = drift && new Heat(drift.querySelector('[data-drift-chart="heat"]'));
+
+async function loadDrift() {
+  const headers = { Accept: "application/json" };
+  if (driftTag) headers["If-None-Match"] = driftTag;
+  let response;
+  try {
+    response = await fetch(drift.dataset.drift, { headers, cache: "no-store" });
+  } catch { return; } // the page itself says that it is not up to date
+  if (!response.ok) return;
+  driftTag = response.headers.get("ETag");
+  seen = await response.json();
+  drift.querySelector(".over-time").hidden = !seen.history.times.length;
+  showDrift();
+  showTable();
+}
+
+function showDrift() {
+  const { history: { times, scores }, threshold } = seen;
+  if (!times.length) return;
+  // A single point has no line: it gets a short past.
+  const [x, y] = times.length > 1 ? [times, scores] : [[times[0] - 5, times[0]], [scores[0], scores[0]]];
+  scoreChart.show([x, y, x.map(() => threshold)]);
+  heat.show(seen);
+}
+
+if (drift) {
+  loadDrift();
+  document.addEventListener("refreshed", loadDrift);
+  document.addEventListener("theme", () => seen?.history.times.length && heat.show(seen));
 }
 
 // --- a batch before and after ---
