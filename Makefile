@@ -67,6 +67,7 @@ pictures: $(VENV)/dev.stamp ## run all examples, and redraw the pictures in docs
 	$(BIN)/python examples/federated.py --plot docs/federated.png
 	$(BIN)/python examples/reinforcement.py --plot docs/reinforcement.png
 	$(BIN)/python examples/synchronized.py --plot docs/synchronized.png
+	$(BIN)/python examples/page.py --plot docs/page.png
 
 # The locks have the versions of constraints.txt with hashes of everything but torch, whose hash depends on the build.
 # PIP_EXTRA_INDEX_URL selects the CPU build: see README.md.
