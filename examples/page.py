@@ -20,7 +20,7 @@ from batchnorm_service.testing import LocalService
 
 _LAYER = "encoder.stage2.bn1"
 _CHANNELS = 128
-_SIZE = {"width": 1120, "height": 760}
+_SIZE = {"width": 1120, "height": 900}
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Final
 
 import numpy as np
@@ -23,6 +24,10 @@ from batchnorm_service.rest.routes import READ, LayerName, LayersDependency
 from .rendering import HEADERS, page_router
 from .vectors import MAX_POINTS
 
+MAX_CHANNELS: Final = 1 << 18
+"""Of all layers of a list together: each layer is read as a whole, and 50 of a million channels would be gigabytes."""
+
+_AT_ONCE: Final = 16
 _NUMBER_BYTES: Final = 32
 _SPARKLINE_COLUMNS: Final = 32
 _WIDTH, _HEIGHT = 72, 20
@@ -78,7 +83,7 @@ def _sparkline(scores: Sequence[float], threshold: float) -> str:
 
 
 async def drift_of(layers: Layers, shown: Sequence[LayerSummary]) -> dict[str, DriftNow]:
-    """The drift of the layers of a page, by name; empty if it is not measured."""
+    """The drift of the layers of a page, by name; none of those after `MAX_CHANNELS`, or if it is not measured."""
 
     async def one(name: str) -> DriftNow | None:
         try:
@@ -88,8 +93,12 @@ async def drift_of(layers: Layers, shown: Sequence[LayerSummary]) -> dict[str, D
 
     if not layers.drift.measures:
         return {}
-    found = await asyncio.gather(*(one(layer.name) for layer in shown))
-    return {layer.name: drift for layer, drift in zip(shown, found, strict=True) if drift is not None}
+    channels = accumulate(layer.num_features for layer in shown)
+    names = [layer.name for layer, count in zip(shown, channels, strict=True) if count <= MAX_CHANNELS]
+    found: list[DriftNow | None] = []
+    for first in range(0, len(names), _AT_ONCE):
+        found += await asyncio.gather(*(one(name) for name in names[first : first + _AT_ONCE]))
+    return {name: drift for name, drift in zip(names, found, strict=True) if drift is not None}
 
 
 @router.get("/ui/layers/{name}/drift", dependencies=[READ])

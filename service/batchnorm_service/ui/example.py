@@ -52,9 +52,9 @@ async def load_example(layers: Layers, prefix: str) -> None:
                 await layers.history.pin(name, _TAG, None, "example-pin")
         if last == _DRIFTING:
             for _ in range(_BATCHES):
-                values = random.normal(mean, std, (64, config.num_features))
-                values[:, _DRIFTING_CHANNELS] += 1.5 * std[_DRIFTING_CHANNELS]
-                await layers.batches.eval(name, _reader(values.astype(np.float32)))
+                other = random.normal(mean, std, (64, config.num_features))
+                other[:, _DRIFTING_CHANNELS] += 1.5 * std[_DRIFTING_CHANNELS]
+                await layers.batches.eval(name, _reader(other.astype(np.float32)))
 
 
 def _reader(values: npt.NDArray[Any]) -> Read:
