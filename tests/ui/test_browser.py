@@ -16,7 +16,9 @@ from batchnorm_client import Client
 from batchnorm_service.testing import LocalService
 from batchnorm_service.tokens import Scope, add_token
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+expect.set_options(timeout=60_000)  # a busy machine is no fault of the page
 
 AXE = Path(__file__).parents[2] / ".venv-browser/node_modules/axe-core/axe.min.js"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -55,7 +57,7 @@ class Reader:
         )
         self._contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)
         page.on("console", lambda message: message.type in {"error", "warning"} and self.faults.append(message.text))
         page.on("pageerror", lambda error: self.faults.append(str(error)))
         page.on("request", lambda request: self._url in request.url or self.faults.append(request.url))
