@@ -181,7 +181,7 @@ def test_a_handle_of_a_kept_state_only_reads(shaky, way, chosen):
 @pytest.mark.parametrize("kind", [RemoteLayer, AsyncRemoteLayer])
 def test_every_method_either_reads_the_state_or_refuses(kind):
     methods = {name for name in dir(kind) if not name.startswith("_")}
-    assert methods == {*CHANGES, *reads(None), "history", "pins"}
+    assert methods == {*CHANGES, *reads(None), "history", "pins", "drift"}
 
 
 @pytest.mark.parametrize(

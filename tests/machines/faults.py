@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,9 @@ import pytest
 from batchnorm_client.kernels.population import PopulationSums
 from batchnorm_client.wire.errors import ProblemError
 from batchnorm_service.engine import state
+from batchnorm_service.engine.accumulators import moving
 from batchnorm_service.engine.moments import Moments
+from batchnorm_service.engine.state import LayerState
 from batchnorm_service.layers import batches, update_queue
 from batchnorm_service.layers.cached_state import CachedState
 from batchnorm_service.store.memory import MemoryStore
@@ -21,7 +23,12 @@ Patch = pytest.MonkeyPatch
 
 
 def the_biased_variance_is_folded(patch: Patch) -> None:
-    patch.setattr(Moments, "unbiased_var", Moments.biased_var)
+    running = moving._running
+
+    def biased(state: LayerState, batches: Sequence[Moments]) -> Any:
+        return running(state, [replace(each, var=each.biased_var(), correction=1) for each in batches])
+
+    patch.setattr(moving, "_running", biased)
 
 
 def a_population_has_no_distance_of_means(patch: Patch) -> None:

@@ -18,7 +18,7 @@ CHANNELS = 3
 _TAGS = ("best", "ckpt-1")
 _KINDS = {
     "train": 32,
-    "observe": 8,
+    "observe": 12,
     "frame": 8,
     "eval": 22,
     "inspect": 10,

@@ -125,25 +125,26 @@ async def test_what_is_off_is_not_there(serve):
         assert service.layers._store is service.store
 
 
-async def test_whatever_clients_choose_makes_no_series(client):
-    await client.put("/v1/layers/a", json={"num_features": 2})
+async def test_whatever_clients_choose_makes_no_series(serve):
+    async with serve(drift=False) as service, service.client() as client:  # drift is saved later, which is a series
+        await client.put("/v1/layers/a", json={"num_features": 2})
 
-    async def calls(n):
-        await client.post(f"/v1/layers/layer-{n}/eval", json=BATCH)
-        await client.get(f"/v1/layers/{n}/{n}")
-        await client.get(f"/v1/{n}")
-        await client.get(f"/{n}", headers={"X-Request-ID": f"{n}", "User-Agent": f"{n}"})
-        await client.request(("LOCK", "MKCOL", "SUBSCRIBE")[n % 3], "/healthz")
-        await client.post("/v1/layers/a/train", json=BATCH, headers={"Idempotency-Key": f"{n}"})
-        await client.get(f"/problems/{n}")
+        async def calls(n):
+            await client.post(f"/v1/layers/layer-{n}/eval", json=BATCH)
+            await client.get(f"/v1/layers/{n}/{n}")
+            await client.get(f"/v1/{n}")
+            await client.get(f"/{n}", headers={"X-Request-ID": f"{n}", "User-Agent": f"{n}"})
+            await client.request(("LOCK", "MKCOL", "SUBSCRIBE")[n % 3], "/healthz")
+            await client.post("/v1/layers/a/train", json=BATCH, headers={"Idempotency-Key": f"{n}"})
+            await client.get(f"/problems/{n}")
 
-    await calls(0)
-    await metrics(client)  # counts itself
-    before = await metrics(client)
-    for n in range(1, 200):
-        await calls(n)
-    after = await metrics(client)
-    assert before.keys() == after.keys()
+        await calls(0)
+        await metrics(client)  # counts itself
+        before = await metrics(client)
+        for n in range(1, 200):
+            await calls(n)
+        after = await metrics(client)
+        assert before.keys() == after.keys()
     assert total(after, "batchnorm_requests_total") == total(before, "batchnorm_requests_total") + 7 * 199 + 1
 
 
