@@ -115,3 +115,30 @@ async def test_a_call_waits_for_a_store_that_is_away_for_a_moment(
         answers = await asyncio.gather(*calls)
         assert sorted(answer.raise_for_status().json()["num_batches_tracked"] for answer in answers) == [2, 3, 4, 5]
         await _order(replica, range(5))
+
+
+async def test_a_wait_outlasts_an_outage(
+    replicas: list[httpx.AsyncClient], server: Server, outage: Outage, tmp_path: Path
+) -> None:
+    go, come_back = outage
+    mine, other = replicas
+    (await _train(other, 0)).raise_for_status()
+    tag = (await mine.get(f"{LAYER}/state")).headers["etag"]
+    headers = {"If-None-Match": tag}
+    call = asyncio.create_task(mine.get(f"{LAYER}/state?wait=60", headers=headers, timeout=90))
+    await _waiting(mine)
+    go(server)
+    refused = await mine.get(f"{LAYER}/state?wait=0.5", headers=headers)  # the checks fail by now
+    assert (refused.status_code, refused.json()["type"]) == (503, "/problems/store-unavailable")
+    assert not call.done()
+    come_back(server)
+    await _ready(other)
+    (await _train(other, 1)).raise_for_status()
+    answer = await asyncio.wait_for(call, 50)
+    assert (answer.status_code, answer.headers["etag"] != tag) == (200, True)
+
+
+async def _waiting(replica: httpx.AsyncClient) -> None:
+    async with asyncio.timeout(60):
+        while "batchnorm_waiting_calls 1.0" not in (await replica.get("/metrics")).text:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from store import valkey_servers
@@ -60,6 +63,55 @@ def test_workers_on_one_file_count_every_batch_once_whatever_is_killed(start: St
     assert service.stop() == 0
     assert not worker_pids_left(first)
     assert "Traceback" not in service.output
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="workers are found in Linux's /proc")
+def test_a_commit_in_one_worker_ends_the_waits_in_all(start: Start, store: str, http: httpx.Client) -> None:
+    service = start("--store", store, "--workers", "2")
+    workers = worker_pids(service.process.pid)
+    layer = f"{service.url}/v1/layers/a"
+    http.put(layer, json={"num_features": 2}).raise_for_status()
+    tag = http.get(f"{layer}/state").headers["etag"]
+    address = ("127.0.0.1", int(service.url.rpartition(":")[2]))
+    waiting: dict[socket.socket, int] = {}
+    with contextlib.ExitStack() as stack:
+        while set(waiting.values()) != workers:  # the kernel chooses the worker of a connection
+            one = stack.enter_context(socket.create_connection(address, timeout=50))
+            one.sendall(f"GET /v1/layers/a/state?wait=60 HTTP/1.1\r\nHost: a\r\nIf-None-Match: {tag}\r\n\r\n".encode())
+            wait_for("the call waits", lambda: _waiting_calls(http, service.url) == len(waiting) + 1)
+            waiting[one] = worker_of(one, workers)
+        http.post(f"{layer}/train", json={"input": [[1, 2], [3, 6]]}).raise_for_status()
+        new = http.get(f"{layer}/state").headers["etag"]
+        assert new != tag
+        for one in waiting:
+            head = one.recv(1 << 16).decode("latin-1").lower()
+            assert head.startswith("http/1.1 200 ")
+            assert f"etag: {new}\r\n" in head
+    assert service.stop() == 0
+
+
+def _waiting_calls(http: httpx.Client, url: str) -> float:
+    lines = http.get(f"{url}/metrics").text.splitlines()
+    return sum(float(line.split()[1]) for line in lines if line.startswith("batchnorm_waiting_calls "))
+
+
+def worker_of(connection: socket.socket, workers: set[int]) -> int:
+    """The worker at the other end of a connection on this machine, by the inode of its socket."""
+    here, there = connection.getsockname()[1], connection.getpeername()[1]
+    ends = f":{there:04X}", f":{here:04X}"
+    lines = (line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:])
+    (inode,) = [fields[9] for fields in lines if (fields[1][8:], fields[2][8:]) == ends]
+    (worker,) = [pid for pid in workers if f"socket:[{inode}]" in _open_files(pid)]
+    return worker
+
+
+def _open_files(process: int) -> set[str]:
+    found = set()
+    for file in Path(f"/proc/{process}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.add(os.readlink(file))
+    return found
 
 
 @pytest.mark.timeout(120)
