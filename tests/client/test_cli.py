@@ -266,6 +266,31 @@ def test_train_offers_to_go_on_where_that_helps(run, layer, data, monkeypatch, u
     assert ("BATCHNORM_URL" in told) != unknown
 
 
+@pytest.mark.parametrize("normalize", ["batch", "running"])
+def test_train_writes_what_it_normalized(run, layer, data, client, normalize):
+    twin = client.create_layer(f"{layer.name}-twin", 3)
+    arguments = ("--batch-size", 4, "--drop-last", "--out", "out.npy", "--normalize", normalize, "--run-id", "r")
+    result = json.loads(run("train", layer.name, "data.npy", *arguments, "--json").stdout)
+    assert (result["file"], result["samples"], result["batches"]) == ("out.npy", 8, 2)
+    expected = [twin.train(rows, normalize=normalize).output for rows in (data[:4], data[4:8])]
+    np.testing.assert_array_equal(np.load("out.npy"), np.concatenate(expected))
+    again = json.loads(run("train", layer.name, "data.npy", *arguments, "--json").stdout)
+    assert again["replayed"] == 2
+    newest = twin.eval(data[:8]).output if normalize == "running" else np.concatenate(expected)
+    np.testing.assert_array_equal(np.load("out.npy"), newest)
+    assert sorted(os.listdir()) == ["data.npy", "out.npy"]
+
+
+def test_train_leaves_no_half_file(run, layer, data):
+    np.save("out.npy", np.zeros(1))
+    run("train", layer.name, "data.npy", "--batch-size", 3, "--out", "out.npy", code=4)  # the last batch has one sample
+    assert np.load("out.npy").shape == (1,)
+    assert "the file that is read" in run("train", layer.name, "data.npy", "--out", "data.npy", code=2).stderr
+    assert "--normalize" in run("train", layer.name, "data.npy", "--normalize", "running", code=2).stderr
+    assert sorted(os.listdir()) == ["data.npy", "out.npy"]
+    assert layer.inspect().num_batches_tracked == 3
+
+
 @pytest.mark.parametrize("run_id", ["a b", "é", "x" * 181])
 def test_train_refuses_a_run_id_that_cannot_travel(run, layer, data, run_id):
     assert "--run-id" in run("train", layer.name, "data.npy", "--run-id", run_id, code=2).stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,7 +13,7 @@ from uuid import uuid4
 import numpy as np
 import typer
 
-from batchnorm_client.cli.data import Batches, progress, written
+from batchnorm_client.cli.data import Array, Batches, progress, written
 from batchnorm_client.cli.output import Json, print_json, say
 from batchnorm_client.cli.service import (
     PATIENT,
@@ -63,37 +63,76 @@ def train(
             show_default=False,
         ),
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="OUT.npy", help="Write the normalized samples to this file.", show_default=False),
+    ] = None,
+    normalize: Annotated[
+        Literal["batch", "running"],
+        typer.Option(
+            help="What --out is normalized with: each batch's own statistics, or the running ones right after it was "
+            "folded, as observations are in reinforcement learning; batches that had counted before, with the newest."
+        ),
+    ] = "batch",
     *,
     service: Service,
     json: Json = False,
 ) -> None:
     """Train a layer with a file, batch by batch and in order."""
+    if normalize == "running" and out is None:
+        raise typer.BadParameter("running is about --out, which is not given", param_hint="--normalize")
     run = run_id or uuid4().hex[:12]
     if not re.fullmatch("[!-~]{1,180}", run):  # it becomes part of a header
         raise typer.BadParameter("must be up to 180 characters of ASCII without spaces", param_hint="--run-id")
     batches = Batches(data, batch_size, dtype, whole=drop_last)
+    if out is not None:
+        _check_other_file(out, data)
     before = _look(name, service)
     since = time.perf_counter()
     counts = {"batches": 0, "replayed": 0, "version": before.version, "num_batches_tracked": before.num_batches_tracked}
     with (
         calling(service, PATIENT) as client,
         _explained(run, counts, len(batches)),
+        _output(out, batches) as write,
         progress(name, len(batches)) as advance,
     ):
         layer = client.layer(name)
         for place, batch in batches:
-            result = layer.train(batch, key=f"{run}:{place.start}")
+            result = layer.train(batch, key=f"{run}:{place.start}", normalize=normalize)
+            write(place, result.output)
             counts["batches"] += 1
             counts["replayed"] += result.replayed
             counts |= {"version": result.version, "num_batches_tracked": result.num_batches_tracked}
             advance(place.stop)
     seconds = round(time.perf_counter() - since, 3)
     if json:
-        print_json({"name": name, "run_id": run, "samples": batches.rows, "seconds": seconds, **counts})
+        written_to = {} if out is None else {"file": str(out)}
+        print_json({"name": name, "run_id": run, "samples": batches.rows, "seconds": seconds, **counts, **written_to})
         return
     again = f", {counts['replayed']:,} of which had counted before" if counts["replayed"] else ""
     told = f"{count(counts['batches'], 'batch')}{again} ({count(batches.rows, 'sample')}) in {seconds:.1f} s; "
     say(name, f"{told}now {count(counts['num_batches_tracked'], 'batch')}, version {counts['version']:,}")
+
+
+def _check_other_file(out: Path, data: Path) -> None:
+    if out.exists() and out.samefile(data):
+        fail(f"{out} is the file that is read; give the output another name", USAGE)
+
+
+@contextmanager
+def _output(out: Path | None, batches: Batches) -> Iterator[Callable[[slice, Array], None]]:
+    """A function that writes a batch's output to its place in a file, which is complete at the end; or does nothing."""
+    if out is None:
+        yield lambda _place, _output: None
+        return
+    with written(out) as part:
+        target = np.lib.format.open_memmap(part, "w+", batches.dtype, (batches.rows, *batches.array.shape[1:]))
+
+        def write(place: slice, output: Array) -> None:
+            target[place] = output
+
+        yield write
+        target.flush()
 
 
 @contextmanager
@@ -143,24 +182,21 @@ def evaluate(
 ) -> None:
     """Normalize a file with a layer's running statistics, batch by batch, into another file."""
     batches = Batches(data, batch_size, dtype)
-    if out.exists() and out.samefile(data):
-        fail(f"{out} is the file that is read; give the output another name", USAGE)
+    _check_other_file(out, data)
     versions: list[int] = []
     _look(name, service, at, expect)
     with (
         calling(service, PATIENT) as client,
         _explained(),
-        written(out) as part,
+        _output(out, batches) as write,
         progress(name, len(batches)) as advance,
     ):
         layer = client.layer(name, at=at, expect=expect)
-        target = np.lib.format.open_memmap(part, "w+", batches.dtype, batches.array.shape)
         for place, batch in batches:
             result = layer.eval(batch)
-            target[place] = result.output
+            write(place, result.output)
             versions = [min([result.version, *versions]), max([result.version, *versions])]
             advance(place.stop)
-        target.flush()
     if json:
         shape = batches.array.shape
         print_json({"name": name, "file": str(out), "shape": shape, "dtype": batches.dtype.name, "versions": versions})

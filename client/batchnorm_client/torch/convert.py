@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm_client import Client, LayerOptions
+from batchnorm_client.options import Normalize
 from batchnorm_client.torch.batchnorms import REMOTE
 from batchnorm_client.torch.groups import Compute
 from batchnorm_client.torch.kept import check_fits, expected_digests, read_kept
@@ -26,6 +27,7 @@ class RemoteOptions(TypedDict, total=False):
 
     non_finite: Literal["reject", "allow"]
     compute: Compute
+    normalize: Normalize
     group: str | None
     group_size: int | None
     group_timeout: float | None
@@ -71,10 +73,10 @@ def convert_batchnorm(
         existing: what to do with layers that were used before. Not together with `at` or `expect`.
         at: a tag. All layers must have this pin.
         expect: the digest that each layer's state must have, by layer name; without `at`, its newest state.
-        options: `non_finite`, `compute`, `group`, `group_size`, `group_timeout`, as in `RemoteBatchNorm`. With
-            `compute="local"` and without a group, one call per training step folds the moments of all layers: after the
-            model's forward pass, or before a layer is evaluated or its running statistics are read, or by `flush`.
-            (If only a part of the model is called, its moments are sent on the latter occasions.)
+        options: `non_finite`, `compute`, `normalize`, `group`, `group_size`, `group_timeout`, as in `RemoteBatchNorm`.
+            With `compute="local"` and without a group, one call per training step folds the moments of all layers:
+            after the model's forward pass, or before a layer is evaluated or its running statistics are read, or by
+            `flush`. (If only a part of the model is called, its moments are sent on the latter occasions.)
 
     Returns:
         `module`, or what replaces it if it is itself a batch normalization.

@@ -12,12 +12,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm_client import Client, Layer, LayerChanges, LayerConfig, LayerOptions
 from batchnorm_client.core.local import eval_step, train_step
+from batchnorm_client.kernels.checks import least_values
 from batchnorm_client.kernels.state import LocalState
-from batchnorm_client.results import BatchStatistics
+from batchnorm_client.options import Normalize
+from batchnorm_client.results import BatchStatistics, EvalResult, TrainResult
 from batchnorm_client.torch.autograd import normalize, normalize_shard
 from batchnorm_client.torch.groups import Compute, Group, GroupStep
 from batchnorm_client.torch.kept import check_fits
-from batchnorm_client.torch.running import RemoteRunningStatistics, parameters_of, tensors_of
+from batchnorm_client.torch.running import RemoteRunningStatistics, parameters_of
+from batchnorm_client.wire.statistics import STATISTICS, KindName
 
 
 class RemoteBatchNorm(RemoteRunningStatistics):
@@ -48,6 +51,11 @@ class RemoteBatchNorm(RemoteRunningStatistics):
     backward passes in train mode, have equal weight and bias, and sum their gradients (which are sums over shards).
     If a member fails, the others get `GroupIncomplete`.
 
+    **With `normalize="running"`** a batch in train mode is first folded, and then normalized with the running
+    statistics right after its own fold, in one call, as VecNormalize and NormalizeObservation do it. Gradients flow to
+    the input, weight and bias, but not through the statistics. In eval mode nothing is folded. With
+    `statistics="population"`, the exact ones of all observations, a batch may have one value per channel.
+
     **With `at` or `expect`** the module is frozen, as torchvision's `FrozenBatchNorm2d`: in train and in eval mode it
     normalizes with the running statistics, weight, bias and eps of that kept state, and it never changes the layer.
     Gradients flow to the input. Weight and bias do not require gradients, and a module whose weight, bias or options
@@ -70,6 +78,9 @@ class RemoteBatchNorm(RemoteRunningStatistics):
         non_finite: "reject" or "allow" train batches that have NaN or infinity, or overflow. torch's module allows
             them, and its running statistics stay NaN from then on.
         compute: where batches are normalized, "remote" (in the service) or "local".
+        normalize: "batch", or "running", which needs `compute="remote"`, running statistics and no group.
+        statistics: "moving", torch's rule; or "population", exact mean and unbiased variance over all samples that were
+            ever folded, for which `momentum` has no meaning and becomes None. `state_dict()` then also has its sums.
         group: id of a run of several processes that share their batches, such as a job's id; a new one for each run.
         group_size: the number of processes.
         group_timeout: seconds to wait for the others; 30 by default.
@@ -84,8 +95,9 @@ class RemoteBatchNorm(RemoteRunningStatistics):
     Raises:
         LayerExists: the layer exists, and was created with another config.
         InvalidRequest: `name` or an argument is not valid.
-        ValueError: `compute` or `dtype` is unknown, the layer has a bias and this module should have none, only one
-            of `group` and `group_size` is given, or a group beside `at`; the kept state does not fit the module.
+        ValueError: `compute`, `dtype`, `normalize` or `statistics` is unknown, the layer has a bias and this module
+            should have none, only one of `group` and `group_size` is given, or a group beside `at`; or what
+            `normalize="running"` needs is missing; the kept state does not fit the module.
         VersionNotFound, DigestMismatch: there is no such state, or it has another digest than `expect`.
         BatchNormError: also at any later use, as `RemoteLayer`'s methods raise it.
     """
@@ -108,6 +120,8 @@ class RemoteBatchNorm(RemoteRunningStatistics):
         name: str,
         non_finite: Literal["reject", "allow"] = "reject",
         compute: Compute = "remote",
+        normalize: Normalize = "batch",
+        statistics: KindName = "moving",
         group: str | None = None,
         group_size: int | None = None,
         group_timeout: float | None = None,
@@ -118,14 +132,23 @@ class RemoteBatchNorm(RemoteRunningStatistics):
         frozen = at is not None or expect is not None
         if frozen and shared:
             raise ValueError("a module that evaluates a kept state has no group")
-        if compute not in get_args(Compute):
-            raise ValueError(f"compute must be 'remote' or 'local', not {compute!r}")
+        _check_one_of("compute", compute, get_args(Compute))
+        _check_one_of("normalize", normalize, get_args(Normalize))
+        _check_one_of("statistics", statistics, tuple(STATISTICS))
+        if normalize == "running" and (compute == "local" or shared or not track_running_stats):
+            raise ValueError(
+                'normalize="running" needs compute="remote", running statistics and no group; '
+                "client.follow() makes a follower, which does it in this process"
+            )
+        if STATISTICS[statistics].must_be_null.get("momentum"):
+            momentum = None
         dtype = dtype or torch.get_default_dtype()
         if dtype not in {torch.float32, torch.float64}:
             raise ValueError(f"dtype must be torch.float32 or torch.float64, not {dtype}; inputs may be half precision")
         super().__init__(num_features, eps, momentum, affine, False, device, dtype, **without_bias(not bias))
         self._forget_buffers()
         self.compute = compute
+        self.normalize = normalize
         self.is_frozen = frozen
         self._pending = None
         self._calls = None
@@ -134,6 +157,7 @@ class RemoteBatchNorm(RemoteRunningStatistics):
         self.state_dtype, self._device = dtype, torch.device("cpu" if device is None else device)
         self._known: dict[str, Any] = {}  # what the service has, as this module last sent or read it
         options = layer_options(self, self._dimensions, tracks=track_running_stats, dtype=dtype, non_finite=non_finite)
+        options["statistics"] = statistics
         if frozen:
             kept = client.layer(name, at=at, expect=expect).inspect()
             check_fits(kept, num_features, options)
@@ -160,7 +184,8 @@ class RemoteBatchNorm(RemoteRunningStatistics):
     def extra_repr(self) -> str:
         """torch's representation, and the layer's name."""
         torchs = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{torchs}, name={self.name!r}{'' if self.layer.at is None else f', at={self.layer.at!r}'}"
+        running = ", normalize='running'" if self.normalize == "running" else ""
+        return f"{torchs}, name={self.name!r}{running}{'' if self.layer.at is None else f', at={self.layer.at!r}'}"
 
     @property
     def _trains(self) -> bool:
@@ -168,6 +193,8 @@ class RemoteBatchNorm(RemoteRunningStatistics):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """Normalize a batch: in train mode with its own statistics, which are folded; in eval with the running ones.
+
+        With `normalize="running"`, in train mode with the running ones after its own are folded.
 
         Args:
             input: (N, C, *), with the ranks of torch's module; on the parameters' device.
@@ -184,9 +211,10 @@ class RemoteBatchNorm(RemoteRunningStatistics):
             ShapeMismatch, DtypeMismatch, NonFinite, PayloadTooLarge: as `RemoteLayer.train` and `eval`.
         """
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        own = self._trains or not self._tracks
+        own = (self._trains and self.normalize == "batch") or not self._tracks
         shared = self._shared if self._trains else None
-        if own and not shared and input.size(1) and input.numel() == input.size(1):
+        least = least_values(self._config) if self._trains else 2
+        if (own or self._trains) and not shared and least > 1 and input.size(1) and input.numel() == input.size(1):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
         weight, bias = self.weight, self.bias
         if weight is not None and weight.device != input.device:
@@ -212,8 +240,11 @@ class RemoteBatchNorm(RemoteRunningStatistics):
         return normalize(self._remote, input, weight, bias, own=own, eps=self.eps, clip=self._config.clip)
 
     def _remote(self, x: Tensor, statistics: bool) -> tuple[Tensor, BatchStatistics[Tensor] | None]:
-        call = self.layer.train if self._trains else self.layer.eval
-        result = call(x, statistics=statistics)
+        result: TrainResult[Tensor] | EvalResult[Tensor]
+        if self._trains:
+            result = self.layer.train(x, normalize=self.normalize, statistics=statistics)
+        else:
+            result = self.layer.eval(x, statistics=statistics)
         found = result.statistics
         if found and not self.affine and not (self._tracks and (self.track_running_stats or not self._trains)):
             # With a half-precision input and no float32 tensor, torch's statistics are in half precision, too.
@@ -326,7 +357,8 @@ class RemoteBatchNorm(RemoteRunningStatistics):
         """
         parameters = self._parameters_to_send()
         if self.is_frozen:
-            kept = tensors_of(self.pull())
+            self.pull()
+            kept = self.layer.state_dict(as_torch=True)
             given = state | parameters
             if differ := [name for name, value in given.items() if not _same(kept[name], value)]:
                 raise ValueError(
@@ -384,6 +416,11 @@ class RemoteBatchNorm(RemoteRunningStatistics):
                     f"{type(self).__name__} in its dtype; only its input may be half precision"
                 )
         return {name: value.detach().to("cpu", copy=True) for name, value in given.items()}
+
+
+def _check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {value!r}")
 
 
 def layer_options(

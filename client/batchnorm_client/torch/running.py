@@ -83,12 +83,16 @@ class RemoteRunningStatistics(_BatchNorm):
         return self.read_running().get(name)
 
     def read_running(self) -> dict[str, Tensor]:
-        """The service's running statistics by name, on the device of the parameters; empty if it has none."""
+        """The service's running statistics by name, on the device of the parameters; empty if it has none.
+
+        Those of population statistics also have the sums that they follow from.
+        """
         if not self._tracks:
             return {}
         self.flush()
         state = self.layer.state_dict(as_torch=True)
-        return {name: state[name].to(self.state_device) for name in RUNNING}
+        names = [*RUNNING, *(name for name in state if name not in {*RUNNING, "weight", "bias"})]
+        return {name: state[name].to(self.state_device) for name in names}
 
     @property
     def state_device(self) -> torch.device:
@@ -167,12 +171,13 @@ class RemoteRunningStatistics(_BatchNorm):
             )
             loaded = {name: self._buffers[name] for name in running}
         finally:
-            self._forget_buffers()
+            for name in running:
+                self._buffers.pop(name, None)
         if len(error_msgs) == complaints:
             given = {
                 name: tensor for name, tensor in loaded.items() if prefix + name in state_dict and tensor is not None
             }
-            self.send_state({name: self._typed(name, tensor) for name, tensor in given.items()})
+            self.send_state({name: tensor.to(running[name].dtype) for name, tensor in given.items()})
 
     def _forget_buffers(self) -> None:
         for name in RUNNING:
