@@ -325,6 +325,11 @@ async def test_lost_races_are_no_receipts_and_no_names(store: Store) -> None:
 
 
 async def test_calls_made_in_a_row_without_waiting_take_effect_in_that_row(store: Store) -> None:
+    # A Valkey server that does not know a script yet refuses its first call, which is sent again after the others.
+    known = await created(store, "a", b"0")
+    await store.commit("a", known.stamp, changed := after(known, b"1"), [])
+    await store.load("a")
+    await store.delete("a", changed.stamp)
     first = await created(store, "a", b"0")
     second = after(first, b"1")
     third = after(second, b"2")
